@@ -1,0 +1,97 @@
+"""From a spectrum and a rank to factors, and to the module that takes the layer's place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.layer_matrix import MatrixLayer
+from rankfold.linalg import pivot_rows
+from rankfold.modules import Form, LowRankConv2d, LowRankLinear
+from rankfold.spectrum import Spectrum
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A rank-k matrix in one of the two forms of ``rankfold.modules``.
+
+    Attributes:
+        left: ``(out, k)`` or ``(out - k, k)``.
+        right: ``(k, in)``.
+        order: ``(out,)`` for the pivoted form, else None.
+    """
+
+    left: Tensor
+    right: Tensor
+    order: Tensor | None
+
+    def product(self) -> Tensor:
+        """The matrix itself, ``(out, in)``."""
+        product = self.left @ self.right
+        return product if self.order is None else torch.cat([self.right, product])[self.order]
+
+
+def truncate(spectrum: Spectrum, rank: int, form: Form) -> Factors:
+    """The best rank-``rank`` factors in the asked form, float64.
+
+    Raises:
+        ValueError: ``rank`` is not in 1..min(out, in).
+    """
+    if not 1 <= rank <= len(spectrum.singular_values):
+        raise ValueError(f"rank {rank} is not in 1..{len(spectrum.singular_values)}")
+    left, right = spectrum.left[:, :rank], spectrum.right[:rank]
+    return balanced_pair(left, right) if form == "pair" else pivoted(left, right)
+
+
+def balanced_pair(left: Tensor, right: Tensor) -> Factors:
+    """Give both factors of each component the same norm, so that low precision hurts neither."""
+    left_norms, right_norms = left.norm(dim=0), right.norm(dim=1)
+    alive = (left_norms > 0) & (right_norms > 0)
+    scale = torch.where(alive, (right_norms / left_norms.where(alive, 1)).sqrt(), 1)
+    inverse = torch.where(alive, 1 / scale.where(alive, 1), 1)
+    return Factors(left * scale, inverse[:, None] * right, None)
+
+
+def pivoted(left: Tensor, right: Tensor) -> Factors:
+    """Rewrite ``left @ right`` as k of its own rows and the coefficients of the others.
+
+    The product is the same up to rounding. Where the product's rank is below k, the coefficients
+    are the minimum-norm ones.
+    """
+    rank = right.shape[0]
+    # The product's rows in an orthonormal basis of its row space: pivots found there are the
+    # product's own, at the price of (out x k) instead of (out x in).
+    _, triangular = torch.linalg.qr(right.T)  # (k, k)
+    coordinates = left @ triangular.T  # (out, k)
+    rows = pivot_rows(coordinates)
+    pivots, others = rows[:rank], rows[rank:]
+    coefficients = _solve_right(coordinates[others], coordinates[pivots])
+    order = torch.empty_like(rows)
+    order[rows] = torch.arange(len(rows), device=rows.device)
+    return Factors(coefficients, left[pivots] @ right, order)
+
+
+def _solve_right(values: Tensor, basis: Tensor) -> Tensor:
+    """X with ``X @ basis == values``; least squares of minimum norm where basis is singular."""
+    solution, info = torch.linalg.solve_ex(basis.T, values.T)
+    # Pivoting keeps coefficients near 1; large ones are the sign of a rank below k.
+    if int(info) == 0 and bool((solution.abs() < 1e4).all()):
+        return solution.T
+    return (torch.linalg.pinv(basis.T, rtol=1e-10) @ values.T).T
+
+
+def low_rank_module(layer: MatrixLayer, factors: Factors) -> LowRankLinear | LowRankConv2d:
+    """The module that replaces ``layer``: its dtype, device, bias, stride and padding kept."""
+    weight = layer.weight
+    left = factors.left.to(weight.device, weight.dtype)
+    right = factors.right.to(weight.device, weight.dtype)
+    module: LowRankLinear | LowRankConv2d
+    if isinstance(layer, nn.Linear):
+        module = LowRankLinear(left, right, layer.bias, factors.order)
+    else:
+        right = right.view(-1, *weight.shape[1:])
+        module = LowRankConv2d(left, right, layer, layer.bias, factors.order)
+    module.train(layer.training)
+    return module.requires_grad_(weight.requires_grad)

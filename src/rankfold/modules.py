@@ -1,0 +1,200 @@
+"""Low-rank layers that take the place of Linear and Conv2d.
+
+Both hold a rank-k matrix W' in one of two forms:
+
+- ``pair``: ``W' = left @ right`` with left ``(out, k)`` and right ``(k, in)``; k (out + in)
+  parameters;
+- ``pivoted``: right ``(k, in)`` holds k rows of W' itself and left ``(out - k, k)`` writes the
+  other rows as combinations of them; k (out + in - k) parameters, fewer than out * in for every
+  k < min(out, in) (Pivoting Factorization, arXiv 2501.19090).
+
+``order`` says which row of ``[pivot rows; other rows]`` each output is.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Form: TypeAlias = Literal["pair", "pivoted"]
+FORMS: tuple[Form, ...] = ("pair", "pivoted")
+
+
+def left_rows(out: int, rank: int, form: Form) -> int:
+    """Rows of the left factor: all of them in a pair, those that are no pivot otherwise."""
+    return out if form == "pair" else out - rank
+
+
+def factor_parameters(out: int, in_: int, rank: int, form: Form) -> int:
+    """Parameters of both factors of an ``(out, in_)`` matrix of this rank, bias not counted."""
+    return rank * (left_rows(out, rank, form) + in_)
+
+
+class _LowRank(nn.Module):
+    """The two factors, the order of the outputs, and the bias."""
+
+    left: nn.Parameter
+    right: nn.Parameter
+    bias: nn.Parameter | None
+    order: Tensor | None
+
+    def __init__(self, left: Tensor, right: Tensor, bias: Tensor | None, order: Tensor | None):
+        super().__init__()
+        self.left = nn.Parameter(left.contiguous())
+        self.right = nn.Parameter(right.contiguous())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        # int32: it is stored with the weights, and no layer has 2^31 outputs.
+        self.register_buffer("order", None if order is None else order.to(torch.int32))
+
+    @property
+    def rank(self) -> int:
+        """Rank of the layer's matrix."""
+        return self.right.shape[0]
+
+    @property
+    def form(self) -> Form:
+        """``pair`` or ``pivoted``."""
+        return "pair" if self.order is None else "pivoted"
+
+    def dense_matrix(self) -> Tensor:
+        """The product of the factors, ``(out, in)`` or ``(out, in * kh * kw)``."""
+        right = self.right.flatten(1)
+        product = self.left @ right
+        if self.order is None:
+            return product
+        return torch.cat([right, product])[self.order]
+
+
+class LowRankLinear(_LowRank):
+    """A Linear whose weight has low rank.
+
+    Args:
+        left: ``(out, rank)``, or ``(out - rank, rank)`` in the pivoted form.
+        right: ``(rank, in)``.
+        bias: ``(out,)`` or None; copied.
+        order: ``(out,)`` integers for the pivoted form, None for the pair.
+    """
+
+    def __init__(
+        self,
+        left: Tensor,
+        right: Tensor,
+        bias: Tensor | None = None,
+        order: Tensor | None = None,
+    ):
+        super().__init__(left, right, bias, order)
+        self.in_features = right.shape[1]
+        self.out_features = left.shape[0] if order is None else len(order)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map ``(..., in)`` to ``(..., out)``."""
+        hidden = functional.linear(inputs, self.right)
+        if self.order is None:
+            return functional.linear(hidden, self.left, self.bias)
+        rest = functional.linear(hidden, self.left)
+        outputs = torch.cat([hidden, rest], dim=-1).index_select(-1, self.order)
+        return outputs if self.bias is None else outputs + self.bias
+
+    def to_dense(self) -> nn.Linear:
+        """The same layer as one ``nn.Linear``, factors multiplied out."""
+        matrix = self.dense_matrix().detach()
+        dense = nn.Linear(
+            self.in_features,
+            self.out_features,
+            bias=self.bias is not None,
+            device=matrix.device,
+            dtype=matrix.dtype,
+        )
+        return _filled(dense, matrix, self.bias)
+
+    def extra_repr(self) -> str:
+        """Shapes, rank and form for ``print(model)``."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"rank={self.rank}, form={self.form}, bias={self.bias is not None}"
+        )
+
+
+class LowRankConv2d(_LowRank):
+    """A Conv2d whose matrix has low rank: a conv to ``rank`` channels, then a 1x1 conv.
+
+    Args:
+        left: ``(out, rank)``, or ``(out - rank, rank)`` in the pivoted form.
+        right: ``(rank, in, kh, kw)``.
+        like: The conv it replaces; stride, padding, dilation and padding mode are taken from it.
+        bias: ``(out,)`` or None; copied.
+        order: ``(out,)`` integers for the pivoted form, None for the pair.
+    """
+
+    def __init__(
+        self,
+        left: Tensor,
+        right: Tensor,
+        like: nn.Conv2d,
+        bias: Tensor | None = None,
+        order: Tensor | None = None,
+    ):
+        super().__init__(left, right, bias, order)
+        self.in_channels = right.shape[1]
+        self.out_channels = left.shape[0] if order is None else len(order)
+        self.kernel_size = like.kernel_size
+        self.stride = like.stride
+        self.padding = like.padding
+        self.dilation = like.dilation
+        self.padding_mode = like.padding_mode
+        self._margins = list(like._reversed_padding_repeated_twice)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map ``(n, in, h, w)`` or ``(in, h, w)`` to the conv's output."""
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            images = functional.pad(images, self._margins, mode=self.padding_mode)
+            padding = (0, 0)
+        hidden = functional.conv2d(
+            images, self.right, None, self.stride, padding, self.dilation
+        )
+        mix = self.left[:, :, None, None]
+        if self.order is None:
+            return functional.conv2d(hidden, mix, self.bias)
+        rest = functional.conv2d(hidden, mix)
+        outputs = torch.cat([hidden, rest], dim=-3).index_select(-3, self.order)
+        return outputs if self.bias is None else outputs + self.bias[:, None, None]
+
+    def to_dense(self) -> nn.Conv2d:
+        """The same layer as one ``nn.Conv2d``, factors multiplied out."""
+        matrix = self.dense_matrix().detach()
+        dense = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,  # type: ignore[arg-type]
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.dilation,  # type: ignore[arg-type]
+            bias=self.bias is not None,
+            padding_mode=self.padding_mode,
+            device=matrix.device,
+            dtype=matrix.dtype,
+        )
+        return _filled(dense, matrix.view_as(dense.weight), self.bias)
+
+    def extra_repr(self) -> str:
+        """Shapes, rank and form for ``print(model)``."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}, rank={self.rank}, "
+            f"form={self.form}, bias={self.bias is not None}"
+        )
+
+
+_Dense = TypeVar("_Dense", nn.Linear, nn.Conv2d)
+
+
+def _filled(dense: _Dense, weight: Tensor, bias: nn.Parameter | None) -> _Dense:
+    with torch.no_grad():
+        dense.weight.copy_(weight)
+        if bias is not None and dense.bias is not None:
+            dense.bias.copy_(bias)
+    return dense
