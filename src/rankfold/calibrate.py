@@ -1,0 +1,353 @@
+"""Run calibration data through a model under hooks: the statistics of every layer.
+
+For a loss that is the mean over N terms (tokens, images), and a layer ``y = W x``:
+
+- ``input_gram`` A = mean over rows of ``x x^T``,
+- ``output_gram`` B = 1/N sum over rows of ``g g^T``, g the gradient of the summed loss at y,
+- ``gradients`` of the mean loss, one of each half of the examples,
+
+so that ``1/2 tr(B Delta A Delta^T)`` is the K-FAC model of the mean loss (a conv's positions are
+counted once: in B). Only hooks live here; the maths is in ``spectrum`` and ``layer_matrix``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rankfold.data import Batch, Part
+from rankfold.errors import InputError
+from rankfold.layer_matrix import MatrixLayer, input_rows, matrix_shape, output_rows
+from rankfold.modes import evaluation_mode
+from rankfold.progress import Progress, SilentProgress
+from rankfold.tasks import BatchLoss, Task, on_device
+
+Curvature: TypeAlias = Literal["empirical", "sampled"]
+
+# A model whose calibration loss is below this share of the loss of guessing (log K) has nearly
+# memorised its labels: their gradients say little about the curvature around the model.
+MEMORISED_SHARE = 0.15
+# Share of the probability spread over all classes before labels are sampled.
+SMOOTHING = 0.1
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Statistics of one layer's matrix ``(out, in)``.
+
+    Attributes:
+        input_gram: ``(in, in)`` float64; the same tensor for layers that share their input.
+        output_gram: ``(out, out)`` float64, None when no backward pass was asked for.
+        gradients: Mean gradients ``(out, in)`` of the two halves, None likewise.
+        shares_input_with: Name of the layer whose input Gram this is, or None.
+    """
+
+    input_gram: Tensor
+    output_gram: Tensor | None
+    gradients: tuple[Tensor, Tensor] | None
+    shares_input_with: str | None
+
+    @property
+    def gradient(self) -> Tensor:
+        """Mean gradient over all examples, ``(out, in)``."""
+        if self.gradients is None:
+            raise ValueError("these statistics were collected without gradients")
+        return (self.gradients[0] + self.gradients[1]) / 2
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the data gave this layer no input, or no gradient."""
+        grams = [self.input_gram] + ([] if self.output_gram is None else [self.output_gram])
+        return any(float(gram.diagonal().sum()) == 0 for gram in grams)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one example's forward pass shows.
+
+    Attributes:
+        rows: For every module with a weight that was called: the rows that its matrix multiplies.
+        flops: Floating-point operations (2 a multiply-add) of all weighted modules, one example.
+    """
+
+    rows: dict[str, int]
+    flops: dict[str, int]
+
+
+def trace(model: nn.Module, task: Task, part: Part) -> Trace:
+    """Run one calibration example forward and see which modules are called, on how many rows."""
+    rows: dict[str, int] = {}
+    flops: dict[str, int] = {}
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            weight = module._parameters.get("weight")
+            if weight is None or weight.dim() < 2 or isinstance(module, nn.Embedding):
+                continue
+
+            def count(
+                _: nn.Module, __: object, output: Any, name: str = name, weight: Tensor = weight
+            ) -> None:
+                if torch.is_tensor(output):
+                    calls = output.numel() // weight.shape[0]
+                    rows[name] = rows.get(name, 0) + calls
+                    flops[name] = flops.get(name, 0) + 2 * calls * weight.numel()
+
+            stack.callback(module.register_forward_hook(count).remove)
+        with evaluation_mode(model):
+            task.batch_loss(model, on_device(part.collate(part.examples[:1]), model))
+    return Trace(rows, flops)
+
+
+def calibration_loss(model: nn.Module, task: Task, part: Part) -> tuple[float, int | None]:
+    """Mean loss of the first calibration batches, and the number of logits (None: a user's loss).
+
+    Raises:
+        InputError: The loss is not finite.
+    """
+    few = part.batches()[:2]
+    losses = terms = 0.0
+    classes = None
+    with evaluation_mode(model):
+        for examples in few:
+            result = task.batch_loss(model, on_device(part.collate(examples), model))
+            losses += float((result.losses * result.terms).sum())
+            terms += float(result.terms.sum())
+            classes = None if result.logits is None else result.logits.shape[-1]
+    if not math.isfinite(losses) or terms == 0:
+        raise InputError(
+            f"the mean loss of the first calibration examples is {losses}/{terms:.0f}; expected a "
+            "finite loss of at least one term. Check the model's weights and the data."
+        )
+    return losses / terms, classes
+
+
+def choose_curvature(calibration_loss: float, classes: int | None) -> Curvature:
+    """Empirical Fisher, or sampled from smoothed predictions where the labels are memorised.
+
+    Args:
+        calibration_loss: Mean loss of the calibration examples, in nats.
+        classes: Number of logits, or None for a user's own loss, which can't be sampled.
+    """
+    if classes is None or calibration_loss >= MEMORISED_SHARE * math.log(classes):
+        return "empirical"
+    return "sampled"
+
+
+def collect_statistics(
+    model: nn.Module,
+    task: Task,
+    part: Part,
+    layers: Mapping[str, MatrixLayer],
+    *,
+    curvature: Curvature | None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, LayerStatistics]:
+    """One pass over the calibration examples; the model comes back as it was.
+
+    Args:
+        model: The model, whose weights are only read.
+        task: Gives the loss.
+        part: Calibration examples.
+        layers: The layers of ``model`` to watch, by name.
+        curvature: Where B comes from; None collects A alone, without a backward pass.
+        seed: Seeds the sampled labels.
+        batch_size: Examples a batch; the statistics do not depend on it.
+        progress: Shows the batches.
+
+    Raises:
+        InputError: The loss is not finite.
+    """
+    progress = progress or SilentProgress()
+    middle = len(part.examples) // 2
+    halves = [
+        Part(part.name, part.examples[cut], part.collate, part.digests[cut])
+        for cut in (slice(0, middle), slice(middle, None))
+    ]
+    schedule = [(h, b) for h, half in enumerate(halves) for b in half.batches(batch_size)]
+    weights = [layer.weight for layer in layers.values()] if curvature else []
+    recorder = _Recorder(layers, curvature, seed)
+    with recorder.attached(), evaluation_mode(model, trainable=weights):
+        for half, examples in progress.track(schedule, "collect statistics", len(schedule)):
+            recorder.observe(model, task, on_device(part.collate(examples), model), half)
+    return recorder.statistics()
+
+
+@dataclass
+class _Sums:
+    """Running sums of one layer; ``leader`` names the layer whose input Gram it uses, if any."""
+
+    started: int
+    leader: str | None
+    input_gram: Tensor
+    output_gram: Tensor
+    gradients: tuple[Tensor, Tensor]
+    rows: int = 0
+
+
+class _Recorder:
+    """Owns the hooks, and the sums that they feed."""
+
+    def __init__(self, layers: Mapping[str, MatrixLayer], curvature: Curvature | None, seed: int):
+        self.layers = layers
+        self.curvature = curvature
+        self.generator = torch.Generator().manual_seed(seed)
+        self.sums: dict[str, _Sums] = {}
+        self.terms = [0.0, 0.0]
+        self.passes = 0
+        self.listening = False  # whether gradients that arrive now belong to the curvature
+        # The inputs of this pass and who saw each first; the references keep addresses unique.
+        self._inputs: dict[tuple[object, ...], tuple[str, Tensor]] = {}
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Hooks on, and off again whatever happens."""
+        with ExitStack() as stack:
+            for name, layer in self.layers.items():
+                hook = partial(self._saw_call, name)
+                stack.callback(layer.register_forward_hook(hook).remove)
+            yield
+
+    def observe(self, model: nn.Module, task: Task, batch: Batch, half: int) -> None:
+        """One pass: forward, then backward once (empirical) or twice (sampled, then labels)."""
+        self._inputs.clear()
+        self.passes += 1
+        result = task.batch_loss(model, batch)
+        self._inputs.clear()
+        if not bool(torch.isfinite(result.losses).all()):
+            raise InputError(
+                "the loss of a calibration example is NaN or infinite; expected finite losses. "
+                "Check the model's weights and the data."
+            )
+        self.terms[half] += float(result.terms.sum())
+        if self.curvature is None:
+            return
+        weights = [layer.weight for layer in self.layers.values()]
+        if self.curvature == "sampled":
+            self._gradients(self._sampled_loss(result), weights, listening=True, keep=True)
+        loss = (result.losses * result.terms).sum()
+        gradients = self._gradients(loss, weights, listening=self.curvature == "empirical")
+        for name, gradient in zip(self.layers, gradients, strict=True):
+            if gradient is not None:
+                self.sums[name].gradients[half].add_(gradient.flatten(1))
+
+    def _gradients(
+        self, loss: Tensor, weights: list[Tensor], *, listening: bool, keep: bool = False
+    ) -> tuple[Tensor | None, ...]:
+        self.listening = listening
+        try:
+            return torch.autograd.grad(loss, weights, retain_graph=keep, allow_unused=True)
+        finally:
+            self.listening = False
+
+    def _sampled_loss(self, result: BatchLoss) -> Tensor:
+        """Cross-entropy with labels drawn from the model's own, smoothed, predictions."""
+        if result.logits is None:
+            raise InputError(
+                "the sampled curvature needs logits, which a loss of your own does not show; "
+                "use curvature='empirical'."
+            )
+        logits = result.logits.float()
+        smooth = (1 - SMOOTHING) * logits.detach().softmax(-1) + SMOOTHING / logits.shape[-1]
+        uniform = torch.rand(len(logits), 1, generator=self.generator).to(logits.device)
+        drawn = (smooth.cumsum(-1) < uniform).sum(-1).clamp(max=logits.shape[-1] - 1)
+        return functional.cross_entropy(logits, drawn, reduction="sum")
+
+    def _saw_call(
+        self, name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor
+    ) -> None:
+        inputs = args[0]
+        key = _identity(inputs, self.layers[name])
+        first = self._inputs.setdefault(key, (name, inputs))[0]
+        sums = self.sums.get(name)
+        if sums is None:
+            sums = self.sums[name] = self._start(name, first, inputs.device)
+        elif sums.leader is not None and sums.leader != first:
+            self._part(sums)
+        if sums.leader is None:
+            _add_inputs(sums.input_gram, self.layers[name], inputs)
+        sums.rows += output.numel() // matrix_shape(self.layers[name])[0]
+        if output.requires_grad:
+            output.register_hook(partial(self._saw_gradient, name))
+
+    def _start(self, name: str, first: str, device: torch.device) -> _Sums:
+        """Empty sums; the input Gram is another's if both begin with the same input."""
+        out, in_ = matrix_shape(self.layers[name])
+        leader = None
+        if first != name and self.sums[first].leader is None:
+            leader = first if self.sums[first].started == self.passes else None
+        weight = self.layers[name].weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        side = 0 if leader else in_
+        back = 0 if self.curvature is None else out
+        halves = [torch.zeros(back, in_, dtype=dtype, device=device) for _ in range(2)]
+        return _Sums(
+            started=self.passes,
+            leader=leader,
+            input_gram=torch.zeros(side, side, dtype=torch.float64, device=device),
+            output_gram=torch.zeros(back, back, dtype=torch.float64, device=device),
+            gradients=(halves[0], halves[1]),
+        )
+
+    def _part(self, sums: _Sums) -> None:
+        """Stop sharing: go on from what the leader had seen before this pass."""
+        leader = sums.leader
+        assert leader is not None  # the caller has checked
+        gram = self.sums[leader].input_gram.clone()
+        for name, inputs in self._inputs.values():
+            if name == leader:
+                _add_inputs(gram, self.layers[leader], inputs, sign=-1)
+        sums.input_gram, sums.leader = gram, None
+
+    def _saw_gradient(self, name: str, gradient: Tensor) -> None:
+        if self.listening:
+            rows = output_rows(self.layers[name], gradient)
+            self.sums[name].output_gram.add_(rows.T @ rows)
+
+    def statistics(self) -> dict[str, LayerStatistics]:
+        """Sums to means."""
+        terms = sum(self.terms)
+        for sums in self.sums.values():
+            sums.input_gram /= max(1, sums.rows)
+            sums.output_gram /= terms
+            for half, gradient in enumerate(sums.gradients):
+                gradient /= self.terms[half]
+        backward = self.curvature is not None
+        return {
+            name: LayerStatistics(
+                input_gram=self.sums[sums.leader or name].input_gram,
+                output_gram=sums.output_gram if backward else None,
+                gradients=sums.gradients if backward else None,
+                shares_input_with=sums.leader,
+            )
+            for name, sums in self.sums.items()
+        }
+
+
+def _add_inputs(gram: Tensor, layer: MatrixLayer, inputs: Tensor, sign: int = 1) -> None:
+    for block in input_rows(layer, inputs):
+        gram.add_(block.T @ block, alpha=sign)
+
+
+def _identity(inputs: Tensor, layer: MatrixLayer) -> tuple[object, ...]:
+    """Equal for two layers of one forward pass exactly when they unfold the same values alike."""
+    unfolding: tuple[object, ...] = ()
+    if isinstance(layer, nn.Conv2d):
+        unfolding = (
+            layer.kernel_size,
+            layer.stride,
+            str(layer.padding),
+            layer.dilation,
+            layer.padding_mode,
+        )
+    place = (inputs.data_ptr(), inputs.shape, inputs.stride(), inputs.dtype)
+    return (*place, inputs._version, *unfolding)
