@@ -1,0 +1,184 @@
+"""The objectives as settings of one function, and how each spends a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from rankfold.allocate import (
+    Curve,
+    RankPlan,
+    best_within_cost,
+    cheapest_within_change,
+    first_order_within_cost,
+    uniform_within_cost,
+)
+from rankfold.calibrate import LayerStatistics
+from rankfold.layer_matrix import MatrixLayer, matrix_shape, weight_matrix
+from rankfold.linalg import damped
+from rankfold.modules import Form, factor_parameters
+from rankfold.spectrum import Spectrum, whitened_spectrum
+
+ObjectiveName: TypeAlias = Literal[
+    "svd", "fwsvd", "activation", "kronecker", "joint", "first-order"
+]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What an objective minimises, and what it needs.
+
+    Attributes:
+        input_gram: Whitens with A.
+        output_gram: Whitens with B: ``none``, ``diagonal`` or ``full``.
+        step: Moves the weights by the gradient term before truncating.
+        allocation: ``uniform`` ratio, ``multiplier`` over predicted loss changes, or the greedy
+            ``first-order`` rule.
+        source: Where it comes from.
+    """
+
+    input_gram: bool
+    output_gram: Literal["none", "diagonal", "full"]
+    step: bool
+    allocation: Literal["uniform", "multiplier", "first-order"]
+    source: str
+
+    @property
+    def needs_backward(self) -> bool:
+        """Whether the statistics need gradients."""
+        return self.output_gram != "none" or self.step or self.allocation == "first-order"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the statistics need data at all."""
+        return self.input_gram or self.needs_backward
+
+    @property
+    def predicts_loss(self) -> bool:
+        """Whether its curves are in the unit of the loss."""
+        return self.allocation != "uniform"
+
+
+OBJECTIVES: dict[ObjectiveName, Objective] = {
+    "svd": Objective(False, "none", False, "uniform", "Eckart and Young 1936"),
+    "fwsvd": Objective(
+        False, "diagonal", False, "uniform", "Hsu et al. 2022, arXiv 2207.00112 (row weights)"
+    ),
+    "activation": Objective(
+        True, "none", False, "uniform", "Wang et al. 2024, SVD-LLM, arXiv 2403.07378"
+    ),
+    "kronecker": Objective(
+        True, "full", False, "multiplier", "K-FAC whitening on both sides; docs/theory.md, 1"
+    ),
+    "joint": Objective(True, "full", True, "multiplier", "docs/theory.md, 1 and 2"),
+    "first-order": Objective(
+        False, "none", False, "first-order", "arXiv 2412.06867 as summarised; docs/theory.md, 6"
+    ),
+}
+
+
+def layer_spectrum(
+    objective: Objective, weight: Tensor, statistics: LayerStatistics | None, damping: float
+) -> Spectrum:
+    """Spectrum of one (already moved) weight ``(out, in)`` under an objective."""
+    a = b = None
+    if objective.input_gram and statistics is not None:
+        a = damped(statistics.input_gram, damping)
+    if objective.output_gram != "none" and statistics is not None:
+        gram = statistics.output_gram
+        if gram is None:
+            raise ValueError("this objective needs statistics with gradients")
+        diagonal = objective.output_gram == "diagonal"
+        b = damped(torch.diag(gram.diagonal()) if diagonal else gram, damping)
+    return whitened_spectrum(weight, a, b)
+
+
+def layer_curve(
+    objective: Objective,
+    layer: MatrixLayer,
+    spectrum: Spectrum,
+    gradient: Tensor | None,
+    form: Form,
+    cost_per_parameter: int,
+) -> Curve:
+    """Ranks 1..r with their costs and predicted changes.
+
+    Args:
+        objective: Decides what a change is.
+        layer: The layer.
+        spectrum: Its spectrum.
+        gradient: Mean gradient ``(out, in)``, for the first-order rule.
+        form: Decides the cost of a rank.
+        cost_per_parameter: 1 for parameters, 2 x rows for FLOPs.
+    """
+    out, in_ = matrix_shape(layer)
+    r = len(spectrum.singular_values)
+    ranks = torch.arange(1, r + 1)
+    parameters = torch.tensor([factor_parameters(out, in_, k, form) for k in range(1, r + 1)])
+    errors = None
+    if objective.allocation == "first-order":
+        if gradient is None:
+            raise ValueError("the first-order objective needs statistics with gradients")
+        changes, errors = first_order_changes(weight_matrix(layer), spectrum, gradient)
+    else:
+        changes = spectrum.truncation_changes()[1:]
+    return Curve(
+        ranks=ranks,
+        costs=parameters * cost_per_parameter,
+        changes=changes.cpu(),
+        dense_cost=out * in_ * cost_per_parameter,
+        errors=None if errors is None else errors.cpu(),
+    )
+
+
+def first_order_changes(
+    weight: Tensor, spectrum: Spectrum, gradient: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``<G, W_k - W>`` and ``|W_k - W|_F / |W|_F`` of the ranks 1..r of a plain SVD.
+
+    Args:
+        weight: ``(out, in)``.
+        spectrum: Of the weight, not whitened.
+        gradient: ``(out, in)``.
+
+    Returns:
+        Two ``(r,)`` float64 tensors.
+    """
+    g = gradient.to(torch.float64)
+    components = ((spectrum.left.T @ g) * spectrum.right).sum(1)  # <G, u_i s_i v_i^T>
+    total = (weight.to(torch.float64) * g).sum()
+    energies = 2 * spectrum.truncation_changes()[1:]
+    norm = spectrum.singular_values.norm().clamp(min=torch.finfo(torch.float64).tiny)
+    return components.cumsum(0) - total, energies.clamp(min=0).sqrt() / norm
+
+
+def plan_for_budget(
+    objective: Objective, curves: Mapping[str, Curve], budget: float, smallest: bool = False
+) -> RankPlan:
+    """The objective's plan of at most this cost.
+
+    Args:
+        objective: Decides the rule.
+        curves: By layer.
+        budget: Largest total cost.
+        smallest: For the first-order rule: the published compact algorithm (the smallest rank
+            whose value is not positive) in place of the lossless one (the lowest value).
+    """
+    if objective.allocation == "uniform":
+        return uniform_within_cost(curves, budget)
+    if objective.allocation == "first-order":
+        return first_order_within_cost(curves, budget, smallest=smallest)
+    return best_within_cost(curves, budget)
+
+
+def plan_for_change(
+    objective: Objective, curves: Mapping[str, Curve], tolerance: float
+) -> RankPlan | None:
+    """The cheapest plan predicted to stay within a change, None where nothing is predicted."""
+    if objective.allocation != "multiplier":
+        return None
+    return cheapest_within_change(curves, tolerance)

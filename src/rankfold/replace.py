@@ -1,0 +1,54 @@
+"""Put factorized modules and moved weights into a copy of a model, by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+
+def with_replaced(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    weights: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """A copy of the model with some modules exchanged and some weights moved.
+
+    The user's model is untouched; parameters that it shares between modules stay shared in the
+    copy. The weights of exchanged modules are not copied.
+
+    Args:
+        model: The model.
+        modules: New modules by the name of the one that they replace.
+        weights: New weights by the name of the module that holds them.
+    """
+    old = {id(model.get_submodule(name)): module for name, module in modules.items()}
+    twin = copy.deepcopy(model, memo=cast("dict[int, object]", dict(old)))
+    for name, weight in (weights or {}).items():
+        parameter = cast("nn.Parameter", twin.get_submodule(name).weight)
+        with torch.no_grad():
+            parameter.copy_(weight.view_as(parameter))
+    return twin
+
+
+def put_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Exchange modules of ``model`` itself, at every place where each one stands."""
+    old = {id(model.get_submodule(name)): module for name, module in modules.items()}
+    for parent in list(model.modules()):
+        for child_name, child in list(parent.named_children()):
+            if id(child) in old:
+                setattr(parent, child_name, old[id(child)])
+
+
+@torch.no_grad()
+def swap_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Write weights into ``model`` itself; return what was there before."""
+    before: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        parameter = cast("nn.Parameter", model.get_submodule(name).weight)
+        before[name] = parameter.detach().clone()
+        parameter.copy_(weight.view_as(parameter))
+    return before
