@@ -1,0 +1,36 @@
+"""rankfold: low-rank factorization of trained networks, proved on held-out data."""
+
+from importlib.metadata import version
+
+from rankfold.artifact import load
+from rankfold.certify import Certificate
+from rankfold.compress import (
+    Preparation,
+    Result,
+    Settings,
+    compact,
+    lossless,
+    prepare,
+)
+from rankfold.data import Data
+from rankfold.errors import InputError
+from rankfold.modules import LowRankConv2d, LowRankLinear
+from rankfold.progress import TerminalProgress
+
+__version__ = version("rankfold")
+
+__all__ = [
+    "Certificate",
+    "Data",
+    "InputError",
+    "LowRankConv2d",
+    "LowRankLinear",
+    "Preparation",
+    "Result",
+    "Settings",
+    "TerminalProgress",
+    "compact",
+    "load",
+    "lossless",
+    "prepare",
+]

@@ -1,0 +1,334 @@
+"""The folder that a factorized model is saved in, and how it is read back.
+
+``model.safetensors`` holds every tensor once, ``rankfold.json`` the rest: layers, ranks, forms,
+losses, seeds, data hashes, versions, certificate. A transformers model's configuration and
+tokenizer stand beside them. Writing is atomic; reading executes no code and opens no pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rankfold.errors import InputError
+from rankfold.integrations import transformers as hf
+from rankfold.modules import FORMS, Form, LowRankConv2d, LowRankLinear, left_rows
+from rankfold.replace import put_modules
+from rankfold.sizes import stored_tensors
+
+FORMAT_VERSION = 1
+WEIGHTS_FILE = "model.safetensors"
+MANIFEST_FILE = "rankfold.json"
+METADATA = {"format": "pt"}
+
+Manifest = dict[str, Any]
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Refuse an output folder that can't be written, before any work is done.
+
+    Raises:
+        InputError: It exists and is not empty (without ``overwrite``), or is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"the output {folder} is a file; expected a folder that is new or empty.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise InputError(
+            f"the output folder {folder} exists and is not empty; choose another one or pass "
+            "--overwrite (overwrite=True)."
+        )
+    if folder.is_dir() and overwrite and any(folder.iterdir()):
+        known = (folder / MANIFEST_FILE).is_file()
+        if not known:
+            raise InputError(
+                f"the output folder {folder} holds no {MANIFEST_FILE}, so it is not an artifact "
+                "of rankfold; it is not overwritten. Choose another folder or empty this one."
+            )
+
+
+def save_artifact(
+    folder: str | Path,
+    model: nn.Module,
+    manifest: Manifest,
+    *,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a factorized model; the folder appears complete or not at all.
+
+    Args:
+        folder: Where to.
+        model: The model with its low-rank layers.
+        manifest: What ``rankfold.json`` says; the format's own fields are added here.
+        tokenizer: Saved beside a transformers model.
+        overwrite: Replace an artifact that stands there.
+
+    Raises:
+        InputError: The folder can't be written.
+    """
+    target = Path(folder)
+    check_output(target, overwrite)
+    tensors, aliases = stored_tensors(model)
+    complete: Manifest = {
+        "format_version": FORMAT_VERSION,
+        "versions": library_versions(),
+        "model": {
+            "kind": "transformers" if hf.is_transformers_model(model) else "module",
+            "class": f"{type(model).__module__}.{type(model).__qualname__}",
+            "shared_tensors": aliases,
+        },
+        **manifest,
+    }
+    with _folder_in_one_step(target) as draft:
+        stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(stored, draft / WEIGHTS_FILE, metadata=METADATA)
+        text = json.dumps(complete, indent=1, allow_nan=False, ensure_ascii=False)
+        (draft / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+        if complete["model"]["kind"] == "transformers":
+            hf.write_configuration(model, draft, tokenizer)
+    return target
+
+
+@contextmanager
+def _folder_in_one_step(target: Path) -> Iterator[Path]:
+    """A draft folder that becomes ``target`` at the end, or vanishes."""
+    draft = backup = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        draft.chmod(0o755)
+        yield draft
+        if target.exists():
+            backup = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            os.replace(target, backup / "old")
+        os.replace(draft, target)
+    except BaseException as error:
+        if backup is not None and (backup / "old").exists() and not target.exists():
+            os.replace(backup / "old", target)
+        if isinstance(error, OSError | SafetensorError):
+            raise InputError(
+                f"the output folder {target} can't be written: {error}. Nothing was left there."
+            ) from error
+        raise
+    finally:
+        for leftover in (draft, backup):
+            if leftover is not None:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of rankfold and of the libraries that its numbers depend on."""
+    found: dict[str, str] = {}
+    for name in ("rankfold", "torch", "numpy", "scipy", "safetensors", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Open a saved model.
+
+    Args:
+        folder: An artifact folder.
+        model: For a model of the user's own class, an instance of it: its factorized layers are
+            exchanged and all its weights loaded, in place. A transformers model needs none.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        InputError: Not an artifact, made by a newer version, damaged, or not of this model.
+    """
+    path = Path(folder)
+    manifest = read_manifest(path)
+    if model is None:
+        if manifest["model"]["kind"] != "transformers":
+            raise InputError(
+                f"{path} holds a {manifest['model']['class']}, a class of your own: pass an "
+                "instance, rankfold.load(folder, model=YourClass(...)) or --model file.py:function."
+            )
+        model = hf.skeleton(path)
+    tensors = _read_tensors(path / WEIGHTS_FILE)
+    return fill(model, manifest, tensors, where=str(path)).eval()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The checked content of ``rankfold.json``.
+
+    Raises:
+        InputError: Missing, not JSON, of a newer format, or with fields of the wrong type.
+    """
+    file = folder / MANIFEST_FILE
+    if not file.is_file():
+        raise InputError(f"{folder} is no rankfold artifact: it has no {MANIFEST_FILE}.")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not valid JSON: {error}") from error
+    found = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if not isinstance(found, int) or found < 1:
+        raise InputError(f"{file} has the format_version {found!r}; expected a positive integer.")
+    if found > FORMAT_VERSION:
+        raise InputError(
+            f"{file} has format_version {found}; this rankfold reads up to {FORMAT_VERSION}. "
+            "Install a newer rankfold."
+        )
+    _check_manifest(manifest, file)
+    return cast("Manifest", manifest)
+
+
+def _check_manifest(manifest: Mapping[str, Any], file: Path) -> None:
+    def expect(condition: bool, what: str) -> None:
+        if not condition:
+            raise InputError(f"{file} is damaged: expected {what}.")
+
+    model, layers = manifest.get("model"), manifest.get("layers")
+    expect(isinstance(model, dict), "an object 'model'")
+    assert isinstance(model, dict)  # for the type checker
+    expect(model.get("kind") in ("transformers", "module"), "model.kind transformers or module")
+    expect(isinstance(model.get("class"), str), "a text model.class")
+    aliases = model.get("shared_tensors")
+    expect(
+        isinstance(aliases, dict) and all(isinstance(v, str) for v in aliases.values()),
+        "an object of names model.shared_tensors",
+    )
+    expect(isinstance(layers, list), "a list 'layers'")
+    for layer in cast("list[Any]", layers):
+        expect(isinstance(layer, dict) and isinstance(layer.get("name"), str), "named layers")
+        rank = layer.get("rank")
+        if rank is not None:
+            whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+            expect(whole, f"a positive rank of {layer['name']}")
+            expect(layer.get("form") in FORMS, f"a form of {layer['name']} among {FORMS}")
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} can't be read: {error}") from error
+
+
+def fill(
+    model: nn.Module, manifest: Manifest, tensors: Mapping[str, Tensor], where: str
+) -> nn.Module:
+    """Exchange the manifest's layers in ``model`` and load all tensors, in place.
+
+    Raises:
+        InputError: A layer, a name or a shape does not match; each is named with both shapes.
+    """
+    modules: dict[str, nn.Module] = {}
+    for entry in manifest["layers"]:
+        if entry["rank"] is None:
+            continue
+        modules[entry["name"]] = _empty_low_rank(model, entry, where)
+    put_modules(model, modules)
+    load_tensors(model, tensors, manifest["model"]["shared_tensors"], where)
+    return model
+
+
+def _empty_low_rank(model: nn.Module, entry: Mapping[str, Any], where: str) -> nn.Module:
+    name, rank, form = entry["name"], entry["rank"], cast("Form", entry["form"])
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        layer = None
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        kind = "no such layer" if layer is None else f"a {type(layer).__name__}"
+        raise InputError(
+            f"{where} was made from another model: its layer {name} is {kind} in the given model; "
+            "expected a Linear or Conv2d."
+        )
+    weight = layer.weight
+    if rank > min(weight.shape[0], weight[0].numel()):
+        raise InputError(
+            f"{where} is damaged or of another model: rank {rank} of {name} is above what a weight "
+            f"of shape {tuple(weight.shape)} has."
+        )
+    left = weight.new_empty(left_rows(weight.shape[0], rank, form), rank)
+    right = weight.new_empty(rank, *weight.shape[1:])
+    order = torch.arange(weight.shape[0]) if form == "pivoted" else None
+    bias = None if layer.bias is None else layer.bias.detach()
+    if isinstance(layer, nn.Linear):
+        return LowRankLinear(left, right, bias, order)
+    return LowRankConv2d(left, right, layer, bias, order)
+
+
+def load_tensors(
+    model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], where: str
+) -> None:
+    """Load a complete set of tensors into a model, in their own dtypes.
+
+    Args:
+        model: Filled in place, when everything fits.
+        tensors: By name.
+        aliases: Names whose tensor stands under another name; they end up as one parameter.
+        where: Where the tensors come from, for messages.
+
+    Raises:
+        InputError: Names or shapes don't match, all of them named.
+    """
+    wanted = model.state_dict(keep_vars=True)
+    offered = dict(tensors)
+    for alias, name in aliases.items():
+        if name in tensors:
+            offered[alias] = tensors[name]
+    problems = [f"{name}: missing" for name in wanted if name not in offered]
+    problems += [f"{name}: not in the model" for name in offered if name not in wanted]
+    problems += [
+        f"{name}: {tuple(offered[name].shape)} in the file, {tuple(wanted[name].shape)} in the model"
+        for name in wanted
+        if name in offered and offered[name].shape != wanted[name].shape
+    ]
+    if problems:
+        listed = "\n  ".join(problems[:20])
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise InputError(f"the weights in {where} don't fit the model:\n  {listed}{more}")
+    # Tensors that the model shares, or the file stores once, are one object: filled once each.
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.data = offered[name].to(tensor.device)
+    for alias, name in aliases.items():
+        owner, leaf = _owner(model, alias)
+        source, source_leaf = _owner(model, name)
+        setattr(owner, leaf, getattr(source, source_leaf))
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    parent, _, leaf = name.rpartition(".")
+    return model.get_submodule(parent), leaf
+
+
+def load_weights(model: nn.Module, file: Path) -> nn.Module:
+    """Load a user's ``.safetensors`` file into a model of their own class.
+
+    Raises:
+        InputError: No such file, not safetensors, or names and shapes that don't match.
+    """
+    if not file.is_file():
+        raise InputError(f"no such weights file: {file}")
+    if file.suffix != ".safetensors":
+        raise InputError(
+            f"the weights file {file} is not .safetensors; rankfold reads no pickles. Convert it "
+            "with safetensors.torch.save_file(model.state_dict(), ...)."
+        )
+    _, aliases = stored_tensors(model)
+    load_tensors(model, _read_tensors(file), aliases, str(file))
+    return model
+
+

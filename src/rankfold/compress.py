@@ -1,0 +1,764 @@
+"""The two algorithms, as the stages that they run through.
+
+``lossless`` gives the best model of a given size, ``compact`` the smallest model that is no worse
+than the original. Both look at calibration data once (statistics), choose on selection data, and
+end in a certificate on held-out data.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, cast, get_args
+
+from scipy import stats
+from torch import Tensor, nn
+
+from rankfold.allocate import Choice, Curve, RankPlan, smallest_cost, total_change, total_cost
+from rankfold.artifact import METADATA, save_artifact
+from rankfold.calibrate import (
+    Curvature,
+    LayerStatistics,
+    Trace,
+    calibration_loss,
+    choose_curvature,
+    collect_statistics,
+    trace,
+)
+from rankfold.certify import Certificate, Change, certify, check_margin, paired_change
+from rankfold.data import PARTS, Data, Part, refuse_overlap, select_part, split
+from rankfold.errors import InputError
+from rankfold.factorize import low_rank_module, truncate
+from rankfold.layer_matrix import MatrixLayer, matrix_shape, weight_matrix
+from rankfold.layers import Skipped, find_layers
+from rankfold.modules import FORMS, Form, factor_parameters
+from rankfold.objectives import (
+    OBJECTIVES,
+    Objective,
+    ObjectiveName,
+    layer_curve,
+    layer_spectrum,
+    plan_for_budget,
+    plan_for_change,
+)
+from rankfold.progress import Progress, SilentProgress
+from rankfold.replace import with_replaced
+from rankfold.sizes import model_parameters, safetensors_bytes, stored_tensors
+from rankfold.spectrum import Spectrum
+from rankfold.step import Step, search_step, step_directions
+from rankfold.tasks import Evaluation, LossFunction, Task, evaluate, recognise_task
+
+Cost: TypeAlias = Literal["parameters", "flops"]
+SizeOf: TypeAlias = Literal["model", "factorizable"]
+
+DEFAULT_MARGIN = 0.01  # nats of mean loss: a perplexity 1 % higher
+DEFAULT_CONFIDENCE = 0.95
+# Chance that compact leaves the held-out test of a model as good as its selection data say.
+POWER = 0.8
+MOST_PLANS = 6  # plans that compact evaluates on selection data
+CLOSE_ENOUGH = 0.01  # share of the model's size at which compact's search stops
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the result, recorded in the artifact.
+
+    Attributes:
+        objective: What is minimised; one of ``OBJECTIVES``.
+        form: ``pivoted`` (fewest parameters) or ``pair`` (two stock layers).
+        cost: What the size counts: ``parameters`` or ``flops``.
+        curvature: ``empirical``, ``sampled``, or ``auto``: by what the calibration loss shows.
+        damping: Added to A and B, as a share of their mean eigenvalue.
+        seed: Seeds the split, the choice of examples and sampled labels.
+        limit: Calibration examples used; None for the task's default.
+        selection_limit: Selection examples used, likewise.
+        held_out_limit: Held-out examples used, likewise.
+        include: Glob patterns of layers to factorize; empty for all.
+        exclude: Glob patterns of layers to leave as they are.
+        confidence: Of the certificate's one-sided bounds.
+        batch_size: Examples a batch; None for a size that suits the examples.
+
+    Raises:
+        InputError: A value is not one of those allowed.
+    """
+
+    objective: ObjectiveName = "joint"
+    form: Form = "pivoted"
+    cost: Cost = "parameters"
+    curvature: Curvature | Literal["auto"] = "auto"
+    damping: float = 0.1
+    seed: int = 0
+    limit: int | None = None
+    selection_limit: int | None = None
+    held_out_limit: int | None = None
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    confidence: float = DEFAULT_CONFIDENCE
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their ranges, by name."""
+        _check_choice("objective", self.objective, tuple(OBJECTIVES))
+        _check_choice("form", self.form, FORMS)
+        _check_choice("cost", self.cost, get_args(Cost))
+        _check_choice("curvature", self.curvature, ("auto", "empirical", "sampled"))
+        if not (math.isfinite(self.damping) and self.damping >= 0):
+            raise InputError(f"damping is {self.damping}; expected a finite number, 0 or more.")
+        if not 0.5 < self.confidence < 1:
+            raise InputError(f"confidence is {self.confidence}; expected between 0.5 and 1.")
+        for name in ("limit", "selection_limit", "held_out_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 4:
+                raise InputError(f"{name} is {value}; expected at least 4 examples.")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise InputError(f"batch_size is {self.batch_size}; expected 1 or more.")
+
+
+def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name} is {value!r}; expected one of {', '.join(allowed)}.")
+
+
+# Examples used by default: calibration, selection, held-out. A sequence has hundreds of terms.
+DEFAULT_LIMITS = {"causal-lm": (64, 32, 128)}
+OTHER_LIMITS = (2048, 2048, 10000)
+
+
+def lossless(
+    model: nn.Module,
+    data: object,
+    *,
+    size: float,
+    size_of: SizeOf = "model",
+    margin: float = DEFAULT_MARGIN,
+    loss: LossFunction | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Result:
+    """The best model of a given size, with the verdict of held-out data on it.
+
+    Args:
+        model: Any ``nn.Module``; it comes back unchanged.
+        data: A data set or data loader, split for you, or ``rankfold.Data``.
+        size: Share that is kept, in (0, 1], of the parameters (or FLOPs) of the whole model.
+        size_of: ``factorizable`` makes it the share of the layers that can be factorized.
+        margin: Change of the mean loss, in nats, up to which the verdict is ``lossless``.
+        loss: ``loss(model, batch)`` giving one loss per example, where it isn't recognised.
+        progress: For example ``rankfold.TerminalProgress()``.
+        **settings: Fields of ``Settings``.
+
+    Raises:
+        InputError: Names the input, what was expected, and what to do.
+    """
+    check_size(size)
+    check_margin(margin)
+    prepared = prepare(model, data, loss=loss, progress=progress, **settings)
+    return prepared.lossless(size, size_of=size_of, margin=margin)
+
+
+def compact(
+    model: nn.Module,
+    data: object,
+    *,
+    margin: float = DEFAULT_MARGIN,
+    loss: LossFunction | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Result:
+    """The smallest model whose mean loss is no worse than the original's by more than a margin.
+
+    When no smaller model is shown to be within the margin, the result holds the best one seen and
+    ``result.certificate.holds`` is False.
+
+    Args:
+        model: Any ``nn.Module``; it comes back unchanged.
+        data: A data set or data loader, split for you, or ``rankfold.Data``.
+        margin: Largest change of the mean loss, in nats, that counts as no harm.
+        loss: ``loss(model, batch)`` giving one loss per example, where it isn't recognised.
+        progress: For example ``rankfold.TerminalProgress()``.
+        **settings: Fields of ``Settings``.
+
+    Raises:
+        InputError: Names the input, what was expected, and what to do.
+    """
+    check_margin(margin)
+    return prepare(model, data, loss=loss, progress=progress, **settings).compact(margin=margin)
+
+
+def prepare(
+    model: nn.Module,
+    data: object,
+    *,
+    loss: LossFunction | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Preparation:
+    """Everything that does not depend on the size: statistics, step, spectra.
+
+    Use it to try several sizes, or both algorithms, with one pass over the calibration data.
+
+    Raises:
+        InputError: Names the input, what was expected, and what to do.
+    """
+    chosen = Settings(**settings)
+    collected = collect(model, data, chosen, loss=loss, progress=progress)
+    return analyse(collected, chosen, progress=progress, release=True)
+
+
+@dataclass
+class Collected:
+    """A model, its data, and what one pass over the calibration examples showed.
+
+    Attributes:
+        model: The user's model.
+        task: Gives the loss.
+        parts: The examples used of each part.
+        layers: Layers to factorize.
+        skipped: Layers that stay as they are.
+        seen: Calls and FLOPs of one example.
+        statistics: By layer; empty for objectives that need none.
+        curvature: Where B came from, or None.
+        calibration_loss: Mean loss of some calibration examples, or None.
+    """
+
+    model: nn.Module
+    task: Task
+    parts: dict[str, Part]
+    layers: dict[str, MatrixLayer]
+    skipped: list[Skipped]
+    seen: Trace
+    statistics: dict[str, LayerStatistics]
+    curvature: Curvature | None
+    calibration_loss: float | None
+
+    def leave_dense(self, reason: str, names: Iterable[str]) -> None:
+        """Move layers to the skipped ones."""
+        for name in list(names):
+            layer = self.layers.pop(name)
+            self.statistics.pop(name, None)
+            count = sum(parameter.numel() for parameter in layer.parameters())
+            self.skipped.append(Skipped(name, type(layer).__name__, count, reason))
+
+
+def collect(
+    model: nn.Module,
+    data: object,
+    settings: Settings,
+    *,
+    loss: LossFunction | None = None,
+    progress: Progress | None = None,
+) -> Collected:
+    """Find the layers, choose the examples, and pass over the calibration part once.
+
+    Raises:
+        InputError: Names the input, what was expected, and what to do.
+    """
+    layers, skipped = find_layers(model, settings.include, settings.exclude)
+    data = data if isinstance(data, Data) else split(data, settings.seed)
+    task = recognise_task(select_part(data, "calibration", 1, settings.seed), loss)
+    parts = _choose_parts(data, task, settings)
+    calibration = parts["calibration"]
+    seen = trace(model, task, calibration)
+    collected = Collected(model, task, parts, layers, skipped, seen, {}, None, None)
+    collected.leave_dense("not called in a forward pass", [n for n in layers if n not in seen.rows])
+    objective = OBJECTIVES[settings.objective]
+    if objective.needs_data:
+        collected.calibration_loss, classes = calibration_loss(model, task, calibration)
+        if objective.needs_backward:
+            automatic = settings.curvature == "auto"
+            collected.curvature = (
+                choose_curvature(collected.calibration_loss, classes)
+                if automatic
+                else cast("Curvature", settings.curvature)
+            )
+        collected.statistics = collect_statistics(
+            model,
+            task,
+            calibration,
+            collected.layers,
+            curvature=collected.curvature,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            progress=progress,
+        )
+        silent = [name for name, stats in collected.statistics.items() if stats.is_silent]
+        collected.leave_dense("the calibration data gave it no input or no gradient", silent)
+    if not collected.layers:
+        raise InputError(
+            f"none of the {len(collected.skipped)} weighted layers of {type(model).__name__} can "
+            "be factorized: no forward pass calls them, or the calibration data does not reach "
+            "them. Check the data, and the model's forward."
+        )
+    return collected
+
+
+def _choose_parts(data: Data, task: Task, settings: Settings) -> dict[str, Part]:
+    defaults = DEFAULT_LIMITS.get(task.name, OTHER_LIMITS)
+    asked = (settings.limit, settings.selection_limit, settings.held_out_limit)
+    parts = {
+        name: select_part(data, name, limit or default, settings.seed)
+        for name, limit, default in zip(PARTS, asked, defaults, strict=True)
+    }
+    refuse_overlap(list(parts.values()))
+    return parts
+
+
+def analyse(
+    collected: Collected,
+    settings: Settings,
+    *,
+    progress: Progress | None = None,
+    release: bool = False,
+) -> Preparation:
+    """Original loss on selection data, the gradient step, and the spectra of all layers.
+
+    Args:
+        collected: From ``collect``, with statistics that suffice for the objective.
+        settings: The objective, its form and its damping may differ from the collection's.
+        progress: Shows the stages.
+        release: Drop each layer's statistics once used, to save memory.
+    """
+    progress = progress or SilentProgress()
+    objective = OBJECTIVES[settings.objective]
+    model, task, layers = collected.model, collected.task, collected.layers
+    selection = evaluate(
+        model,
+        task,
+        collected.parts["selection"],
+        batch_size=settings.batch_size,
+        progress=progress,
+        stage="original on selection data",
+    )
+    step = None
+    if objective.step:
+        directions = step_directions(layers, collected.statistics, settings.damping, progress)
+        scratch = copy.deepcopy(model)
+        step = search_step(
+            scratch,
+            task,
+            collected.parts["selection"],
+            selection,
+            layers,
+            directions,
+            batch_size=settings.batch_size,
+            progress=progress,
+        )
+        del scratch
+    spectra: dict[str, Spectrum] = {}
+    curves: dict[str, Curve] = {}
+    for name, layer in progress.track(layers.items(), "spectra", len(layers)):
+        statistics = collected.statistics.get(name)
+        weight = step.moved(name, layer) if step else weight_matrix(layer)
+        spectra[name] = layer_spectrum(objective, weight, statistics, settings.damping)
+        gradient = None
+        if objective.allocation == "first-order" and statistics is not None:
+            gradient = statistics.gradient
+        per_parameter = 1 if settings.cost == "parameters" else 2 * collected.seen.rows[name]
+        curves[name] = layer_curve(
+            objective, layer, spectra[name], gradient, settings.form, per_parameter
+        )
+        if release:
+            collected.statistics.pop(name, None)
+    return Preparation(collected, settings, selection, step, spectra, curves, progress)
+
+
+@dataclass
+class Preparation:
+    """A model that is ready to be factorized at any size.
+
+    Attributes:
+        collected: Model, data, statistics.
+        settings: The settings.
+        selection: Losses of the original model on the selection examples.
+        step: The gradient step, for the joint objective.
+        spectra: By layer.
+        curves: By layer, in the unit of ``settings.cost``.
+        progress: Shows the stages.
+    """
+
+    collected: Collected
+    settings: Settings
+    selection: Evaluation
+    step: Step | None
+    spectra: dict[str, Spectrum]
+    curves: dict[str, Curve]
+    progress: Progress
+    _held_out: dict[str, Evaluation] = field(default_factory=dict)
+
+    @property
+    def objective(self) -> Objective:
+        """The objective of the settings."""
+        return OBJECTIVES[self.settings.objective]
+
+    @property
+    def gain(self) -> float:
+        """Measured change on selection data of the dense model moved by the step."""
+        return self.step.gain if self.step else 0.0
+
+    @property
+    def total(self) -> int:
+        """Cost of the whole original model: parameters, or FLOPs of one example."""
+        if self.settings.cost == "parameters":
+            return model_parameters(self.collected.model)
+        return sum(self.collected.seen.flops.values())
+
+    @property
+    def factorizable(self) -> int:
+        """Cost of the layers that can be factorized."""
+        return sum(curve.dense_cost for curve in self.curves.values())
+
+    def lossless(
+        self, size: float, *, size_of: SizeOf = "model", margin: float = DEFAULT_MARGIN
+    ) -> Result:
+        """The best model of a size; see ``rankfold.lossless``."""
+        check_size(size)
+        check_margin(margin)
+        candidate = self.measure(self.plan(self._budget(size, size_of)))
+        target = {"size": size, "size_of": size_of}
+        return self._result("lossless", candidate, margin, target, [candidate])
+
+    def compact(self, *, margin: float = DEFAULT_MARGIN) -> Result:
+        """The smallest model within a margin; see ``rankfold.compact``."""
+        check_margin(margin)
+        tried = self._search(margin)
+        passing = [c for c in tried if self._promising(c.change) <= margin]
+        if passing:
+            best = min(passing, key=lambda c: total_cost(c.plan))
+        else:
+            best = min(tried, key=lambda c: self._promising(c.change))
+        return self._result("compact", best, margin, {}, tried)
+
+    def plan(self, budget: float, smallest: bool = False) -> RankPlan:
+        """Ranks for a total cost of the factorizable layers.
+
+        Raises:
+            InputError: No plan is that small.
+        """
+        try:
+            return plan_for_budget(self.objective, self.curves, budget, smallest)
+        except ValueError as error:
+            rest = self.total - self.factorizable
+            least = (rest + smallest_cost(self.curves)) / self.total
+            raise InputError(
+                f"the size is too small: even at rank 1 everywhere {least:.4f} of the model's "
+                f"{self.settings.cost} is kept, of which {rest / self.total:.4f} lies outside the "
+                "layers that can be factorized. Ask for a larger size."
+            ) from error
+
+    def build(self, plan: RankPlan) -> nn.Module:
+        """A copy of the model with this plan's layers, the dense ones moved by the step."""
+        modules: dict[str, nn.Module] = {}
+        weights: dict[str, Tensor] = {}
+        for name, choice in plan.items():
+            layer = self.collected.layers[name]
+            if choice.rank is not None:
+                factors = truncate(self.spectra[name], choice.rank, self.settings.form)
+                modules[name] = low_rank_module(layer, factors)
+            elif self.step and self.step.eta:
+                weights[name] = self.step.moved(name, layer)
+        return with_replaced(self.collected.model, modules, weights)
+
+    def control(self) -> nn.Module | None:
+        """The dense model moved by the same step, None where there is no step."""
+        if not (self.step and self.step.eta):
+            return None
+        moved = {n: self.step.moved(n, layer) for n, layer in self.collected.layers.items()}
+        return with_replaced(self.collected.model, {}, moved)
+
+    def predicted(self, plan: RankPlan) -> float | None:
+        """Predicted change of the loss: the step's measured gain and the truncation's cost."""
+        return self.gain + total_change(plan) if self.objective.predicts_loss else None
+
+    def measure(self, plan: RankPlan) -> Candidate:
+        """Build a plan's model and measure its change on selection data."""
+        model = self.build(plan)
+        share = (self.total - self.factorizable + total_cost(plan)) / self.total
+        evaluation = evaluate(
+            model,
+            self.collected.task,
+            self.collected.parts["selection"],
+            batch_size=self.settings.batch_size,
+            progress=self.progress,
+            stage=f"size {share:.3f} on selection data",
+            finite=False,
+        )
+        change = paired_change(self.selection, evaluation)
+        return Candidate(plan, model, share, self.predicted(plan), change)
+
+    def _budget(self, size: float, size_of: SizeOf) -> float:
+        _check_choice("size_of", size_of, get_args(SizeOf))
+        if size_of == "factorizable":
+            return size * self.factorizable
+        return size * self.total - (self.total - self.factorizable)
+
+    def _promising(self, change: Change) -> float:
+        """The held-out upper bound that a model of this measured change would get.
+
+        One-sided bound at the certificate's confidence for the held-out part's number of
+        examples, and room for the selection examples' own luck so that the certificate holds with
+        a chance of ``POWER``. Infinite for a model whose loss is not finite.
+        """
+        if not math.isfinite(change.mean):
+            return math.inf
+        held_out = len(self.collected.parts["held_out"].examples)
+        deviation = change.standard_error * math.sqrt(change.examples)
+        bound = float(stats.t.ppf(self.settings.confidence, held_out - 1)) / math.sqrt(held_out)
+        luck = float(stats.norm.ppf(POWER)) * math.sqrt(1 / held_out + 1 / change.examples)
+        return change.mean + deviation * (bound + luck)
+
+    def _search(self, margin: float) -> list[Candidate]:
+        """Try plans on selection data, between the smallest that passes and the largest that fails.
+
+        Each trial corrects the prediction by the ratio of actual to predicted change; where
+        nothing is predicted the bracket is halved.
+        """
+        rest = self.total - self.factorizable
+        fails = rest + smallest_cost(self.curves) - 1.0
+        passes = float(self.total)
+        target = rest + self._cost_for(margin - self.gain, default=0.9 * self.factorizable)
+        tried: list[Candidate] = []
+        while len(tried) < MOST_PLANS and passes - fails > CLOSE_ENOUGH * self.total:
+            edge = 0.1 * (passes - fails)
+            if math.isnan(target):
+                target = (fails + passes) / 2
+            target = min(max(target, fails + edge), passes - edge)
+            plan = self.plan(target - rest, smallest=True)
+            candidate = self.measure(plan)
+            if tried and candidate.plan == tried[-1].plan:
+                break
+            tried.append(replace(candidate, model=None))
+            reached = self._promising(candidate.change)
+            spent = rest + total_cost(plan)
+            if reached <= margin:
+                passes = min(passes, spent)
+            else:
+                fails = max(fails, target)
+            excess, predicted = reached - self.gain, total_change(plan)
+            target = math.nan
+            if excess > 0 and predicted > 0 and math.isfinite(excess):
+                tolerance = (margin - self.gain) * predicted / excess
+                target = rest + self._cost_for(tolerance, default=math.nan)
+        return tried
+
+    def _cost_for(self, tolerance: float, default: float) -> float:
+        plan = plan_for_change(self.objective, self.curves, tolerance)
+        return default if plan is None else float(total_cost(plan))
+
+    def held_out(self, model: nn.Module, stage: str) -> Evaluation:
+        """Losses of a model on the held-out examples."""
+        return evaluate(
+            model,
+            self.collected.task,
+            self.collected.parts["held_out"],
+            batch_size=self.settings.batch_size,
+            progress=self.progress,
+            stage=stage,
+        )
+
+    def _result(
+        self,
+        algorithm: str,
+        chosen: Candidate,
+        margin: float,
+        target: dict[str, Any],
+        tried: list[Candidate],
+    ) -> Result:
+        """Open the held-out part for the chosen model, the original and the control."""
+        model = chosen.model if chosen.model is not None else self.build(chosen.plan)
+        if "original" not in self._held_out:
+            self._held_out["original"] = self.held_out(
+                self.collected.model, "original on held-out data"
+            )
+            moved = self.control()
+            if moved is not None:
+                self._held_out["control"] = self.held_out(moved, "control on held-out data")
+                del moved
+        original = self._held_out["original"]
+        factorized = self.held_out(model, "factorized on held-out data")
+        certificate = certify(
+            original,
+            factorized,
+            margin=margin,
+            confidence=self.settings.confidence,
+            unit=self.collected.task.unit,
+            data_digest=self.collected.parts["held_out"].digest,
+        )
+        return Result(
+            model=model,
+            certificate=certificate,
+            report=self._report(algorithm, chosen, model, certificate, target, tried, factorized),
+        )
+
+    def _report(
+        self,
+        algorithm: str,
+        chosen: Candidate,
+        model: nn.Module,
+        certificate: Certificate,
+        target: dict[str, Any],
+        tried: list[Candidate],
+        factorized: Evaluation,
+    ) -> dict[str, Any]:
+        before = _sizes(self.collected.model)
+        after = _sizes(model)
+        layers = [self._layer_report(name, choice) for name, choice in chosen.plan.items()]
+        before["factorizable_parameters"] = sum(entry["parameters"] for entry in layers)
+        after["factorizable_parameters"] = sum(entry["factorized_parameters"] for entry in layers)
+        before["flops"] = sum(self.collected.seen.flops.values())
+        saved = sum(entry["flops"] - entry["factorized_flops"] for entry in layers)
+        after["flops"] = before["flops"] - saved
+        original, control = self._held_out["original"], self._held_out.get("control")
+        collected, settings = self.collected, asdict(self.settings)
+        return {
+            "algorithm": algorithm,
+            "target": {**target, "margin": certificate.margin},
+            "task": collected.task.name,
+            "settings": {**settings, "include": [*settings["include"]], "exclude": [*settings["exclude"]]},
+            "original": before,
+            "factorized": after,
+            "ratio": after["parameters"] / before["parameters"],
+            "loss": {
+                "unit": certificate.unit,
+                "original": original.mean,
+                "factorized": factorized.mean,
+                "change": certificate.change,
+                "standard_error": certificate.standard_error,
+                "predicted_change": chosen.predicted,
+                "control": None if control is None else control.mean,
+                "control_change": None if control is None else control.mean - original.mean,
+            },
+            "accuracy": {"original": original.accuracy, "factorized": factorized.accuracy},
+            "certificate": certificate.as_dict(),
+            "curvature": collected.curvature,
+            "calibration_loss": collected.calibration_loss,
+            "step": self._step_report(),
+            "selection": [
+                {
+                    "ratio": c.ratio,
+                    "predicted_change": c.predicted,
+                    "change": _finite(c.change.mean),
+                    "standard_error": _finite(c.change.standard_error),
+                }
+                for c in tried
+            ],
+            "data": {
+                name: {"examples": len(part.examples), "digest": part.digest}
+                for name, part in collected.parts.items()
+            },
+            "layers": layers,
+            "not_factorized": [asdict(entry) for entry in collected.skipped],
+        }
+
+    def _layer_report(self, name: str, choice: Choice) -> dict[str, Any]:
+        layer = self.collected.layers[name]
+        out, in_ = matrix_shape(layer)
+        dense = out * in_
+        form = self.settings.form
+        kept = dense if choice.rank is None else factor_parameters(out, in_, choice.rank, form)
+        rows = self.collected.seen.rows[name]
+        return {
+            "name": name,
+            "kind": type(layer).__name__,
+            "shape": list(layer.weight.shape),
+            "rank": choice.rank,
+            "full_rank": min(out, in_),
+            "form": None if choice.rank is None else form,
+            "reason_dense": None if choice.rank is not None else "the plan leaves it dense",
+            "parameters": dense,
+            "factorized_parameters": kept,
+            "flops": 2 * rows * dense,
+            "factorized_flops": 2 * rows * kept,
+            "predicted_change": choice.change if self.objective.predicts_loss else None,
+        }
+
+    def _step_report(self) -> dict[str, Any] | None:
+        if self.step is None:
+            return None
+        return {
+            "eta": self.step.eta,
+            "gain": self.step.gain,
+            "signal": self.step.directions.signal,
+            "noise": self.step.directions.noise,
+            "trials": [
+                {"eta": eta, "change": _finite(change)} for eta, change in self.step.trials
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan and what selection data say of it.
+
+    Attributes:
+        plan: The ranks.
+        model: The model, or None once dropped.
+        ratio: Share kept of the whole model, in the unit of the cost.
+        predicted: Predicted change of the loss, or None.
+        change: Measured change on selection data.
+    """
+
+    plan: RankPlan
+    model: nn.Module | None
+    ratio: float
+    predicted: float | None
+    change: Change
+
+
+@dataclass(frozen=True)
+class Result:
+    """A factorized model and what is known of it.
+
+    Attributes:
+        model: The factorized copy; the original is untouched.
+        certificate: Verdict, upper bound, margin, confidence, number of examples.
+        report: Everything else, as in ``rankfold.json``: sizes, losses, layers, settings.
+    """
+
+    model: nn.Module
+    certificate: Certificate
+    report: dict[str, Any]
+
+    @property
+    def ratio(self) -> float:
+        """Parameters kept / original, of the whole model."""
+        return float(self.report["ratio"])
+
+    def save(self, folder: str | Path, *, tokenizer: Any = None, overwrite: bool = False) -> Path:
+        """Write the artifact; ``rankfold.load(folder)`` opens it.
+
+        Args:
+            folder: New or empty, or an artifact with ``overwrite``.
+            tokenizer: Saved beside a transformers model.
+            overwrite: Replace an artifact that stands there.
+
+        Raises:
+            InputError: The folder can't be written.
+        """
+        return save_artifact(
+            folder, self.model, self.report, tokenizer=tokenizer, overwrite=overwrite
+        )
+
+
+def check_size(size: float) -> None:
+    """Refuse a size outside (0, 1].
+
+    Raises:
+        InputError: As said.
+    """
+    if not 0 < size <= 1:
+        raise InputError(
+            f"the size is {size}; expected the share that is kept, above 0 and at most 1 "
+            "(0.9 keeps 90 % of the parameters)."
+        )
+
+
+def _sizes(model: nn.Module) -> dict[str, int]:
+    tensors, _ = stored_tensors(model)
+    return {"parameters": model_parameters(model), "bytes": safetensors_bytes(tensors, METADATA)}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,144 @@
+"""Folders of Hugging Face transformers: open a model, rebuild one, write what it needs.
+
+Only configuration and safetensors are read; ``trust_remote_code`` is always off.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from rankfold.errors import InputError, require
+
+# In config.json it makes a plain from_pretrained refuse the folder, where it would otherwise
+# give the factorized layers random weights and say so only in a warning.
+QUANTIZATION_MARK = {"quant_method": "rankfold"}
+
+
+def is_transformers_model(model: nn.Module) -> bool:
+    """Whether the model is a ``PreTrainedModel``, without importing transformers."""
+    return any(
+        base.__module__.startswith("transformers.") and base.__name__ == "PreTrainedModel"
+        for base in type(model).__mro__
+    )
+
+
+def load_folder(folder: Path) -> nn.Module:
+    """The model of a transformers folder, in the dtype it is stored in, on the CPU.
+
+    Raises:
+        InputError: No such folder, no configuration, no safetensors, or a rankfold artifact.
+    """
+    config = _config(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(
+            f"the model in {folder} is quantized ({config.quantization_config}); expected a model "
+            "in float32, bfloat16 or float16. Factorize the original, quantize afterwards."
+        )
+    if not list(folder.glob("*.safetensors")):
+        raise InputError(
+            f"{folder} holds no .safetensors file; rankfold reads no pickles (.bin). "
+            "Save the model again with safe_serialization=True."
+        )
+    model_class = _model_class(config, folder)
+    try:
+        model = model_class.from_pretrained(
+            str(folder),
+            dtype="auto",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"transformers can't open {folder}: {error}") from error
+    return cast("nn.Module", model.eval())
+
+
+def load_gguf(file: Path) -> tuple[nn.Module, Any]:
+    """The model (dequantized to float32) and tokenizer of a GGUF file.
+
+    Raises:
+        InputError: No such file, or transformers can't read it.
+    """
+    transformers = require("transformers", "transformers")
+    require("gguf", "transformers")
+    if not file.is_file():
+        raise InputError(f"no such GGUF file: {file}")
+    arguments: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), **arguments)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(file.parent), dtype=torch.float32, **arguments
+    )
+    # The weights are plain float32 now: without this, saving would claim they are GGUF.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a transformers folder.
+
+    Raises:
+        InputError: The folder has none.
+    """
+    transformers = require("transformers", "transformers")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(
+            f"the tokenizer of {folder} can't be opened: {error}. Text data needs it."
+        ) from error
+
+
+def skeleton(folder: Path) -> nn.Module:
+    """A model of the folder's configuration with weights that are still to be loaded."""
+    config = _config(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model_class = _model_class(config, folder)
+    return cast("nn.Module", model_class(config).eval())
+
+
+def write_configuration(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
+    """Write config.json, the generation configuration and the tokenizer's files."""
+    hf = cast("Any", model)
+    config = hf.config.__class__.from_dict(hf.config.to_dict())
+    config.architectures = [type(model).__name__]
+    config.quantization_config = QUANTIZATION_MARK
+    config.save_pretrained(folder)
+    if getattr(hf, "generation_config", None) is not None and hf.can_generate():
+        hf.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _config(folder: Path) -> Any:
+    transformers = require("transformers", "transformers")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is no transformers folder: it has no config.json.")
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"the configuration in {folder} can't be read: {error}") from error
+
+
+def _model_class(config: Any, folder: Path) -> Any:
+    """A class that transformers itself exports; nothing from the folder is executed."""
+    transformers = require("transformers", "transformers")
+    names = config.architectures or []
+    found = getattr(transformers, names[0], None) if names else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise InputError(
+            f"the config.json in {folder} names the architecture {names or 'nothing'}; expected a "
+            "model class of the installed transformers library (rankfold runs no model code from "
+            "a folder)."
+        )
+    return found
