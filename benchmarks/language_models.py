@@ -39,7 +39,7 @@ def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     # The weights are plain now; what says that they are quantized would break save_pretrained.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]
     return cast(PreTrainedModel, model.eval()), cast(PreTrainedTokenizerBase, tokenizer)
 
 

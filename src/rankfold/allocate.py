@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 RankPlan: TypeAlias = dict[str, "Choice"]
@@ -199,9 +198,7 @@ def uniform_within_cost(curves: Mapping[str, Curve], budget: float) -> RankPlan:
     return at(low)
 
 
-def first_order_within_cost(
-    curves: Mapping[str, Curve], budget: float, smallest: bool
-) -> RankPlan:
+def first_order_within_cost(curves: Mapping[str, Curve], budget: float, smallest: bool) -> RankPlan:
     """The published first-order rule at the smallest error bound eps that fits the budget.
 
     Among the ranks with ``|W_k - W|_F <= eps |W|_F`` that save parameters, each layer greedily

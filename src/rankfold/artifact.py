@@ -8,7 +8,6 @@ tokenizer stand beside them. Writing is atomic; reading executes no code and ope
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -112,11 +111,11 @@ def _folder_in_one_step(target: Path) -> Iterator[Path]:
         yield draft
         if target.exists():
             backup = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.replace(target, backup / "old")
-        os.replace(draft, target)
+            target.replace(backup / "old")
+        draft.replace(target)
     except BaseException as error:
         if backup is not None and (backup / "old").exists() and not target.exists():
-            os.replace(backup / "old", target)
+            (backup / "old").replace(target)
         if isinstance(error, OSError | SafetensorError):
             raise InputError(
                 f"the output folder {target} can't be written: {error}. Nothing was left there."
@@ -291,7 +290,8 @@ def load_tensors(
     problems = [f"{name}: missing" for name in wanted if name not in offered]
     problems += [f"{name}: not in the model" for name in offered if name not in wanted]
     problems += [
-        f"{name}: {tuple(offered[name].shape)} in the file, {tuple(wanted[name].shape)} in the model"
+        f"{name}: {tuple(offered[name].shape)} in the file, "
+        f"{tuple(wanted[name].shape)} in the model"
         for name in wanted
         if name in offered and offered[name].shape != wanted[name].shape
     ]
@@ -330,5 +330,3 @@ def load_weights(model: nn.Module, file: Path) -> nn.Module:
     _, aliases = stored_tensors(model)
     load_tensors(model, _read_tensors(file), aliases, str(file))
     return model
-
-

@@ -154,4 +154,3 @@ def _verdict(upper: float, lower: float, margin: float) -> Verdict:
     if upper <= margin:
         return "lossless"
     return "worse" if lower > margin else "not shown"
-

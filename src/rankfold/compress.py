@@ -616,7 +616,11 @@ class Preparation:
             "algorithm": algorithm,
             "target": {**target, "margin": certificate.margin},
             "task": collected.task.name,
-            "settings": {**settings, "include": [*settings["include"]], "exclude": [*settings["exclude"]]},
+            "settings": {
+                **settings,
+                "include": [*settings["include"]],
+                "exclude": [*settings["exclude"]],
+            },
             "original": before,
             "factorized": after,
             "ratio": after["parameters"] / before["parameters"],
@@ -682,9 +686,7 @@ class Preparation:
             "gain": self.step.gain,
             "signal": self.step.directions.signal,
             "noise": self.step.directions.noise,
-            "trials": [
-                {"eta": eta, "change": _finite(change)} for eta, change in self.step.trials
-            ],
+            "trials": [{"eta": eta, "change": _finite(change)} for eta, change in self.step.trials],
         }
 
 

@@ -102,9 +102,8 @@ def as_examples(data: object) -> tuple[Examples, Collate | None]:
         InputError: ``data`` is none of them.
     """
     if isinstance(data, DataLoader):
-        loader = cast("DataLoader[Any]", data)
-        collate = None if loader.collate_fn is default_collate else loader.collate_fn
-        return as_examples(loader.dataset)[0], collate
+        collate = None if data.collate_fn is default_collate else data.collate_fn
+        return as_examples(data.dataset)[0], collate
     if isinstance(data, IterableDataset):
         return list(data), None
     if isinstance(data, Tensor):
@@ -160,7 +159,8 @@ def split(data: object, seed: int, block: int = 1, collate: Collate | None = Non
             f"the data has {len(unique)} different examples in {len(blocks)} blocks: too few for "
             f"calibration, selection and held-out parts of {FEWEST} or more each. Give more data."
         )
-    return Data(*(_Subset(examples, part) for part in parts), collate=collate or own_collate)
+    first_part, second_part, third_part = (_Subset(examples, part) for part in parts)
+    return Data(first_part, second_part, third_part, collate=collate or own_collate)
 
 
 class _Subset(Sequence[Example]):

@@ -1,7 +1,33 @@
-"""Errors."""
+"""The one error for input that rankfold can't work with, and optional imports."""
+
+from __future__ import annotations
+
 import importlib
 from types import ModuleType
+
+
 class InputError(ValueError):
-    """x"""
+    """Something that the user gave can't be used.
+
+    The message names the input, says what was expected, and what to do.
+    """
+
+
 def require(module: str, extra: str) -> ModuleType:
-    return importlib.import_module(module)
+    """Import an optional dependency.
+
+    Args:
+        module: Its import name.
+        extra: The extra of rankfold that installs it.
+
+    Raises:
+        InputError: It isn't installed; the message says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
+            raise
+        raise InputError(
+            f"this needs {module}, which isn't installed: pip install 'rankfold[{extra}]'"
+        ) from error

@@ -75,11 +75,13 @@ def pivoted(left: Tensor, right: Tensor) -> Factors:
 
 def _solve_right(values: Tensor, basis: Tensor) -> Tensor:
     """X with ``X @ basis == values``; least squares of minimum norm where basis is singular."""
+    solution: Tensor
     solution, info = torch.linalg.solve_ex(basis.T, values.T)
     # Pivoting keeps coefficients near 1; large ones are the sign of a rank below k.
     if int(info) == 0 and bool((solution.abs() < 1e4).all()):
         return solution.T
-    return (torch.linalg.pinv(basis.T, rtol=1e-10) @ values.T).T
+    inverse: Tensor = torch.linalg.pinv(basis.T, rtol=1e-10)
+    return (inverse @ values.T).T
 
 
 def low_rank_module(layer: MatrixLayer, factors: Factors) -> LowRankLinear | LowRankConv2d:

@@ -62,7 +62,7 @@ def find_layers(
             continue
         reason = _reason(name, module, owners, include, exclude)
         if reason is None:
-            layers[name] = module  # type: ignore[assignment]
+            layers[name] = module
         else:
             count = sum(parameter.numel() for parameter in own)
             skipped.append(Skipped(name, type(module).__name__, count, reason))

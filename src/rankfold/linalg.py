@@ -66,7 +66,8 @@ def inverse_factor(gram: Tensor) -> Tensor:
     pivots = factor.diagonal()
     if int(info) == 0 and float(pivots.min()) ** 2 > RELATIVE_CUTOFF * float(pivots.max()) ** 2:
         identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        return torch.linalg.solve_triangular(factor, identity, upper=False).T
+        inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
+        return inverse.T
     return symmetric_roots(gram)[1]
 
 

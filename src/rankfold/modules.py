@@ -153,9 +153,7 @@ class LowRankConv2d(_LowRank):
         if self.padding_mode != "zeros":
             images = functional.pad(images, self._margins, mode=self.padding_mode)
             padding = (0, 0)
-        hidden = functional.conv2d(
-            images, self.right, None, self.stride, padding, self.dilation
-        )
+        hidden = functional.conv2d(images, self.right, None, self.stride, padding, self.dilation)
         mix = self.left[:, :, None, None]
         if self.order is None:
             return functional.conv2d(hidden, mix, self.bias)

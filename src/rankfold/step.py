@@ -123,7 +123,9 @@ def search_step(
     bounds: dict[float, float] = {}
 
     def measure(eta: float) -> float:
-        moved = {name: moved_weight(layer, found.by_layer[name], eta) for name, layer in layers.items()}
+        moved = {
+            name: moved_weight(layer, found.by_layer[name], eta) for name, layer in layers.items()
+        }
         before = swap_weights(model, moved)
         try:
             stage = f"step {eta:.1e} on selection data"

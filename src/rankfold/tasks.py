@@ -112,7 +112,7 @@ class UserLoss:
 
     def batch_loss(self, model: nn.Module, batch: Batch) -> BatchLoss:
         """One loss per example, each one term."""
-        losses = self.function(model, batch)
+        losses: object = self.function(model, batch)  # a user's function returns what it likes
         if not torch.is_tensor(losses) or losses.dim() != 1:
             shape = tuple(losses.shape) if torch.is_tensor(losses) else type(losses).__name__
             raise InputError(

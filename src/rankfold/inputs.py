@@ -1,0 +1,216 @@
+"""What MODEL and DATA on the command line mean: paths and specs to a module and examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from rankfold.artifact import MANIFEST_FILE, load, load_weights
+from rankfold.data import FEWEST, SHARES, Data, Examples, as_examples, split
+from rankfold.errors import InputError
+from rankfold.integrations import transformers as hf
+from rankfold.sources import (
+    is_spec,
+    load_object,
+    read_image_folder,
+    read_npz,
+    read_text,
+    source_kind,
+    token_windows,
+)
+
+# A text is split in blocks of consecutive windows, about this many in all, so that few windows
+# have a neighbour in another part.
+TEXT_BLOCKS = 40
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model and what came with it.
+
+    Attributes:
+        model: In eval mode.
+        tokenizer: Of a transformers folder that has one, else None.
+        folder: The transformers folder, for messages, or None.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    folder: Path | None
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How to read DATA.
+
+    Attributes:
+        mean: Per channel, for images and arrays, or None.
+        std: Likewise.
+        image_size: Side that images of a folder are resized and cropped to, or None.
+        length: Tokens a window of text, or None for 512 or what the model takes.
+        seed: Seeds the split.
+    """
+
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    image_size: int | None = None
+    length: int | None = None
+    seed: int = 0
+
+
+def open_model(spec: str, weights: Path | None = None) -> OpenedModel:
+    """MODEL: a transformers folder, a ``.gguf`` file, or ``file.py:function`` of the user's own.
+
+    Raises:
+        InputError: Names what is wrong with it.
+    """
+    if is_spec(spec):
+        return OpenedModel(_own_model(spec, weights), None, None)
+    path = Path(spec)
+    if weights is not None:
+        raise InputError(
+            f"--weights goes with a model given as file.py:function; {spec} holds its own weights."
+        )
+    if path.suffix == ".gguf":
+        model, tokenizer = hf.load_gguf(path)
+        return OpenedModel(model, tokenizer, None)
+    if path.is_dir():
+        if (path / MANIFEST_FILE).is_file():
+            raise InputError(
+                f"{path} is a model that rankfold has factorized already; give the original."
+            )
+        model = hf.load_folder(path)
+        has_tokenizer = any(path.glob("tokenizer*")) or any(path.glob("vocab*"))
+        return OpenedModel(model, hf.load_tokenizer(path) if has_tokenizer else None, path)
+    what = "is a file" if path.exists() else "does not exist"
+    raise InputError(
+        f"the model {spec} {what}; expected a transformers folder, a .gguf file, or "
+        "file.py:function (with --weights FILE.safetensors) giving an nn.Module."
+    )
+
+
+def open_artifact(folder: Path, spec: str | None) -> OpenedModel:
+    """A factorized model, with an instance of the user's own class where it needs one.
+
+    Raises:
+        InputError: Not an artifact, or not of this model.
+    """
+    if not folder.is_dir():
+        raise InputError(f"no such folder: {folder}; expected the --out folder of an earlier run.")
+    skeleton = _own_model(spec, None) if spec is not None else None
+    model = load(folder, model=skeleton)
+    has_tokenizer = skeleton is None and any(folder.glob("tokenizer*"))
+    return OpenedModel(model, hf.load_tokenizer(folder) if has_tokenizer else None, folder)
+
+
+def _own_model(spec: str, weights: Path | None) -> nn.Module:
+    if not is_spec(spec):
+        raise InputError(
+            f"--model is {spec}; expected file.py:function or package.module:function."
+        )
+    model = _called(spec)
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"{spec} gave a {type(model).__name__}; expected a function without arguments that "
+            "returns an nn.Module."
+        )
+    return load_weights(model, weights) if weights is not None else model
+
+
+def _called(spec: str) -> object:
+    function = cast("Any", load_object(spec))
+    if isinstance(function, nn.Module):
+        return function
+    try:
+        return function()
+    except TypeError as error:
+        raise InputError(
+            f"calling {spec}() failed: {error}. Expected a function without arguments."
+        ) from error
+
+
+def open_data(spec: str, opened: OpenedModel, options: DataOptions) -> Data:
+    """DATA as one source, split into three disjoint parts.
+
+    Raises:
+        InputError: Names what is wrong with it.
+    """
+    if source_kind(spec) != "text":
+        found = _called(spec) if source_kind(spec) == "python" else _examples(spec, opened, options)
+        return found if isinstance(found, Data) else split(found, options.seed)
+    windows = _examples(spec, opened, options)
+    block = max(1, len(windows) // TEXT_BLOCKS)
+    needed = 3 * FEWEST
+    if len(windows) < needed:
+        raise InputError(
+            f"the text {spec} gives {len(windows)} windows of {_length(opened, options)} tokens; "
+            f"calibration, selection and held-out parts need at least {needed} together, and "
+            f"{round(FEWEST / min(SHARES))} to be split. Give a longer text, or shorter windows "
+            "with --length."
+        )
+    return split(windows, options.seed, block=block)
+
+
+def open_parts(
+    calibration: str, selection: str, held_out: str, opened: OpenedModel, options: DataOptions
+) -> Data:
+    """DATA as three sources.
+
+    Raises:
+        InputError: Names what is wrong with one.
+    """
+    return Data(
+        calibration=open_examples(calibration, opened, options),
+        selection=open_examples(selection, opened, options),
+        held_out=open_examples(held_out, opened, options),
+    )
+
+
+def open_examples(spec: str, opened: OpenedModel, options: DataOptions) -> Examples:
+    """All examples of one source.
+
+    Raises:
+        InputError: Names what is wrong with it.
+    """
+    if source_kind(spec) == "python":
+        return as_examples(_called(spec))[0]
+    return _examples(spec, opened, options)
+
+
+def _examples(spec: str, opened: OpenedModel, options: DataOptions) -> Examples:
+    kind, path = source_kind(spec), Path(spec)
+    if kind == "npz":
+        return cast("Examples", read_npz(path, options.mean, options.std))
+    if kind == "images":
+        found = read_image_folder(path, options.mean, options.std, options.image_size)
+        return cast("Examples", found)
+    if opened.tokenizer is None:
+        raise InputError(
+            f"the data {spec} is text, but the model has no tokenizer; give a transformers folder "
+            "with one, or the data as file.py:function."
+        )
+    text = read_text(path)
+    length = _length(opened, options)
+    return token_windows(text, lambda t: _tokenize(opened.tokenizer, t), length)
+
+
+def _tokenize(tokenizer: Any, text: str) -> list[int]:
+    # verbose=False: the whole text is longer than the model takes, the windows are not.
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return cast("list[int]", ids)
+
+
+def _length(opened: OpenedModel, options: DataOptions) -> int:
+    longest = getattr(getattr(opened.model, "config", None), "max_position_embeddings", None)
+    if options.length is not None:
+        if options.length < 2 or (longest is not None and options.length > longest):
+            raise InputError(
+                f"--length is {options.length}; expected 2 tokens or more"
+                + (f", and at most the model's {longest}." if longest else ".")
+            )
+        return options.length
+    return min(512, longest) if isinstance(longest, int) else 512

@@ -1,0 +1,109 @@
+"""Results as a person reads them on a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+VERDICT_STYLE = {"better": "bold green", "lossless": "green", "not shown": "yellow", "worse": "red"}
+
+
+def result_table(report: dict[str, Any], title: str) -> Table:
+    """Original and factorized side by side; every row names its unit and what it counts."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("")
+    table.add_column("original", justify="right")
+    table.add_column("factorized", justify="right")
+    table.add_column("kept", justify="right")
+    before, after, loss = report["original"], report["factorized"], report["loss"]
+    for label, key in (
+        ("parameters, whole model", "parameters"),
+        ("parameters, factorizable layers", "factorizable_parameters"),
+        ("bytes on disk, model.safetensors", "bytes"),
+        ("FLOPs of weighted layers, one example", "flops"),
+    ):
+        share = f"{after[key] / before[key]:.4f}" if before[key] else ""
+        table.add_row(label, f"{before[key]:,}", f"{after[key]:,}", share)
+    unit = loss["unit"]
+    table.add_row(f"held-out loss, {unit}", f"{loss['original']:.4f}", f"{loss['factorized']:.4f}")
+    if "token" in unit:
+        perplexities = (f"{math.exp(min(700.0, loss[k])):.2f}" for k in ("original", "factorized"))
+        table.add_row("held-out perplexity", *perplexities)
+    accuracy = report["accuracy"]
+    if accuracy["original"] is not None:
+        label = "held-out token accuracy" if "token" in unit else "held-out accuracy"
+        table.add_row(label, *(f"{accuracy[k]:.4f}" for k in ("original", "factorized")))
+    return table
+
+
+def result_lines(report: dict[str, Any]) -> list[str]:
+    """The change, its control, the verdict, and what happened to the layers."""
+    loss, certificate = report["loss"], report["certificate"]
+    lines = [
+        f"loss change {certificate['change']:+.4f} ± {certificate['standard_error']:.4f} "
+        f"(standard error) {certificate['unit']}"
+        + (
+            f"; predicted {loss['predicted_change']:+.4f}"
+            if loss["predicted_change"] is not None
+            else ""
+        )
+    ]
+    if loss["control_change"] is not None:
+        lines.append(
+            f"of this, the gradient step alone gives {loss['control_change']:+.4f} (control: the "
+            "dense model moved by the same step; it adapts the model to the calibration data)"
+        )
+    style = VERDICT_STYLE[certificate["verdict"]]
+    lines.append(
+        f"verdict: [{style}]{certificate['verdict']}[/]: with {certificate['confidence']:.0%} "
+        f"confidence the change is at most {certificate['upper_bound']:+.4f} (margin "
+        f"{certificate['margin']:g} {certificate['unit']}, {certificate['examples']} held-out "
+        "examples that nothing was tuned on)"
+    )
+    low_rank = sum(layer["rank"] is not None for layer in report["layers"])
+    lines.append(
+        f"layers: {low_rank} factorized, {len(report['layers']) - low_rank} left dense by the "
+        f"plan, {len(report['not_factorized'])} not factorized{_reasons(report)}"
+    )
+    return lines
+
+
+def _reasons(report: dict[str, Any]) -> str:
+    counted = Counter(entry["reason"] for entry in report["not_factorized"])
+    listed = "; ".join(f"{count} x {reason}" for reason, count in counted.most_common())
+    return f" ({listed})" if listed else ""
+
+
+def print_result(console: Console, report: dict[str, Any], title: str) -> None:
+    """The table and the lines."""
+    console.print(result_table(report, title))
+    for line in result_lines(report):
+        console.print(line, highlight=False)
+
+
+def layers_table(report: dict[str, Any]) -> Table:
+    """One row a layer: shape, rank, parameters, predicted change."""
+    table = Table(title="layers", title_justify="left", title_style="bold")
+    for column in ("layer", "kind"):
+        table.add_column(column)
+    for column in ("shape", "rank", "of", "parameters", "kept", "predicted change"):
+        table.add_column(column, justify="right")
+    for layer in report["layers"]:
+        predicted = layer["predicted_change"]
+        table.add_row(
+            layer["name"],
+            layer["kind"],
+            "x".join(str(side) for side in layer["shape"]),
+            "dense" if layer["rank"] is None else str(layer["rank"]),
+            str(layer["full_rank"]),
+            f"{layer['factorized_parameters']:,}",
+            f"{layer['factorized_parameters'] / layer['parameters']:.3f}",
+            "" if predicted is None else f"{predicted:+.5f}",
+        )
+    for entry in report["not_factorized"]:
+        table.add_row(entry["name"], entry["kind"], "", "-", "", "", "", entry["reason"])
+    return table
