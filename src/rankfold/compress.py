@@ -43,6 +43,7 @@ from rankfold.objectives import (
     layer_spectrum,
     plan_for_budget,
     plan_for_change,
+    rank_costs,
 )
 from rankfold.progress import Progress, SilentProgress
 from rankfold.replace import with_replaced
@@ -222,6 +223,7 @@ class Collected:
         statistics: By layer; empty for objectives that need none.
         curvature: Where B came from, or None.
         calibration_loss: Mean loss of some calibration examples, or None.
+        original: Losses of the model on the parts where they are known already.
     """
 
     model: nn.Module
@@ -233,6 +235,25 @@ class Collected:
     statistics: dict[str, LayerStatistics]
     curvature: Curvature | None
     calibration_loss: float | None
+    original: dict[str, Evaluation] = field(default_factory=dict)
+
+    def original_losses(self, part: str, batch_size: int | None, progress: Progress) -> Evaluation:
+        """Losses of the user's model on a part, evaluated once."""
+        if part not in self.original:
+            stage = f"original on {part.replace('_', '-')} data"
+            self.original[part] = evaluate(
+                self.model,
+                self.task,
+                self.parts[part],
+                batch_size=batch_size,
+                progress=progress,
+                stage=stage,
+            )
+        return self.original[part]
+
+    def cost_per_parameter(self, name: str, cost: Cost) -> int:
+        """1 for parameters; for FLOPs a multiply-add for each row of one example."""
+        return 1 if cost == "parameters" else 2 * self.seen.rows[name]
 
     def leave_dense(self, reason: str, names: Iterable[str]) -> None:
         """Move layers to the skipped ones."""
@@ -324,14 +345,7 @@ def analyse(
     progress = progress or SilentProgress()
     objective = OBJECTIVES[settings.objective]
     model, task, layers = collected.model, collected.task, collected.layers
-    selection = evaluate(
-        model,
-        task,
-        collected.parts["selection"],
-        batch_size=settings.batch_size,
-        progress=progress,
-        stage="original on selection data",
-    )
+    selection = collected.original_losses("selection", settings.batch_size, progress)
     step = None
     if objective.step:
         directions = step_directions(layers, collected.statistics, settings.damping, progress)
@@ -356,13 +370,17 @@ def analyse(
         gradient = None
         if objective.allocation == "first-order" and statistics is not None:
             gradient = statistics.gradient
-        per_parameter = 1 if settings.cost == "parameters" else 2 * collected.seen.rows[name]
         curves[name] = layer_curve(
-            objective, layer, spectra[name], gradient, settings.form, per_parameter
+            objective,
+            layer,
+            spectra[name],
+            gradient,
+            settings.form,
+            collected.cost_per_parameter(name, settings.cost),
         )
         if release:
             collected.statistics.pop(name, None)
-    return Preparation(collected, settings, selection, step, spectra, curves, progress)
+    return Preparation(collected, settings, step, spectra, curves, progress)
 
 
 @dataclass
@@ -372,7 +390,6 @@ class Preparation:
     Attributes:
         collected: Model, data, statistics.
         settings: The settings.
-        selection: Losses of the original model on the selection examples.
         step: The gradient step, for the joint objective.
         spectra: By layer.
         curves: By layer, in the unit of ``settings.cost``.
@@ -381,12 +398,11 @@ class Preparation:
 
     collected: Collected
     settings: Settings
-    selection: Evaluation
     step: Step | None
     spectra: dict[str, Spectrum]
     curves: dict[str, Curve]
     progress: Progress
-    _held_out: dict[str, Evaluation] = field(default_factory=dict)
+    _control: Evaluation | None = None
 
     @property
     def objective(self) -> Objective:
@@ -448,6 +464,20 @@ class Preparation:
                 "layers that can be factorized. Ask for a larger size."
             ) from error
 
+    def in_form(self, form: Form) -> Preparation:
+        """The same spectra with factors in another form, and what they cost in it."""
+        collected, settings = self.collected, replace(self.settings, form=form)
+        curves = {
+            name: replace(
+                curve,
+                costs=rank_costs(
+                    collected.layers[name], form, collected.cost_per_parameter(name, settings.cost)
+                ),
+            )
+            for name, curve in self.curves.items()
+        }
+        return replace(self, settings=settings, curves=curves)
+
     def build(self, plan: RankPlan) -> nn.Module:
         """A copy of the model with this plan's layers, the dense ones moved by the step."""
         modules: dict[str, nn.Module] = {}
@@ -472,10 +502,14 @@ class Preparation:
         """Predicted change of the loss: the step's measured gain and the truncation's cost."""
         return self.gain + total_change(plan) if self.objective.predicts_loss else None
 
+    def kept(self, plan: RankPlan) -> float:
+        """Share kept of the whole model, in the unit of the cost."""
+        return (self.total - self.factorizable + total_cost(plan)) / self.total
+
     def measure(self, plan: RankPlan) -> Candidate:
         """Build a plan's model and measure its change on selection data."""
         model = self.build(plan)
-        share = (self.total - self.factorizable + total_cost(plan)) / self.total
+        share = self.kept(plan)
         evaluation = evaluate(
             model,
             self.collected.task,
@@ -485,7 +519,10 @@ class Preparation:
             stage=f"size {share:.3f} on selection data",
             finite=False,
         )
-        change = paired_change(self.selection, evaluation)
+        original = self.collected.original_losses(
+            "selection", self.settings.batch_size, self.progress
+        )
+        change = paired_change(original, evaluation)
         return Candidate(plan, model, share, self.predicted(plan), change)
 
     def _budget(self, size: float, size_of: SizeOf) -> float:
@@ -558,6 +595,18 @@ class Preparation:
             stage=stage,
         )
 
+    def original_held_out(self) -> Evaluation:
+        """Losses of the original model on the held-out examples."""
+        return self.collected.original_losses("held_out", self.settings.batch_size, self.progress)
+
+    def control_held_out(self) -> Evaluation | None:
+        """Losses of the control on the held-out examples, None where there is no step."""
+        if self._control is None:
+            moved = self.control()
+            if moved is not None:
+                self._control = self.held_out(moved, "control on held-out data")
+        return self._control
+
     def _result(
         self,
         algorithm: str,
@@ -568,15 +617,8 @@ class Preparation:
     ) -> Result:
         """Open the held-out part for the chosen model, the original and the control."""
         model = chosen.model if chosen.model is not None else self.build(chosen.plan)
-        if "original" not in self._held_out:
-            self._held_out["original"] = self.held_out(
-                self.collected.model, "original on held-out data"
-            )
-            moved = self.control()
-            if moved is not None:
-                self._held_out["control"] = self.held_out(moved, "control on held-out data")
-                del moved
-        original = self._held_out["original"]
+        original = self.original_held_out()
+        self.control_held_out()
         factorized = self.held_out(model, "factorized on held-out data")
         certificate = certify(
             original,
@@ -610,7 +652,7 @@ class Preparation:
         before["flops"] = sum(self.collected.seen.flops.values())
         saved = sum(entry["flops"] - entry["factorized_flops"] for entry in layers)
         after["flops"] = before["flops"] - saved
-        original, control = self._held_out["original"], self._held_out.get("control")
+        original, control = self.original_held_out(), self._control
         collected, settings = self.collected, asdict(self.settings)
         return {
             "algorithm": algorithm,

@@ -115,10 +115,6 @@ def layer_curve(
         form: Decides the cost of a rank.
         cost_per_parameter: 1 for parameters, 2 x rows for FLOPs.
     """
-    out, in_ = matrix_shape(layer)
-    r = len(spectrum.singular_values)
-    ranks = torch.arange(1, r + 1)
-    parameters = torch.tensor([factor_parameters(out, in_, k, form) for k in range(1, r + 1)])
     errors = None
     if objective.allocation == "first-order":
         if gradient is None:
@@ -126,13 +122,22 @@ def layer_curve(
         changes, errors = first_order_changes(weight_matrix(layer), spectrum, gradient)
     else:
         changes = spectrum.truncation_changes()[1:]
+    out, in_ = matrix_shape(layer)
     return Curve(
-        ranks=ranks,
-        costs=parameters * cost_per_parameter,
+        ranks=torch.arange(1, len(changes) + 1),
+        costs=rank_costs(layer, form, cost_per_parameter),
         changes=changes.cpu(),
         dense_cost=out * in_ * cost_per_parameter,
         errors=None if errors is None else errors.cpu(),
     )
+
+
+def rank_costs(layer: MatrixLayer, form: Form, cost_per_parameter: int) -> Tensor:
+    """Cost of every rank 1..min(out, in) of a layer in a form, int64."""
+    out, in_ = matrix_shape(layer)
+    ranks = range(1, min(out, in_) + 1)
+    parameters = [factor_parameters(out, in_, rank, form) for rank in ranks]
+    return torch.tensor(parameters) * cost_per_parameter
 
 
 def first_order_changes(
