@@ -14,13 +14,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rankfold.certify import Verdict
 from rankfold.errors import InputError
 from rankfold.integrations import transformers as hf
 from rankfold.modules import FORMS, Form, LowRankConv2d, LowRankLinear, left_rows
@@ -188,6 +189,65 @@ def read_manifest(folder: Path) -> Manifest:
         )
     _check_manifest(manifest, file)
     return cast("Manifest", manifest)
+
+
+# What every artifact that rankfold itself has made says, beside its layers.
+REPORT_NUMBERS = {
+    "original": ("parameters", "factorizable_parameters", "bytes", "flops"),
+    "factorized": ("parameters", "factorizable_parameters", "bytes", "flops"),
+    "loss": ("original", "factorized", "change", "standard_error"),
+    "certificate": ("change", "standard_error", "upper_bound", "margin", "confidence", "examples"),
+}
+REPORT_TEXTS = {"loss": ("unit",), "certificate": ("unit", "verdict"), "model": ("class",)}
+LAYER_NUMBERS = ("full_rank", "parameters", "factorized_parameters")
+
+
+def read_report(folder: Path) -> Manifest:
+    """The manifest, with everything that a table of it shows.
+
+    Raises:
+        InputError: As ``read_manifest``, or a field is missing.
+    """
+    manifest = read_manifest(folder)
+    problems = [
+        f"{group}.{key}"
+        for group, keys in REPORT_NUMBERS.items()
+        for key in keys
+        if not _is_number(_field(manifest.get(group), key))
+    ]
+    problems += [
+        f"{group}.{key}"
+        for group, keys in REPORT_TEXTS.items()
+        for key in keys
+        if not isinstance(_field(manifest.get(group), key), str)
+    ]
+    problems += [
+        f"layers[{index}].{key}"
+        for index, layer in enumerate(manifest["layers"])
+        for key in LAYER_NUMBERS
+        if not _is_number(layer.get(key))
+    ]
+    listed = manifest.get("not_factorized")
+    if not (isinstance(listed, list) and all(isinstance(_field(e, "reason"), str) for e in listed)):
+        problems.append("not_factorized")
+    if not isinstance(manifest.get("accuracy"), dict):
+        problems.append("accuracy")
+    if _field(manifest.get("certificate"), "verdict") not in get_args(Verdict):
+        problems.append("certificate.verdict")
+    if problems:
+        raise InputError(
+            f"{folder / MANIFEST_FILE} is damaged: {', '.join(problems[:10])} missing or of the "
+            "wrong type."
+        )
+    return manifest
+
+
+def _field(value: object, key: str) -> object:
+    return value.get(key) if isinstance(value, dict) else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_manifest(manifest: Mapping[str, Any], file: Path) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rankfold.data import Batch, Part
+from rankfold.data import Batch, Part, describe
 from rankfold.errors import InputError
 from rankfold.layer_matrix import MatrixLayer, input_rows, matrix_shape, output_rows
 from rankfold.modes import evaluation_mode
@@ -83,7 +83,11 @@ class Trace:
 
 
 def trace(model: nn.Module, task: Task, part: Part) -> Trace:
-    """Run one calibration example forward and see which modules are called, on how many rows."""
+    """Run one calibration example forward and see which modules are called, on how many rows.
+
+    Raises:
+        InputError: The model can't run on it.
+    """
     rows: dict[str, int] = {}
     flops: dict[str, int] = {}
     with ExitStack() as stack:
@@ -101,8 +105,18 @@ def trace(model: nn.Module, task: Task, part: Part) -> Trace:
                     flops[name] = flops.get(name, 0) + 2 * calls * weight.numel()
 
             stack.callback(module.register_forward_hook(count).remove)
+        batch = on_device(part.collate(part.examples[:1]), model)
         with evaluation_mode(model):
-            task.batch_loss(model, on_device(part.collate(part.examples[:1]), model))
+            try:
+                task.batch_loss(model, batch)
+            except InputError:
+                raise
+            except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+                raise InputError(
+                    f"the model can't run on the data: its first calibration example, "
+                    f"{describe(batch)}, gave {type(error).__name__}: {error}. Check that the data "
+                    "belongs to this model."
+                ) from error
     return Trace(rows, flops)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from scipy import stats
+from torch import Tensor
 
 from rankfold.errors import InputError
 from rankfold.tasks import Evaluation
@@ -52,11 +53,20 @@ def paired_change(original: Evaluation, changed: Evaluation) -> Change:
     """
     if not torch.equal(original.terms, changed.terms):
         raise ValueError("the two evaluations are of different examples")
-    weights = original.terms / original.terms.sum()
-    differences = changed.losses - original.losses
-    mean = float((weights * differences).sum())
-    n = len(differences)
-    spread = float((weights * (differences - mean)).square().sum())
+    return weighted_mean(changed.losses - original.losses, original.terms)
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Change:
+    """Mean of per-example values weighted by the examples' terms, with its standard error.
+
+    Args:
+        values: ``(n,)`` float64, n of 2 or more.
+        weights: ``(n,)`` float64.
+    """
+    shares = weights / weights.sum()
+    mean = float((shares * values).sum())
+    n = len(values)
+    spread = float((shares * (values - mean)).square().sum())
     return Change(mean, math.sqrt(spread * n / (n - 1)), n)
 
 

@@ -28,7 +28,14 @@ from rankfold.calibrate import (
     collect_statistics,
     trace,
 )
-from rankfold.certify import Certificate, Change, certify, check_margin, paired_change
+from rankfold.certify import (
+    Certificate,
+    Change,
+    certify,
+    check_margin,
+    paired_change,
+    weighted_mean,
+)
 from rankfold.data import PARTS, Data, Part, refuse_overlap, select_part, split
 from rankfold.errors import InputError
 from rankfold.factorize import low_rank_module, truncate
@@ -607,6 +614,16 @@ class Preparation:
                 self._control = self.held_out(moved, "control on held-out data")
         return self._control
 
+    @property
+    def original_sizes(self) -> dict[str, int]:
+        """Parameters, those of the layers that can be factorized, bytes, FLOPs of one example."""
+        layers = self.collected.layers.values()
+        return {
+            **_sizes(self.collected.model),
+            "factorizable_parameters": sum(layer.weight.numel() for layer in layers),
+            "flops": sum(self.collected.seen.flops.values()),
+        }
+
     def _result(
         self,
         algorithm: str,
@@ -644,12 +661,9 @@ class Preparation:
         tried: list[Candidate],
         factorized: Evaluation,
     ) -> dict[str, Any]:
-        before = _sizes(self.collected.model)
-        after = _sizes(model)
+        before, after = self.original_sizes, _sizes(model)
         layers = [self._layer_report(name, choice) for name, choice in chosen.plan.items()]
-        before["factorizable_parameters"] = sum(entry["parameters"] for entry in layers)
         after["factorizable_parameters"] = sum(entry["factorized_parameters"] for entry in layers)
-        before["flops"] = sum(self.collected.seen.flops.values())
         saved = sum(entry["flops"] - entry["factorized_flops"] for entry in layers)
         after["flops"] = before["flops"] - saved
         original, control = self.original_held_out(), self._control
@@ -669,7 +683,13 @@ class Preparation:
             "loss": {
                 "unit": certificate.unit,
                 "original": original.mean,
+                "original_standard_error": weighted_mean(
+                    original.losses, original.terms
+                ).standard_error,
                 "factorized": factorized.mean,
+                "factorized_standard_error": weighted_mean(
+                    factorized.losses, factorized.terms
+                ).standard_error,
                 "change": certificate.change,
                 "standard_error": certificate.standard_error,
                 "predicted_change": chosen.predicted,
@@ -764,6 +784,11 @@ class Result:
     model: nn.Module
     certificate: Certificate
     report: dict[str, Any]
+
+    @property
+    def found(self) -> bool:
+        """Whether the model is smaller than the original and its certificate holds."""
+        return self.certificate.holds and self.ratio < 1
 
     @property
     def ratio(self) -> float:

@@ -186,9 +186,13 @@ def select_part(data: Data, name: str, limit: int | None, seed: int) -> Part:
     if limit is not None and limit < count:
         generator = torch.Generator().manual_seed(seed)
         indices = sorted(torch.randperm(count, generator=generator)[:limit].tolist())
-    chosen = [examples[index] for index in indices]
-    digests = [example_digest(example) for example in chosen]
-    return Part(name, chosen, data.collate or default_collate_examples, digests)
+    return as_part(name, [examples[index] for index in indices], data.collate)
+
+
+def as_part(name: str, examples: list[Example], collate: Collate | None = None) -> Part:
+    """Examples with their digests."""
+    digests = [example_digest(example) for example in examples]
+    return Part(name, examples, collate or default_collate_examples, digests)
 
 
 def refuse_overlap(parts: Sequence[Part]) -> None:
@@ -261,6 +265,17 @@ def _shape(example: Example) -> object:
     if torch.is_tensor(value):
         return tuple(value.shape)
     return len(value) if isinstance(value, Sequence) else None
+
+
+def describe(value: object) -> str:
+    """Types and shapes of a batch or an example, for messages."""
+    if torch.is_tensor(value):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {describe(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, tuple | list):
+        return "(" + ", ".join(describe(item) for item in value[:4]) + ")"
+    return type(value).__name__
 
 
 def default_batch_size(example: Example) -> int:

@@ -10,9 +10,11 @@ from typing import Any, cast
 from torch import nn
 
 from rankfold.artifact import MANIFEST_FILE, load, load_weights
-from rankfold.data import FEWEST, SHARES, Data, Examples, as_examples, split
+from rankfold.certify import weighted_mean
+from rankfold.data import FEWEST, SHARES, Data, Examples, as_examples, as_part, split
 from rankfold.errors import InputError
 from rankfold.integrations import transformers as hf
+from rankfold.progress import Progress
 from rankfold.sources import (
     is_spec,
     load_object,
@@ -22,6 +24,7 @@ from rankfold.sources import (
     source_kind,
     token_windows,
 )
+from rankfold.tasks import evaluate, recognise_task
 
 # A text is split in blocks of consecutive windows, about this many in all, so that few windows
 # have a neighbour in another part.
@@ -127,9 +130,12 @@ def _called(spec: str) -> object:
         return function
     try:
         return function()
-    except TypeError as error:
+    except InputError:
+        raise
+    except Exception as error:
         raise InputError(
-            f"calling {spec}() failed: {error}. Expected a function without arguments."
+            f"calling {spec}() failed: {type(error).__name__}: {error}. Expected a function "
+            "without arguments."
         ) from error
 
 
@@ -214,3 +220,38 @@ def _length(opened: OpenedModel, options: DataOptions) -> int:
             )
         return options.length
     return min(512, longest) if isinstance(longest, int) else 512
+
+
+def evaluate_examples(
+    opened: OpenedModel,
+    examples: Examples,
+    *,
+    limit: int | None,
+    batch_size: int | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Mean loss of a model on examples, with its standard error; examples are the units.
+
+    Raises:
+        InputError: Too few examples, or their loss isn't recognised or not finite.
+    """
+    chosen = [examples[index] for index in range(min(limit or len(examples), len(examples)))]
+    if len(chosen) < 2:
+        raise InputError(
+            f"the data gives {len(chosen)} examples; expected 2 or more. Give more data, or "
+            "shorter windows of text with --length."
+        )
+    part = as_part("evaluation", chosen)
+    task = recognise_task(part, None)
+    found = evaluate(opened.model, task, part, batch_size=batch_size, progress=progress)
+    return {
+        "task": task.name,
+        "examples": len(chosen),
+        "loss": {
+            "unit": task.unit,
+            "mean": found.mean,
+            "standard_error": weighted_mean(found.losses, found.terms).standard_error,
+        },
+        "accuracy": found.accuracy,
+        "data_digest": part.digest,
+    }

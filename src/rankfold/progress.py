@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, TypeVar
 
 from rich.console import Console
@@ -77,3 +77,9 @@ class TerminalProgress:
                 self.console.print(line, highlight=False)
                 announced = now
             yield item
+
+
+def run_stage(progress: Progress, stage: str, function: Callable[[], Item]) -> Item:
+    """Run a stage that is one step, and return its result."""
+    (result,) = [function() for _ in progress.track([None], stage, 1)]
+    return result

@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
 
 VERDICT_STYLE = {"better": "bold green", "lossless": "green", "not shown": "yellow", "worse": "red"}
+
+
+def plain_console(file: TextIO) -> Console:
+    """A console whose tables keep their columns where the output is no terminal."""
+    return Console(file=file, width=None if file.isatty() else 120)
+
+
+def evaluation_lines(found: dict[str, Any]) -> list[str]:
+    """Loss, perplexity and accuracy of one model."""
+    loss, examples = found["loss"], found["examples"]
+    lines = [
+        f"loss {loss['mean']:.4f} ± {loss['standard_error']:.4f} (standard error) {loss['unit']}, "
+        f"{examples} examples"
+    ]
+    if "token" in loss["unit"]:
+        lines.append(f"perplexity {math.exp(min(700.0, loss['mean'])):.2f}")
+    if found["accuracy"] is not None:
+        lines.append(f"accuracy {found['accuracy']:.4f}")
+    return lines
 
 
 def result_table(report: dict[str, Any], title: str) -> Table:

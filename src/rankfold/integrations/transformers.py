@@ -5,6 +5,9 @@ Only configuration and safetensors are read; ``trust_remote_code`` is always off
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,13 +48,14 @@ def load_folder(folder: Path) -> nn.Module:
         )
     model_class = _model_class(config, folder)
     try:
-        model = model_class.from_pretrained(
-            str(folder),
-            dtype="auto",
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        with _without_bars():
+            model = model_class.from_pretrained(
+                str(folder),
+                dtype="auto",
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"transformers can't open {folder}: {error}") from error
     return cast("nn.Module", model.eval())
@@ -68,10 +72,14 @@ def load_gguf(file: Path) -> tuple[nn.Module, Any]:
     if not file.is_file():
         raise InputError(f"no such GGUF file: {file}")
     arguments: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), **arguments)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        str(file.parent), dtype=torch.float32, **arguments
-    )
+    try:
+        with _without_bars():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), **arguments)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                str(file.parent), dtype=torch.float32, **arguments
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"transformers can't open {file}: {error}") from error
     # The weights are plain float32 now: without this, saving would claim they are GGUF.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -116,6 +124,21 @@ def write_configuration(model: nn.Module, folder: Path, tokenizer: Any = None) -
         hf.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without transformers' own progress bars, which would disturb the caller's."""
+    logging = require("transformers.utils.logging", "transformers")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        # Its GGUF reader has a bar of its own that no setting turns off.
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _config(folder: Path) -> Any:

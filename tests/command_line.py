@@ -1,0 +1,139 @@
+"""What the command-line tests share: a user's folder with their own model, weights and data."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+NET = '''
+"""A user's own model and data."""
+import pathlib, time
+
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 16, 3, padding=1)
+        self.hidden = nn.Linear(16 * 16, 64)
+        self.out = nn.Linear(64, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x))
+        x = nn.functional.max_pool2d(x, 2).flatten(1)
+        return self.out(torch.relu(self.hidden(x)))
+
+
+class Slow(Net):
+    def forward(self, x):
+        pathlib.Path("started").touch()
+        time.sleep(0.3)
+        return super().forward(x)
+
+
+class Chatty(Net):
+    def forward(self, x):
+        print("the user's own print")
+        return super().forward(x)
+
+
+def net():
+    return Net()
+
+
+def slow():
+    return Slow()
+
+
+def broken():
+    raise ValueError("no such luck")
+
+
+def number():
+    return 3
+
+
+def no_layer():
+    return nn.Sequential(nn.Flatten(), nn.ReLU())
+
+
+def pairs():
+    import numpy as np
+    with np.load("data.npz") as file:
+        x = torch.from_numpy(file["x"]).unsqueeze(1).float() / 255
+        return torch.utils.data.TensorDataset(x, torch.from_numpy(file["y"]).long())
+'''
+
+
+class TrainedNet(nn.Module):
+    """The same as ``Net`` above, to be trained here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 16, 3, padding=1)
+        self.hidden = nn.Linear(16 * 16, 64)
+        self.out = nn.Linear(64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv(x))
+        x = functional.max_pool2d(x, 2).flatten(1)
+        out: Tensor = self.out(torch.relu(self.hidden(x)))
+        return out
+
+
+def images(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """8x8 images with a bright stripe; the class is where it lies, with some labels wrong."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, 4, count)
+    x = rng.integers(0, 120, (count, 8, 8))
+    for i, label in enumerate(y):
+        x[i, 2 * label : 2 * label + 2] += 60
+    wrong = rng.random(count) < 0.1
+    return x.astype(np.uint8), np.where(wrong, rng.integers(0, 4, count), y)
+
+
+def make_project(folder: Path) -> Path:
+    torch.manual_seed(0)
+    (folder / "net.py").write_text(NET)
+    x, y = images(1200, seed=0)
+    np.savez(folder / "data.npz", x=x, y=y)
+    inputs, labels = torch.from_numpy(x).unsqueeze(1).float() / 255, torch.from_numpy(y).long()
+    model = TrainedNet()
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    for _ in range(150):
+        rows = torch.randint(0, 600, (100,))
+        loss = functional.cross_entropy(model(inputs[rows]), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    save_file(model.state_dict(), folder / "net.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def rankfold(
+    *arguments: object, cwd: Path, expect: int = 0, limit_bytes: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the installed command as a user would."""
+    command = [str(Path(sys.executable).parent / "rankfold"), *map(str, arguments)]
+    if limit_bytes is not None:
+        command = ["prlimit", f"--fsize={limit_bytes}", *command]
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, encoding="utf-8", env=environment(), timeout=200
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

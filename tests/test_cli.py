@@ -1,0 +1,316 @@
+"""The commands as a user runs them, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from rankfold.compress import Settings
+from tests.command_line import environment, images, make_project, rankfold
+from tests.tiny_language_model import TEXT, save_tiny_llama
+
+NET = ("net.py:net", "--weights", "net.safetensors")
+DATA = ("--data", "data.npz")
+LOSSLESS = ("lossless", *NET, *DATA, "--size", "0.6", "--out", "out")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture
+def work(project: Path, tmp_path: Path) -> Path:
+    """A fresh folder with the user's files in it."""
+    for file in ("net.py", "net.safetensors", "data.npz"):
+        (tmp_path / file).symlink_to(project / file)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    save_tiny_llama(folder / "model")
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+def test_lossless_then_evaluate_then_inspect(work: Path) -> None:
+    weights_before = (work / "net.safetensors").read_bytes()
+    done = rankfold(*LOSSLESS, "--json", cwd=work)
+    report = json.loads(done.stdout)
+    assert "collect statistics" in done.stderr
+    original, factorized = report["original"], report["factorized"]
+    assert report["ratio"] == factorized["parameters"] / original["parameters"] <= 0.6
+    assert factorized["bytes"] == (work / "out" / "model.safetensors").stat().st_size
+    assert original["bytes"] == len(weights_before)
+    loss, certificate = report["loss"], report["certificate"]
+    change = loss["factorized"] - loss["original"]
+    assert loss["change"] == pytest.approx(change) == pytest.approx(certificate["change"])
+    assert loss["standard_error"] > 0
+    for key in ("verdict", "upper_bound", "margin", "confidence", "examples"):
+        assert key in certificate
+    assert {layer["name"] for layer in report["layers"]} == {"conv", "hidden", "out"}
+    assert (work / "net.safetensors").read_bytes() == weights_before
+
+    found = rankfold("evaluate", "out", "--model", "net.py:net", *DATA, "--json", cwd=work)
+    evaluation = json.loads(found.stdout)
+    assert evaluation["examples"] == 1200
+    assert evaluation["loss"]["mean"] == pytest.approx(loss["factorized"], abs=0.2)
+
+    shown = rankfold("inspect", "out", cwd=work).stdout
+    assert "hidden" in shown and f"{factorized['parameters']:,}" in shown
+    assert json.loads(rankfold("inspect", "out", "--json", cwd=work).stdout)["layers"]
+
+
+def test_same_seed_same_bytes(work: Path) -> None:
+    first, second = (rankfold(*LOSSLESS[:-1], out, cwd=work) for out in ("a", "b"))
+    tensors = [(work / out / "model.safetensors").read_bytes() for out in ("a", "b")]
+    assert tensors[0] == tensors[1]
+    assert first.stdout.replace("saved: a", "") == second.stdout.replace("saved: b", "")
+
+
+def test_compact_language_model_and_text(llama: Path, tmp_path: Path) -> None:
+    text, model = llama / "text.txt", llama / "model"
+    common = ("--data", text, "--length", 32)
+    out = tmp_path / "out"
+    compact = ("compact", model, *common, "--out", out, "--margin", 0.5, "--json")
+    report = json.loads(rankfold(*compact, cwd=tmp_path).stdout)
+    assert report["certificate"]["verdict"] in ("better", "lossless")
+    assert report["ratio"] < 1
+    assert report["certificate"]["unit"] == "nats per token"
+    evaluated = json.loads(rankfold("evaluate", out, *common, "--json", cwd=tmp_path).stdout)
+    assert evaluated["loss"]["mean"] == pytest.approx(report["loss"]["factorized"], abs=0.5)
+    refused = rankfold("compact", out, *common, "--out", tmp_path / "x", cwd=tmp_path, expect=2)
+    assert "factorized already" in refused.stderr
+
+
+def test_compact_without_a_model_within_the_margin(work: Path) -> None:
+    compact = ("compact", *NET, *DATA, "--margin", 0, "--held-out-limit", 20, "--objective", "svd")
+    done = rankfold(*compact, "--out", "none", cwd=work, expect=3)
+    assert "no smaller model" in done.stderr
+    assert "loss change" in done.stdout
+    assert not (work / "none").exists()
+    rankfold(*compact, "--out", "any", "--save-anyway", cwd=work, expect=3)
+    assert (work / "any" / "rankfold.json").is_file()
+
+
+def test_require_lossless(work: Path) -> None:
+    tiny = ("lossless", *NET, *DATA, "--size", "0.05", "--require", "lossless", "--out", "tiny")
+    assert "verdict: worse" in rankfold(*tiny, cwd=work, expect=3).stdout
+    assert (work / "tiny" / "model.safetensors").is_file()
+
+
+def test_parts_named_apart_and_python_data(work: Path) -> None:
+    for seed, name in enumerate(("calibration", "selection", "held-out")):
+        x, y = images(200, seed=seed + 1)
+        np.savez(work / f"{name}.npz", x=x, y=y)
+    parts = [f"--{name}={name}.npz" for name in ("calibration", "selection", "held-out")]
+    rankfold("lossless", *NET, *parts, "--size", 0.8, "--out", "a", cwd=work)
+    rankfold("lossless", *NET, "--data", "net.py:pairs", "--size", 0.8, "--out", "b", cwd=work)
+    parts[2] = "--held-out=selection.npz"
+    shared = rankfold("lossless", *NET, *parts, "--size", 0.8, "--out", "c", cwd=work, expect=2)
+    assert "share 200 examples" in shared.stderr
+
+
+def test_image_folder(work: Path) -> None:
+    x, y = images(120, seed=5)
+    for number, (image, label) in enumerate(zip(x, y, strict=True)):
+        folder = work / "images" / f"class{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.kron(image, np.ones((4, 4), dtype=np.uint8))).save(
+            folder / f"{number}.png"
+        )
+    (work / "rgb.py").write_text(
+        "from torch import nn\n"
+        "def net():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Flatten(),\n"
+        "                         nn.Linear(8 * 7 * 7, 4))\n"
+    )
+    done = rankfold(
+        *("lossless", "rgb.py:net", "--data", "images", "--image-size", 16, "--size", 0.7),
+        *("--mean", ".4,.4,.4", "--std", ".2,.2,.2", "--out", "out"),
+        cwd=work,
+    )
+    assert "held-out accuracy" in done.stdout
+    (work / "images" / "class1" / "broken.png").write_bytes(b"\x89PNG not an image")
+    broken = rankfold(
+        *("lossless", "rgb.py:net", "--data", "images", "--size", 0.7, "--out", "b"),
+        cwd=work,
+        expect=2,
+    )
+    assert "class1/broken.png" in broken.stderr
+
+
+def _write_bad_files(folder: Path) -> None:
+    (folder / "empty.txt").write_text("")
+    (folder / "short.txt").write_text("Too short a text to be split in three.")
+    (folder / "latin.txt").write_bytes("café".encode("latin-1") * 400)
+    (folder / "one" / "only").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / "one" / "only" / "a.png")
+    x, y = images(400, seed=3)
+    np.savez(folder / "labels.npz", x=x, y=y + 7)
+    nan = x[:, None].astype(np.float32)
+    nan[17] = np.nan
+    np.savez(folder / "nan.npz", x=nan, y=y)
+    np.savez(folder / "noy.npz", x=x)
+    np.savez(folder / "few.npz", x=x[:9], y=y[:9])
+    np.savez(folder / "colour.npz", x=np.repeat(x[..., None], 3, axis=3), y=y)
+    np.savez(folder / "object.npz", x=np.array([{}, {}], dtype=object), y=y[:2])
+    (folder / "full").mkdir()
+    (folder / "full" / "mine.txt").write_text("keep me")
+    weights = load_file(folder / "net.safetensors")
+    save_file({**weights, "out.weight": torch.zeros(5, 64)}, folder / "shape.safetensors")
+    save_file({**weights, "extra": torch.zeros(1)}, folder / "extra.safetensors")
+    save_file(
+        {**weights, "conv.weight": torch.full_like(weights["conv.weight"], torch.nan)},
+        folder / "nan.safetensors",
+    )
+    (folder / "broken.safetensors").write_bytes(b"not safetensors at all")
+    torch.save(weights, folder / "net.pth")
+    (folder / "novice").mkdir()
+    (folder / "novice" / "config.json").write_text('{"model_type": "no-such-model"}')
+
+
+def _lossless(*changes: str) -> tuple[str, ...]:
+    """The good command with some options changed."""
+    values = dict(zip(LOSSLESS[2::2], LOSSLESS[3::2], strict=True))
+    arguments = list(changes)
+    model = arguments.pop(0) if arguments and not arguments[0].startswith("--") else LOSSLESS[1]
+    values.update(zip(arguments[::2], arguments[1::2], strict=True))
+    if ".py" not in model:
+        values.pop("--weights")
+    given = (pair for pair in values.items() if pair[1] != "")
+    return ("lossless", model, *(word for pair in given for word in pair))
+
+
+BAD = {
+    "missing data": (_lossless("--data", "no.npz"), ["no.npz does not exist"]),
+    "empty text": (_lossless("--data", "empty.txt"), ["empty.txt is empty"]),
+    "text without tokenizer": (_lossless("--data", "net.py"), ["net.py", "tokenizer"]),
+    "one class": (_lossless("--data", "one"), ["one class folder only", "two or more"]),
+    "labels": (_lossless("--data", "labels.npz"), ["outside the model's 4 logits"]),
+    "nan data": (_lossless("--data", "nan.npz"), ["nan.npz", "NaN", "example 17"]),
+    "no y": (_lossless("--data", "noy.npz"), ["noy.npz holds x", "x and y"]),
+    "few": (_lossless("--data", "few.npz"), ["9 different examples", "too few"]),
+    "object array": (_lossless("--data", "object.npz"), ["object.npz", "no pickles"]),
+    "pickle data": (_lossless("--data", "net.pth"), ["net.pth", ".pth"]),
+    "channels": (_lossless("--data", "colour.npz"), ["model can't run on the data", "3 channels"]),
+    "python data": (_lossless("--data", "net.py:nothing"), ["net.py has no nothing"]),
+    "size 0": (_lossless("--size", "0"), ["size is 0.0", "above 0 and at most 1"]),
+    "size 1.5": (_lossless("--size", "1.5"), ["size is 1.5"]),
+    "size nan": (_lossless("--size", "nan"), ["size is nan"]),
+    "size too small": (_lossless("--size", "0.001"), ["too small", "larger size"]),
+    "margin": (_lossless("--margin", "-0.1"), ["margin is -0.1", "0 or more"]),
+    "objective": (_lossless("--objective", "magic"), ["'magic'", "joint"]),
+    "limit": (_lossless("--limit", "2"), ["limit is 2", "at least 4"]),
+    "pattern": (_lossless("--include", "fc*"), ["'fc*'", "matches no layer", "hidden"]),
+    "full folder": (_lossless("--out", "full"), ["full exists and is not empty", "--overwrite"]),
+    "not ours": ((*_lossless("--out", "full"), "--overwrite"), ["not overwritten"]),
+    "no out": (_lossless("--out", ""), ["--out is missing"]),
+    "no data": (("lossless", *NET, "--size", ".6", "--out", "out"), ["--data"]),
+    "shape": (_lossless("--weights", "shape.safetensors"), ["out.weight", "(5, 64)", "(4, 64)"]),
+    "name": (_lossless("--weights", "extra.safetensors"), ["extra: not in the model"]),
+    "nan weights": (_lossless("--weights", "nan.safetensors"), ["conv.weight holds NaN"]),
+    "broken weights": (_lossless("--weights", "broken.safetensors"), ["broken.safetensors can't"]),
+    "missing weights": (_lossless("--weights", "no.safetensors"), ["no such weights file"]),
+    "pickled weights": (_lossless("--weights", "net.pth"), ["net.pth", "no pickles"]),
+    "no layer": (_lossless("net.py:no_layer", "--weights", ""), ["no layer to factorize"]),
+    "not a model": (_lossless("net.py:number", "--weights", ""), ["gave a int", "nn.Module"]),
+    "raises": (_lossless("net.py:broken", "--weights", ""), ["broken", "no such luck"]),
+    "no model": (_lossless("nowhere"), ["nowhere does not exist", "transformers folder"]),
+    "unknown architecture": (_lossless("novice"), ["novice", "no-such-model"]),
+    "mean": (_lossless("--mean", "a,b"), ["--mean is 'a,b'"]),
+    "mean channels": (_lossless("--mean", ".5,.5"), ["2 values", "1 channels"]),
+    "evaluate nothing": (("evaluate", "no", *DATA), ["no such folder: no"]),
+    "inspect nothing": (("inspect", "full"), ["no rankfold artifact"]),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_project(tmp_path_factory: pytest.TempPathFactory, project: Path) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    for file in ("net.py", "net.safetensors", "data.npz"):
+        (folder / file).write_bytes((project / file).read_bytes())
+    _write_bad_files(folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case: str, bad_project: Path) -> None:
+    arguments, fragments = BAD[case]
+    before = sorted(path.name for path in bad_project.iterdir() if path.name != "__pycache__")
+    done = rankfold(*arguments, cwd=bad_project, expect=2)
+    assert done.stdout == ""
+    message = done.stderr.partition("error: ")[2]
+    for fragment in fragments:
+        assert fragment in message
+    after = sorted(path.name for path in bad_project.iterdir() if path.name != "__pycache__")
+    assert after == before
+    assert (bad_project / "full" / "mine.txt").read_text() == "keep me"
+
+
+@pytest.mark.parametrize("text", ["short.txt", "latin.txt"])
+def test_bad_text(text: str, bad_project: Path, llama: Path) -> None:
+    arguments = ("compact", llama / "model", "--data", bad_project / text, "--out", "out")
+    message = rankfold(*arguments, cwd=bad_project, expect=2).stderr
+    assert text in message
+    assert ("at least 12" if text == "short.txt" else "not UTF-8") in message
+
+
+@pytest.mark.parametrize(("sent", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_halfway(work: Path, sent: signal.Signals, expected: int) -> None:
+    before = {path.name for path in work.iterdir()}
+    command = [str(Path(sys.executable).parent / "rankfold"), *LOSSLESS]
+    command[2] = "net.py:slow"
+    with subprocess.Popen(
+        command, cwd=work, env=environment(), stderr=subprocess.PIPE, encoding="utf-8"
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not (work / "started").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert (work / "started").exists()
+        process.send_signal(sent)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == expected
+    assert "Traceback" not in errors
+    assert {path.name for path in work.iterdir()} - before <= {"started", "__pycache__"}
+
+
+def test_full_disk(work: Path) -> None:
+    before = {path.name for path in work.iterdir()}
+    done = rankfold(*LOSSLESS, cwd=work, expect=2, limit_bytes=4096)
+    assert "can't be written" in done.stderr
+    assert {path.name for path in work.iterdir()} - before <= {"__pycache__"}
+
+
+def test_overwrite_replaces_an_artifact(work: Path) -> None:
+    rankfold(*LOSSLESS, cwd=work)
+    first = (work / "out" / "rankfold.json").read_text()
+    rankfold(*LOSSLESS, cwd=work, expect=2)
+    rankfold(*LOSSLESS, "--overwrite", "--objective", "svd", cwd=work)
+    assert (work / "out" / "rankfold.json").read_text() != first
+
+
+def test_json_alone_on_stdout_though_the_model_prints(work: Path) -> None:
+    (work / "chatty.py").write_text("from net import Chatty as net\n")
+    arguments = [*LOSSLESS, "--json"]
+    arguments[1] = "chatty.py:net"
+    assert json.loads(rankfold(*arguments, cwd=work).stdout)["ratio"] < 0.61
+
+
+def test_help_states_every_setting() -> None:
+    shown = rankfold("lossless", "--help", cwd=Path.cwd()).stdout
+    for name in Settings.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}"[:16] in shown
+    assert rankfold("--version", cwd=Path.cwd()).stdout.startswith("rankfold ")
