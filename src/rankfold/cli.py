@@ -6,6 +6,7 @@ Results go to stdout, everything else to stderr, also what a user's own model pr
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import inspect as python_inspect
 import json
@@ -44,6 +45,7 @@ from rankfold.objectives import OBJECTIVES
 from rankfold.progress import TerminalProgress
 from rankfold.tables import evaluation_lines, layers_table, plain_console, print_result
 
+M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 2_000_000  # of glibc's malloc.h; bytes
 DONE, BAD_INPUT, NOT_FOUND, INTERRUPTED = 0, 2, 3, 130
 
 MODEL_HELP = (
@@ -392,7 +394,21 @@ def main() -> None:
     """Entry point of ``rankfold``."""
     # A polite kill leaves as little behind as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    _give_back_freed_memory()
     app()
+
+
+def _give_back_freed_memory() -> None:
+    """Let glibc return large freed blocks to the system at once.
+
+    By default it keeps what the statistics took for as long as the process runs: measured on
+    SmolLM2, 5.4 GB where 3.5 GB are in use. Elsewhere nothing is changed.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:

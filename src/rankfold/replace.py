@@ -41,14 +41,3 @@ def put_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         for child_name, child in list(parent.named_children()):
             if id(child) in old:
                 setattr(parent, child_name, old[id(child)])
-
-
-@torch.no_grad()
-def swap_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Write weights into ``model`` itself; return what was there before."""
-    before: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        parameter = cast("nn.Parameter", model.get_submodule(name).weight)
-        before[name] = parameter.detach().clone()
-        parameter.copy_(weight.view_as(parameter))
-    return before

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, replace
+from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from rankfold.calibrate import LayerStatistics
@@ -14,7 +17,6 @@ from rankfold.data import Part
 from rankfold.layer_matrix import MatrixLayer, weight_matrix
 from rankfold.linalg import damped
 from rankfold.progress import Progress
-from rankfold.replace import swap_weights
 from rankfold.spectrum import cross_validated_step
 from rankfold.tasks import Evaluation, Task, evaluate
 
@@ -69,11 +71,16 @@ def moved_weight(layer: MatrixLayer, direction: Tensor, eta: float) -> Tensor:
 
 def step_directions(
     layers: Mapping[str, MatrixLayer],
-    statistics: Mapping[str, LayerStatistics],
+    statistics: MutableMapping[str, LayerStatistics],
     damping: float,
     progress: Progress,
+    *,
+    release: bool = False,
 ) -> Directions:
-    """The direction of every layer; see ``spectrum.cross_validated_step``."""
+    """The direction of every layer; see ``spectrum.cross_validated_step``.
+
+    With ``release``, each layer's gradients are dropped from ``statistics`` once used.
+    """
     directions: dict[str, Tensor] = {}
     signal = noise = 0.0
     for name in progress.track(layers, "gradient step per layer", len(layers)):
@@ -86,6 +93,8 @@ def step_directions(
             damped(stats.output_gram, damping),
         )
         directions[name] = step.direction.to(stats.gradients[0].dtype)
+        if release:
+            statistics[name] = replace(stats, gradients=None)
         signal += step.signal
         noise += step.noise
     return Directions(directions, signal, noise)
@@ -110,7 +119,7 @@ def search_step(
     Without an improvement that the selection examples show, the step is 0.
 
     Args:
-        model: A scratch model whose weights are moved and put back.
+        model: The model; its weights are moved in a copy.
         task: Gives the loss.
         part: Selection examples.
         original: Losses of the unmoved model on them.
@@ -121,25 +130,23 @@ def search_step(
     """
     trials: list[tuple[float, float]] = []
     bounds: dict[float, float] = {}
+    scratch = copy.deepcopy(model)
 
     def measure(eta: float) -> float:
-        moved = {
-            name: moved_weight(layer, found.by_layer[name], eta) for name, layer in layers.items()
-        }
-        before = swap_weights(model, moved)
-        try:
-            stage = f"step {eta:.1e} on selection data"
-            evaluation = evaluate(
-                model,
-                task,
-                part,
-                batch_size=batch_size,
-                progress=progress,
-                stage=stage,
-                finite=False,
-            )
-        finally:
-            swap_weights(model, before)
+        with torch.no_grad():
+            for name, layer in layers.items():
+                weight = cast("nn.Parameter", scratch.get_submodule(name).weight)
+                moved = moved_weight(layer, found.by_layer[name], eta)
+                weight.copy_(moved.view_as(weight))
+        evaluation = evaluate(
+            scratch,
+            task,
+            part,
+            batch_size=batch_size,
+            progress=progress,
+            stage=f"step {eta:.1e} on selection data",
+            finite=False,
+        )
         change = paired_change(original, evaluation)
         trials.append((eta, change.mean))
         bounds[eta] = change.upper_bound(GAIN_CONFIDENCE)
