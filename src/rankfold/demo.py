@@ -114,9 +114,13 @@ def topics_data(tokenizer: Any) -> Data:
     seen: set[str] = set()
     texts: list[str] = []
     for name in sorted(topics):
-        paragraphs = [p for p in topics[name].split("\n\n") if p.strip() and p not in seen]
-        seen.update(paragraphs)
-        texts.append("\n\n".join(paragraphs))
+        kept = []
+        for paragraph in topics[name].split("\n\n"):
+            words = " ".join(paragraph.split())
+            if words and words not in seen:
+                seen.add(words)
+                kept.append(paragraph.strip("\n"))
+        texts.append("\n\n".join(kept))
     random.Random(SEED).shuffle(texts)
     total, taken = sum(map(len, texts)), 0
     parts: dict[str, list[str]] = {part: [] for part in PARTS}

@@ -16,9 +16,9 @@ from torch import nn
 
 from rankfold.errors import InputError, require
 
-# In config.json it makes a plain from_pretrained refuse the folder, where it would otherwise
-# give the factorized layers random weights and say so only in a warning.
-QUANTIZATION_MARK = {"quant_method": "rankfold"}
+# In config.json. Without a quant_method, a plain from_pretrained refuses the folder; otherwise it
+# would give the factorized layers random weights and say so only in a warning.
+QUANTIZATION_MARK = {"made_by": "rankfold", "open_with": "rankfold.load(folder)"}
 
 
 def is_transformers_model(model: nn.Module) -> bool:
