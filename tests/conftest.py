@@ -6,6 +6,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+# The models are tiny: threads that wait for each other cost more than they bring.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _same_random_state() -> None:

@@ -120,19 +120,30 @@ def best_within_cost(curves: Mapping[str, Curve], budget: float) -> RankPlan:
 
 def _filled(plan: RankPlan, curves: Mapping[str, Curve], left: float) -> RankPlan:
     """Spend what is left of the budget on choices off the hull, layer by layer, best first."""
-    options: list[tuple[float, str, Choice]] = []
-    for name, chosen in plan.items():
-        better = (c for c in curves[name].choices() if c.change < chosen.change)
-        affordable = [c for c in better if c.cost - chosen.cost <= left]
-        if affordable:
-            best = min(affordable, key=lambda c: (c.change, c.cost))
-            options.append((best.change - chosen.change, name, best))
+
+    def best_affordable(name: str) -> tuple[float, str, Choice] | None:
+        here = plan[name]
+        affordable = [
+            choice
+            for choice in curves[name].choices()
+            if choice.change < here.change and choice.cost - here.cost <= left
+        ]
+        if not affordable:
+            return None
+        best = min(affordable, key=lambda c: (c.change, c.cost))
+        return best.change - here.change, name, best
+
     filled = dict(plan)
-    for _, name, choice in sorted(options, key=lambda option: option[:2]):
-        extra = choice.cost - filled[name].cost
+    options = [option for name in plan if (option := best_affordable(name)) is not None]
+    heapq.heapify(options)
+    while options:
+        _, name, choice = heapq.heappop(options)
+        extra = choice.cost - plan[name].cost
         if extra <= left:
             filled[name] = choice
             left -= extra
+        elif (second := best_affordable(name)) is not None:
+            heapq.heappush(options, second)
     return filled
 
 

@@ -32,6 +32,7 @@ FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
 MANIFEST_FILE = "rankfold.json"
 METADATA = {"format": "pt"}
+_FLOATS = {str(t): t for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 Manifest = dict[str, Any]
 
@@ -88,6 +89,7 @@ def save_artifact(
             "kind": "transformers" if hf.is_transformers_model(model) else "module",
             "class": f"{type(model).__module__}.{type(model).__qualname__}",
             "shared_tensors": aliases,
+            "computed_buffers": _computed_buffers(model),
         },
         **manifest,
     }
@@ -265,10 +267,16 @@ def _check_manifest(manifest: Mapping[str, Any], file: Path) -> None:
         isinstance(aliases, dict) and all(isinstance(v, str) for v in aliases.values()),
         "an object of names model.shared_tensors",
     )
+    buffers = model.get("computed_buffers")
+    expect(
+        isinstance(buffers, dict) and all(value in _FLOATS for value in buffers.values()),
+        "an object of types model.computed_buffers",
+    )
     expect(isinstance(layers, list), "a list 'layers'")
     for layer in cast("list[Any]", layers):
         expect(isinstance(layer, dict) and isinstance(layer.get("name"), str), "named layers")
-        rank = layer.get("rank")
+        expect("rank" in layer, f"a rank of {layer['name']}, or null")
+        rank = layer["rank"]
         if rank is not None:
             whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
             expect(whole, f"a positive rank of {layer['name']}")
@@ -296,8 +304,17 @@ def fill(
         if entry["rank"] is None:
             continue
         modules[entry["name"]] = _empty_low_rank(model, entry, where)
-    put_modules(model, modules)
-    load_tensors(model, tensors, manifest["model"]["shared_tensors"], where)
+    before = put_modules(model, modules)
+    try:
+        load_tensors(model, tensors, manifest["model"]["shared_tensors"], where)
+    except InputError:
+        put_modules(model, before)
+        raise
+    for name, dtype in manifest["model"]["computed_buffers"].items():
+        owner, leaf = _owner(model, name)
+        buffer = owner._buffers.get(leaf)
+        if buffer is not None and str(buffer.dtype) != dtype:
+            owner._buffers[leaf] = buffer.to(_FLOATS[dtype])
     return model
 
 
@@ -350,6 +367,16 @@ def load_tensors(
     problems = [f"{name}: missing" for name in wanted if name not in offered]
     problems += [f"{name}: not in the model" for name in offered if name not in wanted]
     problems += [
+        f"{alias}: shares {aliases[alias]}, which is missing"
+        for alias in aliases
+        if aliases[alias] not in tensors
+    ]
+    problems += [
+        f"{name}: {offered[name].dtype} in the file, {wanted[name].dtype} in the model"
+        for name in wanted
+        if name in offered and not _same_kind(offered[name], wanted[name])
+    ]
+    problems += [
         f"{name}: {tuple(offered[name].shape)} in the file, "
         f"{tuple(wanted[name].shape)} in the model"
         for name in wanted
@@ -367,6 +394,25 @@ def load_tensors(
         owner, leaf = _owner(model, alias)
         source, source_leaf = _owner(model, name)
         setattr(owner, leaf, getattr(source, source_leaf))
+
+
+def _same_kind(first: Tensor, second: Tensor) -> bool:
+    """Both floating (of any precision), or of one type."""
+    both_floating = first.is_floating_point() and second.is_floating_point()
+    return both_floating or first.dtype == second.dtype
+
+
+def _computed_buffers(model: nn.Module) -> dict[str, str]:
+    """Types of the buffers that no file holds, such as rotary frequencies.
+
+    A reloaded model computes them again, in its own type; ``model.to(dtype)`` had rounded them.
+    """
+    stored = model.state_dict(keep_vars=True)
+    return {
+        name: str(buffer.dtype)
+        for name, buffer in model.named_buffers()
+        if name not in stored and str(buffer.dtype) in _FLOATS
+    }
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

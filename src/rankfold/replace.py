@@ -34,10 +34,17 @@ def with_replaced(
     return twin
 
 
-def put_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Exchange modules of ``model`` itself, at every place where each one stands."""
-    old = {id(model.get_submodule(name)): module for name, module in modules.items()}
+def put_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Exchange modules of ``model`` itself, at every place where each one stands.
+
+    Returns:
+        The modules that stood there, by the same names: putting them back undoes the exchange.
+    """
+    before = {name: model.get_submodule(name) for name in modules}
+    new = {id(before[name]): module for name, module in modules.items()}
     for parent in list(model.modules()):
-        for child_name, child in list(parent.named_children()):
-            if id(child) in old:
-                setattr(parent, child_name, old[id(child)])
+        # _modules, not named_children: that leaves out a module's second name in one parent.
+        for child_name, child in list(parent._modules.items()):
+            if id(child) in new:
+                setattr(parent, child_name, new[id(child)])
+    return before
