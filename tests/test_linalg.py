@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rankfold.linalg import (
@@ -74,6 +74,7 @@ def test_a_zero_gram_has_zero_roots(function):
 
 @property_test
 @given(SEEDS, SIDES, SIDES)
+@example(seed=12212083, side=8, rank=7)  # Cholesky succeeds; its last pivot is rounding, 3e-11
 def test_inverse_factor_whitens_also_singular_grams(seed, side, rank):
     g = gram(seed, side, rank)
     q = inverse_factor(g)

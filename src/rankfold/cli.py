@@ -45,7 +45,8 @@ from rankfold.objectives import OBJECTIVES
 from rankfold.progress import TerminalProgress
 from rankfold.tables import evaluation_lines, layers_table, plain_console, print_result
 
-M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 2_000_000  # of glibc's malloc.h; bytes
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+LARGE_BLOCK = 2_000_000  # bytes
 DONE, BAD_INPUT, NOT_FOUND, INTERRUPTED = 0, 2, 3, 130
 
 MODEL_HELP = (
@@ -409,6 +410,7 @@ def _give_back_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+        mallopt(M_TRIM_THRESHOLD, 50 * LARGE_BLOCK)  # small blocks: rarely, it takes time
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:

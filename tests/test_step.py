@@ -1,0 +1,82 @@
+"""The gradient term on a small model that has something left to learn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rankfold.calibrate import collect_statistics
+from rankfold.data import Part, as_part
+from rankfold.progress import SilentProgress
+from rankfold.step import moved_weight, search_step, step_directions
+from rankfold.tasks import Classification, evaluate
+from tests.small_models import mlp, same_state, seeded, state
+
+TEACHER = seeded(8, lambda: nn.Linear(6, 5))
+
+
+def taught(count: int, seed: int, name: str) -> Part:
+    x = torch.randn(count, 6, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        y = (3 * TEACHER(x)).argmax(1)
+    return as_part(name, list(zip(x, y.tolist(), strict=True)))
+
+
+def search(calibration: Part, selection: Part):
+    model = mlp()
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    task = Classification()
+    found = collect_statistics(model, task, calibration, layers, curvature="empirical")
+    directions = step_directions(layers, found, 0.1, SilentProgress())
+    original = evaluate(model, task, selection)
+    before = state(model)
+    step = search_step(
+        model,
+        task,
+        selection,
+        original,
+        layers,
+        directions,
+        batch_size=None,
+        progress=SilentProgress(),
+    )
+    assert same_state(model, before)
+    return model, layers, original, step
+
+
+def test_the_step_lowers_the_loss_as_it_says() -> None:
+    selection = taught(200, 2, "selection")
+    model, layers, original, step = search(taught(300, 1, "calibration"), selection)
+    assert step.eta > 0
+    assert step.directions.signal > 0
+    assert step.gain == min(change for _, change in step.trials) < -0.02
+    with torch.no_grad():
+        for name, layer in layers.items():
+            layer.weight.copy_(step.moved(name, layer))
+    measured = evaluate(model, Classification(), selection).mean - original.mean
+    assert measured == pytest.approx(step.gain, abs=1e-5)
+
+
+def test_labels_without_meaning_give_no_step() -> None:
+    noise = torch.Generator().manual_seed(5)
+    parts = [
+        as_part(
+            name,
+            [
+                (torch.randn(6, generator=noise), int(torch.randint(5, (1,), generator=noise)))
+                for _ in range(60)
+            ],
+        )
+        for name in ("calibration", "selection")
+    ]
+    step = search(parts[0], parts[1])[3]
+    assert step.eta == 0
+    assert step.gain == 0
+
+
+def test_a_step_of_length_zero_is_the_weight_itself() -> None:
+    layer = nn.Linear(3, 4)
+    assert torch.equal(moved_weight(layer, torch.ones(4, 3), 0.0), layer.weight)
+    moved = moved_weight(layer, torch.ones(4, 3, dtype=torch.float64), 0.5)
+    torch.testing.assert_close(moved, layer.weight.detach() - 0.5)
