@@ -1,15 +1,16 @@
-"""Statistics against explicit sums over examples and positions, in float64."""
-
-from __future__ import annotations
-
-from collections.abc import Callable
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import default_collate
 
+from rankfold import InputError
 from rankfold.calibrate import (
+    MEMORISED_SHARE,
     LayerStatistics,
     calibration_loss,
     choose_curvature,
@@ -17,239 +18,507 @@ from rankfold.calibrate import (
     trace,
 )
 from rankfold.data import Part, as_part
-from rankfold.errors import InputError
-from rankfold.layer_matrix import MatrixLayer, input_rows
-from rankfold.tasks import CausalLM, Classification
+from rankfold.layer_matrix import MatrixLayer
+from rankfold.tasks import CausalLM, Classification, UserLoss
 from tests.small_models import (
-    SmallCNN,
+    CLASSES,
     flags,
     images,
     mlp,
     pair_part,
     same_state,
+    seeded,
     state,
     tiny_llama,
     token_windows,
+    trained_cnn,
 )
-
-CONVS = [
-    nn.Conv2d(3, 4, 3),
-    nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(1, 0)),
-    nn.Conv2d(3, 4, 2, dilation=2, padding="same", bias=False),
-    nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"),
-]
-
-
-class ConvNet(nn.Module):
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        self.conv = conv
-        self.head = nn.Linear(4, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.conv(x)).mean((2, 3)))
-
-
-class Shared(nn.Module):
-    """Two layers read the same input; for even sums the second reads another one."""
-
-    def __init__(self, parts: bool) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(6, 5), nn.Linear(6, 5)
-        self.parts = parts
-
-    def forward(self, x: Tensor) -> Tensor:
-        other = x * 2 if self.parts and float(x.sum()) > 0 else x
-        return self.first(x) + torch.tanh(self.second(other))
-
-
-class Twice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.head = nn.Linear(6, 6), nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.layer(torch.tanh(self.layer(x)))))
 
 
 def layers_of(model: nn.Module) -> dict[str, MatrixLayer]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
 
 
-def statistics(model: nn.Module, part: Part, **options: object) -> dict[str, LayerStatistics]:
-    settings = {"curvature": "empirical", **options}
-    return collect_statistics(model, Classification(), part, layers_of(model), **settings)
-
-
-def explicit(model: nn.Module, part: Part, name: str) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """A, B and each half's G of one layer, example by example."""
-    layer = model.get_submodule(name)
-    calls: list[tuple[Tensor, Tensor]] = []
-
-    def keep(_: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-        output.retain_grad()
-        calls.append((args[0], output))
-
-    a, b, rows = 0, 0, 0
-    halves = [torch.zeros_like(layer.weight).flatten(1) for _ in range(2)]
-    middle = len(part.examples) // 2
-    handle = layer.register_forward_hook(keep)
-    for index, (x, y) in enumerate(part.examples):
-        calls.clear()
-        model.zero_grad()
-        loss = functional.cross_entropy(model(x[None]), torch.tensor([int(y)]))
-        loss.backward()
-        for inputs, output in calls:
-            x_rows = torch.cat(list(input_rows(layer, inputs)))
-            g_rows = output.grad
-            g_rows = g_rows.movedim(1, -1) if g_rows.dim() == 4 else g_rows
-            g_rows = g_rows.reshape(-1, layer.weight.shape[0])
-            a, b, rows = a + x_rows.T @ x_rows, b + g_rows.T @ g_rows, rows + len(x_rows)
-        halves[index >= middle] += layer.weight.grad.flatten(1)
-    handle.remove()
-    model.zero_grad()
-    counts = (middle, len(part.examples) - middle)
-    return a / rows, b / len(part.examples), [g / n for g, n in zip(halves, counts, strict=True)]
-
-
-def assert_matches(model: nn.Module, part: Part, found: dict[str, LayerStatistics]) -> None:
-    for name in found:
-        a, b, halves = explicit(model, part, name)
-        torch.testing.assert_close(found[name].input_gram, a)
-        torch.testing.assert_close(found[name].output_gram, b)
-        for half, expected in zip(found[name].gradients, halves, strict=True):
-            torch.testing.assert_close(half, expected)
-
-
 def double(part: Part) -> Part:
-    return as_part(part.name, [(x.double(), y) for x, y in part.examples])
+    examples = [(x.double(), label) for x, label in part.examples]
+    return as_part(part.name, examples)
 
 
-@pytest.mark.parametrize("conv", CONVS, ids=str)
-@pytest.mark.parametrize("batch_size", [1, 4, 9])
-def test_conv_statistics(conv: nn.Conv2d, batch_size: int) -> None:
-    model = ConvNet(conv).double().eval()
-    part = double(as_part("calibration", list(images(9, seed=1))))
-    assert_matches(model, part, statistics(model, part, batch_size=batch_size))
+def image_part(count: int, seed: int = 0) -> Part:
+    return double(as_part("calibration", list(images(count, seed))))
 
 
-@pytest.mark.parametrize("make", [mlp, Twice, lambda: Shared(False), lambda: Shared(True)])
-def test_linear_statistics(make: Callable[[], nn.Module]) -> None:
-    model, part = make().double().eval(), double(pair_part(11))
-    for batch_size in (1, 3):
-        found = statistics(model, part, batch_size=batch_size)
-        if not (isinstance(model, Shared) and model.parts and batch_size == 3):
-            assert_matches(model, part, found)
+def collect(
+    model: nn.Module, part: Part, curvature: str | None = "empirical", **settings: object
+) -> dict[str, LayerStatistics]:
+    layers = settings.pop("layers", None) or layers_of(model)
+    task = settings.pop("task", None) or Classification()
+    return collect_statistics(model, task, part, layers, curvature=curvature, **settings)
 
 
-def test_shared_inputs_are_accumulated_once_and_parted_when_they_differ() -> None:
-    part = double(pair_part(12))
-    together = statistics(Shared(False).double(), part, batch_size=1)
-    assert together["second"].shares_input_with == "first"
-    assert together["second"].input_gram is together["first"].input_gram
-    apart = statistics(Shared(True).double(), part, batch_size=1)
-    assert apart["second"].shares_input_with is None
-    x = torch.stack([x for x, _ in part.examples])
-    torch.testing.assert_close(apart["first"].input_gram, x.T @ x / 12)
-    doubled = torch.where(x.sum(1, keepdim=True) > 0, 2 * x, x)
-    torch.testing.assert_close(apart["second"].input_gram, doubled.T @ doubled / 12)
+def float64_cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
-def test_llama_shares_the_inputs_of_q_k_v_and_of_gate_up() -> None:
-    model = tiny_llama()
-    part = as_part("calibration", token_windows(4))
-    layers = {n: m for n, m in layers_of(model).items() if n != "lm_head"}
-    found = collect_statistics(model, CausalLM(), part, layers, curvature="empirical")
-    leaders = {n.rpartition(".")[2]: s.shares_input_with for n, s in found.items()}
-    assert leaders["q_proj"] is leaders["gate_proj"] is leaders["o_proj"] is None
-    assert leaders["k_proj"].endswith("q_proj") and leaders["v_proj"].endswith("q_proj")
-    assert leaders["up_proj"].endswith("gate_proj")
+EXACT = UserLoss(float64_cross_entropy)
 
 
-def test_sampled_curvature_is_seeded_and_in_the_mean_the_fisher() -> None:
-    model, part = mlp().double(), double(pair_part(40))
-    first, again, other = (
-        statistics(model, part, curvature="sampled", seed=seed)["last"] for seed in (0, 0, 1)
+class ByHand:
+    """A, B and gradients of one layer from one example at a time, through torch.autograd.
+
+    The layer's call is replaced by one that adds a zero ``shift`` of the output's shape: the
+    gradient of the shift is g, and the input is seen as it comes.
+    """
+
+    def __init__(self, model: nn.Module, name: str, part: Part, rows: Callable[..., Tensor]):
+        layer = model.get_submodule(name)
+        out, width = len(layer.weight), layer.weight[0].numel()
+        self.a, self.b = torch.zeros(width, width).double(), torch.zeros(out, out).double()
+        self.halves = [torch.zeros(out, width).double() for _ in range(2)]
+        count, positions, middle = len(part.examples), 0, len(part.examples) // 2
+        for index, (values, label) in enumerate(part.examples):
+            seen: dict[str, Tensor] = {}
+
+            def shifted(_: object, args: tuple[Tensor], output: Tensor, seen=seen) -> Tensor:
+                seen["x"] = args[0].detach()
+                seen["shift"] = torch.zeros_like(output).requires_grad_()
+                return output + seen["shift"]
+
+            handle = layer.register_forward_hook(shifted)
+            loss = functional.cross_entropy(model(values[None]), torch.as_tensor(label)[None])
+            handle.remove()
+            shift, gradient = torch.autograd.grad(loss, [seen["shift"], layer.weight])
+            for x, g in zip(*rows(layer, seen["x"], shift), strict=True):
+                self.a += torch.outer(x, x)
+                self.b += torch.outer(g, g)
+                positions += 1
+            self.halves[index >= middle] += gradient.flatten(1)
+        self.a /= positions
+        self.b /= count
+        self.halves = [self.halves[0] / middle, self.halves[1] / (count - middle)]
+
+
+def linear_rows(_: nn.Module, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    return x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+
+
+def conv_rows(layer: nn.Conv2d, x: Tensor, g: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Patches by indexing, position by position; zero padding only."""
+    (ph, pw), (sh, sw), (dh, dw) = layer.padding, layer.stride, layer.dilation
+    kh, kw = layer.kernel_size
+    padded = functional.pad(x[0], (pw, pw, ph, ph))
+    patches, gradients = [], []
+    for i in range(g.shape[2]):
+        for j in range(g.shape[3]):
+            top, left = i * sh, j * sw
+            patch = padded[
+                :, top : top + (kh - 1) * dh + 1 : dh, left : left + (kw - 1) * dw + 1 : dw
+            ]
+            patches.append(patch.flatten())
+            gradients.append(g[0, :, i, j])
+    return patches, gradients
+
+
+def check(found: LayerStatistics, expected: ByHand) -> None:
+    torch.testing.assert_close(found.input_gram, expected.a, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found.output_gram, expected.b, rtol=1e-10, atol=1e-12)
+    for half, wanted in zip(found.gradients, expected.halves, strict=True):
+        torch.testing.assert_close(half, wanted, rtol=1e-10, atol=1e-12)
+    mean = (expected.halves[0] + expected.halves[1]) / 2
+    torch.testing.assert_close(found.gradient, mean, rtol=1e-10, atol=1e-12)
+
+
+def test_statistics_of_linears_are_those_of_single_examples() -> None:
+    model, part = mlp().double(), double(pair_part(11))
+    found = collect(model, part, task=EXACT)
+    for name in layers_of(model):
+        check(found[name], ByHand(model, name, part, linear_rows))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 1},
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": (2, 3), "stride": (2, 1), "padding": (0, 2)},
+        {"kernel_size": 2, "stride": 3, "padding": 1, "dilation": 2},
+    ],
+    ids=str,
+)
+def test_statistics_of_convs_are_those_of_single_patches(options: dict[str, object]) -> None:
+    conv = nn.Conv2d(3, 4, **options)
+    head = nn.Sequential(nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, CLASSES))
+    model, part = nn.Sequential(conv, *head).double(), image_part(5)
+    check(collect(model, part, task=EXACT)["0"], ByHand(model, "0", part, conv_rows))
+
+
+def test_the_quadratic_form_of_a_conv_counts_its_positions_in_b() -> None:
+    """A conv of image size has one position: A and B are those of a Linear."""
+    conv = nn.Conv2d(3, 4, 8).double()
+    linear = nn.Linear(192, 4).double()
+    linear.weight.data = conv.weight.data.flatten(1)
+    linear.bias.data = conv.bias.data
+    tail = nn.Linear(4, CLASSES).double()
+    part = image_part(6)
+    as_conv = collect(nn.Sequential(conv, nn.Flatten(), tail), part)["0"]
+    as_linear = collect(nn.Sequential(nn.Flatten(), linear, tail), part)["1"]
+    torch.testing.assert_close(as_conv.input_gram, as_linear.input_gram)
+    torch.testing.assert_close(as_conv.output_gram, as_linear.output_gram)
+    torch.testing.assert_close(as_conv.gradient, as_linear.gradient)
+
+
+def test_statistics_of_a_language_model_count_tokens() -> None:
+    model = tiny_llama().double()
+    part = as_part("calibration", token_windows(6))
+    name = "model.layers.0.mlp.up_proj"
+    layer = model.get_submodule(name)
+    found = collect_statistics(model, CausalLM(), part, {name: layer}, curvature="empirical")[name]
+    tokens = torch.stack(part.examples)
+    seen: dict[str, Tensor] = {}
+    handle = layer.register_forward_hook(lambda _, args, output: seen.update(x=args[0], y=output))
+    logits = model(tokens).logits.float()
+    handle.remove()
+    loss = functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
     )
-    assert torch.equal(first.output_gram, again.output_gram)
-    assert not torch.equal(first.output_gram, other.output_gram)
-    torch.testing.assert_close(first.gradient, statistics(model, part)["last"].gradient)
-    many = [
-        statistics(model, part, curvature="sampled", seed=seed)["last"].output_gram
-        for seed in range(150)
-    ]
-    x = torch.stack([x for x, _ in part.examples])
-    p = model(x).softmax(-1)
-    q = 0.9 * p + 0.1 / p.shape[-1]
-    onehot = torch.eye(p.shape[-1], dtype=p.dtype)
-    g = p[:, None, :] - onehot  # (examples, drawn label, logits)
-    fisher = torch.einsum("nk,nki,nkj->ij", q, g, g) / len(x)
-    error = (torch.stack(many).mean(0) - fisher).norm() / fisher.norm()
-    assert error < 0.05
+    g, gradient = torch.autograd.grad(loss, [seen["y"], layer.weight])
+    x = seen["x"].detach().flatten(0, 1)
+    terms = 6 * 11
+    torch.testing.assert_close(found.input_gram, x.T @ x / (6 * 12))
+    torch.testing.assert_close(found.output_gram, g.flatten(0, 1).T @ g.flatten(0, 1) / terms)
+    torch.testing.assert_close(found.gradient, gradient / terms)
 
 
-class Interrupted(SmallCNN):
-    """Fails, or is interrupted, in its second call."""
-
-    def __init__(self, error: type[BaseException] | None) -> None:
-        super().__init__()
-        self.error, self.calls = error, 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        if self.calls == 2 and self.error:
-            raise self.error
-        return super().forward(x)
-
-
-@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
-def test_the_model_comes_back_as_it_was(error: type[BaseException] | None) -> None:
-    model = Interrupted(error).train()
-    model.features[1].eval()
-    model.head.weight.requires_grad_(False)
-    model.features[0].register_forward_hook(lambda *_: None)
-    before, were = state(model), flags(model)
-    part = as_part("calibration", list(images(9, seed=1)))
-    if error is None:
-        statistics(model, part, batch_size=3)
-    else:
-        with pytest.raises(error):
-            statistics(model, part, batch_size=3)
-    assert same_state(model, before)
-    assert flags(model) == were
-    assert torch.is_grad_enabled()
+@pytest.mark.parametrize("curvature", ["empirical", "sampled", None])
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_the_batch_size_does_not_matter(curvature: str | None, batch_size: int) -> None:
+    model, part = trained_cnn().double(), image_part(13)
+    one = collect(model, part, curvature, batch_size=5, seed=4)
+    other = collect(model, part, curvature, batch_size=batch_size, seed=4)
+    for name, stats in one.items():
+        torch.testing.assert_close(stats.input_gram, other[name].input_gram)
+        if curvature:
+            torch.testing.assert_close(stats.output_gram, other[name].output_gram)
+            torch.testing.assert_close(stats.gradients, other[name].gradients)
 
 
-def test_input_statistics_alone_need_no_backward_pass() -> None:
-    found = statistics(mlp(), pair_part(8), curvature=None)
-    assert found["first"].output_gram is None
+def test_without_curvature_there_is_no_backward_pass() -> None:
+    found = collect(mlp(), pair_part(8), curvature=None)
+    assert all(s.output_gram is None and s.gradients is None for s in found.values())
     with pytest.raises(ValueError, match="without gradients"):
         _ = found["first"].gradient
 
 
-def test_curvature_is_chosen_by_the_calibration_loss() -> None:
-    assert choose_curvature(2.0, 10) == "empirical"
-    assert choose_curvature(0.01, 10) == "sampled"
-    assert choose_curvature(0.01, None) == "empirical"
-    loss, classes = calibration_loss(mlp(), Classification(), pair_part(8))
-    assert classes == 5
-    assert 0.5 < loss < 4
+def test_half_precision_models_get_grams_in_float64() -> None:
+    model, part = mlp(), pair_part(8)
+    exact, half = collect(model, part), collect(model.bfloat16(), part)
+    for name, stats in half.items():
+        assert stats.input_gram.dtype == stats.output_gram.dtype == torch.float64
+        assert stats.gradient.dtype == torch.float32
+        torch.testing.assert_close(
+            stats.input_gram, exact[name].input_gram, rtol=0.05, atol=0.02, check_dtype=False
+        )
+
+
+# Sampled labels
+
+
+def test_the_sampled_curvature_depends_on_the_seed_alone() -> None:
+    model, part = mlp().double(), double(pair_part(30))
+    grams = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(grams))
+        grams.append(collect(model, part, "sampled", seed=seed)["last"].output_gram)
+    assert torch.equal(grams[0], grams[1])
+    assert not torch.allclose(grams[0], grams[2])
+
+
+def test_the_sampled_curvature_draws_from_the_smoothed_predictions() -> None:
+    """For the last layer g = softmax - onehot(drawn): its mean Gram is known."""
+    model, part = mlp().double(), double(pair_part(4000))
+    found = collect(model, part, "sampled")["last"]
+    with torch.no_grad():
+        p = model(torch.stack([x for x, _ in part.examples])).softmax(-1)
+    drawn = 0.9 * p + 0.1 / CLASSES
+    expected = torch.zeros(CLASSES, CLASSES).double()
+    for c in range(CLASSES):
+        g = p - functional.one_hot(torch.tensor(c), CLASSES)
+        expected += (drawn[:, c, None] * g).T @ g / len(p)
+    torch.testing.assert_close(found.output_gram, expected, rtol=0.15, atol=0.01)
+
+
+def test_gradients_are_those_of_the_labels_also_when_curvature_is_sampled() -> None:
+    model, part = mlp().double(), double(pair_part(10))
+    empirical, sampled = collect(model, part), collect(model, part, "sampled")
+    for name in empirical:
+        torch.testing.assert_close(empirical[name].gradients, sampled[name].gradients)
+        assert not torch.allclose(empirical[name].output_gram, sampled[name].output_gram)
+
+
+def test_the_sampled_curvature_needs_logits() -> None:
+    task = UserLoss(lambda model, batch: model(batch[0]).square().sum(1))
+    model = mlp()
+    with pytest.raises(InputError, match="needs logits"):
+        collect_statistics(model, task, pair_part(8), layers_of(model), curvature="sampled")
+
+
+# Shared inputs
+
+
+class Branches(nn.Module):
+    """``q`` and ``k`` see the same tensor; ``v`` sees it too unless an example says otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(6, CLASSES) for _ in range(3))
+
+    def forward(self, values: Tensor) -> Tensor:
+        hidden = values if bool((values[:, 0] > 50).all()) else 2 * values
+        first = values.tanh()
+        other = first if bool((values[:, 0] < 50).all()) else hidden
+        return self.q(first) + self.k(first) + self.v(other)
+
+
+def plain_gram(inputs: Tensor) -> Tensor:
+    return inputs.T @ inputs / len(inputs)
+
+
+def test_layers_with_one_input_share_one_gram() -> None:
+    model = seeded(0, Branches).double()
+    part = double(pair_part(9))
+    found = collect(model, part)
+    assert found["q"].shares_input_with is None
+    assert found["k"].shares_input_with == found["v"].shares_input_with == "q"
+    assert found["k"].input_gram is found["v"].input_gram is found["q"].input_gram
+    expected = plain_gram(torch.stack([x for x, _ in part.examples]).tanh())
+    torch.testing.assert_close(found["k"].input_gram, expected)
+
+
+@pytest.mark.parametrize("order", ["same first", "different first"])
+def test_layers_whose_inputs_part_later_stop_sharing(order: str) -> None:
+    model = seeded(0, Branches).double()
+    same = double(pair_part(6, seed=1)).examples
+    different = [(x + torch.eye(6)[0] * 100, y) for x, y in double(pair_part(6, seed=2)).examples]
+    examples = [*same, *different] if order == "same first" else [*different, *same]
+    found = collect(model, as_part("calibration", examples), batch_size=2)
+    assert found["k"].shares_input_with == "q"
+    assert found["v"].shares_input_with is None
+    x_same, x_different = (torch.stack([x for x, _ in part]) for part in (same, different))
+    first = torch.cat([x_same, x_different]).tanh()
+    other = torch.cat([x_same.tanh(), x_different])
+    torch.testing.assert_close(found["q"].input_gram, plain_gram(first))
+    torch.testing.assert_close(found["v"].input_gram, plain_gram(other))
+
+
+def test_a_tensor_changed_in_place_between_two_layers_is_not_shared() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(6, CLASSES), nn.Linear(6, CLASSES)
+
+        def forward(self, values: Tensor) -> Tensor:
+            values = values.clone()
+            with torch.no_grad():
+                first = self.one(values)
+                values.mul_(3)
+            return first + self.two(values)
+
+    found = collect(InPlace().double(), double(pair_part(8)), curvature=None)
+    assert found["two"].shares_input_with is None
+    torch.testing.assert_close(found["two"].input_gram, 9 * found["one"].input_gram)
+
+
+def test_convs_that_unfold_one_input_differently_do_not_share() -> None:
+    class Convs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.near = nn.Conv2d(3, CLASSES, 3, padding=1)
+            self.twin = nn.Conv2d(3, CLASSES, 3, padding=1)
+            self.far = nn.Conv2d(3, CLASSES, 3, padding=2, dilation=2)
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            return (self.near(pixels) + self.twin(pixels) + self.far(pixels)).mean((2, 3))
+
+    model, part = Convs().double(), image_part(4)
+    found = collect(model, part, task=EXACT)
+    assert found["twin"].shares_input_with == "near"
+    assert found["far"].shares_input_with is None
+    check(found["far"], ByHand(model, "far", part, conv_rows))
+
+
+def test_a_layer_used_twice_sums_over_both_calls() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.again, self.last = nn.Linear(6, 6), nn.Linear(6, CLASSES)
+
+        def forward(self, values: Tensor) -> Tensor:
+            return self.last(self.again(self.again(values).tanh()).tanh())
+
+    model, part = Twice().double(), double(pair_part(7))
+    found = collect(model, part)["again"]
+    x = torch.stack([x for x, _ in part.examples])
+    y = torch.tensor([y for _, y in part.examples])
+    middle = model.again(x).tanh()
+    torch.testing.assert_close(found.input_gram, plain_gram(torch.cat([x, middle]).detach()))
+    # The same network of two layers with equal weights: its gradients add.
+    copy = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), model.last)
+    copy = copy.double()
+    for at in (0, 2):
+        copy[at].load_state_dict(model.again.state_dict())
+    apart = collect(copy, part, layers={"0": copy[0], "2": copy[2]})
+    torch.testing.assert_close(found.output_gram, apart["0"].output_gram + apart["2"].output_gram)
+    torch.testing.assert_close(found.gradient, apart["0"].gradient + apart["2"].gradient)
+    assert torch.isfinite(functional.cross_entropy(copy(x), y))
+
+
+def test_a_layer_called_for_some_batches_only_counts_those() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.always, self.rare = nn.Linear(6, CLASSES), nn.Linear(6, CLASSES)
+
+        def forward(self, values: Tensor) -> Tensor:
+            outputs = self.always(values)
+            return outputs + self.rare(values) if bool((values[:, 0] > 50).all()) else outputs
+
+    model = Gated().double()
+    shifted = [(x + 100 * torch.eye(6)[0], y) for x, y in double(pair_part(4)).examples]
+    part = as_part("calibration", [*double(pair_part(4, seed=9)).examples, *shifted])
+    found = collect(model, part, batch_size=2)
+    x = torch.stack([x for x, _ in shifted])
+    torch.testing.assert_close(found["rare"].input_gram, plain_gram(x))
+    torch.testing.assert_close(found["rare"].gradients[0], torch.zeros(CLASSES, 6).double())
+    assert found["rare"].shares_input_with is None
+
+
+def test_a_layer_that_gets_no_gradient_is_silent() -> None:
+    model = mlp()
+    nn.init.zeros_(model.last.weight)
+    found = collect(model, pair_part(8))
+    assert found["second"].is_silent
+    assert not found["last"].is_silent
+
+
+# The model comes back as it was
+
+
+def with_flags(model: nn.Module) -> nn.Module:
+    """Training with an eval BatchNorm, one frozen weight, one gradient and one hook there."""
+    model.train()
+    model.features[1].eval()
+    model.features[3].weight.requires_grad_(False)
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    model.head.register_forward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("curvature", ["empirical", "sampled", None])
+def test_the_model_comes_back_as_it_was(
+    error: type[BaseException] | None, curvature: str | None
+) -> None:
+    model = with_flags(trained_cnn())
+    calls = Counter[str]()
+
+    def fail_later(*_: object) -> None:
+        calls["pass"] += 1
+        if error is not None and calls["pass"] == 3:
+            raise error("in a forward pass")
+
+    model.features[5].register_forward_hook(fail_later)
+    part = as_part("calibration", list(images(10, 0)))
+    before, before_flags = state(model), flags(model)
+    grad = model.head.weight.grad.clone()
+    if error is None:
+        collect(model, part, curvature, batch_size=2)
+    else:
+        with pytest.raises(error, match="in a forward pass"):
+            collect(model, part, curvature, batch_size=2)
+    assert flags(model) == before_flags
+    assert same_state(model, before)
+    assert torch.equal(model.head.weight.grad, grad)
+    assert torch.is_grad_enabled()
+
+
+def test_statistics_are_those_of_eval_mode() -> None:
+    part = as_part("calibration", list(images(10, 0)))
+    training, evaluating = trained_cnn().train(), trained_cnn().eval()
+    one, other = collect(training, part), collect(evaluating, part)
+    for name in one:
+        assert torch.equal(one[name].output_gram, other[name].output_gram)
+
+
+def test_frozen_weights_still_get_gradients() -> None:
+    frozen = mlp().requires_grad_(False)
+    one, other = collect(frozen, pair_part(8)), collect(mlp(), pair_part(8))
+    assert torch.equal(one["first"].gradient, other["first"].gradient)
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
 
 
 def test_a_loss_that_is_not_finite_is_refused() -> None:
-    part = as_part("calibration", [(torch.full((6,), torch.nan), 1)] * 4)
+    model = mlp()
+    examples = [*pair_part(7).examples, (torch.full((6,), math.nan), 0)]
     with pytest.raises(InputError, match="NaN or infinite"):
-        statistics(mlp(), part)
-    with pytest.raises(InputError, match="finite loss"):
-        calibration_loss(mlp(), Classification(), part)
+        collect(model, as_part("calibration", examples))
 
 
-def test_trace_counts_rows_and_flops() -> None:
-    model = SmallCNN(width=8).eval()
-    seen = trace(model, Classification(), as_part("calibration", list(images(4, seed=1))))
-    assert seen.rows["features.0"] == 64
-    assert seen.rows["features.3"] == 16
-    assert seen.flops["features.0"] == 2 * 64 * 8 * 27
-    assert seen.flops["head"] == 2 * 64 * 5
-    with pytest.raises(InputError, match=r"can't run on the data.*\(1, 6\)"):
-        trace(model, Classification(), pair_part(4))
+# What a forward pass shows
+
+
+def test_trace_counts_rows_and_flops_of_one_example() -> None:
+    found = trace(trained_cnn(), Classification(), as_part("calibration", list(images(4, 0))))
+    assert found.rows == {
+        "features.0": 64,
+        "features.3": 16,
+        "features.5": 16,
+        "head": 1,
+    }
+    assert found.flops["features.0"] == 2 * 64 * 8 * 27
+    assert found.flops["head"] == 2 * 64 * CLASSES
+
+
+def test_trace_restores_flags_also_when_the_model_fails() -> None:
+    model = with_flags(trained_cnn())
+    before = flags(model)
+    bad = as_part("calibration", [(torch.zeros(5, 8, 8), 0)])
+    with pytest.raises(InputError, match="can't run on the data"):
+        trace(model, Classification(), bad)
+    assert flags(model) == before
+
+
+def test_calibration_loss_is_the_mean_loss_and_counts_logits() -> None:
+    model, part = mlp(), pair_part(40)
+    values, labels = default_collate(part.examples)
+    found, classes = calibration_loss(model, Classification(), part)
+    assert found == pytest.approx(functional.cross_entropy(model(values), labels).item())
+    assert classes == CLASSES
+    custom = UserLoss(lambda m, batch: m(batch[0]).square().sum(1))
+    assert calibration_loss(model, custom, part)[1] is None
+
+
+def test_calibration_loss_refuses_nan() -> None:
+    model = mlp()
+    nn.init.constant_(model.last.bias, math.nan)
+    with pytest.raises(InputError, match="nan"):
+        calibration_loss(model, Classification(), pair_part(8))
+
+
+@pytest.mark.parametrize(
+    ("loss", "classes", "expected"),
+    [
+        (1.0, 10, "empirical"),
+        (MEMORISED_SHARE * math.log(10), 10, "empirical"),
+        (MEMORISED_SHARE * math.log(10) - 1e-6, 10, "sampled"),
+        (0.0, 2, "sampled"),
+        (0.0, None, "empirical"),
+    ],
+)
+def test_choose_curvature(loss: float, classes: int | None, expected: str) -> None:
+    assert choose_curvature(loss, classes) == expected
+
+
+def test_layers_keep_the_order_and_names_asked_for() -> None:
+    model = mlp()
+    asked: Mapping[str, MatrixLayer] = {"last": model.last, "first": model.first}
+    assert set(collect(model, pair_part(8), layers=asked)) == {"first", "last"}

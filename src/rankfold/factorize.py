@@ -96,4 +96,7 @@ def low_rank_module(layer: MatrixLayer, factors: Factors) -> LowRankLinear | Low
         right = right.view(-1, *weight.shape[1:])
         module = LowRankConv2d(left, right, layer, layer.bias, factors.order)
     module.train(layer.training)
-    return module.requires_grad_(weight.requires_grad)
+    module.requires_grad_(weight.requires_grad)
+    if module.bias is not None and layer.bias is not None:
+        module.bias.requires_grad_(layer.bias.requires_grad)
+    return module

@@ -86,10 +86,12 @@ def layer_spectrum(
 ) -> Spectrum:
     """Spectrum of one (already moved) weight ``(out, in)`` under an objective."""
     a = b = None
-    if objective.input_gram and statistics is not None:
+    if objective.input_gram:
+        if statistics is None:
+            raise ValueError("this objective needs statistics")
         a = damped(statistics.input_gram, damping)
-    if objective.output_gram != "none" and statistics is not None:
-        gram = statistics.output_gram
+    if objective.output_gram != "none":
+        gram = None if statistics is None else statistics.output_gram
         if gram is None:
             raise ValueError("this objective needs statistics with gradients")
         diagonal = objective.output_gram == "diagonal"
