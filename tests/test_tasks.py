@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
@@ -17,7 +19,12 @@ from rankfold.tasks import (
 from tests.small_models import mlp, pair_part, pairs, tiny_llama, token_windows
 
 
-@torch.no_grad()
+@pytest.fixture(autouse=True)
+def _without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
 def test_causal_loss_is_that_of_transformers() -> None:
     model, ids = tiny_llama(), torch.stack(token_windows(5))
     result = CausalLM().batch_loss(model, ids)
@@ -28,7 +35,6 @@ def test_causal_loss_is_that_of_transformers() -> None:
     assert result.logits.shape == (55, 48)
 
 
-@torch.no_grad()
 def test_masked_tokens_do_not_count() -> None:
     model, ids = tiny_llama(), torch.stack(token_windows(3))
     mask = torch.ones_like(ids)
