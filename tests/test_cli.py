@@ -274,7 +274,13 @@ def test_interrupted_halfway(work: Path, sent: signal.Signals, expected: int) ->
     command = [str(Path(sys.executable).parent / "rankfold"), *LOSSLESS]
     command[2] = "net.py:slow"
     with subprocess.Popen(
-        command, cwd=work, env=environment(), stderr=subprocess.PIPE, encoding="utf-8"
+        command,
+        cwd=work,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        # A test run in the background is started with SIGINT ignored, and hands that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         deadline = time.monotonic() + 60
         while not (work / "started").exists() and time.monotonic() < deadline:

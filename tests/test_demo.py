@@ -34,7 +34,7 @@ def test_topics_lie_in_one_part_each() -> None:
     assert not paragraphs["calibration"] & paragraphs["held_out"]
     assert not paragraphs["calibration"] & paragraphs["selection"]
     assert not paragraphs["selection"] & paragraphs["held_out"]
-    assert sum(sizes) > 0.8 * sum(len(text) for text in topics.values())
+    assert sum(sizes) > 0.7 * sum(len(text) for text in topics.values())
     again = demo.topics_data(Characters())
     assert all(torch.equal(a, b) for a, b in zip(data.held_out, again.held_out, strict=True))
 
