@@ -4,9 +4,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankfold.spectrum import (
-    cross_validated_step,
+    gradient_step,
+    harmless_range,
     lossless_rank,
     quadratic_change,
+    shrink_singular_values,
+    step_length,
     tail_energies,
     whitened_spectrum,
 )
@@ -196,7 +199,7 @@ def half_gradients(seed, out, in_, noise):
 @given(SEEDS, SIDES, SIDES)
 def test_equal_halves_give_the_newton_step(seed, out, in_):
     g, a, b = normal(seed, out, in_), gram(seed + 1, in_), gram(seed + 2, out)
-    step = cross_validated_step((g, g), a, b)
+    step = gradient_step((g, g), a, b)
     newton = torch.linalg.solve(b, g) @ a.inverse()
     close(step.direction, newton, rtol=1e-5, atol=1e-5 * float(newton.abs().max()))
     assert step.signal == pytest.approx(float((g * newton).sum()), rel=1e-6)
@@ -209,7 +212,7 @@ def test_equal_halves_give_the_newton_step(seed, out, in_):
 def test_the_direction_descends_the_quadratic_of_the_mean_gradient(seed, out, in_, noise):
     halves = half_gradients(seed, out, in_, noise)
     a, b = gram(seed + 3, in_), gram(seed + 4, out)
-    direction = cross_validated_step(halves, a, b).direction
+    direction = gradient_step(halves, a, b).direction
     mean = (halves[0] + halves[1]) / 2
     slope = float((mean * direction).sum())
     assert slope >= 0
@@ -232,7 +235,7 @@ def test_step_against_dense_singular_value_decompositions(seed, out, in_, noise)
         return (u * coefficients.clamp(min=0)) @ vt
 
     agreed = (confirmed(first, second) + confirmed(second, first)) / 2
-    step = cross_validated_step(halves, a, b)
+    step = gradient_step(halves, a, b)
     expected = root_b @ agreed @ root_a
     close(step.direction, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
     assert step.signal == pytest.approx(
@@ -243,7 +246,7 @@ def test_step_against_dense_singular_value_decompositions(seed, out, in_, noise)
 
 def test_opposite_halves_cancel():
     g = normal(0, 4, 6)
-    step = cross_validated_step((g, -g), gram(1, 6), gram(2, 4))
+    step = gradient_step((g, -g), gram(1, 6), gram(2, 4))
     assert float(step.direction.abs().max()) == 0
     assert step.signal < 0
 
@@ -253,7 +256,7 @@ def test_noise_is_not_taken_for_signal():
     a, b = gram(1, in_), gram(2, out)
     root_a, root_b = dense_root(a), dense_root(b)
     halves = tuple(root_b @ normal(seed, out, in_) @ root_a for seed in (3, 4))  # white noise
-    step = cross_validated_step(halves, a, b)
+    step = gradient_step(halves, a, b)
     assert step.noise == pytest.approx(out * in_ / 2, rel=0.1)
     assert abs(step.signal) < 5 * (out * in_) ** 0.5  # five standard errors of <S1, S2>
 
@@ -265,7 +268,7 @@ def test_signal_is_unbiased_where_the_plain_energy_is_not():
     signals, energies = [], []
     for seed in range(1, 61):
         halves = tuple(truth + normal(1000 * half + seed, 10, 10) for half in (1, 2))
-        signals.append(cross_validated_step(halves, identity, identity).signal)
+        signals.append(gradient_step(halves, identity, identity).signal)
         energies.append(float(((halves[0] + halves[1]) / 2).square().sum()))
     signal = torch.tensor(signals)
     assert float(signal.mean()) == pytest.approx(9, abs=4 * float(signal.std()) / 60**0.5)
@@ -275,7 +278,7 @@ def test_signal_is_unbiased_where_the_plain_energy_is_not():
 def test_directions_on_which_the_halves_disagree_in_sign_count_for_nothing():
     halves = [torch.diag(torch.tensor(d, dtype=torch.float64)) for d in ([3, 1, 2], [2, -1, 4])]
     identity = torch.eye(3, dtype=torch.float64)
-    step = cross_validated_step(tuple(halves), identity, identity)
+    step = gradient_step(tuple(halves), identity, identity)
     close(step.direction, torch.diag(torch.tensor([2.5, 0, 3], dtype=torch.float64)))
     assert step.signal == pytest.approx(3 * 2 - 1 * 1 + 2 * 4)
     assert step.noise == pytest.approx((1 + 4 + 4) / 4)
@@ -284,6 +287,70 @@ def test_directions_on_which_the_halves_disagree_in_sign_count_for_nothing():
 def test_singular_grams_give_a_finite_direction():
     g = normal(0, 4, 6)
     a, b = gram(1, 6, 3), gram(2, 4, 2)
-    step = cross_validated_step((g, g), a, b)
+    step = gradient_step((g, g), a, b)
     newton = torch.linalg.pinv(b, rtol=1e-10) @ g @ torch.linalg.pinv(a, rtol=1e-10)
     close(step.direction, newton, rtol=1e-6, atol=1e-6)
+
+
+def test_raw_step_is_the_mean_of_both_halves():
+    halves = half_gradients(0, 5, 7, 2.0)
+    a, b = gram(3, 7), gram(4, 5)
+    step = gradient_step(halves, a, b, "raw")
+    mean = (halves[0] + halves[1]) / 2
+    close(step.direction, torch.linalg.solve(b, mean) @ a.inverse(), rtol=1e-6, atol=1e-8)
+    assert step.norm**2 == pytest.approx(float((mean * step.direction).sum()), rel=1e-6)
+
+
+def test_the_denoised_step_drops_white_noise_and_keeps_a_spike():
+    out, in_ = 40, 60
+    identity_a, identity_b = (torch.eye(n, dtype=torch.float64) for n in (in_, out))
+    noise = [normal(seed, out, in_) for seed in (1, 2)]
+    quiet = gradient_step(tuple(noise), identity_a, identity_b, "denoised")
+    raw = gradient_step(tuple(noise), identity_a, identity_b, "raw")
+    assert quiet.norm < 0.25 * raw.norm
+    spike = torch.outer(normal(3, out), normal(4, in_)) * 2
+    step = gradient_step(tuple(half + spike for half in noise), identity_a, identity_b, "denoised")
+    assert float((step.direction - spike).norm()) < 0.2 * float(spike.norm())
+
+
+def test_optimal_shrinkage_is_zero_below_the_edge_and_never_grows_a_value():
+    values = torch.tensor([5.0, 2.5, 1.9, 1.0, 0.1], dtype=torch.float64)
+    shrunk = shrink_singular_values(values, 0.64)
+    expected = ((5.0**2 - 1.64) ** 2 - 4 * 0.64) ** 0.5 / 5.0
+    assert float(shrunk[0]) == pytest.approx(expected)
+    assert bool((shrunk <= values).all())
+    assert shrunk[3:].tolist() == [0, 0]  # the edge is 1 + sqrt(.64) = 1.8
+    assert float(shrunk[2]) > 0
+
+
+@property_test
+@given(SEEDS, SIDES, SIDES)
+def test_changes_under_other_grams_are_those_of_each_truncation(seed, out, in_):
+    w, a, b = normal(seed, out, in_), gram(seed + 1, in_), gram(seed + 2, out)
+    other_a, other_b = gram(seed + 3, in_), gram(seed + 4, out)
+    spectrum = whitened_spectrum(w, a, b)
+    changes = spectrum.changes_under(other_a, other_b)
+    for rank in range(min(out, in_) + 1):
+        delta = spectrum.left[:, :rank] @ spectrum.right[:rank] - w
+        expected = quadratic_change(delta, other_a, other_b)
+        assert float(changes[rank]) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    close(spectrum.changes_under(a, b), spectrum.truncation_changes(), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("signal", [0.0, 0.5, 1000.0])
+def test_the_harmless_radius_is_where_the_quadratic_model_with_its_global_term_is_back_at_zero(
+    signal,
+):
+    found = harmless_range(torch.tensor([3.0, 0.5, 0.1], dtype=torch.float64), 2.0, signal, 1.0)
+    eta = step_length(signal)
+    lowest = -signal * eta + 0.5 * (signal + signal**2) * eta**2
+    assert lowest + 0.5 * found.radius**2 == pytest.approx(0, abs=1e-12)
+    assert found.centre == pytest.approx(2 * eta)
+    assert found.lossless_rank == lossless_rank(
+        torch.tensor([3.0, 0.5, 0.1], dtype=torch.float64), found.radius
+    )
+
+
+def test_a_gradient_that_is_all_noise_leaves_no_harmless_range():
+    found = harmless_range(torch.ones(4, dtype=torch.float64), 2.0, -3.0, 5.0)
+    assert (found.radius, found.lossless_rank) == (0, 4)

@@ -9,7 +9,7 @@ from torch import nn
 from rankfold.calibrate import collect_statistics
 from rankfold.data import Part, as_part
 from rankfold.progress import SilentProgress
-from rankfold.step import moved_weight, search_step, step_directions
+from rankfold.step import fit_step, moved_weight, search_step, step_directions
 from rankfold.tasks import Classification, evaluate
 from tests.small_models import mlp, same_state, seeded, state
 
@@ -80,3 +80,24 @@ def test_a_step_of_length_zero_is_the_weight_itself() -> None:
     assert torch.equal(moved_weight(layer, torch.ones(4, 3), 0.0), layer.weight)
     moved = moved_weight(layer, torch.ones(4, 3, dtype=torch.float64), 0.5)
     torch.testing.assert_close(moved, layer.weight.detach() - 0.5)
+
+
+def test_the_fit_finds_a_parabola_whatever_decades_the_lengths_span() -> None:
+    trials = [(eta, -3 * eta + 0.5 * 4 * eta**2) for eta in (1e-3, 1e-2, 0.5)]
+    fit = fit_step(trials)
+    assert fit is not None
+    assert (fit.slope, fit.curvature) == (pytest.approx(3), pytest.approx(4))
+    assert fit.best == pytest.approx(0.75)
+    assert fit.change(fit.best) == pytest.approx(-9 / 8)
+
+
+def test_no_fit_where_the_loss_only_rises_or_one_length_is_known() -> None:
+    assert fit_step([(0.1, 0.5), (0.2, 1.5)]) is None
+    assert fit_step([(0.1, -0.5)]) is None
+    assert fit_step([(0.1, -0.5), (0.2, float("inf"))]) is None
+
+
+def test_the_fit_predicts_the_gain_of_the_chosen_step() -> None:
+    step = search(taught(300, 1, "calibration"), taught(200, 2, "selection"))[3]
+    assert step.fit is not None
+    assert step.fit.change(step.eta) == pytest.approx(step.gain, rel=0.3)

@@ -9,12 +9,17 @@ SVD (Eckart and Young 1936) of the whitened weight, and what it costs is the tai
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from rankfold.linalg import descending_eigh, inverse_factor, symmetric_roots, thin_svd
+
+StepEstimator: TypeAlias = Literal["cross-validated", "denoised", "raw"]
+STEP_ESTIMATORS: tuple[StepEstimator, ...] = ("cross-validated", "denoised", "raw")
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,26 @@ class Spectrum:
     def truncation_changes(self) -> Tensor:
         """Predicted loss change of every rank 0..r, ``(r + 1,)``: half the tail's energy."""
         return 0.5 * tail_energies(self.singular_values)
+
+    def changes_under(self, input_gram: Tensor, output_gram: Tensor) -> Tensor:
+        """Predicted loss change of every rank 0..r under other Grams than chose the directions.
+
+        Damping keeps the directions sane where the data showed little, and counts as loss what
+        the data never used; the change that the data predict is that of their own, undamped,
+        Grams. For ``E_k = sum_{i > k} l_i r_i^T`` it is ``1/2 tr(B E_k A E_k^T)``, a sum over the
+        trailing block of ``(L^T B L) * (R A R^T)``, so all ranks cost no more than one.
+
+        Args:
+            input_gram: A, ``(in, in)`` float64.
+            output_gram: B, ``(out, out)`` float64.
+
+        Returns:
+            ``(r + 1,)`` float64; the last is 0.
+        """
+        left = self.left.T @ output_gram @ self.left
+        right = self.right @ input_gram @ self.right.T
+        blocks = (left * right).flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
+        return 0.5 * torch.cat([blocks, blocks.new_zeros(1)]).clamp(min=0)
 
 
 def tail_energies(singular_values: Tensor) -> Tensor:
@@ -109,38 +134,54 @@ class GradientStep:
 
     Attributes:
         direction: ``(out, in)`` float64; the weight moves by ``-eta * direction``.
+        norm: ``|S|`` of the estimate in whitened coordinates: the distance of the centre of the
+            harmless ball, for eta = 1.
         signal: ``<S1, S2>`` of the whitened gradients of two halves of the calibration data, an
             unbiased estimate of ``|S|^2``.
         noise: ``|S1 - S2|^2 / 4``, the energy of the noise in their mean.
     """
 
     direction: Tensor
+    norm: float
     signal: float
     noise: float
 
 
-def cross_validated_step(
-    gradients: tuple[Tensor, Tensor], input_gram: Tensor, output_gram: Tensor
+def gradient_step(
+    gradients: tuple[Tensor, Tensor],
+    input_gram: Tensor,
+    output_gram: Tensor,
+    estimator: StepEstimator = "cross-validated",
 ) -> GradientStep:
-    """Natural-gradient step from what two halves of the data agree on.
+    """Natural-gradient step ``B^-1/2 S A^-1/2``, S estimated from two halves of the data.
 
-    Each half's whitened gradient gives the singular directions, the other half the coefficients;
-    directions on which they disagree in sign count for nothing. The mean of both is mapped back:
-    ``B^-1/2 S A^-1/2``. Noise of one half is independent of the other, so it is not taken for
-    signal however large it is.
+    ``raw`` takes the mean of both halves. ``denoised`` shrinks its singular values optimally for
+    noise of the level that the halves show (Gavish and Donoho 2017, Frobenius loss). In
+    ``cross-validated`` each half's whitened gradient gives the singular directions and the other
+    half the coefficients; directions on which they disagree in sign count for nothing, and the
+    mean of both is taken: noise of one half is independent of the other, so it is not taken for
+    signal however large it is and whatever its distribution.
 
     Args:
         gradients: Mean gradients ``(out, in)`` of the two halves.
         input_gram: A, ``(in, in)`` float64, damped.
         output_gram: B, ``(out, out)`` float64, damped.
+        estimator: How S is estimated.
     """
     q_out, q_in = inverse_factor(output_gram), inverse_factor(input_gram)
     first, second = (q_out.T @ half.to(torch.float64) @ q_in for half in gradients)
-    agreed = (_confirmed(first, second) + _confirmed(second, first)) / 2
+    noise = float((first - second).square().sum()) / 4
+    if estimator == "raw":
+        whitened = (first + second) / 2
+    elif estimator == "denoised":
+        whitened = _shrunk((first + second) / 2, noise)
+    else:
+        whitened = (_confirmed(first, second) + _confirmed(second, first)) / 2
     return GradientStep(
-        direction=q_out @ agreed @ q_in.T,
+        direction=q_out @ whitened @ q_in.T,
+        norm=float(whitened.norm()),
         signal=float((first * second).sum()),
-        noise=float((first - second).square().sum()) / 4,
+        noise=noise,
     )
 
 
@@ -148,3 +189,83 @@ def _confirmed(half: Tensor, other: Tensor) -> Tensor:
     u, _, v = thin_svd(half)
     coefficients = ((u.T @ other) * v.T).sum(1).clamp(min=0)
     return (u * coefficients) @ v.T
+
+
+def _shrunk(noisy: Tensor, noise: float) -> Tensor:
+    """Optimal shrinkage of singular values for white noise of this total energy."""
+    u, sigma, v = thin_svd(noisy)
+    m, n = sorted(noisy.shape)
+    unit = math.sqrt(noise / m)  # sqrt(n) times the noise's standard deviation
+    if unit == 0:
+        return noisy
+    return (u * (unit * shrink_singular_values(sigma / unit, m / n))) @ v.T
+
+
+def shrink_singular_values(values: Tensor, aspect: float) -> Tensor:
+    """Optimal shrinkage for the Frobenius loss; 0 below the Marchenko-Pastur edge.
+
+    Args:
+        values: ``(r,)`` singular values of signal plus noise, in units of ``sqrt(n)`` times the
+            noise's standard deviation, for an ``(m, n)`` matrix with m <= n.
+        aspect: ``m / n``.
+
+    Returns:
+        ``(r,)``; Gavish and Donoho 2017, equation (7).
+    """
+    above = values >= 1 + math.sqrt(aspect)
+    y = values.where(above, 1 + math.sqrt(aspect))
+    shrunk = ((y.square() - aspect - 1).square() - 4 * aspect).clamp(min=0).sqrt() / y
+    return shrunk.where(above, 0)
+
+
+@dataclass(frozen=True)
+class HarmlessRange:
+    """The perturbations of one layer that do no harm: a ball in whitened coordinates.
+
+    Attributes:
+        centre: Distance of the ball's centre from the trained weight, ``eta |S|``.
+        radius: Radius of the ball: a perturbation at most this far from the centre does not
+            raise the loss, when this layer alone is changed.
+        lossless_rank: The smallest rank inside the ball, by the weights' whitened spectrum.
+        signal: ``<S1, S2>``, the unbiased energy of the gradient.
+        noise: Energy of the noise in its estimate.
+    """
+
+    centre: float
+    radius: float
+    lossless_rank: int
+    signal: float
+    noise: float
+
+
+def step_length(signal: float, interaction: float = 1.0) -> float:
+    """Length at which the quadratic model with the global term is lowest.
+
+    All layers move the same loss at once, so the mean gradient of all layers together is one
+    more direction of curvature, of strength ``interaction * signal``:
+    ``dL(eta) = -signal eta + 1/2 (signal + interaction signal^2) eta^2``.
+
+    Args:
+        signal: ``<S1, S2>``, of one layer or summed over all that move.
+        interaction: 1 for the empirical Fisher, whose own rank-one part this is.
+    """
+    return 1 / (1 + interaction * max(0.0, signal))
+
+
+def harmless_range(
+    singular_values: Tensor, norm: float, signal: float, noise: float
+) -> HarmlessRange:
+    """The harmless ball of a layer that is changed alone.
+
+    With ``eta = step_length(signal)`` the loss at the centre is lower by ``1/2 eta signal``, and
+    at a distance d from it higher by ``1/2 d^2`` again: the radius is ``sqrt(eta signal)``.
+
+    Args:
+        singular_values: ``(r,)``, of the whitened weight.
+        norm: ``|S|`` of the step's estimate.
+        signal: ``<S1, S2>``.
+        noise: Energy of the noise in S.
+    """
+    eta = step_length(signal)
+    radius = math.sqrt(eta * max(0.0, signal))
+    return HarmlessRange(eta * norm, radius, lossless_rank(singular_values, radius), signal, noise)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,12 +18,21 @@ from rankfold.data import Part
 from rankfold.layer_matrix import MatrixLayer, weight_matrix
 from rankfold.linalg import damped
 from rankfold.progress import Progress
-from rankfold.spectrum import cross_validated_step
+from rankfold.spectrum import (
+    GradientStep,
+    HarmlessRange,
+    StepEstimator,
+    gradient_step,
+    harmless_range,
+    step_length,
+)
 from rankfold.tasks import Evaluation, Task, evaluate
 
 # A step counts as a gain only when the selection examples show it at this confidence.
 GAIN_CONFIDENCE = 0.95
 MOST_TRIALS = 6
+# A fitted length nearer than this factor to one that was measured is not worth an evaluation.
+SAME_LENGTH = 1.25
 
 
 @dataclass(frozen=True)
@@ -31,13 +41,77 @@ class Directions:
 
     Attributes:
         by_layer: ``(out, in)``; a weight moves by ``-eta * direction``.
-        signal: Sum over layers of ``<S1, S2>``.
-        noise: Sum over layers of the noise energy in S.
+        norms: ``|S|`` of each layer's estimate, in whitened coordinates.
+        signals: ``<S1, S2>`` of each layer.
+        noises: Energy of the noise in each layer's S.
     """
 
     by_layer: dict[str, Tensor]
-    signal: float
-    noise: float
+    norms: dict[str, float]
+    signals: dict[str, float]
+    noises: dict[str, float]
+
+    @property
+    def signal(self) -> float:
+        """Sum over layers of ``<S1, S2>``."""
+        return sum(self.signals.values())
+
+    @property
+    def noise(self) -> float:
+        """Sum over layers of the noise energy in S."""
+        return sum(self.noises.values())
+
+    def harmless(self, name: str, singular_values: Tensor) -> HarmlessRange:
+        """The harmless range of one layer, see ``spectrum.harmless_range``."""
+        return harmless_range(
+            singular_values, self.norms[name], self.signals[name], self.noises[name]
+        )
+
+
+@dataclass(frozen=True)
+class StepFit:
+    """``dL(eta) = -slope eta + 1/2 curvature eta^2``, fitted to measured changes.
+
+    Attributes:
+        slope: In units of the loss.
+        curvature: Likewise.
+    """
+
+    slope: float
+    curvature: float
+
+    @property
+    def best(self) -> float:
+        """The length at which the fitted change is lowest."""
+        return self.slope / self.curvature
+
+    def change(self, eta: float) -> float:
+        """The fitted change at a length."""
+        return -self.slope * eta + 0.5 * self.curvature * eta**2
+
+
+def fit_step(trials: Sequence[tuple[float, float]]) -> StepFit | None:
+    """The parabola through 0 nearest to the measured changes, each in units of its own square.
+
+    Lengths span decades, so a plain least-squares fit would only see the longest; dividing each
+    equation by its eta weighs them alike.
+
+    Args:
+        trials: ``(eta, measured change)``; lengths at which the loss rose are left out unless too
+            few remain, since the loss is no parabola far from 0.
+
+    Returns:
+        None where the fit has no minimum at a positive length.
+    """
+    usable = [(eta, change) for eta, change in trials if eta > 0 and math.isfinite(change)]
+    falling = [trial for trial in usable if trial[1] < 0]
+    usable = falling if len(falling) > 1 else usable
+    if len(usable) < 2:
+        return None
+    matrix = np.array([[-1.0, 0.5 * eta] for eta, _ in usable])
+    values = np.array([change / eta for eta, change in usable])
+    slope, curvature = np.linalg.lstsq(matrix, values, rcond=None)[0]
+    return StepFit(float(slope), float(curvature)) if slope > 0 and curvature > 0 else None
 
 
 @dataclass(frozen=True)
@@ -49,12 +123,14 @@ class Step:
         directions: The directions.
         trials: ``(eta, measured change on selection data)`` of every length tried.
         gain: Measured change of the chosen step on selection data, 0 or negative.
+        fit: What the trials taught, None where they show no parabola.
     """
 
     eta: float
     directions: Directions
     trials: list[tuple[float, float]]
     gain: float
+    fit: StepFit | None = None
 
     def moved(self, name: str, layer: MatrixLayer) -> Tensor:
         """The layer's weight after the step, ``(out, in)``."""
@@ -75,29 +151,33 @@ def step_directions(
     damping: float,
     progress: Progress,
     *,
+    estimator: StepEstimator = "cross-validated",
     release: bool = False,
 ) -> Directions:
-    """The direction of every layer; see ``spectrum.cross_validated_step``.
+    """The direction of every layer; see ``spectrum.gradient_step``.
 
     With ``release``, each layer's gradients are dropped from ``statistics`` once used.
     """
-    directions: dict[str, Tensor] = {}
-    signal = noise = 0.0
+    steps: dict[str, GradientStep] = {}
     for name in progress.track(layers, "gradient step per layer", len(layers)):
         stats = statistics[name]
         if stats.gradients is None or stats.output_gram is None:
             raise ValueError("the gradient step needs statistics with gradients")
-        step = cross_validated_step(
+        step = gradient_step(
             stats.gradients,
             damped(stats.input_gram, damping),
             damped(stats.output_gram, damping),
+            estimator,
         )
-        directions[name] = step.direction.to(stats.gradients[0].dtype)
+        steps[name] = replace(step, direction=step.direction.to(stats.gradients[0].dtype))
         if release:
             statistics[name] = replace(stats, gradients=None)
-        signal += step.signal
-        noise += step.noise
-    return Directions(directions, signal, noise)
+    return Directions(
+        by_layer={name: step.direction for name, step in steps.items()},
+        norms={name: step.norm for name, step in steps.items()},
+        signals={name: step.signal for name, step in steps.items()},
+        noises={name: step.noise for name, step in steps.items()},
+    )
 
 
 def search_step(
@@ -111,12 +191,11 @@ def search_step(
     batch_size: int | None,
     progress: Progress,
 ) -> Step:
-    """Choose the step's length on selection data by half decades.
+    """Choose the step's length on selection data.
 
-    The block-diagonal curvature does not see that all layers move the same loss at once; one more
-    direction of curvature, the mean gradient of all layers together, gives
-    ``eta = 1 / (1 + <S1, S2>)``. The search starts there and walks to the side that improves.
-    Without an improvement that the selection examples show, the step is 0.
+    The search starts at ``spectrum.step_length`` of all layers together and walks by half decades
+    to the side that improves; a parabola fitted to what was measured then proposes one more
+    length. Without an improvement that the selection examples show, the step is 0.
 
     Args:
         model: The model; its weights are moved in a copy.
@@ -152,7 +231,7 @@ def search_step(
         bounds[eta] = change.upper_bound(GAIN_CONFIDENCE)
         return change.mean
 
-    best = 1 / (1 + max(0.0, found.signal))
+    best = step_length(found.signal)
     lowest = measure(best)
     for factor in (1 / math.sqrt(10), math.sqrt(10)):
         walked = False
@@ -164,6 +243,16 @@ def search_step(
             best, lowest, walked = eta, change, True
         if walked:
             break
+    fit = fit_step(trials)
+    if fit is not None and all(_apart(fit.best, eta) for eta, _ in trials):
+        change = measure(fit.best)
+        if change < lowest:
+            best, lowest = fit.best, change
+        fit = fit_step(trials)
     if not bounds[best] < 0:
-        return Step(0.0, found, trials, 0.0)
-    return Step(best, found, trials, lowest)
+        return Step(0.0, found, trials, 0.0, fit)
+    return Step(best, found, trials, lowest, fit)
+
+
+def _apart(first: float, second: float) -> bool:
+    return abs(math.log(first / second)) > math.log(SAME_LENGTH)
