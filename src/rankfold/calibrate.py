@@ -163,6 +163,7 @@ def collect_statistics(
     *,
     curvature: Curvature | None,
     seed: int = 0,
+    prior: Part | None = None,
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, LayerStatistics]:
@@ -175,6 +176,8 @@ def collect_statistics(
         layers: The layers of ``model`` to watch, by name.
         curvature: Where B comes from; None collects A alone, without a backward pass.
         seed: Seeds the sampled labels.
+        prior: Examples of what the model meets elsewhere (its own text): they count for A and B
+            like the others, and not for the gradients, which are those of the user's task.
         batch_size: Examples a batch; the statistics do not depend on it.
         progress: Shows the batches.
 
@@ -187,7 +190,9 @@ def collect_statistics(
         Part(part.name, part.examples[cut], part.collate, part.digests[cut])
         for cut in (slice(0, middle), slice(middle, None))
     ]
-    schedule = [(h, b) for h, half in enumerate(halves) for b in half.batches(batch_size)]
+    sources: list[tuple[int | None, Part]] = [*enumerate(halves)]
+    sources += [] if prior is None else [(None, prior)]
+    schedule = [(half, b) for half, source in sources for b in source.batches(batch_size)]
     weights = [layer.weight for layer in layers.values()] if curvature else []
     recorder = _Recorder(layers, curvature, seed)
     with recorder.attached(), evaluation_mode(model, trainable=weights):
@@ -216,7 +221,7 @@ class _Recorder:
         self.curvature = curvature
         self.generator = torch.Generator().manual_seed(seed)
         self.sums: dict[str, _Sums] = {}
-        self.terms = [0.0, 0.0]
+        self.terms: dict[int | None, float] = {0: 0.0, 1: 0.0, None: 0.0}
         self.passes = 0
         self.listening = False  # whether gradients that arrive now belong to the curvature
         # The inputs of this pass and who saw each first; the references keep addresses unique.
@@ -231,8 +236,11 @@ class _Recorder:
                 stack.callback(layer.register_forward_hook(hook).remove)
             yield
 
-    def observe(self, model: nn.Module, task: Task, batch: Batch, half: int) -> None:
-        """One pass: forward, then backward once (empirical) or twice (sampled, then labels)."""
+    def observe(self, model: nn.Module, task: Task, batch: Batch, half: int | None) -> None:
+        """One pass: forward, then backward once (empirical) or twice (sampled, then labels).
+
+        ``half`` says to which gradients the batch belongs, if to any.
+        """
         self._inputs.clear()
         self.passes += 1
         result = task.batch_loss(model, batch)
@@ -247,9 +255,15 @@ class _Recorder:
             return
         weights = [layer.weight for layer in self.layers.values()]
         if self.curvature == "sampled":
-            self._gradients(self._sampled_loss(result), weights, listening=True, keep=True)
+            self._gradients(
+                self._sampled_loss(result), weights, listening=True, keep=half is not None
+            )
         loss = (result.losses * result.terms).sum()
+        if half is None and self.curvature == "sampled":
+            return
         gradients = self._gradients(loss, weights, listening=self.curvature == "empirical")
+        if half is None:
+            return
         for name, gradient in zip(self.layers, gradients, strict=True):
             if gradient is not None:
                 self.sums[name].gradients[half].add_(gradient.flatten(1))
@@ -329,7 +343,7 @@ class _Recorder:
 
     def statistics(self) -> dict[str, LayerStatistics]:
         """Sums to means."""
-        terms = sum(self.terms)
+        terms = sum(self.terms.values())
         for sums in self.sums.values():
             sums.input_gram /= max(1, sums.rows)
             sums.output_gram /= terms

@@ -43,6 +43,7 @@ from rankfold.inputs import (
 from rankfold.modules import FORMS
 from rankfold.objectives import OBJECTIVES
 from rankfold.progress import TerminalProgress
+from rankfold.spectrum import STEP_ESTIMATORS
 from rankfold.tables import evaluation_lines, layers_table, plain_console, print_result
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -136,6 +137,23 @@ class Factorizing(Reading):
     damping: Annotated[
         float, typer.Option(help="Added to the Grams, as a share of their mean eigenvalue.")
     ] = Settings.damping
+    gradient_step: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-step/--no-gradient-step",
+            help="Let the joint objective move the weights by its gradient term.",
+        ),
+    ] = Settings.gradient_step
+    step_estimator: Annotated[
+        str, typer.Option(help=f"Of that term: {', '.join(STEP_ESTIMATORS)}.")
+    ] = Settings.step_estimator
+    self_share: Annotated[
+        float,
+        typer.Option(help="Share of the calibration text that the language model writes itself."),
+    ] = Settings.self_share
+    rounds: Annotated[
+        int, typer.Option(help="Times that statistics are collected: 2 or more go in parts.")
+    ] = Settings.rounds
     seed: Annotated[int, typer.Option(help="Of the split, the draws, the sampled labels.")] = 0
     limit: Annotated[
         int | None,

@@ -8,11 +8,12 @@ end in a certificate on held-out data.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args
 
+import torch
 from scipy import stats
 from torch import Tensor, nn
 
@@ -35,9 +36,20 @@ from rankfold.certify import (
     paired_change,
     weighted_mean,
 )
-from rankfold.data import PARTS, Data, Part, refuse_overlap, select_part, split
+from rankfold.data import (
+    FEWEST,
+    PARTS,
+    Data,
+    Part,
+    as_part,
+    example_input,
+    refuse_overlap,
+    select_part,
+    split,
+)
 from rankfold.errors import InputError
 from rankfold.factorize import low_rank_module, truncate
+from rankfold.integrations.transformers import own_text
 from rankfold.layer_matrix import MatrixLayer, matrix_shape, weight_matrix
 from rankfold.layers import Skipped, find_layers
 from rankfold.modules import FORMS, Form, factor_parameters
@@ -54,7 +66,7 @@ from rankfold.objectives import (
 from rankfold.progress import Progress, SilentProgress
 from rankfold.replace import with_replaced
 from rankfold.sizes import model_parameters, safetensors_bytes, stored_tensors
-from rankfold.spectrum import Spectrum
+from rankfold.spectrum import STEP_ESTIMATORS, HarmlessRange, Spectrum, StepEstimator
 from rankfold.step import Step, search_step, step_directions
 from rankfold.tasks import Evaluation, LossFunction, Task, evaluate, recognise_task
 
@@ -65,7 +77,10 @@ DEFAULT_MARGIN = 0.01  # nats of mean loss: a perplexity 1 % higher
 DEFAULT_CONFIDENCE = 0.95
 # Chance that compact leaves the held-out test of a model as good as its selection data say.
 POWER = 0.9
+OWN_TEXT = "own_text"  # the part that the model writes itself, beside the user's calibration part
 MOST_PLANS = 6  # plans that compact evaluates on selection data
+TRUSTED = 1.5  # measured / predicted cost of truncation up to which a round goes its whole way
+MOST_RETREATS = 3
 CLOSE_ENOUGH = 0.01  # share of the model's size at which compact's search stops
 
 
@@ -79,6 +94,11 @@ class Settings:
         cost: What the size counts: ``parameters`` or ``flops``.
         curvature: ``empirical``, ``sampled``, or ``auto``: by what the calibration loss shows.
         damping: Added to A and B, as a share of their mean eigenvalue.
+        gradient_step: Whether the joint objective moves the weights by its gradient term.
+        step_estimator: How that term is estimated: ``cross-validated``, ``denoised`` or ``raw``.
+        self_share: Share of the calibration examples that a language model writes itself, in
+            place of the user's; see ``integrations.transformers.own_text``.
+        rounds: Times that the statistics are collected: more than one compresses in parts.
         seed: Seeds the split, the choice of examples and sampled labels.
         limit: Calibration examples used; None for the task's default.
         selection_limit: Selection examples used, likewise.
@@ -97,6 +117,10 @@ class Settings:
     cost: Cost = "parameters"
     curvature: Curvature | Literal["auto"] = "auto"
     damping: float = 0.1
+    gradient_step: bool = True
+    step_estimator: StepEstimator = "cross-validated"
+    self_share: float = 0.0
+    rounds: int = 1
     seed: int = 0
     limit: int | None = None
     selection_limit: int | None = None
@@ -112,8 +136,16 @@ class Settings:
         _check_choice("form", self.form, FORMS)
         _check_choice("cost", self.cost, get_args(Cost))
         _check_choice("curvature", self.curvature, ("auto", "empirical", "sampled"))
+        _check_choice("step_estimator", self.step_estimator, STEP_ESTIMATORS)
         if not (math.isfinite(self.damping) and self.damping >= 0):
             raise InputError(f"damping is {self.damping}; expected a finite number, 0 or more.")
+        if self.rounds < 1:
+            raise InputError(f"rounds is {self.rounds}; expected 1 or more.")
+        if not 0 <= self.self_share <= 0.9:
+            raise InputError(
+                f"self_share is {self.self_share}; expected a share of the calibration examples "
+                "between 0 and 0.9."
+            )
         if not 0.5 < self.confidence < 1:
             raise InputError(f"confidence is {self.confidence}; expected between 0.5 and 1.")
         for name in ("limit", "selection_limit", "held_out_limit"):
@@ -221,9 +253,12 @@ class Collected:
 
     Attributes:
         model: The user's model.
+        base: The model whose weights are factorized: the user's own, or in a later round what
+            the one before made of it.
+        dense: The user's model moved by the steps of earlier rounds, for the control.
         task: Gives the loss.
         parts: The examples used of each part.
-        layers: Layers to factorize.
+        layers: Layers of ``base`` to factorize.
         skipped: Layers that stay as they are.
         seen: Calls and FLOPs of one example.
         statistics: By layer; empty for objectives that need none.
@@ -233,6 +268,8 @@ class Collected:
     """
 
     model: nn.Module
+    base: nn.Module
+    dense: nn.Module
     task: Task
     parts: dict[str, Part]
     layers: dict[str, MatrixLayer]
@@ -256,6 +293,20 @@ class Collected:
                 stage=stage,
             )
         return self.original[part]
+
+    def observe(self, settings: Settings, progress: Progress | None) -> None:
+        """Pass over the calibration examples with ``base`` and keep its statistics."""
+        self.statistics = collect_statistics(
+            self.base,
+            self.task,
+            self.parts["calibration"],
+            self.layers,
+            curvature=self.curvature,
+            seed=settings.seed,
+            prior=self.parts.get(OWN_TEXT),
+            batch_size=settings.batch_size,
+            progress=progress,
+        )
 
     def cost_per_parameter(self, name: str, cost: Cost) -> int:
         """1 for parameters; for FLOPs a multiply-add for each row of one example."""
@@ -287,9 +338,10 @@ def collect(
     data = data if isinstance(data, Data) else split(data, settings.seed)
     task = recognise_task(select_part(data, "calibration", 1, settings.seed), loss)
     parts = _choose_parts(data, task, settings)
+    _add_own_text(model, task, parts, settings, progress)
     calibration = parts["calibration"]
     seen = trace(model, task, calibration)
-    collected = Collected(model, task, parts, layers, skipped, seen, {}, None, None)
+    collected = Collected(model, model, model, task, parts, layers, skipped, seen, {}, None, None)
     collected.leave_dense("not called in a forward pass", [n for n in layers if n not in seen.rows])
     _require_layers(collected)
     objective = OBJECTIVES[settings.objective]
@@ -302,16 +354,7 @@ def collect(
                 if automatic
                 else cast("Curvature", settings.curvature)
             )
-        collected.statistics = collect_statistics(
-            model,
-            task,
-            calibration,
-            collected.layers,
-            curvature=collected.curvature,
-            seed=settings.seed,
-            batch_size=settings.batch_size,
-            progress=progress,
-        )
+        collected.observe(settings, progress)
         silent = [name for name, stats in collected.statistics.items() if stats.is_silent]
         collected.leave_dense("the calibration data gave it no input or no gradient", silent)
         _require_layers(collected)
@@ -338,6 +381,32 @@ def _choose_parts(data: Data, task: Task, settings: Settings) -> dict[str, Part]
     return parts
 
 
+def _add_own_text(
+    model: nn.Module,
+    task: Task,
+    parts: dict[str, Part],
+    settings: Settings,
+    progress: Progress | None,
+) -> None:
+    """Put text that the model writes itself in the place of a share of the calibration examples."""
+    examples = parts["calibration"].examples
+    count = round(settings.self_share * len(examples))
+    if count == 0:
+        return
+    if task.name != "causal-lm":
+        raise InputError(
+            f"self_share is {settings.self_share}, but the task is {task.name}: only causal "
+            "language models write text. Leave self_share at 0."
+        )
+    kept = max(FEWEST, len(examples) - count)
+    parts["calibration"] = as_part("calibration", examples[:kept], parts["calibration"].collate)
+    first = cast("Any", example_input(examples[0]))
+    ids = first["input_ids"] if isinstance(first, Mapping) else first
+    windows = own_text(model, count, len(ids), settings.seed, progress)
+    written = windows if torch.is_tensor(examples[0]) else [{"input_ids": w} for w in windows]
+    parts[OWN_TEXT] = as_part("own text", written)
+
+
 def analyse(
     collected: Collected,
     settings: Settings,
@@ -355,18 +424,32 @@ def analyse(
     """
     progress = progress or SilentProgress()
     objective = OBJECTIVES[settings.objective]
-    model, task, layers = collected.model, collected.task, collected.layers
-    selection = collected.original_losses("selection", settings.batch_size, progress)
-    step = None
-    if objective.step:
-        directions = step_directions(
-            layers, collected.statistics, settings.damping, progress, release=release
-        )
-        step = search_step(
-            model,
+    task, layers = collected.task, collected.layers
+    original = start = collected.original_losses("selection", settings.batch_size, progress)
+    if collected.base is not collected.model:
+        start = evaluate(
+            collected.base,
             task,
             collected.parts["selection"],
-            selection,
+            batch_size=settings.batch_size,
+            progress=progress,
+            stage="start of the round on selection data",
+        )
+    step = None
+    if objective.step and settings.gradient_step:
+        directions = step_directions(
+            layers,
+            collected.statistics,
+            settings.damping,
+            progress,
+            estimator=settings.step_estimator,
+            release=release,
+        )
+        step = search_step(
+            collected.base,
+            task,
+            collected.parts["selection"],
+            start,
             layers,
             directions,
             batch_size=settings.batch_size,
@@ -391,7 +474,8 @@ def analyse(
         )
         if release:
             collected.statistics.pop(name, None)
-    return Preparation(collected, settings, step, spectra, curves, progress)
+    offset = paired_change(original, start).mean
+    return Preparation(collected, settings, step, spectra, curves, progress, offset)
 
 
 @dataclass
@@ -405,6 +489,9 @@ class Preparation:
         spectra: By layer.
         curves: By layer, in the unit of ``settings.cost``.
         progress: Shows the stages.
+        offset: Measured change on selection data of ``collected.base``, 0 in the first round.
+        earlier: The rounds before this one.
+        start: The plan that made ``collected.base``, None in the first round.
     """
 
     collected: Collected
@@ -413,6 +500,9 @@ class Preparation:
     spectra: dict[str, Spectrum]
     curves: dict[str, Curve]
     progress: Progress
+    offset: float = 0.0
+    earlier: list[Round] = field(default_factory=list)
+    start: RankPlan | None = None
     _control: Evaluation | None = None
 
     @property
@@ -422,8 +512,8 @@ class Preparation:
 
     @property
     def gain(self) -> float:
-        """Measured change on selection data of the dense model moved by the step."""
-        return self.step.gain if self.step else 0.0
+        """Measured change on selection data of ``collected.base`` moved by the step."""
+        return self.offset + (self.step.gain if self.step else 0.0)
 
     @property
     def total(self) -> int:
@@ -443,20 +533,69 @@ class Preparation:
         """The best model of a size; see ``rankfold.lossless``."""
         check_size(size)
         check_margin(margin)
-        candidate = self.measure(self.plan(self._budget(size, size_of)))
+        budget = self._budget(size, size_of)
+        tried = [self.measure(self.plan(budget))]
+        stage = self
+        for left in range(self.settings.rounds - 1, 0, -1):
+            stage = stage.next_round(budget, left + 1)
+            tried.append(stage.measure(stage.plan(budget)))
+        best = min(tried, key=lambda c: c.change.mean if math.isfinite(c.change.mean) else math.inf)
         target = {"size": size, "size_of": size_of}
-        return self._result("lossless", candidate, margin, target, [candidate])
+        return best.stage._result("lossless", best, margin, target, tried)
+
+    def next_round(self, budget: float, rounds_left: int) -> Preparation:
+        """Factorize a part of the way, and collect statistics again on what came out.
+
+        The quadratic model is local, so the way to the budget is divided evenly among the rounds
+        that are left. Where the model of this round's plan comes out worse on selection data than
+        predicted, beyond ``TRUSTED`` and its own error, the round goes half as far.
+
+        Args:
+            budget: Cost of the factorizable layers at the end of all rounds.
+            rounds_left: This one included.
+        """
+        spent = total_cost(self.start) if self.start else self.factorizable
+        reached = spent + (budget - spent) / rounds_left
+        for _ in range(MOST_RETREATS):
+            candidate = self.measure(self.plan(reached))
+            if candidate.as_predicted:
+                break
+            reached = (spent + reached) / 2
+        plan = candidate.plan
+        weights = {name: self.weight(name, choice) for name, choice in plan.items()}
+        base = with_replaced(self.collected.base, {}, weights)
+        collected = replace(
+            self.collected,
+            base=base,
+            dense=self.control() or self.collected.dense,
+            layers={name: cast("MatrixLayer", base.get_submodule(name)) for name in weights},
+            statistics={},
+        )
+        collected.observe(self.settings, self.progress)
+        following = analyse(collected, self.settings, progress=self.progress, release=True)
+        past = Round(candidate.ratio, candidate.predicted, candidate.change, self._step_report())
+        return replace(following, earlier=[*self.earlier, past], start=plan)
 
     def compact(self, *, margin: float = DEFAULT_MARGIN) -> Result:
         """The smallest model within a margin; see ``rankfold.compact``."""
         check_margin(margin)
-        tried = self._search(margin)
-        passing = [c for c in tried if self._promising(c.change) <= margin]
-        if passing:
-            best = min(passing, key=lambda c: total_cost(c.plan))
-        else:
+        tried = self._search(margin, float(self.total))
+        stage = self
+        for _ in range(self.settings.rounds - 1):
+            best = self._smallest_passing(tried, margin)
+            if best is None:
+                break  # fresh statistics make small models better, not large ones
+            stage = stage.next_round(total_cost(best.plan), rounds_left=2)
+            rest = self.total - self.factorizable
+            tried += stage._search(margin, float(rest + total_cost(best.plan)))
+        best = self._smallest_passing(tried, margin)
+        if best is None:
             best = min(tried, key=lambda c: self._promising(c.change))
-        return self._result("compact", best, margin, {}, tried)
+        return best.stage._result("compact", best, margin, {}, tried)
+
+    def _smallest_passing(self, tried: Sequence[Candidate], margin: float) -> Candidate | None:
+        passing = [c for c in tried if self._promising(c.change) <= margin]
+        return min(passing, key=lambda c: total_cost(c.plan), default=None)
 
     def plan(self, budget: float, smallest: bool = False) -> RankPlan:
         """Ranks for a total cost of the factorizable layers.
@@ -500,14 +639,35 @@ class Preparation:
                 modules[name] = low_rank_module(layer, factors)
             elif self.step and self.step.eta:
                 weights[name] = self.step.moved(name, layer)
-        return with_replaced(self.collected.model, modules, weights)
+        return with_replaced(self.collected.base, modules, weights)
+
+    def weight(self, name: str, choice: Choice) -> Tensor:
+        """What a choice makes of a layer's weight, ``(out, in)``, in the layer's dtype."""
+        layer = self.collected.layers[name]
+        if choice.rank is None:
+            return self.step.moved(name, layer) if self.step else weight_matrix(layer)
+        spectrum = self.spectra[name]
+        product = spectrum.left[:, : choice.rank] @ spectrum.right[: choice.rank]
+        return product.to(layer.weight.dtype)
 
     def control(self) -> nn.Module | None:
-        """The dense model moved by the same step, None where there is no step."""
-        if not (self.step and self.step.eta):
-            return None
-        moved = {n: self.step.moved(n, layer) for n, layer in self.collected.layers.items()}
-        return with_replaced(self.collected.model, {}, moved)
+        """The dense model moved by the same steps, None where no step was taken."""
+        dense = self.collected.dense
+        if self.step and self.step.eta:
+            layers = {n: cast("MatrixLayer", dense.get_submodule(n)) for n in self.collected.layers}
+            moved = {name: self.step.moved(name, layer) for name, layer in layers.items()}
+            return with_replaced(dense, {}, moved)
+        return None if dense is self.collected.model else dense
+
+    def harmless_range(self, name: str) -> HarmlessRange:
+        """The perturbations of one layer, changed alone, that do no harm.
+
+        Raises:
+            ValueError: There is no gradient step, whose estimate is the range's centre.
+        """
+        if self.step is None:
+            raise ValueError("the harmless range needs the joint objective's gradient step")
+        return self.step.directions.harmless(name, self.spectra[name].singular_values)
 
     def predicted(self, plan: RankPlan) -> float | None:
         """Predicted change of the loss: the step's measured gain and the truncation's cost."""
@@ -534,7 +694,7 @@ class Preparation:
             "selection", self.settings.batch_size, self.progress
         )
         change = paired_change(original, evaluation)
-        return Candidate(plan, model, share, self.predicted(plan), change)
+        return Candidate(self, plan, model, share, self.predicted(plan), change)
 
     def _budget(self, size: float, size_of: SizeOf) -> float:
         _check_choice("size_of", size_of, get_args(SizeOf))
@@ -558,15 +718,15 @@ class Preparation:
         luck = quantile * math.sqrt(1 / held_out + 1 / change.examples)
         return change.mean + deviation * (bound + luck)
 
-    def _search(self, margin: float) -> list[Candidate]:
+    def _search(self, margin: float, passes: float) -> list[Candidate]:
         """Try plans on selection data, between the smallest that passes and the largest that fails.
 
         Each trial corrects the prediction by the ratio of actual to predicted change; where
-        nothing is predicted the bracket is halved.
+        nothing is predicted the bracket is halved. ``passes`` is a cost of the whole model that is
+        known to pass.
         """
         rest = self.total - self.factorizable
         fails = rest + smallest_cost(self.curves) - 1.0
-        passes = float(self.total)
         target = rest + self._cost_for(margin - self.gain, default=0.9 * self.factorizable)
         tried: list[Candidate] = []
         while len(tried) < MOST_PLANS and passes - fails > CLOSE_ENOUGH * self.total:
@@ -715,6 +875,7 @@ class Preparation:
             "curvature": collected.curvature,
             "calibration_loss": collected.calibration_loss,
             "step": self._step_report(),
+            "rounds": [past.as_dict() for past in self.earlier],
             "selection": [
                 {
                     "ratio": c.ratio,
@@ -752,6 +913,7 @@ class Preparation:
             "flops": 2 * rows * dense,
             "factorized_flops": 2 * rows * kept,
             "predicted_change": choice.change if self.objective.predicts_loss else None,
+            "harmless_range": None if self.step is None else asdict(self.harmless_range(name)),
         }
 
     def _step_report(self) -> dict[str, Any] | None:
@@ -760,9 +922,11 @@ class Preparation:
         return {
             "eta": self.step.eta,
             "gain": self.step.gain,
+            "estimator": self.settings.step_estimator,
             "signal": self.step.directions.signal,
             "noise": self.step.directions.noise,
             "trials": [{"eta": eta, "change": _finite(change)} for eta, change in self.step.trials],
+            "fit": None if self.step.fit is None else asdict(self.step.fit),
         }
 
 
@@ -771,6 +935,7 @@ class Candidate:
     """A plan and what selection data say of it.
 
     Attributes:
+        stage: The round that it belongs to.
         plan: The ranks.
         model: The model, or None once dropped.
         ratio: Share kept of the whole model, in the unit of the cost.
@@ -778,11 +943,48 @@ class Candidate:
         change: Measured change on selection data.
     """
 
+    stage: Preparation
     plan: RankPlan
     model: nn.Module | None
     ratio: float
     predicted: float | None
     change: Change
+
+    @property
+    def as_predicted(self) -> bool:
+        """Whether the measured change is not above the predicted one by more than is trusted."""
+        if self.predicted is None:
+            return True
+        harm = self.change.mean - self.stage.gain
+        foreseen = self.predicted - self.stage.gain
+        return harm <= TRUSTED * foreseen + 2 * self.change.standard_error
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round made of the model before the statistics were collected again.
+
+    Attributes:
+        ratio: Share kept of the whole model, in the unit of the cost.
+        predicted: Predicted change of the loss, or None.
+        change: Measured change on selection data, against the user's model.
+        step: The round's gradient step as in the report, or None.
+    """
+
+    ratio: float
+    predicted: float | None
+    change: Change
+    step: dict[str, Any] | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "ratio": self.ratio,
+            "predicted_change": self.predicted,
+            "change": _finite(self.change.mean),
+            "standard_error": _finite(self.change.standard_error),
+            "step": self.step,
+        }
 
 
 @dataclass(frozen=True)

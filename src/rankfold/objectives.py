@@ -28,6 +28,9 @@ ObjectiveName: TypeAlias = Literal[
 ]
 
 
+NEGLIGIBLE = 1e-12  # share of a layer's largest predicted change
+
+
 @dataclass(frozen=True)
 class Objective:
     """What an objective minimises, and what it needs.
@@ -124,6 +127,8 @@ def layer_curve(
         changes, errors = first_order_changes(weight_matrix(layer), spectrum, gradient)
     else:
         changes = spectrum.truncation_changes()[1:]
+        # What only rounding keeps from 0: a weight whose rank was cut before is not worth more.
+        changes = changes.where(changes > NEGLIGIBLE * changes.max(), 0)
     out, in_ = matrix_shape(layer)
     return Curve(
         ranks=torch.arange(1, len(changes) + 1),

@@ -5,6 +5,7 @@ Only configuration and safetensors are read; ``trust_remote_code`` is always off
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -12,13 +13,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rankfold.errors import InputError, require
+from rankfold.modes import evaluation_mode
+from rankfold.progress import Progress, SilentProgress
 
 # In config.json. Without a quant_method, a plain from_pretrained refuses the folder; otherwise it
 # would give the factorized layers random weights and say so only in a warning.
 QUANTIZATION_MARK = {"made_by": "rankfold", "open_with": "rankfold.load(folder)"}
+OWN_TEXTS_AT_ONCE = 16  # windows sampled in one batch
 
 
 def is_transformers_model(model: nn.Module) -> bool:
@@ -111,6 +115,76 @@ def skeleton(folder: Path) -> nn.Module:
         del config.quantization_config
     model_class = _model_class(config, folder)
     return cast("nn.Module", model_class(config).eval())
+
+
+def writes_text(model: nn.Module) -> bool:
+    """Whether the model is a transformers model that generates text from a start token."""
+    return (
+        is_transformers_model(model)
+        and bool(cast("Any", model).can_generate())
+        and not bool(getattr(cast("Any", model).config, "is_encoder_decoder", False))
+        and _start_token(model) is not None
+    )
+
+
+def own_text(
+    model: nn.Module, count: int, length: int, seed: int, progress: Progress | None = None
+) -> list[Tensor]:
+    """Windows that the model writes itself, sampled at temperature 1 from its start token.
+
+    They need no data, and cover what the model knows in the proportions in which it would say it.
+
+    Args:
+        model: For which ``writes_text`` is true; its weights are only read.
+        count: Windows.
+        length: Tokens a window, start token included.
+        seed: Decides what is written; torch's own random state is untouched.
+        progress: Shows the windows.
+
+    Returns:
+        ``(length,)`` int64 tensors.
+
+    Raises:
+        InputError: The model writes no text.
+    """
+    first = _start_token(model) if writes_text(model) else None
+    if first is None:
+        raise InputError(
+            f"{type(model).__name__} writes no text of its own; expected a causal language model "
+            "of transformers with a start token. Give calibration data instead."
+        )
+    progress = progress or SilentProgress()
+    hf = cast("Any", model)
+    settings = copy.deepcopy(hf.generation_config)
+    settings.update(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1,
+        pad_token_id=0, use_cache=True,
+    )  # fmt: skip
+    settings.eos_token_id = None  # a text that ends is followed by the next one
+    device = next(model.parameters()).device
+    starts = range(0, count, OWN_TEXTS_AT_ONCE)
+    windows: list[Tensor] = []
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda), evaluation_mode(model):
+        for start in progress.track(starts, "the model writes text", len(starts)):
+            torch.manual_seed(seed + start)
+            ids = torch.full((min(OWN_TEXTS_AT_ONCE, count - start), 1), first, device=device)
+            written = hf.generate(
+                ids, attention_mask=torch.ones_like(ids), generation_config=settings
+            )
+            windows += [window.clone() for window in written.cpu()]
+    return windows
+
+
+def _start_token(model: nn.Module) -> int | None:
+    hf = cast("Any", model)
+    for source in (getattr(hf, "generation_config", None), hf.config):
+        for name in ("bos_token_id", "eos_token_id"):
+            token = getattr(source, name, None)
+            token = token[0] if isinstance(token, list) and token else token
+            if isinstance(token, int):
+                return token
+    return None
 
 
 def write_configuration(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
