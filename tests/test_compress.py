@@ -186,6 +186,98 @@ def test_a_layer_that_sees_only_zeros_is_listed_and_kept() -> None:
     assert "no input or no gradient" in reasons["second"]
 
 
+# Rounds, step, own text
+
+
+def test_rounds_end_at_the_size_and_say_what_each_one_did() -> None:
+    model, data = trained_cnn(), image_data(200)
+    before = state(model)
+    result = rankfold.lossless(model, data, size=0.5, rounds=3)
+    assert 0.4 < result.ratio <= 0.5
+    past = result.report["rounds"]
+    tried = result.report["selection"]
+    assert [entry["ratio"] <= 0.5 for entry in tried] == [True, True, True]
+    assert result.report["factorized"]["parameters"] == model_parameters(result.model)
+    assert all(0.5 < entry["ratio"] < 1 for entry in past)
+    assert same_state(model, before)
+    # The best on selection data of all that were tried at this size is the one that is returned.
+    direct = rankfold.lossless(model, data, size=0.5).report["selection"][0]["change"]
+    assert tried[0]["change"] == pytest.approx(direct)
+
+
+def test_a_later_round_starts_from_the_model_of_the_one_before() -> None:
+    prepared = rankfold.prepare(trained_cnn(), image_data(200), rounds=2)
+    budget = 0.5 * prepared.factorizable
+    following = prepared.next_round(budget, rounds_left=2)
+    spent = sum(choice.cost for choice in following.start.values())
+    assert budget < spent < prepared.factorizable
+    assert following.offset == pytest.approx(following.earlier[0].change.mean, abs=1e-6)
+    # The weights that the round before cut to rank k cost nothing at rank k.
+    for name, choice in following.start.items():
+        if choice.rank is not None and following.step is not None and following.step.eta == 0:
+            assert float(following.curves[name].changes[choice.rank - 1]) == 0
+
+
+def test_the_control_of_two_rounds_moves_by_both_steps() -> None:
+    data = image_data(200)
+    prepared = rankfold.prepare(trained_cnn(), data, rounds=2)
+    if prepared.step is None or prepared.step.eta == 0:
+        pytest.skip("no step helps this net")
+    following = prepared.next_round(0.5 * prepared.factorizable, rounds_left=2)
+    first, both = prepared.control(), following.control()
+    assert first is not None and both is not None
+    name = next(iter(prepared.collected.layers))
+    layer = first.get_submodule(name)
+    expected = layer.weight.detach().flatten(1)
+    if following.step is not None:
+        expected = following.step.moved(name, layer)
+    torch.testing.assert_close(both.get_submodule(name).weight.detach().flatten(1), expected)
+
+
+def test_compact_with_rounds_is_never_larger() -> None:
+    model, data = trained_cnn(), image_data(200)
+    one = rankfold.compact(model, data, margin=0.1)
+    two = rankfold.compact(model, data, margin=0.1, rounds=2)
+    assert two.ratio <= one.ratio
+
+
+def test_without_the_step_joint_is_kronecker() -> None:
+    model, data = trained_cnn(), image_data(100)
+    plain = rankfold.lossless(model, data, size=0.6, gradient_step=False)
+    kronecker = rankfold.lossless(model, data, size=0.6, objective="kronecker")
+    assert plain.report["step"] is None
+    assert same_state(plain.model, state(kronecker.model))
+
+
+def test_the_report_states_the_harmless_range_of_each_layer() -> None:
+    prepared = rankfold.prepare(trained_cnn(), image_data(100))
+    result = prepared.lossless(0.6)
+    for entry in result.report["layers"]:
+        found = entry["harmless_range"]
+        assert found["radius"] >= 0
+        assert 0 <= found["lossless_rank"] <= entry["full_rank"]
+    without = rankfold.prepare(trained_cnn(), image_data(100), objective="kronecker")
+    with pytest.raises(ValueError, match="gradient step"):
+        without.harmless_range(next(iter(without.collected.layers)))
+
+
+def test_a_share_of_the_calibration_text_is_written_by_the_model() -> None:
+    model = tiny_llama()
+    before, random = state(model), torch.random.get_rng_state()
+    result = rankfold.lossless(model, token_data(), size=0.8, self_share=0.5)
+    counts = {name: entry["examples"] for name, entry in result.report["data"].items()}
+    assert (counts["calibration"], counts["own_text"]) == (6, 6)
+    assert same_state(model, before)
+    assert torch.equal(torch.random.get_rng_state(), random)
+    again = rankfold.lossless(model, token_data(), size=0.8, self_share=0.5)
+    assert same_state(again.model, state(result.model))
+
+
+def test_own_text_of_a_model_that_writes_none_is_refused() -> None:
+    with pytest.raises(InputError, match="self_share"):
+        rankfold.lossless(trained_cnn(), image_data(40), size=0.8, self_share=0.5)
+
+
 # Seeds
 
 
@@ -316,6 +408,9 @@ def test_a_size_that_no_plan_reaches_is_refused_with_the_least_one() -> None:
         ("selection_limit", 0),
         ("held_out_limit", -1),
         ("batch_size", 0),
+        ("rounds", 0),
+        ("self_share", 0.95),
+        ("step_estimator", "exact"),
     ],
 )
 def test_settings_outside_their_range_are_refused_by_name(name: str, value: Any) -> None:

@@ -143,7 +143,7 @@ def test_layer_curve_has_each_ranks_cost_and_change(case, form, name):
     out, in_ = matrix_shape(layer)
     w, statistics = weight_matrix(layer), random_statistics(30, out, in_)
     spectrum = layer_spectrum(OBJECTIVES[name], w, statistics, 0.1)
-    curve = layer_curve(OBJECTIVES[name], layer, spectrum, statistics.gradient, form, 7)
+    curve = layer_curve(OBJECTIVES[name], layer, spectrum, statistics, form, 7)
     ranks = range(1, min(out, in_) + 1)
     assert curve.ranks.tolist() == list(ranks)
     assert curve.costs.tolist() == [7 * factor_parameters(out, in_, k, form) for k in ranks]
@@ -155,6 +155,10 @@ def test_layer_curve_has_each_ranks_cost_and_change(case, form, name):
     if name == "first-order":
         expected = [float(((w_k - w) * statistics.gradient).sum()) for w_k in truncated]
         assert curve.errors[0] == pytest.approx(float((truncated[0] - w).norm() / w.norm()))
+    elif OBJECTIVES[name].allocation == "multiplier":  # under the Grams without damping
+        a, b = statistics.input_gram, statistics.output_gram
+        expected = [float(((b @ (w_k - w) @ a) * (w_k - w)).sum()) / 2 for w_k in truncated]
+        assert curve.errors is None
     else:
         expected = [float(sigma[k:].square().sum()) / 2 for k in ranks]
         assert curve.errors is None
@@ -174,8 +178,7 @@ def curves_of(name, seed=0):
         layer = case.layer(seed + place)
         statistics = random_statistics(seed + 100 * place, *matrix_shape(layer))
         spectrum = layer_spectrum(OBJECTIVES[name], weight_matrix(layer), statistics, 0.1)
-        gradient = statistics.gradient
-        curves[case.name] = layer_curve(OBJECTIVES[name], layer, spectrum, gradient, "pivoted", 1)
+        curves[case.name] = layer_curve(OBJECTIVES[name], layer, spectrum, statistics, "pivoted", 1)
     return curves
 
 

@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -55,8 +55,8 @@ MODEL_HELP = (
     "nn.Module."
 )
 DATA_HELP = (
-    "A UTF-8 text file, an .npz with x and y, a folder of class folders of images, or "
-    "file.py:function giving a data set."
+    "A UTF-8 text file, an .npz with x and y, a folder of class folders of images, "
+    "file.py:function giving a data set, or self: text that a language model writes itself."
 )
 
 app = typer.Typer(
@@ -215,7 +215,10 @@ class Factorizing(Reading):
                 "data is missing; give --data, or all of --calibration, --selection and --held-out."
             )
         opened = open_model(model, self.weights)
-        options = self.data_options(self.seed)
+        limits = (self.limit, self.selection_limit, self.held_out_limit)
+        asked = zip(limits, DataOptions.own_windows, strict=True)
+        first, second, third = (limit or default for limit, default in asked)
+        options = replace(self.data_options(self.seed), own_windows=(first, second, third))
         if self.data is not None:
             return opened, open_data(self.data, opened, options)
         calibration, selection, held_out = (part or "" for part in parts)

@@ -461,14 +461,11 @@ def analyse(
         statistics = collected.statistics.get(name)
         weight = step.moved(name, layer) if step else weight_matrix(layer)
         spectra[name] = layer_spectrum(objective, weight, statistics, settings.damping)
-        gradient = None
-        if objective.allocation == "first-order" and statistics is not None:
-            gradient = statistics.gradient
         curves[name] = layer_curve(
             objective,
             layer,
             spectra[name],
-            gradient,
+            statistics,
             settings.form,
             collected.cost_per_parameter(name, settings.cost),
         )

@@ -11,10 +11,10 @@ from torch import nn
 
 from rankfold.artifact import MANIFEST_FILE, load, load_weights
 from rankfold.certify import weighted_mean
-from rankfold.data import FEWEST, SHARES, Data, Examples, as_examples, as_part, split
+from rankfold.data import FEWEST, PARTS, SHARES, Data, Examples, as_examples, as_part, split
 from rankfold.errors import InputError
 from rankfold.integrations import transformers as hf
-from rankfold.progress import Progress
+from rankfold.progress import Progress, TerminalProgress
 from rankfold.sources import (
     is_spec,
     load_object,
@@ -29,6 +29,7 @@ from rankfold.tasks import evaluate, recognise_task
 # A text is split in blocks of consecutive windows, about this many in all, so that few windows
 # have a neighbour in another part.
 TEXT_BLOCKS = 40
+SELF = "self"  # DATA that the language model writes itself; a file of this name is ./self
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class DataOptions:
         image_size: Side that images of a folder are resized and cropped to, or None.
         length: Tokens a window of text, or None for 512 or what the model takes.
         seed: Seeds the split.
+        own_windows: Windows that the model writes where DATA is ``self``, for each of the parts.
     """
 
     mean: Sequence[float] | None = None
@@ -63,6 +65,7 @@ class DataOptions:
     image_size: int | None = None
     length: int | None = None
     seed: int = 0
+    own_windows: tuple[int, int, int] = (64, 16, 64)
 
 
 def open_model(spec: str, weights: Path | None = None) -> OpenedModel:
@@ -145,6 +148,9 @@ def open_data(spec: str, opened: OpenedModel, options: DataOptions) -> Data:
     Raises:
         InputError: Names what is wrong with it.
     """
+    if spec == SELF:
+        first, second, third = (_own_text(opened, options, part) for part in range(len(PARTS)))
+        return Data(first, second, third)
     if source_kind(spec) != "text":
         found = _called(spec) if source_kind(spec) == "python" else _examples(spec, opened, options)
         return found if isinstance(found, Data) else split(found, options.seed)
@@ -170,21 +176,31 @@ def open_parts(
         InputError: Names what is wrong with one.
     """
     return Data(
-        calibration=open_examples(calibration, opened, options),
-        selection=open_examples(selection, opened, options),
-        held_out=open_examples(held_out, opened, options),
+        calibration=open_examples(calibration, opened, options, 0),
+        selection=open_examples(selection, opened, options, 1),
+        held_out=open_examples(held_out, opened, options, 2),
     )
 
 
-def open_examples(spec: str, opened: OpenedModel, options: DataOptions) -> Examples:
-    """All examples of one source.
+def open_examples(spec: str, opened: OpenedModel, options: DataOptions, part: int = 0) -> Examples:
+    """All examples of one source, for the calibration (0), selection (1) or held-out (2) part.
 
     Raises:
         InputError: Names what is wrong with it.
     """
+    if spec == SELF:
+        return _own_text(opened, options, part)
     if source_kind(spec) == "python":
         return as_examples(_called(spec))[0]
     return _examples(spec, opened, options)
+
+
+def _own_text(opened: OpenedModel, options: DataOptions, part: int) -> Examples:
+    """Text that the model writes itself; another seed for each part, so that none overlap."""
+    count = options.own_windows[part]
+    seed = len(PARTS) * options.seed + part
+    length = _length(opened, options)
+    return hf.own_text(opened.model, count, length, seed << 20, TerminalProgress())
 
 
 def _examples(spec: str, opened: OpenedModel, options: DataOptions) -> Examples:

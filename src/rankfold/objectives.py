@@ -106,29 +106,36 @@ def layer_curve(
     objective: Objective,
     layer: MatrixLayer,
     spectrum: Spectrum,
-    gradient: Tensor | None,
+    statistics: LayerStatistics | None,
     form: Form,
     cost_per_parameter: int,
 ) -> Curve:
     """Ranks 1..r with their costs and predicted changes.
 
+    An objective that predicts the loss predicts it by the Grams as they were measured: damping
+    chooses the directions, and would count as loss what the data never used.
+
     Args:
         objective: Decides what a change is.
         layer: The layer.
         spectrum: Its spectrum.
-        gradient: Mean gradient ``(out, in)``, for the first-order rule.
+        statistics: Of the layer, for the objectives that need them.
         form: Decides the cost of a rank.
         cost_per_parameter: 1 for parameters, 2 x rows for FLOPs.
     """
     errors = None
     if objective.allocation == "first-order":
-        if gradient is None:
+        if statistics is None:
             raise ValueError("the first-order objective needs statistics with gradients")
-        changes, errors = first_order_changes(weight_matrix(layer), spectrum, gradient)
-    else:
-        changes = spectrum.truncation_changes()[1:]
+        changes, errors = first_order_changes(weight_matrix(layer), spectrum, statistics.gradient)
+    elif objective.allocation == "multiplier":
+        if statistics is None or statistics.output_gram is None:
+            raise ValueError("this objective needs statistics with gradients")
+        changes = spectrum.changes_under(statistics.input_gram, statistics.output_gram)[1:]
         # What only rounding keeps from 0: a weight whose rank was cut before is not worth more.
         changes = changes.where(changes > NEGLIGIBLE * changes.max(), 0)
+    else:
+        changes = spectrum.truncation_changes()[1:]
     out, in_ = matrix_shape(layer)
     return Curve(
         ranks=torch.arange(1, len(changes) + 1),
