@@ -71,6 +71,10 @@ def test_lossless_then_evaluate_then_inspect(work: Path) -> None:
     shown = rankfold("inspect", "out", cwd=work).stdout
     assert "hidden" in shown and f"{factorized['parameters']:,}" in shown
     assert json.loads(rankfold("inspect", "out", "--json", cwd=work).stdout)["layers"]
+    curve = rankfold("inspect", "out", "--layer", "hidden", cwd=work).stdout
+    assert "predicted change" in curve and "hidden" in curve
+    unknown = rankfold("inspect", "out", "--layer", "nothing", cwd=work, expect=2)
+    assert "no factorized layer is called 'nothing'" in unknown.stderr
 
 
 def test_same_seed_same_bytes(work: Path) -> None:
@@ -93,6 +97,27 @@ def test_compact_language_model_and_text(llama: Path, tmp_path: Path) -> None:
     assert evaluated["loss"]["mean"] == pytest.approx(report["loss"]["factorized"], abs=0.5)
     refused = rankfold("compact", out, *common, "--out", tmp_path / "x", cwd=tmp_path, expect=2)
     assert "factorized already" in refused.stderr
+
+
+def test_a_language_model_needs_no_data(llama: Path, tmp_path: Path) -> None:
+    common = ("lossless", llama / "model", "--size", 0.9, "--length", 32, "--json")
+    limits = ("--limit", 8, "--selection-limit", 6, "--held-out-limit", 7)
+    own = rankfold(*common, *limits, "--data", "self", "--out", tmp_path / "a", cwd=tmp_path)
+    report = json.loads(own.stdout)
+    counts = {name: part["examples"] for name, part in report["data"].items()}
+    assert counts == {"calibration": 8, "selection": 6, "held_out": 7}
+    text = ("--data", llama / "text.txt", "--self-share", 0.5, "--rounds", 2)
+    mixed = rankfold(*common, *text, "--out", tmp_path / "b", "--no-gradient-step", cwd=tmp_path)
+    report = json.loads(mixed.stdout)
+    assert report["data"]["own_text"]["examples"] == report["data"]["calibration"]["examples"]
+    assert report["step"] is None and len(report["rounds"]) == 1
+
+
+def test_own_text_needs_a_language_model(work: Path) -> None:
+    done = rankfold(
+        *LOSSLESS[:2], "--data", "self", "--size", 0.6, "--out", "x", cwd=work, expect=2
+    )
+    assert "writes no text of its own" in done.stderr
 
 
 def test_compact_without_a_model_within_the_margin(work: Path) -> None:

@@ -44,7 +44,13 @@ from rankfold.modules import FORMS
 from rankfold.objectives import OBJECTIVES
 from rankfold.progress import TerminalProgress
 from rankfold.spectrum import STEP_ESTIMATORS
-from rankfold.tables import evaluation_lines, layers_table, plain_console, print_result
+from rankfold.tables import (
+    curve_table,
+    evaluation_lines,
+    layers_table,
+    plain_console,
+    print_result,
+)
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGE_BLOCK = 2_000_000  # bytes
@@ -374,6 +380,9 @@ def evaluate(
 def inspect(
     folder: Annotated[Path, typer.Argument(help="The --out folder of an earlier run.")],
     *,
+    layer: Annotated[
+        str | None, typer.Option(help="Print the predicted loss of this layer at its ranks.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print rankfold.json.")] = False,
 ) -> int:
     """What an artifact says of itself: sizes, losses, certificate, layers."""
@@ -382,6 +391,9 @@ def inspect(
         _print_json(report)
         return DONE
     console = plain_console(sys.stdout)
+    if layer is not None:
+        console.print(curve_table(report, layer))
+        return DONE
     print_result(console, report, f"{folder}: {report['model']['class']}, {report['algorithm']}")
     console.print(layers_table(report))
     return DONE

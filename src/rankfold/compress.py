@@ -81,6 +81,7 @@ OWN_TEXT = "own_text"  # the part that the model writes itself, beside the user'
 MOST_PLANS = 6  # plans that compact evaluates on selection data
 TRUSTED = 1.5  # measured / predicted cost of truncation up to which a round goes its whole way
 MOST_RETREATS = 3
+REPORTED_RANKS = 16  # points of each layer's curve in the report, beside the last
 CLOSE_ENOUGH = 0.01  # share of the model's size at which compact's search stops
 
 
@@ -910,8 +911,20 @@ class Preparation:
             "flops": 2 * rows * dense,
             "factorized_flops": 2 * rows * kept,
             "predicted_change": choice.change if self.objective.predicts_loss else None,
+            "predicted_by_rank": self._predicted_by_rank(name),
             "harmless_range": None if self.step is None else asdict(self.harmless_range(name)),
         }
+
+    def _predicted_by_rank(self, name: str) -> list[tuple[int, float]] | None:
+        """Predicted change at evenly spaced ranks; ``curves[name]`` has all of them."""
+        if not self.objective.predicts_loss:
+            return None
+        curve = self.curves[name]
+        count = len(curve.ranks)
+        places = sorted(
+            {round(i * (count - 1) / REPORTED_RANKS) for i in range(REPORTED_RANKS + 1)}
+        )
+        return [(int(curve.ranks[at]), float(curve.changes[at])) for at in places]
 
     def _step_report(self) -> dict[str, Any] | None:
         if self.step is None:

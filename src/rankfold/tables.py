@@ -9,6 +9,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.table import Table
 
+from rankfold.errors import InputError
+
 VERDICT_STYLE = {"better": "bold green", "lossless": "green", "not shown": "yellow", "worse": "red"}
 
 
@@ -104,15 +106,50 @@ def print_result(console: Console, report: dict[str, Any], title: str) -> None:
         console.print(line, highlight=False)
 
 
+def _range_cells(found: dict[str, Any]) -> tuple[str, str, str]:
+    share = found["signal"] / found["noise"] if found["noise"] else math.inf
+    return f"{found['radius']:.4f}", str(found["lossless_rank"]), f"{share:.2f}"
+
+
+def curve_table(report: dict[str, Any], name: str) -> Table:
+    """Predicted change of the loss of one layer at some of its ranks.
+
+    Raises:
+        InputError: There is no such layer, or its objective predicts no loss.
+    """
+    layers = {layer["name"]: layer for layer in report["layers"]}
+    if name not in layers:
+        known = ", ".join([*layers][:5])
+        raise InputError(f"no factorized layer is called {name!r}; names look like {known}.")
+    points = layers[name].get("predicted_by_rank")
+    if not points:
+        raise InputError(
+            f"the objective {report['settings']['objective']} predicts no loss; expected kronecker "
+            "or joint."
+        )
+    full = layers[name]["full_rank"]
+    table = Table(title=f"{name}: rank {layers[name]['rank'] or 'dense'} of {full}")
+    table.add_column("rank", justify="right")
+    table.add_column("predicted change", justify="right")
+    for rank, change in points:
+        table.add_row(str(rank), f"{change:+.6f}")
+    return table
+
+
 def layers_table(report: dict[str, Any]) -> Table:
-    """One row a layer: shape, rank, parameters, predicted change."""
+    """One row a layer: shape, rank, parameters, predicted change, harmless range."""
+    ranges = any(layer.get("harmless_range") for layer in report["layers"])
     table = Table(title="layers", title_justify="left", title_style="bold")
     for column in ("layer", "kind"):
         table.add_column(column)
     for column in ("shape", "rank", "of", "parameters", "kept", "predicted change"):
         table.add_column(column, justify="right")
+    if ranges:
+        for column in ("harmless radius", "lossless rank alone", "signal / noise"):
+            table.add_column(column, justify="right")
     for layer in report["layers"]:
         predicted = layer["predicted_change"]
+        found = layer.get("harmless_range")
         table.add_row(
             layer["name"],
             layer["kind"],
@@ -122,6 +159,7 @@ def layers_table(report: dict[str, Any]) -> Table:
             f"{layer['factorized_parameters']:,}",
             f"{layer['factorized_parameters'] / layer['parameters']:.3f}",
             "" if predicted is None else f"{predicted:+.5f}",
+            *(_range_cells(found) if found else ()),
         )
     for entry in report["not_factorized"]:
         table.add_row(entry["name"], entry["kind"], "", "-", "", "", "", entry["reason"])
