@@ -188,7 +188,7 @@ def test_each_objective_spends_a_budget_by_its_rule(name):
     budget = 0.8 * sum(curve.dense_cost for curve in curves.values())
     rules = {
         "uniform": lambda: uniform_within_cost(curves, budget),
-        "multiplier": lambda: best_within_cost(curves, budget),
+        "multiplier": lambda: best_within_cost(curves, budget).plan,
         "first-order": lambda: first_order_within_cost(curves, budget, smallest=False),
     }
     plan = plan_for_budget(OBJECTIVES[name], curves, budget)
@@ -215,7 +215,7 @@ def test_only_objectives_in_units_of_the_loss_plan_for_a_change(name, tolerance)
     curves = curves_of(name)
     plan = plan_for_change(OBJECTIVES[name], curves, tolerance)
     if name in ("kronecker", "joint"):
-        assert plan == cheapest_within_change(curves, tolerance)
+        assert plan == cheapest_within_change(curves, tolerance).plan
         assert sum(choice.change for choice in plan.values()) <= tolerance + 1e-9
     else:
         assert plan is None

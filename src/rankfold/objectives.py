@@ -191,7 +191,7 @@ def plan_for_budget(
         return uniform_within_cost(curves, budget)
     if objective.allocation == "first-order":
         return first_order_within_cost(curves, budget, smallest=smallest)
-    return best_within_cost(curves, budget)
+    return best_within_cost(curves, budget).plan
 
 
 def plan_for_change(
@@ -200,4 +200,4 @@ def plan_for_change(
     """The cheapest plan predicted to stay within a change, None where nothing is predicted."""
     if objective.allocation != "multiplier":
         return None
-    return cheapest_within_change(curves, tolerance)
+    return cheapest_within_change(curves, tolerance).plan
