@@ -1,18 +1,22 @@
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from rankfold import factorize, linalg
 from rankfold.factorize import Factors, balanced_pair, low_rank_module, pivoted, truncate
 from rankfold.layer_matrix import matrix_shape, weight_matrix
+from rankfold.linalg import LARGEST_COEFFICIENT
 from rankfold.modules import FORMS, factor_parameters
 from rankfold.spectrum import whitened_spectrum
 from tests.cases import CONV_CASES, SEEDS, SIDES, each_layer, filled, gram, normal
+from tests.test_linalg import kahan
 
 property_test = settings(max_examples=25, deadline=None)
 close = torch.testing.assert_close
-LARGEST_COEFFICIENT = 2**8  # pivoted QR keeps coefficients of k pivots below 2^(k-1), here k <= 8
 
 
 def parameters(factors):
@@ -28,7 +32,7 @@ def assert_pivoted(factors, matrix, rank):
     close(factors.product(), matrix, rtol=0, atol=1e-9 * scale)
     own = torch.stack([(factors.right - row).norm(dim=1).min() for row in matrix])
     assert int((own < 1e-9 * scale).sum()) >= min(rank, out)
-    assert bool((factors.left.abs() <= LARGEST_COEFFICIENT).all())
+    assert bool((factors.left.abs() <= LARGEST_COEFFICIENT * (1 + 1e-9)).all())
 
 
 @property_test
@@ -178,6 +182,37 @@ def test_half_precision_survives_unbalanced_whitening(form, dtype):
     dense = low_rank_module(layer, factors).dense_matrix().detach().double()
     expected = factors.product()
     assert float((dense - expected).norm()) < 0.05 * float(expected.norm())
+
+
+def rounded_error(factors, dtype):
+    """Relative error of the product that the factors make after rounding, computed in float64."""
+    left, right = (factor.to(dtype).double() for factor in (factors.left, factors.right))
+    expected = factors.product()
+    found = Factors(left, right, factors.order).product()
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["random", "graded", "kahan"])
+def test_rounding_hurts_pivoted_factors_little_more_than_a_pair(dtype, kind):
+    if kind == "kahan":
+        matrix = kahan(60, 40) @ normal(1, 40, 50)
+    else:
+        scale = torch.logspace(0, -3 if kind == "graded" else 0, 40, dtype=torch.float64)
+        matrix = (normal(0, 60, 40) * scale) @ normal(1, 40, 50)
+    spectrum = whitened_spectrum(matrix)
+    pair, pivots = (truncate(spectrum, 40, form) for form in FORMS)
+    close(pivots.product(), pair.product(), rtol=1e-9, atol=1e-9)
+    assert rounded_error(pivots, dtype) < 3 * rounded_error(pair, dtype)
+
+
+def test_plain_pivoting_would_not_survive_rounding(monkeypatch):
+    """The case that swaps are for: without them, all digits are lost."""
+    left, right = kahan(90, 60), torch.eye(60, dtype=torch.float64)
+    good = rounded_error(pivoted(left, right), torch.bfloat16)
+    plain = functools.partial(linalg.pivot_rows, most_swaps=0)
+    monkeypatch.setattr(factorize, "pivot_rows", plain)
+    assert rounded_error(pivoted(left, right), torch.bfloat16) > 100 * good
 
 
 @property_test

@@ -3,7 +3,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from rankfold import linalg
 from rankfold.linalg import (
+    LARGEST_COEFFICIENT,
     damped,
     descending_eigh,
     inverse_factor,
@@ -131,19 +133,93 @@ def test_thin_svd_of_rank_deficient_matrices(seed, out, in_, rank):
     close(sigma, torch.linalg.svdvals(matrix), rtol=0, atol=1e-6 * scale)
 
 
+def kahan(side, rank):
+    """The first ``rank`` rows of Kahan's matrix as columns: plain pivoting takes them in order."""
+    c = 0.285
+    scale = (1 - c**2) ** (0.5 * torch.arange(side, dtype=torch.float64))
+    ones = torch.ones(side, side, dtype=torch.float64)
+    matrix = scale[:, None] * (torch.eye(side) - c * torch.triu(ones, 1))
+    shrink = 1 - 1e-13 * torch.arange(side, dtype=torch.float64)  # ties broken in that order
+    return (matrix * shrink)[:rank].T.contiguous()
+
+
+def assert_row_basis(basis, matrix, growth=LARGEST_COEFFICIENT):
+    """A permutation whose first rows write the others with coefficients up to ``growth``."""
+    rows, k = matrix.shape
+    assert basis.order.dtype == torch.int64
+    assert sorted(basis.order.tolist()) == list(range(rows))
+    assert basis.coefficients.shape == (rows - k, k)
+    assert basis.coefficients.dtype == torch.float64
+    assert bool((basis.coefficients.abs() <= growth * (1 + 1e-9)).all())
+    pivots, others = matrix[basis.order[:k]], matrix[basis.order[k:]]
+    scale = float(matrix.abs().max())
+    close(basis.coefficients @ pivots, others, rtol=0, atol=1e-11 * scale)
+
+
 @property_test
-@given(SEEDS, SIDES, st.data())
-def test_pivot_rows_are_a_permutation_with_a_basis_first(seed, rows, data):
+@given(SEEDS, st.integers(1, 20), st.floats(1, 5), st.floats(0, 8), st.data())
+def test_pivot_rows_write_the_others_with_small_coefficients(seed, rows, growth, decades, data):
     k = data.draw(st.integers(1, rows))
-    matrix = normal(seed, rows, k)
-    order = pivot_rows(matrix)
-    assert order.dtype == torch.int64
-    assert sorted(order.tolist()) == list(range(rows))
-    assert int(order[0]) == int(matrix.norm(dim=1).argmax())
-    coefficients = matrix @ matrix[order[:k]].inverse()
-    assert float(coefficients.abs().max()) <= 2**k  # the bound of pivoted QR, with room
+    graded = normal(seed, rows, k) * torch.logspace(0, -decades, k, dtype=torch.float64)
+    matrix = graded @ torch.linalg.qr(normal(seed + 1, k, k))[0]
+    before = matrix.clone()
+    assert_row_basis(pivot_rows(matrix, growth), matrix, growth)
+    assert torch.equal(matrix, before)
+
+
+@property_test
+@given(SEEDS, st.integers(1, 20), st.integers(0, 12), st.data())
+def test_pivot_rows_of_any_rank_and_with_equal_rows(seed, rows, rank, data):
+    k = data.draw(st.integers(1, rows))
+    matrix = normal(seed, rows, min(rank, k)) @ normal(seed + 1, min(rank, k), k)
+    repeats = data.draw(st.lists(st.integers(0, rows - 1), min_size=rows, max_size=rows))
+    matrix = matrix[torch.tensor(repeats)]
+    assert_row_basis(pivot_rows(matrix), matrix)
+
+
+@pytest.mark.parametrize(("side", "rank"), [(30, 20), (90, 60), (90, 89), (200, 100)])
+def test_pivot_rows_where_plain_pivoting_fails(side, rank):
+    matrix = kahan(side, rank)
+    plain = pivot_rows(matrix, most_swaps=0)
+    assert float(plain.coefficients.abs().max()) > 30
+    assert_row_basis(pivot_rows(matrix), matrix)
+
+
+def test_pivot_rows_make_as_many_swaps_as_are_needed_and_allowed():
+    # Six blocks on which plain pivoting fails, each with rows that need swaps of their own.
+    square, row = kahan(40, 30)[:30], kahan(40, 30)[30]
+    blocks = [torch.cat([square, row * normal(seed, 20, 30).clamp(0.2, 0.9)]) for seed in range(6)]
+    matrix = torch.block_diag(*blocks)
+    largest = [
+        float(pivot_rows(matrix, most_swaps=swaps).coefficients.abs().max()) for swaps in (0, 3)
+    ]
+    assert min(largest) > 100  # three swaps are not enough
+    assert_row_basis(pivot_rows(matrix), matrix)
 
 
 def test_pivot_rows_pass_over_dependent_rows():
     matrix = torch.tensor([[9, 0], [8, 0], [7, 0], [0, 1], [0, 0]], dtype=torch.float64)
-    assert pivot_rows(matrix)[:2].tolist() == [0, 3]
+    assert pivot_rows(matrix).order[:2].tolist() == [0, 3]
+
+
+def test_pivot_rows_of_nothing_but_zeros():
+    basis = pivot_rows(torch.zeros(4, 2, dtype=torch.float64))
+    assert sorted(basis.order.tolist()) == [0, 1, 2, 3]
+    assert torch.equal(basis.coefficients, torch.zeros(2, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("growth", [0.5, -1, float("nan")])
+def test_pivot_rows_refuse_a_bound_below_one(growth):
+    with pytest.raises(ValueError, match="growth must be 1 or more"):
+        pivot_rows(normal(0, 3, 2), growth)
+
+
+def test_few_swaps_for_ordinary_matrices(monkeypatch):
+    """What keeps it fast: QR alone finds pivots within the bound."""
+
+    def refuse(*_):
+        raise AssertionError("swaps of a random matrix")
+
+    monkeypatch.setattr(linalg, "_swap_rows", refuse)
+    for seed, (rows, k) in enumerate([(64, 32), (200, 50), (150, 149)]):
+        assert_row_basis(pivot_rows(normal(seed, rows, k)), normal(seed, rows, k))

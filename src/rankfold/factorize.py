@@ -57,31 +57,18 @@ def balanced_pair(left: Tensor, right: Tensor) -> Factors:
 def pivoted(left: Tensor, right: Tensor) -> Factors:
     """Rewrite ``left @ right`` as k of its own rows and the coefficients of the others.
 
-    The product is the same up to rounding. Where the product's rank is below k, the coefficients
-    are the minimum-norm ones.
+    The product is the same up to rounding, and no coefficient exceeds
+    ``linalg.LARGEST_COEFFICIENT``, so that rounding to a low precision hurts little more than it
+    hurts a pair.
     """
     rank = right.shape[0]
     # The product's rows in an orthonormal basis of its row space: pivots found there are the
     # product's own, at the price of (out x k) instead of (out x in).
     _, triangular = torch.linalg.qr(right.T)  # (k, k)
-    coordinates = left @ triangular.T  # (out, k)
-    rows = pivot_rows(coordinates)
-    pivots, others = rows[:rank], rows[rank:]
-    coefficients = _solve_right(coordinates[others], coordinates[pivots])
-    order = torch.empty_like(rows)
-    order[rows] = torch.arange(len(rows), device=rows.device)
-    return Factors(coefficients, left[pivots] @ right, order)
-
-
-def _solve_right(values: Tensor, basis: Tensor) -> Tensor:
-    """X with ``X @ basis == values``; least squares of minimum norm where basis is singular."""
-    solution: Tensor
-    solution, info = torch.linalg.solve_ex(basis.T, values.T)
-    # Pivoting keeps coefficients near 1; large ones are the sign of a rank below k.
-    if int(info) == 0 and bool((solution.abs() < 1e4).all()):
-        return solution.T
-    inverse: Tensor = torch.linalg.pinv(basis.T, rtol=1e-10)
-    return (inverse @ values.T).T
+    basis = pivot_rows(left @ triangular.T)  # of (out, k)
+    order = torch.empty_like(basis.order)
+    order[basis.order] = torch.arange(len(order), device=order.device)
+    return Factors(basis.coefficients, left[basis.order[:rank]] @ right, order)
 
 
 def low_rank_module(layer: MatrixLayer, factors: Factors) -> LowRankLinear | LowRankConv2d:

@@ -5,6 +5,11 @@ Everything here is a pure function of tensors; nothing knows about layers or mod
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 import scipy.linalg
 import torch
 from torch import Tensor
@@ -12,6 +17,16 @@ from torch import Tensor
 # Eigenvalues below this share of the largest one are numerical noise of a float64 Gram whose
 # blocks were formed in float32: their directions count as never seen.
 RELATIVE_CUTOFF = 1e-12
+
+# Bound of the coefficients with which pivot rows write the other rows. Below 2 it takes many more
+# swaps; above it, coefficients gain nothing in any floating-point format but lose its precision.
+LARGEST_COEFFICIENT = 2.0
+
+# A row whose distance from the span of the pivots is below this share of the largest row is
+# rounding, and needs no pivot of its own.
+NEGLIGIBLE_ROW = 1e-13
+
+_Array: TypeAlias = npt.NDArray[np.float64]
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:
@@ -106,17 +121,98 @@ def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (matrix @ v) / safe, sigma, v
 
 
-def pivot_rows(matrix: Tensor) -> Tensor:
-    """Order the rows of a matrix so that the first ones span the rest with small coefficients.
+@dataclass(frozen=True)
+class RowBasis:
+    """Rows of a matrix that span it, and how they write the others.
 
-    QR with column pivoting of the transpose (Businger and Golub 1965).
+    Attributes:
+        order: ``(m,)`` int64 permutation of the rows; the first k are the pivots.
+        coefficients: ``(m - k, k)``; ``matrix[order[k:]] == coefficients @ matrix[order[:k]]``.
+    """
+
+    order: Tensor
+    coefficients: Tensor
+
+
+def pivot_rows(
+    matrix: Tensor, growth: float = LARGEST_COEFFICIENT, most_swaps: int | None = None
+) -> RowBasis:
+    """Choose k rows that write all the others with small coefficients.
+
+    QR with column pivoting of the transpose (Businger and Golub 1965) gives the first choice. It
+    can fail: on Kahan's matrices coefficients grow like 2^k. So while a coefficient exceeds
+    ``growth``, its row takes the place of its pivot (the strong rank-revealing QR of Gu and
+    Eisenstat 1996 for a matrix of exact rank k; the maxvol algorithm of Goreinov et al. 2010).
+    Each swap multiplies the volume of the pivots by that coefficient, so the swaps end: after at
+    most ``log(k!) / log(growth)`` from the QR's pivots.
+
+    Where the rank is below k, the pivots that no basis needs get coefficients of 0.
 
     Args:
         matrix: ``(m, k)`` float64 with k <= m.
+        growth: Bound of the absolute coefficients, 1 or more.
+        most_swaps: Give up after this many swaps, with larger coefficients; k + 100 where None.
 
-    Returns:
-        ``(m,)`` int64 permutation; its first k entries are the pivot rows.
+    Raises:
+        ValueError: ``growth`` is below 1: no choice of rows need have such coefficients.
     """
-    transposed = matrix.T.cpu().numpy()
-    _, order = scipy.linalg.qr(transposed, mode="r", pivoting=True, check_finite=False)
-    return torch.from_numpy(order.astype("int64")).to(matrix.device)
+    if not growth >= 1:
+        raise ValueError(f"growth must be 1 or more, not {growth}")
+    rows, k = matrix.shape
+    triangle, order = scipy.linalg.qr(
+        matrix.T.cpu().numpy(), mode="r", pivoting=True, check_finite=False
+    )  # (k, m)
+    scales = np.abs(triangle.diagonal())
+    rank = int((scales > NEGLIGIBLE_ROW * scales[:1]).sum())
+    triangle = triangle[:rank]
+    found: _Array = np.zeros((rows, 0))  # (m - rank, rank)
+    if rank > 0:
+        found = scipy.linalg.solve_triangular(
+            triangle[:, :rank], triangle[:, rank:], check_finite=False
+        ).T
+    places = np.arange(rows)
+    swaps_left = k + 100 if most_swaps is None else most_swaps
+    while swaps_left > 0 and rank > 0:
+        # Only rows with a large coefficient take part in a round of swaps; what the new pivots
+        # do to the other rows is computed for the whole round at once.
+        active = np.flatnonzero(np.abs(found).max(axis=1, initial=0) > growth)
+        if not len(active):
+            break
+        swaps_left -= _swap_rows(found[active], places, rank + active, growth, swaps_left)
+        found = np.linalg.solve(triangle[:, places[:rank]], triangle[:, places[rank:]]).T
+    coefficients = torch.zeros(rows - k, k, dtype=matrix.dtype)
+    coefficients[:, :rank] = torch.from_numpy(found[k - rank :].copy())
+    return RowBasis(
+        order=torch.from_numpy(order[places].astype("int64")).to(matrix.device),
+        coefficients=coefficients.to(matrix.device),
+    )
+
+
+def _swap_rows(
+    coefficients: _Array,
+    places: npt.NDArray[Any],
+    active: npt.NDArray[Any],
+    growth: float,
+    most: int,
+) -> int:
+    """Swap rows with pivots until no coefficient exceeds ``growth``; returns the number of swaps.
+
+    Args:
+        coefficients: ``(a, k)``, of the active rows; overwritten.
+        places: ``(m,)``, which row stands where; the first k are the pivots. Changed in place.
+        active: ``(a,)``, where in ``places`` the active rows stand.
+        growth: The bound.
+        most: The number of swaps after which to give up.
+    """
+    for swap in range(most):
+        i, j = divmod(int(np.abs(coefficients).argmax()), coefficients.shape[1])
+        pivot = coefficients[i, j]
+        if abs(pivot) <= growth:
+            return swap
+        row, column = coefficients[i] / pivot, coefficients[:, j] / pivot
+        coefficients -= np.outer(column, row * pivot)
+        coefficients[:, j] = column
+        coefficients[i] = -row
+        coefficients[i, j] = 1 / pivot
+        places[[j, active[i]]] = places[[active[i], j]]
+    return most

@@ -1,0 +1,376 @@
+"""Factorized Conv2d layers with more than one small kernel: spatial and Tucker-2.
+
+- ``vertical``: a ``kh x 1`` conv to r channels, then a ``1 x kw`` conv (Jaderberg et al. 2014,
+  arXiv 1405.3866); ``horizontal``: the other way round. Both are ``SpatialConv2d``;
+- ``tucker``: a 1x1 conv to r_in channels, a ``kh x kw`` conv to r_out channels, a 1x1 conv (Kim et
+  al. 2016, arXiv 1511.06530). ``TuckerConv2d``.
+
+Factors of a product are not unique: for every r x r matrix M, ``(H M, M^-1 V)`` is the same.
+Pivoted, the freedom is used up as in ``rankfold.modules``: r rows of H are those of the identity
+and are not stored; ``order`` says which. That saves r^2 parameters at each joint, and the stored
+coefficients are small.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+ConvForm: TypeAlias = Literal["vertical", "horizontal", "tucker"]
+CONV_FORMS: tuple[ConvForm, ...] = ("vertical", "horizontal", "tucker")
+
+
+def conv_factor_shapes(
+    weight: tuple[int, ...], form: ConvForm, ranks: tuple[int, ...], pivoted: bool = True
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters of a factorized conv, bias not counted.
+
+    Args:
+        weight: ``(out, in, kh, kw)``.
+        form: The form.
+        ranks: ``(rank,)``, or ``(input rank, output rank)`` for ``tucker``.
+        pivoted: Whether identity rows are left out.
+
+    Raises:
+        ValueError: The weight has no such ranks; a kernel of one pixel has no spatial form.
+    """
+    out, in_, height, width = weight
+    taps = height * width
+    if form == "tucker":
+        first, last = ranks
+        if not (1 <= first <= min(in_, last * taps) and 1 <= last <= min(out, first * taps)):
+            raise ValueError(f"a {weight} weight has no Tucker ranks {ranks}")
+        shapes: dict[str, tuple[int, ...]] = {"core": (last, first, height, width)}
+        if first < in_:
+            shapes["first"] = (in_ - first * pivoted, first)
+        if last < out:
+            shapes["last"] = (out - last * pivoted, last)
+        return shapes
+    (rank,) = ranks
+    kernel, others = ((height, 1), width) if form == "vertical" else ((1, width), height)
+    if taps == 1 or not 1 <= rank <= min(in_ * max(kernel), out * others):
+        raise ValueError(f"a {weight} weight has no {form} rank {rank}")
+    return {"first": (rank, in_, *kernel), "second": (out * others - rank * pivoted, rank)}
+
+
+def conv_factor_parameters(
+    weight: tuple[int, ...], form: ConvForm, ranks: tuple[int, ...], pivoted: bool = True
+) -> int:
+    """Parameters of a factorized conv, bias not counted; arguments as ``conv_factor_shapes``."""
+    shapes = conv_factor_shapes(weight, form, ranks, pivoted)
+    return sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+def _complete(factor: Tensor, order: Tensor | None) -> Tensor:
+    """A factor with its identity rows, ``(rows, rank)``."""
+    if order is None:
+        return factor
+    rank = factor.shape[1]
+    identity = torch.eye(rank, dtype=factor.dtype, device=factor.device)
+    return torch.cat([identity, factor]).index_select(0, order)
+
+
+def _short(order: Tensor | None) -> Tensor | None:
+    # int32: it is stored with the weights, and no layer has 2^31 outputs.
+    return None if order is None else order.to(torch.int32)
+
+
+class _FactorizedConv2d(nn.Module):
+    """Geometry and bias of the conv that is replaced, and the way back to it."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, in_channels: int, out_channels: int, like: nn.Conv2d, bias: Tensor | None):
+        super().__init__()
+        if like.groups != 1:
+            raise ValueError(f"a conv with {like.groups} groups has no such factorization")
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = like.kernel_size
+        self.stride = like.stride
+        self.padding = like.padding
+        self.dilation = like.dilation
+        self.padding_mode = like.padding_mode
+        # (left, right, top, bottom), also for padding="same".
+        self._margins = list(like._reversed_padding_repeated_twice)
+
+    @abstractmethod
+    def dense_weight(self) -> Tensor:
+        """The factors multiplied out, ``(out, in, kh, kw)``."""
+
+    def to_dense(self) -> nn.Conv2d:
+        """The same layer as one ``nn.Conv2d``, factors multiplied out."""
+        weight = self.dense_weight().detach()
+        dense = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,  # type: ignore[arg-type]
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.dilation,  # type: ignore[arg-type]
+            bias=self.bias is not None,
+            padding_mode=self.padding_mode,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        with torch.no_grad():
+            dense.weight.copy_(weight)
+            if self.bias is not None and dense.bias is not None:
+                dense.bias.copy_(self.bias)
+        return dense
+
+    def _geometry(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}"
+        )
+
+
+class SpatialConv2d(_FactorizedConv2d):
+    """A conv along one axis to ``rank`` channels, then a conv along the other.
+
+    Args:
+        first: ``(rank, in, kh, 1)`` or ``(rank, in, 1, kw)``; decides which axis comes first.
+        second: ``(out * taps, rank)``, or ``(out * taps - rank, rank)`` when pivoted; taps is the
+            kernel's length along the other axis, rows go by output channel, then tap.
+        like: The conv it replaces; stride, padding, dilation and padding mode are taken from it.
+        bias: ``(out,)`` or None; copied.
+        order: ``(out * taps,)`` integers when pivoted, which row of ``[identity; second]`` each
+            row is; else None.
+
+    Raises:
+        ValueError: Kernel shapes don't fit, or ``like`` has groups.
+    """
+
+    order: Tensor | None
+
+    def __init__(
+        self,
+        first: Tensor,
+        second: Tensor,
+        like: nn.Conv2d,
+        bias: Tensor | None = None,
+        order: Tensor | None = None,
+    ):
+        height, width = like.kernel_size
+        kernels = {(height, 1): width, (1, width): height}
+        kernel = (first.shape[2], first.shape[3])
+        if kernel not in kernels:
+            raise ValueError(f"a kernel of {kernel} is no part of one of {like.kernel_size}")
+        self.taps = kernels[kernel]
+        rows = second.shape[0] if order is None else len(order)
+        super().__init__(first.shape[1], rows // self.taps, like, bias)
+        self.form: ConvForm = "vertical" if kernel == (height, 1) else "horizontal"
+        self.first = nn.Parameter(first.contiguous())
+        self.second = nn.Parameter(second.contiguous())
+        self.register_buffer("order", _short(order))
+
+    @property
+    def ranks(self) -> tuple[int]:
+        """Channels between both convs."""
+        return (self.first.shape[0],)
+
+    def _second_kernel(self) -> Tensor:
+        """``(out, rank, 1, kw)`` or ``(out, rank, kh, 1)``."""
+        rows = _complete(self.second, self.order).view(self.out_channels, self.taps, -1)
+        return rows.transpose(1, 2).unsqueeze(2 if self.form == "vertical" else 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map ``(n, in, h, w)`` or ``(in, h, w)`` to the conv's output."""
+        vertical = self.form == "vertical"
+        hidden = self._along(images, self.first, None, vertical)
+        return self._along(hidden, self._second_kernel(), self.bias, not vertical)
+
+    def _along(self, images: Tensor, kernel: Tensor, bias: Tensor | None, vertical: bool) -> Tensor:
+        """Convolve along one axis, with that axis' part of the geometry."""
+        axis, unit = (0, 1) if vertical else (1, 0)
+        stride, dilation = [1, 1], [1, 1]
+        stride[axis], dilation[axis] = self.stride[axis], self.dilation[axis]
+        padding: str | list[int]
+        if isinstance(self.padding, str):
+            padding = self.padding  # a kernel of one pixel gets none
+        else:
+            padding = list(self.padding)
+            padding[unit] = 0
+        if self.padding_mode != "zeros":
+            # A conv along one axis without bias commutes with padding along the other.
+            left, right, top, bottom = self._margins
+            margins = [0, 0, top, bottom] if vertical else [left, right, 0, 0]
+            images = functional.pad(images, margins, mode=self.padding_mode)
+            padding = [0, 0]
+        return functional.conv2d(images, kernel, bias, stride, padding, dilation)
+
+    def dense_weight(self) -> Tensor:
+        """The factors multiplied out, ``(out, in, kh, kw)``."""
+        # Each kernel has one axis of length 1, so that summing over it joins the two.
+        second = self._second_kernel()
+        along = "riax,oryb->oiab" if self.form == "vertical" else "rixb,oray->oiab"
+        return torch.einsum(along, self.first, second)
+
+    def extra_repr(self) -> str:
+        """Shapes, form and rank for ``print(model)``."""
+        return (
+            f"{self._geometry()}, form={self.form}, rank={self.ranks[0]}, "
+            f"pivoted={self.order is not None}, bias={self.bias is not None}"
+        )
+
+
+class TuckerConv2d(_FactorizedConv2d):
+    """A 1x1 conv to r_in channels, the kernel on r_in x r_out channels, and a 1x1 conv.
+
+    A side of full rank has no 1x1 conv.
+
+    Args:
+        first: ``(in, r_in)``, or ``(in - r_in, r_in)`` when pivoted; None where r_in is ``in``.
+        core: ``(r_out, r_in, kh, kw)``.
+        last: ``(out, r_out)``, or ``(out - r_out, r_out)`` when pivoted; None where r_out is
+            ``out``.
+        like: The conv it replaces; stride, padding, dilation and padding mode are taken from it.
+        bias: ``(out,)`` or None; copied.
+        first_order: ``(in,)`` integers when pivoted, which row of ``[identity; first]`` each input
+            channel is; else None.
+        last_order: ``(out,)`` integers when pivoted, likewise of the outputs.
+
+    Raises:
+        ValueError: ``like`` has groups.
+    """
+
+    first: nn.Parameter | None
+    last: nn.Parameter | None
+    first_order: Tensor | None
+    last_order: Tensor | None
+    form: ConvForm = "tucker"
+
+    def __init__(
+        self,
+        first: Tensor | None,
+        core: Tensor,
+        last: Tensor | None,
+        like: nn.Conv2d,
+        bias: Tensor | None = None,
+        first_order: Tensor | None = None,
+        last_order: Tensor | None = None,
+    ):
+        super().__init__(like.in_channels, like.out_channels, like, bias)
+        self.first = None if first is None else nn.Parameter(first.contiguous())
+        self.core = nn.Parameter(core.contiguous())
+        self.last = None if last is None else nn.Parameter(last.contiguous())
+        self.register_buffer("first_order", _short(first_order))
+        self.register_buffer("last_order", _short(last_order))
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Channels before and after the kernel."""
+        return self.core.shape[1], self.core.shape[0]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map ``(n, in, h, w)`` or ``(in, h, w)`` to the conv's output."""
+        hidden = images
+        if self.first is not None:
+            mix = _complete(self.first, self.first_order).T
+            hidden = functional.conv2d(hidden, mix[:, :, None, None])
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            # A 1x1 conv without bias commutes with padding.
+            hidden = functional.pad(hidden, self._margins, mode=self.padding_mode)
+            padding = (0, 0)
+        bias = self.bias if self.last is None else None
+        hidden = functional.conv2d(hidden, self.core, bias, self.stride, padding, self.dilation)
+        if self.last is None:
+            return hidden
+        mix = _complete(self.last, self.last_order)
+        return functional.conv2d(hidden, mix[:, :, None, None], self.bias)
+
+    def dense_weight(self) -> Tensor:
+        """The factors multiplied out, ``(out, in, kh, kw)``."""
+        weight: Tensor = self.core
+        if self.first is not None:
+            mix = _complete(self.first, self.first_order)
+            weight = torch.einsum("pqhw,iq->pihw", weight, mix)
+        if self.last is not None:
+            mix = _complete(self.last, self.last_order)
+            weight = torch.einsum("op,pihw->oihw", mix, weight)
+        return weight
+
+    def extra_repr(self) -> str:
+        """Shapes, ranks and whether pivoted for ``print(model)``."""
+        pivoted = self.first_order is not None or self.last_order is not None
+        return (
+            f"{self._geometry()}, form=tucker, ranks={self.ranks}, "
+            f"pivoted={pivoted}, bias={self.bias is not None}"
+        )
+
+
+def empty_conv(
+    layer: nn.Conv2d, form: ConvForm, ranks: tuple[int, ...], pivoted: bool = True
+) -> SpatialConv2d | TuckerConv2d:
+    """A module of the right shapes, in ``layer``'s dtype and device, to load saved tensors into.
+
+    Raises:
+        ValueError: The layer has no such ranks.
+    """
+    shape = tuple(layer.weight.shape)
+    shapes = conv_factor_shapes(shape, form, ranks, pivoted)
+    factors = {name: layer.weight.new_empty(size) for name, size in shapes.items()}
+    bias = None if layer.bias is None else layer.bias.detach()
+
+    def order(rows: int) -> Tensor | None:
+        return torch.arange(rows, device=layer.weight.device) if pivoted else None
+
+    if form == "tucker":
+        first, last = factors.get("first"), factors.get("last")
+        return TuckerConv2d(
+            first,
+            factors["core"],
+            last,
+            layer,
+            bias,
+            None if first is None else order(layer.in_channels),
+            None if last is None else order(layer.out_channels),
+        )
+    second = factors["second"]
+    rows = second.shape[0] + ranks[0] * pivoted
+    return SpatialConv2d(factors["first"], second, layer, bias, order(rows))
+
+
+def conv_factor_flops(
+    layer: nn.Conv2d, form: ConvForm, ranks: tuple[int, ...], height: int, width: int
+) -> int:
+    """Floating-point operations of the convs that run, for one image; 2 a multiply-add.
+
+    Pivoted and plain factors run the same convs: identity rows are stored nowhere but multiplied.
+
+    Args:
+        layer: The conv that is replaced.
+        form: The form.
+        ranks: Its ranks.
+        height: Height of the layer's input.
+        width: Width of the layer's input.
+    """
+    shape = tuple(layer.weight.shape)
+    out, in_, *kernel = shape
+    shapes = conv_factor_shapes(shape, form, ranks, pivoted=False)
+    left, right, top, bottom = layer._reversed_padding_repeated_twice
+    sizes = (height, width)
+    ends = tuple(
+        (size + margin - dilation * (taps - 1) - 1) // stride + 1
+        for size, margin, dilation, taps, stride in zip(
+            sizes, (top + bottom, left + right), layer.dilation, kernel, layer.stride, strict=True
+        )
+    )
+    outputs = ends[0] * ends[1]
+    if form == "tucker":
+        multiplied = torch.Size(shapes["core"]).numel() * outputs
+        if "last" in shapes:
+            multiplied += ranks[1] * out * outputs
+        if "first" in shapes:
+            multiplied += ranks[0] * in_ * height * width
+        return 2 * multiplied
+    between = ends[0] * width if form == "vertical" else height * ends[1]
+    first, second = (torch.Size(shapes[name]).numel() for name in ("first", "second"))
+    return 2 * (first * between + second * outputs)
