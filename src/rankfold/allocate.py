@@ -19,9 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rankfold.conv_modules import ConvForm
 from rankfold.knapsack import Solution, solve, undominated
 from rankfold.modules import Form
 
+LayerForm: TypeAlias = Form | ConvForm
 RankPlan: TypeAlias = dict[str, "Choice"]
 
 MOST_STATES = 10_000  # partial plans looked at in a layer by the search for the optimum
@@ -42,7 +44,7 @@ class Choice:
     rank: int | None
     cost: int
     change: float
-    form: Form | None = None
+    form: LayerForm | None = None
     second_rank: int | None = None
 
     @property
@@ -76,7 +78,7 @@ class Curve:
     changes: Tensor
     dense_cost: int
     errors: Tensor | None = None
-    forms: tuple[Form | None, ...] = (None,)
+    forms: tuple[LayerForm | None, ...] = (None,)
     form_of: Tensor | None = None
     second_ranks: Tensor | None = None
 
@@ -154,7 +156,7 @@ def merged(curves: Sequence[Curve]) -> Curve:
     )
 
 
-def _form_positions(curve: Curve, forms: tuple[Form | None, ...]) -> Tensor:
+def _form_positions(curve: Curve, forms: tuple[LayerForm | None, ...]) -> Tensor:
     """``(n,)`` position of each choice's form in another list of forms."""
     here = torch.tensor([forms.index(form) for form in curve.forms])
     return here[torch.zeros_like(curve.ranks) if curve.form_of is None else curve.form_of]

@@ -22,8 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rankfold.certify import Verdict
+from rankfold.conv_modules import CONV_FORMS, ConvForm, empty_conv
 from rankfold.errors import InputError
 from rankfold.integrations import transformers as hf
+from rankfold.layer_matrix import MatrixLayer
 from rankfold.modules import FORMS, Form, LowRankConv2d, LowRankLinear, left_rows
 from rankfold.replace import put_modules
 from rankfold.sizes import stored_tensors
@@ -252,6 +254,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def _check_manifest(manifest: Mapping[str, Any], file: Path) -> None:
     def expect(condition: bool, what: str) -> None:
         if not condition:
@@ -278,9 +284,13 @@ def _check_manifest(manifest: Mapping[str, Any], file: Path) -> None:
         expect("rank" in layer, f"a rank of {layer['name']}, or null")
         rank = layer["rank"]
         if rank is not None:
-            whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
-            expect(whole, f"a positive rank of {layer['name']}")
-            expect(layer.get("form") in FORMS, f"a form of {layer['name']} among {FORMS}")
+            expect(_is_rank(rank), f"a positive rank of {layer['name']}")
+            forms = (*FORMS, *CONV_FORMS)
+            expect(layer.get("form") in forms, f"a form of {layer['name']} among {forms}")
+            second = layer.get("second_rank")
+            expect(second is None or _is_rank(second), f"a second rank of {layer['name']}, or null")
+            if layer["form"] in CONV_FORMS:
+                expect(isinstance(layer.get("pivoted"), bool), f"pivoted of {layer['name']}")
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
@@ -319,7 +329,7 @@ def fill(
 
 
 def _empty_low_rank(model: nn.Module, entry: Mapping[str, Any], where: str) -> nn.Module:
-    name, rank, form = entry["name"], entry["rank"], cast("Form", entry["form"])
+    name, rank = entry["name"], entry["rank"]
     try:
         layer = model.get_submodule(name)
     except AttributeError:
@@ -331,6 +341,9 @@ def _empty_low_rank(model: nn.Module, entry: Mapping[str, Any], where: str) -> n
             "expected a Linear or Conv2d."
         )
     weight = layer.weight
+    if entry["form"] in CONV_FORMS:
+        return _empty_conv(layer, entry, where)
+    form = cast("Form", entry["form"])
     if rank > min(weight.shape[0], weight[0].numel()):
         raise InputError(
             f"{where} is damaged or of another model: rank {rank} of {name} is above what a weight "
@@ -343,6 +356,20 @@ def _empty_low_rank(model: nn.Module, entry: Mapping[str, Any], where: str) -> n
     if isinstance(layer, nn.Linear):
         return LowRankLinear(left, right, bias, order)
     return LowRankConv2d(left, right, layer, bias, order)
+
+
+def _empty_conv(layer: MatrixLayer, entry: Mapping[str, Any], where: str) -> nn.Module:
+    name, form = entry["name"], cast("ConvForm", entry["form"])
+    second = entry.get("second_rank")
+    ranks = (entry["rank"],) if second is None else (entry["rank"], second)
+    try:
+        if not isinstance(layer, nn.Conv2d) or len(ranks) != (2 if form == "tucker" else 1):
+            raise ValueError(f"form {form} with ranks {ranks} does not suit a {type(layer)}")
+        return empty_conv(layer, form, ranks, entry["pivoted"])
+    except ValueError as error:
+        raise InputError(
+            f"{where} is damaged or of another model: its layer {name}: {error}."
+        ) from error
 
 
 def load_tensors(

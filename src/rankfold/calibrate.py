@@ -76,10 +76,12 @@ class Trace:
     Attributes:
         rows: For every module with a weight that was called: the rows that its matrix multiplies.
         flops: Floating-point operations (2 a multiply-add) of all weighted modules, one example.
+        image_sizes: Height and width of the input of every call of a Conv2d.
     """
 
     rows: dict[str, int]
     flops: dict[str, int]
+    image_sizes: dict[str, list[tuple[int, int]]]
 
 
 def trace(model: nn.Module, task: Task, part: Part) -> Trace:
@@ -90,6 +92,7 @@ def trace(model: nn.Module, task: Task, part: Part) -> Trace:
     """
     rows: dict[str, int] = {}
     flops: dict[str, int] = {}
+    image_sizes: dict[str, list[tuple[int, int]]] = {}
     with ExitStack() as stack:
         for name, module in model.named_modules():
             weight = module._parameters.get("weight")
@@ -97,9 +100,16 @@ def trace(model: nn.Module, task: Task, part: Part) -> Trace:
                 continue
 
             def count(
-                _: nn.Module, __: object, output: Any, name: str = name, weight: Tensor = weight
+                module: nn.Module,
+                args: tuple[Any, ...],
+                output: Any,
+                name: str = name,
+                weight: Tensor = weight,
             ) -> None:
                 if torch.is_tensor(output):
+                    if isinstance(module, nn.Conv2d):
+                        height, width = args[0].shape[-2:]
+                        image_sizes.setdefault(name, []).append((height, width))
                     calls = output.numel() // weight.shape[0]
                     rows[name] = rows.get(name, 0) + calls
                     flops[name] = flops.get(name, 0) + 2 * calls * weight.numel()
@@ -117,7 +127,7 @@ def trace(model: nn.Module, task: Task, part: Part) -> Trace:
                     f"{describe(batch)}, gave {type(error).__name__}: {error}. Check that the data "
                     "belongs to this model."
                 ) from error
-    return Trace(rows, flops)
+    return Trace(rows, flops, image_sizes)
 
 
 def calibration_loss(model: nn.Module, task: Task, part: Part) -> tuple[float, int | None]:

@@ -134,6 +134,13 @@ class Factorizing(Reading):
     form: Annotated[str, typer.Option(help=f"Of the factors: {' or '.join(FORMS)}.")] = (
         Settings.form
     )
+    conv_forms: Annotated[
+        bool,
+        typer.Option(
+            "--conv-forms/--no-conv-forms",
+            help="Let convs become two along one axis each, or a Tucker-2.",
+        ),
+    ] = Settings.conv_forms
     cost: Annotated[str, typer.Option(help="What sizes count: parameters or flops.")] = (
         Settings.cost
     )

@@ -17,7 +17,15 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from rankfold.allocate import Choice, Curve, RankPlan, smallest_cost, total_change, total_cost
+from rankfold.allocate import (
+    Choice,
+    Curve,
+    RankPlan,
+    merged,
+    smallest_cost,
+    total_change,
+    total_cost,
+)
 from rankfold.artifact import METADATA, save_artifact
 from rankfold.calibrate import (
     Curvature,
@@ -36,6 +44,8 @@ from rankfold.certify import (
     paired_change,
     weighted_mean,
 )
+from rankfold.conv_forms import conv_factors
+from rankfold.conv_modules import ConvForm, conv_factor_flops, conv_factor_parameters
 from rankfold.data import (
     FEWEST,
     PARTS,
@@ -57,6 +67,8 @@ from rankfold.objectives import (
     OBJECTIVES,
     Objective,
     ObjectiveName,
+    conv_curve,
+    damped_grams,
     layer_curve,
     layer_spectrum,
     plan_for_budget,
@@ -92,6 +104,8 @@ class Settings:
     Attributes:
         objective: What is minimised; one of ``OBJECTIVES``.
         form: ``pivoted`` (fewest parameters) or ``pair`` (two stock layers).
+        conv_forms: Whether a conv with several taps may also become two convs along one axis
+            each, or a Tucker-2 of three (``conv_modules``), where the objective predicts the loss.
         cost: What the size counts: ``parameters`` or ``flops``.
         curvature: ``empirical``, ``sampled``, or ``auto``: by what the calibration loss shows.
         damping: Added to A and B, as a share of their mean eigenvalue.
@@ -115,6 +129,7 @@ class Settings:
 
     objective: ObjectiveName = "joint"
     form: Form = "pivoted"
+    conv_forms: bool = True
     cost: Cost = "parameters"
     curvature: Curvature | Literal["auto"] = "auto"
     damping: float = 0.1
@@ -470,10 +485,18 @@ def analyse(
             settings.form,
             collected.cost_per_parameter(name, settings.cost),
         )
-        if release:
+        if release and not _has_conv_forms(layer, settings):
             collected.statistics.pop(name, None)
     offset = paired_change(original, start).mean
-    return Preparation(collected, settings, step, spectra, curves, progress, offset)
+    prepared = Preparation(collected, settings, step, spectra, curves, curves, progress, offset)
+    return prepared._with_conv_forms()
+
+
+def _has_conv_forms(layer: nn.Module, settings: Settings) -> bool:
+    """Whether a layer may also take the forms of ``conv_modules``."""
+    several = isinstance(layer, nn.Conv2d) and layer.weight[0, 0].numel() > 1
+    multiplier = OBJECTIVES[settings.objective].allocation == "multiplier"
+    return several and multiplier and settings.conv_forms
 
 
 @dataclass
@@ -485,7 +508,8 @@ class Preparation:
         settings: The settings.
         step: The gradient step, for the joint objective.
         spectra: By layer.
-        curves: By layer, in the unit of ``settings.cost``.
+        ranked: The choices of each layer by its rank in the settings' form.
+        curves: All choices of each layer, in the unit of ``settings.cost``.
         progress: Shows the stages.
         offset: Measured change on selection data of ``collected.base``, 0 in the first round.
         earlier: The rounds before this one.
@@ -496,6 +520,7 @@ class Preparation:
     settings: Settings
     step: Step | None
     spectra: dict[str, Spectrum]
+    ranked: dict[str, Curve]
     curves: dict[str, Curve]
     progress: Progress
     offset: float = 0.0
@@ -615,38 +640,76 @@ class Preparation:
     def in_form(self, form: Form) -> Preparation:
         """The same spectra with factors in another form, and what they cost in it."""
         collected, settings = self.collected, replace(self.settings, form=form)
-        curves = {
+        ranked = {
             name: replace(
                 curve,
                 costs=rank_costs(
                     collected.layers[name], form, collected.cost_per_parameter(name, settings.cost)
                 ),
             )
-            for name, curve in self.curves.items()
+            for name, curve in self.ranked.items()
         }
-        return replace(self, settings=settings, curves=curves)
+        return replace(self, settings=settings, ranked=ranked)._with_conv_forms()
+
+    def _with_conv_forms(self) -> Preparation:
+        """The choices by rank, and beside them those of the other forms that a conv may take."""
+        collected, settings = self.collected, self.settings
+        curves = dict(self.ranked)
+        several = [n for n, layer in collected.layers.items() if _has_conv_forms(layer, settings)]
+        for name in self.progress.track(several, "conv forms", len(several)) if several else ():
+            layer = cast("nn.Conv2d", collected.layers[name])
+            sizes = collected.seen.image_sizes[name] if settings.cost == "flops" else None
+            other = conv_curve(
+                layer,
+                self._moved(name),
+                collected.statistics[name],
+                self.spectra[name],
+                settings.damping,
+                settings.form,
+                collected.cost_per_parameter(name, settings.cost),
+                sizes,
+            )
+            curves[name] = merged([self.ranked[name], other])
+        return replace(self, curves=curves)
+
+    def _moved(self, name: str) -> Tensor:
+        layer = self.collected.layers[name]
+        return self.step.moved(name, layer) if self.step else weight_matrix(layer)
+
+    def module(self, name: str, choice: Choice) -> nn.Module:
+        """The module that a choice of a rank puts in the layer's place."""
+        layer, form = self.collected.layers[name], self.settings.form
+        if choice.rank is None:
+            raise ValueError(f"the choice leaves {name} dense")
+        if choice.form is None or choice.form in FORMS:
+            return low_rank_module(layer, truncate(self.spectra[name], choice.rank, form))
+        conv = cast("nn.Conv2d", layer)
+        factors = conv_factors(
+            self._moved(name).view_as(conv.weight),
+            *damped_grams(self.collected.statistics[name], self.settings.damping),
+            cast("ConvForm", choice.form),
+            choice.ranks,
+            pivot=form == "pivoted",
+        )
+        return factors.module(conv)
 
     def build(self, plan: RankPlan) -> nn.Module:
         """A copy of the model with this plan's layers, the dense ones moved by the step."""
         modules: dict[str, nn.Module] = {}
         weights: dict[str, Tensor] = {}
         for name, choice in plan.items():
-            layer = self.collected.layers[name]
             if choice.rank is not None:
-                factors = truncate(self.spectra[name], choice.rank, self.settings.form)
-                modules[name] = low_rank_module(layer, factors)
+                modules[name] = self.module(name, choice)
             elif self.step and self.step.eta:
-                weights[name] = self.step.moved(name, layer)
+                weights[name] = self._moved(name)
         return with_replaced(self.collected.base, modules, weights)
 
     def weight(self, name: str, choice: Choice) -> Tensor:
         """What a choice makes of a layer's weight, ``(out, in)``, in the layer's dtype."""
-        layer = self.collected.layers[name]
         if choice.rank is None:
-            return self.step.moved(name, layer) if self.step else weight_matrix(layer)
-        spectrum = self.spectra[name]
-        product = spectrum.left[:, : choice.rank] @ spectrum.right[: choice.rank]
-        return product.to(layer.weight.dtype)
+            return self._moved(name)
+        dense = cast("MatrixLayer", cast("Any", self.module(name, choice)).to_dense())
+        return weight_matrix(dense)
 
     def control(self) -> nn.Module | None:
         """The dense model moved by the same steps, None where no step was taken."""
@@ -894,37 +957,49 @@ class Preparation:
     def _layer_report(self, name: str, choice: Choice) -> dict[str, Any]:
         layer = self.collected.layers[name]
         out, in_ = matrix_shape(layer)
-        dense = out * in_
-        form = self.settings.form
-        kept = dense if choice.rank is None else factor_parameters(out, in_, choice.rank, form)
+        dense, pivoted = out * in_, self.settings.form == "pivoted"
         rows = self.collected.seen.rows[name]
+        form: str | None = None
+        kept, flops = dense, 2 * rows * dense
+        if choice.rank is not None and (choice.form is None or choice.form in FORMS):
+            form = self.settings.form
+            kept = factor_parameters(out, in_, choice.rank, self.settings.form)
+            flops = 2 * rows * kept
+        elif choice.rank is not None:
+            conv, form = cast("nn.Conv2d", layer), choice.form
+            shape, of_conv = tuple(conv.weight.shape), cast("ConvForm", choice.form)
+            kept = conv_factor_parameters(shape, of_conv, choice.ranks, pivoted)
+            sizes = self.collected.seen.image_sizes[name]
+            flops = sum(conv_factor_flops(conv, of_conv, choice.ranks, *size) for size in sizes)
         return {
             "name": name,
             "kind": type(layer).__name__,
             "shape": list(layer.weight.shape),
             "rank": choice.rank,
+            "second_rank": choice.second_rank,
             "full_rank": min(out, in_),
-            "form": None if choice.rank is None else form,
+            "form": form,
+            "pivoted": None if form is None else pivoted,
             "reason_dense": None if choice.rank is not None else "the plan leaves it dense",
             "parameters": dense,
             "factorized_parameters": kept,
             "flops": 2 * rows * dense,
-            "factorized_flops": 2 * rows * kept,
+            "factorized_flops": flops,
             "predicted_change": choice.change if self.objective.predicts_loss else None,
             "predicted_by_rank": self._predicted_by_rank(name),
             "harmless_range": None if self.step is None else asdict(self.harmless_range(name)),
         }
 
-    def _predicted_by_rank(self, name: str) -> list[tuple[int, float]] | None:
-        """Predicted change at evenly spaced ranks; ``curves[name]`` has all of them."""
+    def _predicted_by_rank(self, name: str) -> list[list[float]] | None:
+        """Predicted change at evenly spaced ranks; ``ranked[name]`` has all of them."""
         if not self.objective.predicts_loss:
             return None
-        curve = self.curves[name]
+        curve = self.ranked[name]
         count = len(curve.ranks)
         places = sorted(
             {round(i * (count - 1) / REPORTED_RANKS) for i in range(REPORTED_RANKS + 1)}
         )
-        return [(int(curve.ranks[at]), float(curve.changes[at])) for at in places]
+        return [[int(curve.ranks[at]), float(curve.changes[at])] for at in places]
 
     def _step_report(self) -> dict[str, Any] | None:
         if self.step is None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankfold.allocate import (
     Curve,
@@ -18,6 +19,8 @@ from rankfold.allocate import (
     uniform_within_cost,
 )
 from rankfold.calibrate import LayerStatistics
+from rankfold.conv_forms import conv_candidates
+from rankfold.conv_modules import CONV_FORMS, conv_factor_flops
 from rankfold.layer_matrix import MatrixLayer, matrix_shape, weight_matrix
 from rankfold.linalg import damped
 from rankfold.modules import Form, factor_parameters
@@ -129,9 +132,9 @@ def layer_curve(
             raise ValueError("the first-order objective needs statistics with gradients")
         changes, errors = first_order_changes(weight_matrix(layer), spectrum, statistics.gradient)
     elif objective.allocation == "multiplier":
-        if statistics is None or statistics.output_gram is None:
+        if statistics is None:
             raise ValueError("this objective needs statistics with gradients")
-        changes = spectrum.changes_under(statistics.input_gram, statistics.output_gram)[1:]
+        changes = spectrum.changes_under(*undamped_grams(statistics))[1:]
         # What only rounding keeps from 0: a weight whose rank was cut before is not worth more.
         changes = changes.where(changes > NEGLIGIBLE * changes.max(), 0)
     else:
@@ -144,6 +147,78 @@ def layer_curve(
         dense_cost=out * in_ * cost_per_parameter,
         errors=None if errors is None else errors.cpu(),
     )
+
+
+def conv_curve(
+    layer: nn.Conv2d,
+    weight: Tensor,
+    statistics: LayerStatistics,
+    spectrum: Spectrum,
+    damping: float,
+    form: Form,
+    cost_per_parameter: int,
+    image_sizes: Sequence[tuple[int, int]] | None,
+) -> Curve:
+    """What the forms of a conv with more than one small kernel offer; see ``conv_forms``.
+
+    Their changes are those of the damped Grams. They are brought to the scale of the other curves
+    by what the plain truncations of the same layer show at the same damped change: the share of it
+    that the Grams as measured confirm.
+
+    Args:
+        layer: The conv.
+        weight: Its weight ``(out, in * kh * kw)``, moved by the step.
+        statistics: Its statistics, with gradients.
+        spectrum: Its spectrum under the damped Grams.
+        damping: Share of the mean eigenvalue.
+        form: ``pivoted``, or ``pair`` for stock convs.
+        cost_per_parameter: Of the dense layer: 1 for parameters, 2 x rows for FLOPs.
+        image_sizes: Sizes of the conv's inputs for a cost in FLOPs; None counts parameters.
+    """
+    a, b = damped_grams(statistics, damping)
+    found = conv_candidates(weight.view_as(layer.weight), a, b, pivot=form == "pivoted")
+    regular = spectrum.truncation_changes()[1:-1].flip(0)  # rising
+    measured = spectrum.changes_under(*undamped_grams(statistics))[1:-1].flip(0)
+    changes = np.array([candidate.change for candidate in found])
+    if len(regular):
+        share = (measured / regular.clamp(min=torch.finfo(torch.float64).tiny)).clamp(0, 1)
+        changes = changes * np.interp(changes, regular.cpu().numpy(), share.cpu().numpy())
+    costs = [
+        candidate.parameters
+        if image_sizes is None
+        else sum(conv_factor_flops(layer, candidate.form, candidate.ranks, *s) for s in image_sizes)
+        for candidate in found
+    ]
+    return Curve(
+        ranks=torch.tensor([candidate.ranks[0] for candidate in found], dtype=torch.int64),
+        costs=torch.tensor(costs, dtype=torch.int64),
+        changes=torch.from_numpy(changes),
+        dense_cost=layer.weight.numel() * cost_per_parameter,
+        forms=CONV_FORMS,
+        form_of=torch.tensor([CONV_FORMS.index(c.form) for c in found], dtype=torch.int64),
+        second_ranks=torch.tensor([(*c.ranks, 0)[1] for c in found], dtype=torch.int64),
+    )
+
+
+def damped_grams(statistics: LayerStatistics, damping: float) -> tuple[Tensor, Tensor]:
+    """A and B of a layer, damped.
+
+    Raises:
+        ValueError: The statistics were collected without gradients.
+    """
+    a, b = undamped_grams(statistics)
+    return damped(a, damping), damped(b, damping)
+
+
+def undamped_grams(statistics: LayerStatistics) -> tuple[Tensor, Tensor]:
+    """A and B of a layer as they were measured.
+
+    Raises:
+        ValueError: The statistics were collected without gradients.
+    """
+    if statistics.output_gram is None:
+        raise ValueError("this objective needs statistics with gradients")
+    return statistics.input_gram, statistics.output_gram
 
 
 def rank_costs(layer: MatrixLayer, form: Form, cost_per_parameter: int) -> Tensor:

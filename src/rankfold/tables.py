@@ -106,6 +106,13 @@ def print_result(console: Console, report: dict[str, Any], title: str) -> None:
         console.print(line, highlight=False)
 
 
+def _rank_cell(layer: dict[str, Any]) -> str:
+    if layer["rank"] is None:
+        return "dense"
+    ranks = [layer["rank"], layer.get("second_rank")]
+    return f"{', '.join(str(rank) for rank in ranks if rank)} {layer['form']}"
+
+
 def _range_cells(found: dict[str, Any]) -> tuple[str, str, str]:
     share = found["signal"] / found["noise"] if found["noise"] else math.inf
     return f"{found['radius']:.4f}", str(found["lossless_rank"]), f"{share:.2f}"
@@ -154,7 +161,7 @@ def layers_table(report: dict[str, Any]) -> Table:
             layer["name"],
             layer["kind"],
             "x".join(str(side) for side in layer["shape"]),
-            "dense" if layer["rank"] is None else str(layer["rank"]),
+            _rank_cell(layer),
             str(layer["full_rank"]),
             f"{layer['factorized_parameters']:,}",
             f"{layer['factorized_parameters'] / layer['parameters']:.3f}",
