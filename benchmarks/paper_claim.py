@@ -48,6 +48,7 @@ RESULTS = Path(__file__).parent / "out" / "paper_claim.jsonl"
 CALIBRATION, SELECTION, TEST = 3_000, 2_000, 5_000
 SIZES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 CLAIMED_SIZE = 0.3
+SMALLEST_TO = 0.002  # share of the parameters to which the smallest plan of a rule is searched
 CONFIDENCE = 0.95
 SETTINGS = ("kept", "memorised")
 TESTS = ("kept", "test1000")
@@ -229,6 +230,7 @@ class Runner:
             plan = prepared.plan(budget, smallest=variant.smallest)
         except InputError:  # the first-order rules do not reach every size
             self._record(setting, prepared, variant.label, size, None)
+            self._measure_smallest(setting, prepared, variant)
             return
         stage = f"{variant.label} {size} on test data"
         evaluation = prepared.held_out(prepared.build(plan), stage)
@@ -237,6 +239,31 @@ class Runner:
             prepared,
             variant.label,
             size,
+            evaluation,
+            kept=prepared.kept(plan),
+            predicted=prepared.predicted(plan),
+        )
+
+    def _measure_smallest(self, setting: str, prepared: Preparation, variant: Variant) -> None:
+        """The smallest plan that a rule has, where it doesn't reach the size asked for."""
+        label = f"{variant.label}, its smallest"
+        if self._has(setting, prepared.settings.seed, label, None):
+            return
+        least, most = 0.0, float(prepared.factorizable)
+        plan = prepared.plan(most, smallest=variant.smallest)
+        while most - least > SMALLEST_TO * prepared.total:
+            middle = (least + most) / 2
+            try:
+                plan = prepared.plan(middle, smallest=variant.smallest)
+                most = middle
+            except InputError:
+                least = middle
+        evaluation = prepared.held_out(prepared.build(plan), f"{label} on test data")
+        self._record(
+            setting,
+            prepared,
+            label,
+            None,
             evaluation,
             kept=prepared.kept(plan),
             predicted=prepared.predicted(plan),
@@ -355,6 +382,12 @@ def print_tables(rows: Sequence[Row]) -> None:
                     + _range(", eta", [row.eta for row in there])
                     + f"; 95 % sure below {max(m.upper for m in measured):+.4f}"
                 )
+        for name in dict.fromkeys(r.model for r in mine if r.model.endswith("its smallest")):
+            there = [row for row in mine if row.model == name]
+            print(
+                f"\n{name}: loss {_loss_cell(there)}, accuracy {_accuracy_cell(there)} points"
+                + _range(", keeps", [row.kept for row in there])
+            )
         print("\nChange of the accuracy, points ± paired standard error:\n")
         _curve(smaller, _accuracy_cell)
         print("\nPredicted change of the loss, and measured / predicted:\n")
