@@ -152,16 +152,23 @@ class Recipe(NamedTuple):
     """How the net is trained."""
 
     seed: int
-    epochs: int = 18
+    cycles: tuple[int, ...] = (18, 12)  # epochs of each rise and fall of the rate
     batch: int = 128
     peak_rate: float = 0.1
-    warm_up: float = 0.2  # share of all steps in which the rate rises
+    warm_up: float = 0.2  # share of a cycle in which the rate rises
     momentum: float = 0.9
     weight_decay: float = 5e-4
 
 
-def rate_at(recipe: Recipe, progress: float) -> float:
-    """The learning rate after a share of all steps: a linear rise, then half a cosine to 0."""
+def rate_at(recipe: Recipe, epochs: float) -> float:
+    """The learning rate after so many epochs: in each cycle a line up, half a cosine down."""
+    *before, last = recipe.cycles
+    for cycle in before:
+        if epochs < cycle:
+            last = cycle
+            break
+        epochs -= cycle
+    progress = epochs / last
     if progress < recipe.warm_up:
         return recipe.peak_rate * max(progress, 1e-3) / recipe.warm_up
     done = (progress - recipe.warm_up) / (1 - recipe.warm_up)
@@ -218,7 +225,8 @@ def start_training(recipe: Recipe) -> tuple[ResNeXt, torch.optim.SGD]:
 def train(recipe: Recipe) -> None:
     """Train, a line an epoch in the log, and write weights and log to ``models``.
 
-    It goes on from the last finished epoch if it was interrupted. The order of the images and
+    It goes on from the last finished epoch if it was interrupted, also when the recipe has since
+    been given one more cycle. The order of the images and
     their crops depend on the seed and the epoch alone.
     """
     checkpoint = CHECKPOINTS / f"resnext_seed{recipe.seed}.pt"
@@ -226,21 +234,25 @@ def train(recipe: Recipe) -> None:
     first, lines = 0, _header(recipe, net)
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
-        if state["recipe"] != recipe._asdict():
-            raise SystemExit(f"{checkpoint} is of another recipe: {state['recipe']}; remove it")
+        started = Recipe(**state["recipe"])
+        if started != recipe._replace(cycles=recipe.cycles[: len(started.cycles)]):
+            raise SystemExit(f"{checkpoint} is of another recipe: {started}; remove it")
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
         first, lines = state["epoch"] + 1, state["lines"]
+        if started != recipe:
+            lines.append(f"goes on with recipe {recipe._asdict()}")
     images, labels = training_images()
     padded = F.pad(images, (4, 4, 4, 4))
     kept, kept_labels = kept_images()
     print("\n".join(lines), flush=True)
-    for epoch in range(first, recipe.epochs):
+    epochs = sum(recipe.cycles)
+    for epoch in range(first, epochs):
         began = time.perf_counter()
         loss, right = _epoch(net, optimizer, recipe, epoch, padded, labels)
         kept_right, kept_loss = evaluate(net, kept[:WATCHED], kept_labels[:WATCHED])
         lines.append(
-            f"epoch {epoch + 1:>2}/{recipe.epochs} training loss {loss:.4f} accuracy {right:.4f} "
+            f"epoch {epoch + 1:>2}/{epochs} training loss {loss:.4f} accuracy {right:.4f} "
             f"kept loss {kept_loss:.4f} accuracy {kept_right:.4f} "
             f"seconds {time.perf_counter() - began:.1f}"
         )
@@ -291,7 +303,7 @@ def _epoch(
     batches = augmented_batches(padded, labels, recipe.batch, generator)
     for step, (images, answers) in enumerate(batches):
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(recipe, (epoch + step / steps) / recipe.epochs)
+            group["lr"] = rate_at(recipe, epoch + step / steps)
         with torch.autocast("cpu", torch.bfloat16):
             logits = net(images)
         loss = F.cross_entropy(logits.float(), answers)
@@ -354,11 +366,11 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("train")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--epochs", type=int, default=Recipe(0).epochs)
+    command.add_argument("--cycles", nargs="+", type=int, default=Recipe(0).cycles)
     command.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    train(Recipe(options.seed, options.epochs))
+    train(Recipe(options.seed, tuple(options.cycles)))
 
 
 if __name__ == "__main__":

@@ -41,14 +41,16 @@ def test_pointwise_convolutions_hold_the_parameters() -> None:
     assert 2 * total < 8e6  # bytes, as float16
 
 
-def test_rate_rises_then_falls_to_zero() -> None:
-    recipe = Recipe(seed=0)
-    rates = [rate_at(recipe, step / 100) for step in range(101)]
-    peak = rates.index(max(rates))
-    assert max(rates) == pytest.approx(recipe.peak_rate)
-    assert rates[: peak + 1] == sorted(rates[: peak + 1])
-    assert rates[peak:] == sorted(rates[peak:], reverse=True)
-    assert rates[-1] == pytest.approx(0, abs=1e-9)
+def test_rate_rises_then_falls_to_zero_in_each_cycle() -> None:
+    recipe = Recipe(seed=0, cycles=(10, 5))
+    first = [rate_at(recipe, step / 10) for step in range(100)]
+    second = [rate_at(recipe, 10 + step / 10) for step in range(51)]
+    for rates in (first, second):
+        peak = rates.index(max(rates))
+        assert max(rates) == pytest.approx(recipe.peak_rate)
+        assert rates[: peak + 1] == sorted(rates[: peak + 1])
+        assert rates[peak:] == sorted(rates[peak:], reverse=True)
+        assert rates[-1] == pytest.approx(0, abs=1e-4)
 
 
 def test_batches_are_crops_of_the_images_flipped_or_not() -> None:
