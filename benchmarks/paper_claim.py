@@ -232,8 +232,11 @@ class Runner:
             self._record(setting, prepared, variant.label, size, None)
             self._measure_smallest(setting, prepared, variant)
             return
-        stage = f"{variant.label} {size} on test data"
-        evaluation = prepared.held_out(prepared.build(plan), stage)
+        if all(choice.rank is None for choice in plan.values()):
+            evaluation = prepared.control_held_out() or prepared.original_held_out()
+        else:
+            stage = f"{variant.label} {size} on test data"
+            evaluation = prepared.held_out(prepared.build(plan), stage)
         self._record(
             setting,
             prepared,
