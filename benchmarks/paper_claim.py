@@ -1,0 +1,539 @@
+"""The published claim, examined: does a ResNeXt reduced to 30 % of its parameters do better?
+
+    python -m benchmarks.paper_claim run --seeds 0 1 2
+    python -m benchmarks.paper_claim table
+
+The net is that of ``benchmarks.resnext``, trained on 40,000 images. The 10,000 images kept aside
+are split by a seed into calibration, selection and test; the 1,000 CIFAR-10 test images are a
+second test that nobody trained on. Every model of a seed is built from the same statistics and
+compared with the dense net on the same images. Size is the share kept of the whole model's
+parameters. Two settings: ``kept`` calibrates on kept images, ``memorised`` on images that the net
+was trained on, for contrast; selection and test are the same kept images in both.
+
+What may explain a gain without any compression stands beside it: ``control``, the dense net moved
+by the joint objective's step, and ``temperature``, the dense net with its logits divided by the
+one number that selection images like best, which changes no prediction.
+
+``run`` appends one JSON line a result to ``benchmarks/out/paper_claim.jsonl``; a result that is
+there already is not measured again. ``table`` prints Markdown from those lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from benchmarks.cifar_nets import cifar10_test
+from benchmarks.resnext import kept_images, load_resnext, normalised, training_images
+from rankfold.certify import Change, weighted_mean
+from rankfold.compress import Preparation, Settings, analyse, collect
+from rankfold.data import Data
+from rankfold.errors import InputError
+from rankfold.modules import Form
+from rankfold.objectives import ObjectiveName
+from rankfold.progress import TerminalProgress
+from rankfold.tasks import Evaluation
+
+RESULTS = Path(__file__).parent / "out" / "paper_claim.jsonl"
+CALIBRATION, SELECTION, TEST = 3_000, 2_000, 5_000
+SIZES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+CLAIMED_SIZE = 0.3
+SMALLEST_TO = 0.002  # share of the parameters to which the smallest plan of a rule is searched
+CONFIDENCE = 0.95
+SETTINGS = ("kept", "memorised")
+TESTS = ("kept", "test1000")
+
+
+class Variant(NamedTuple):
+    """One way to make the model smaller.
+
+    Attributes:
+        objective: What is minimised.
+        form: What a rank costs. The publication has pairs of factors.
+        smallest: The published compact rule (the smallest rank whose value is not positive) in
+            place of the lossless one (the lowest value).
+    """
+
+    objective: ObjectiveName
+    form: Form
+    smallest: bool = False
+
+    @property
+    def label(self) -> str:
+        rule = ", compact rule" if self.smallest else ""
+        return f"{self.objective}, {self.form}{rule}"
+
+
+VARIANTS = (
+    Variant("joint", "pivoted"),
+    Variant("kronecker", "pivoted"),
+    Variant("activation", "pivoted"),
+    Variant("svd", "pivoted"),
+    Variant("first-order", "pivoted"),
+    Variant("first-order", "pair"),  # as published
+    Variant("first-order", "pair", smallest=True),  # as published, its second algorithm
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model compared with the dense net on the same images; bounds are one-sided."""
+
+    loss: float
+    change: float
+    standard_error: float
+    lower: float
+    upper: float
+    accuracy: float
+    accuracy_change: float
+    accuracy_standard_error: float
+    accuracy_lower: float
+    accuracy_upper: float
+    gained: int  # images that only the changed model classifies correctly
+    lost: int  # images that only the dense one does
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model on one test set."""
+
+    setting: str
+    seed: int
+    model: str  # a variant's label, or dense, control, temperature
+    size: float | None  # what was asked for; None for models that are not smaller
+    test: str
+    images: int
+    kept: float | None
+    predicted: float | None
+    measured: Measured | None  # None: the rule has no plan of this size
+    eta: float | None
+    curvature: str | None
+    calibration_loss: float | None
+    temperature: float | None = None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (self.setting, self.seed, self.model, self.size, self.test)
+
+
+class Tempered(nn.Module):
+    """A net with its logits divided by a temperature."""
+
+    def __init__(self, net: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.net, self.temperature = net, temperature
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x) / self.temperature
+        return logits
+
+
+def split_kept(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which kept images are calibration, selection and test."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    calibration, selection, test = order.split([CALIBRATION, SELECTION, TEST])
+    return calibration, selection, test
+
+
+def load_data(setting: str, seed: int) -> tuple[nn.Module, Data]:
+    """The net; held out are first the kept test images, then the 1,000 test images."""
+    net, mean_, std = load_resnext()
+    images, labels = kept_images()
+    calibration, selection, test = split_kept(len(images), seed)
+    calibration_set = TensorDataset(images[calibration], labels[calibration])
+    if setting == "memorised":
+        seen, seen_labels = training_images()
+        order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(seed))
+        drawn = order[:CALIBRATION]
+        calibration_set = TensorDataset(normalised(seen[drawn]), seen_labels[drawn])
+    more_images, more_labels = cifar10_test(mean_, std)
+    held_out = TensorDataset(
+        torch.cat([images[test], more_images]), torch.cat([labels[test], more_labels])
+    )
+    data = Data(
+        calibration=cast("Any", calibration_set),
+        selection=cast("Any", TensorDataset(images[selection], labels[selection])),
+        held_out=cast("Any", held_out),
+    )
+    return net, data
+
+
+class Runner:
+    """Measures what is not measured yet, and writes each result as it comes."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.done = {row.key for row in read(file)}
+        self.progress = TerminalProgress()
+
+    def run(
+        self, setting: str, seed: int, variants: Sequence[Variant], sizes: Sequence[float]
+    ) -> None:
+        """All rows of one setting and seed, from one pass over the calibration images."""
+        missing = {
+            variant: [size for size in sizes if not self._has(setting, seed, variant.label, size)]
+            for variant in variants
+        }
+        if not any(missing.values()):
+            return
+        net, data = load_data(setting, seed)
+        everything = Settings(
+            objective="joint",
+            seed=seed,
+            limit=CALIBRATION,
+            selection_limit=SELECTION,
+            held_out_limit=len(data.held_out),
+        )
+        collected = collect(net, data, everything, progress=self.progress)
+        for objective in dict.fromkeys(v.objective for v in variants if missing[v]):
+            settings = replace(everything, objective=objective)
+            prepared = analyse(collected, settings, progress=self.progress)
+            self._dense(setting, prepared)
+            for variant in variants:
+                if variant.objective == objective:
+                    for size in missing[variant]:
+                        self._measure(setting, prepared.in_form(variant.form), variant, size)
+
+    def _has(self, setting: str, seed: int, model: str, size: float | None) -> bool:
+        return all((setting, seed, model, size, test) in self.done for test in TESTS)
+
+    def _dense(self, setting: str, prepared: Preparation) -> None:
+        """The dense net, and what moves its loss without making it smaller."""
+        seed, dense = prepared.settings.seed, prepared.original_held_out()
+        self._record(setting, prepared, "dense", None, dense, kept=1.0)
+        control = prepared.control_held_out()
+        if control is not None:
+            self._record(
+                setting, prepared, "control", None, control, kept=1.0, predicted=prepared.gain
+            )
+        if not self._has(setting, seed, "temperature", None):
+            net = prepared.collected.model
+            temperature = best_temperature(net, prepared.collected.parts["selection"].examples)
+            tempered = prepared.held_out(Tempered(net, temperature), "temperature on test data")
+            self._record(
+                setting, prepared, "temperature", None, tempered, kept=1.0, temperature=temperature
+            )
+
+    def _measure(self, setting: str, prepared: Preparation, variant: Variant, size: float) -> None:
+        budget = prepared.factorizable - (1 - size) * prepared.total
+        try:
+            plan = prepared.plan(budget, smallest=variant.smallest)
+        except InputError:  # the first-order rules do not reach every size
+            self._record(setting, prepared, variant.label, size, None)
+            self._measure_smallest(setting, prepared, variant)
+            return
+        if all(choice.rank is None for choice in plan.values()):
+            evaluation = prepared.control_held_out() or prepared.original_held_out()
+        else:
+            stage = f"{variant.label} {size} on test data"
+            evaluation = prepared.held_out(prepared.build(plan), stage)
+        self._record(
+            setting,
+            prepared,
+            variant.label,
+            size,
+            evaluation,
+            kept=prepared.kept(plan),
+            predicted=prepared.predicted(plan),
+        )
+
+    def _measure_smallest(self, setting: str, prepared: Preparation, variant: Variant) -> None:
+        """The smallest plan that a rule has, where it doesn't reach the size asked for."""
+        label = f"{variant.label}, its smallest"
+        if self._has(setting, prepared.settings.seed, label, None):
+            return
+        least, most = 0.0, float(prepared.factorizable)
+        plan = prepared.plan(most, smallest=variant.smallest)
+        while most - least > SMALLEST_TO * prepared.total:
+            middle = (least + most) / 2
+            try:
+                plan = prepared.plan(middle, smallest=variant.smallest)
+                most = middle
+            except InputError:
+                least = middle
+        evaluation = prepared.held_out(prepared.build(plan), f"{label} on test data")
+        self._record(
+            setting,
+            prepared,
+            label,
+            None,
+            evaluation,
+            kept=prepared.kept(plan),
+            predicted=prepared.predicted(plan),
+        )
+
+    def _record(
+        self,
+        setting: str,
+        prepared: Preparation,
+        model: str,
+        size: float | None,
+        evaluation: Evaluation | None,
+        *,
+        kept: float | None = None,
+        predicted: float | None = None,
+        temperature: float | None = None,
+    ) -> None:
+        """One row a test set."""
+        dense = prepared.original_held_out()
+        for test, cut in zip(TESTS, (slice(0, TEST), slice(TEST, None)), strict=True):
+            row = Row(
+                setting=setting,
+                seed=prepared.settings.seed,
+                model=model,
+                size=size,
+                test=test,
+                images=len(dense.losses[cut]),
+                kept=kept,
+                predicted=predicted,
+                measured=None if evaluation is None else compare(dense, evaluation, cut),
+                eta=prepared.step.eta if prepared.step else None,
+                curvature=prepared.collected.curvature,
+                calibration_loss=prepared.collected.calibration_loss,
+                temperature=temperature,
+            )
+            if row.key in self.done:
+                continue
+            self.done.add(row.key)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(asdict(row)) + "\n")
+            print(f"{setting} seed {row.seed} {test}: {model} {size} {_brief(row)}", flush=True)
+
+
+@torch.no_grad()
+def best_temperature(net: nn.Module, examples: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """The temperature of the lowest mean loss, to 1 %."""
+    images = torch.stack([image for image, _ in examples])
+    labels = torch.stack([label for _, label in examples])
+    logits = torch.cat([net(part) for part in images.split(250)]).double()
+    candidates = [1.01**step for step in range(-100, 201)]
+    return min(candidates, key=lambda t: F.cross_entropy(logits / t, labels).item())
+
+
+def compare(dense: Evaluation, changed: Evaluation, cut: slice) -> Measured:
+    """Paired changes of loss and accuracy on some of the images."""
+    if dense.correct is None or changed.correct is None:
+        raise ValueError("the accuracy of these evaluations is unknown")
+    ones = torch.ones_like(dense.losses[cut])
+    loss = weighted_mean((changed.losses - dense.losses)[cut], ones)
+    hits = (changed.correct - dense.correct)[cut]
+    accuracy: Change = weighted_mean(hits, ones)
+    return Measured(
+        loss=float(changed.losses[cut].mean()),
+        change=loss.mean,
+        standard_error=loss.standard_error,
+        lower=loss.lower_bound(CONFIDENCE),
+        upper=loss.upper_bound(CONFIDENCE),
+        accuracy=float(changed.correct[cut].mean()),
+        accuracy_change=accuracy.mean,
+        accuracy_standard_error=accuracy.standard_error,
+        accuracy_lower=accuracy.lower_bound(CONFIDENCE),
+        accuracy_upper=accuracy.upper_bound(CONFIDENCE),
+        gained=int((hits > 0).sum()),
+        lost=int((hits < 0).sum()),
+    )
+
+
+def read(file: Path) -> list[Row]:
+    """The rows measured so far."""
+    if not file.exists():
+        return []
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        fields = json.loads(line)
+        measured = fields.pop("measured")
+        rows.append(Row(**fields, measured=None if measured is None else Measured(**measured)))
+    return rows
+
+
+def print_tables(rows: Sequence[Row]) -> None:
+    """For each setting and test set: loss, accuracy, prediction, and the claimed size."""
+    for setting, test in dict.fromkeys((row.setting, row.test) for row in rows):
+        mine = [row for row in rows if (row.setting, row.test) == (setting, test)]
+        smaller = [row for row in mine if row.size is not None]
+        dense = _measured([row for row in mine if row.model == "dense"])
+        loss, accuracy = mean(m.loss for m in dense), mean(m.accuracy for m in dense)
+        first = mine[0]
+        print(f"\n## Calibrated on {setting} images, tested on {first.images} {test} images\n")
+        print(
+            f"Seeds {sorted({row.seed for row in mine})}; curvature {first.curvature}; "
+            f"calibration loss {first.calibration_loss or 0:.4f}; dense: loss {loss:.4f}, "
+            f"accuracy {accuracy:.4f}."
+        )
+        print("\nChange of the mean loss, nats ± paired standard error:\n")
+        _curve(smaller, _loss_cell)
+        for name in ("control", "temperature"):
+            there = [row for row in mine if row.model == name]
+            if not there:
+                print(f"\n{name}: none; no step was shown to help on selection images")
+            else:
+                measured = _measured(there)
+                print(
+                    f"\n{name}: loss {_loss_cell(there)}, accuracy {_accuracy_cell(there)} points"
+                    + _range(", at temperature", [row.temperature for row in there])
+                    + _range(", eta", [row.eta for row in there])
+                    + f"; 95 % sure below {max(m.upper for m in measured):+.4f}"
+                )
+        for name in dict.fromkeys(r.model for r in mine if r.model.endswith("its smallest")):
+            there = [row for row in mine if row.model == name]
+            print(
+                f"\n{name}: loss {_loss_cell(there)}, accuracy {_accuracy_cell(there)} points"
+                + _range(", keeps", [row.kept for row in there])
+            )
+        print("\nChange of the accuracy, points ± paired standard error:\n")
+        _curve(smaller, _accuracy_cell)
+        print("\nPredicted change of the loss, and measured / predicted:\n")
+        _curve([row for row in smaller if row.predicted is not None], _prediction_cell)
+        _claim(smaller)
+
+
+def _curve(rows: Sequence[Row], cell: Callable[[Sequence[Row]], str]) -> None:
+    """Models down, sizes across; a cell is of all seeds."""
+    sizes = sorted({row.size for row in rows if row.size is not None}, reverse=True)
+    print("| model |" + "".join(f" {size:g} |" for size in sizes))
+    print("| --- |" + " --- |" * len(sizes))
+    for model in dict.fromkeys(row.model for row in rows):
+        cells = (cell([r for r in rows if (r.model, r.size) == (model, size)]) for size in sizes)
+        print(f"| {model} |" + "".join(f" {text} |" for text in cells))
+
+
+def _claim(rows: Sequence[Row]) -> None:
+    """What is shown at the claimed size, by the worst bound of all seeds.
+
+    The last column is a fixed-sequence test: sizes are tried from the largest to the smallest and
+    the first that is not shown to be better ends it, so that trying many costs no confidence.
+    """
+    print(
+        f"\nAt size {CLAIMED_SIZE:g}, bounds one-sided {CONFIDENCE:.0%}, the widest of all seeds:\n"
+    )
+    print(
+        "| model | loss change | at least | at most | accuracy, points | at least | at most "
+        "| gained / lost images | loss better down to | accuracy better down to |"
+    )
+    print("| --- |" + " --- |" * 9)
+    for model in dict.fromkeys(row.model for row in rows):
+        mine = [row for row in rows if row.model == model]
+        there = [row for row in mine if row.size == CLAIMED_SIZE]
+        loss_to = _down_to(mine, lambda m: m.upper < 0)
+        accuracy_to = _down_to(mine, lambda m: m.accuracy_lower > 0)
+        measured = _measured(there)
+        if not measured:
+            print(
+                f"| {model} | no plan of this size |" + " |" * 6 + f" {loss_to} | {accuracy_to} |"
+            )
+            continue
+        print(
+            f"| {model} | {_loss_cell(there)} | {min(m.lower for m in measured):+.4f} "
+            f"| {max(m.upper for m in measured):+.4f} | {_accuracy_cell(there)} "
+            f"| {100 * min(m.accuracy_lower for m in measured):+.2f} "
+            f"| {100 * max(m.accuracy_upper for m in measured):+.2f} "
+            f"| {mean(m.gained for m in measured):.0f} / {mean(m.lost for m in measured):.0f} "
+            f"| {loss_to} | {accuracy_to} |"
+        )
+
+
+def _down_to(rows: Sequence[Row], shown: Callable[[Measured], bool]) -> str:
+    """The smallest size down to which every size is shown to be better, in every seed."""
+    reached = "nowhere"
+    # At 1.0 a plan without a step is the dense net itself, which can't be better than itself.
+    for size in sorted({row.size for row in rows if row.size and row.size < 1}, reverse=True):
+        here = [row.measured for row in rows if row.size == size]
+        if not all(m is not None and shown(m) for m in here):
+            break
+        reached = f"{size:g}"
+    return reached
+
+
+def _measured(rows: Sequence[Row]) -> list[Measured]:
+    return [row.measured for row in rows if row.measured is not None]
+
+
+def _loss_cell(rows: Sequence[Row]) -> str:
+    measured = _measured(rows)
+    return _mean_cell([m.change for m in measured], [m.standard_error for m in measured], 4)
+
+
+def _accuracy_cell(rows: Sequence[Row]) -> str:
+    measured = _measured(rows)
+    return _mean_cell(
+        [100 * m.accuracy_change for m in measured],
+        [100 * m.accuracy_standard_error for m in measured],
+        2,
+    )
+
+
+def _mean_cell(changes: Sequence[float], errors: Sequence[float], digits: int) -> str:
+    """Mean over seeds ± their mean standard error.
+
+    The seeds' test images overlap, so the error of the mean over seeds isn't smaller by a root.
+    """
+    if not changes:
+        return ""
+    cell = f"{mean(changes):+.{digits}f} ± {mean(errors):.{digits}f}"
+    return cell + (f", seeds ± {stdev(changes):.{digits}f}" if len(changes) > 1 else "")
+
+
+def _prediction_cell(rows: Sequence[Row]) -> str:
+    pairs = [
+        (r.predicted, r.measured.change) for r in rows if r.measured and r.predicted is not None
+    ]
+    if not pairs:
+        return ""
+    predicted, measured = (mean(values) for values in zip(*pairs, strict=True))
+    return f"{predicted:+.4f}" + (f", x {measured / predicted:.2f}" if predicted else "")
+
+
+def _range(name: str, values: Sequence[float | None]) -> str:
+    present = [value for value in values if value is not None]
+    if not present:
+        return ""
+    low, high = min(present), max(present)
+    return f"{name} {low:.3g}" + ("" if low == high else f" to {high:.3g}")
+
+
+def _brief(row: Row) -> str:
+    if row.measured is None:
+        return "has no plan of this size"
+    m = row.measured
+    return (
+        f"loss {m.change:+.4f} ± {m.standard_error:.4f}, accuracy {m.accuracy:.4f} "
+        f"({m.accuracy_change:+.4f}), predicted {row.predicted}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS])
+    run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    run.add_argument("--sizes", nargs="+", type=float, default=[*SIZES])
+    objectives = [*dict.fromkeys(variant.objective for variant in VARIANTS)]
+    run.add_argument("--objectives", nargs="+", choices=objectives, default=objectives)
+    run.add_argument("--threads", type=int, default=2)
+    for command in (run, commands.add_parser("table")):
+        command.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.command == "run":
+        torch.set_num_threads(options.threads)
+        runner = Runner(options.results)
+        variants = [v for v in VARIANTS if v.objective in options.objectives]
+        for setting in options.settings:
+            for seed in options.seeds:
+                runner.run(setting, seed, variants, options.sizes)
+    print_tables(read(options.results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,377 @@
+"""An over-parameterised ResNeXt for CIFAR-10, and the command that trains it.
+
+    python -m benchmarks.resnext train --seed 0
+
+It learns from the first 40,000 training images only. The other 10,000 (``cifar10_train_4``, the
+kept images) are never trained on, nor is any choice made by them: the last epoch's weights are
+what is kept, so ``benchmarks.paper_claim`` can calibrate, select and test on them.
+
+``resnext`` takes no argument and returns an untrained net, so that this works:
+
+    rankfold compact benchmarks/resnext.py:resnext \
+        --weights benchmarks/models/resnext_seed0.safetensors ...
+
+Images are small and 1x1 convolutions cheap at low resolution, so the stem halves the resolution
+and most of the parameters lie where the image is 4x4: many parameters for little time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:  # at run time imported late: the CLI loads this file alone, by its path
+    from benchmarks.cifar_nets import PerChannel
+
+MODELS = Path(__file__).parent / "models"
+CHECKPOINTS = Path(__file__).parent / "out"
+
+MEAN: PerChannel = (0.4914, 0.4822, 0.4465)
+STD: PerChannel = (0.2470, 0.2435, 0.2616)
+CLASSES = 10
+KEPT_FILE = 4  # of the five files of training images, the one that no net here is trained on
+TRAINING_FILES = (0, 1, 2, 3)
+WATCHED = 2_000  # kept images evaluated after each epoch: more would take time from training
+
+
+class Stage(NamedTuple):
+    """Blocks at one resolution; the first of all but the first stage halves it."""
+
+    blocks: int
+    channels: int
+    bottleneck: int
+
+
+STEM_CHANNELS = 64
+STAGES = (Stage(2, 128, 64), Stage(3, 256, 128), Stage(7, 512, 256))
+GROUP_WIDTH = 8  # channels of a group: small, so that the 1x1 convolutions hold the parameters
+
+
+class ResNeXtBlock(nn.Module):
+    """1x1 down, grouped 3x3, 1x1 up, and a shortcut (Xie et al. 2017, figure 3c)."""
+
+    def __init__(self, in_channels: int, channels: int, bottleneck: int, stride: int) -> None:
+        super().__init__()
+        groups = bottleneck // GROUP_WIDTH
+        self.conv1 = nn.Conv2d(in_channels, bottleneck, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(bottleneck)
+        self.conv2 = nn.Conv2d(
+            bottleneck, bottleneck, 3, stride=stride, padding=1, groups=groups, bias=False
+        )
+        self.bn2 = nn.BatchNorm2d(bottleneck)
+        self.conv3 = nn.Conv2d(bottleneck, channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False),
+                nn.BatchNorm2d(channels),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
+
+
+class ResNeXt(nn.Module):
+    def __init__(self, stem_channels: int, stages: tuple[Stage, ...]) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, stem_channels, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem_channels)
+        blocks: list[nn.Sequential] = []
+        in_channels = stem_channels
+        for number, (count, channels, bottleneck) in enumerate(stages):
+            first = ResNeXtBlock(in_channels, channels, bottleneck, stride=1 if number == 0 else 2)
+            rest = (ResNeXtBlock(channels, channels, bottleneck, 1) for _ in range(count - 1))
+            blocks.append(nn.Sequential(first, *rest))
+            in_channels = channels
+        self.stages = nn.Sequential(*blocks)
+        self.fc = nn.Linear(in_channels, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, 3, 32, 32) -> (n, 10)
+        out = F.relu(self.bn1(self.conv1(x)))
+        logits: Tensor = self.fc(self.stages(out).mean((2, 3)))
+        return logits
+
+
+def resnext() -> ResNeXt:
+    return ResNeXt(STEM_CHANNELS, STAGES)
+
+
+def load_resnext(seed: int = 0) -> tuple[ResNeXt, PerChannel, PerChannel]:
+    """The trained net in float32 and eval mode, with the mean and std of its images.
+
+    Raises:
+        FileNotFoundError: No net of this seed has been trained.
+    """
+    net = resnext()
+    net.load_state_dict(load_file(_weights_file(seed)))  # stored as float16, copied into float32
+    return net.eval(), MEAN, STD
+
+
+def kept_images() -> tuple[Tensor, Tensor]:
+    """The 10,000 images that no net here is trained on, (n, 3, 32, 32) float32, and labels."""
+    images, labels = _read([KEPT_FILE])
+    return normalised(images), labels
+
+
+def training_images() -> tuple[Tensor, Tensor]:
+    """The 40,000 images that the net is trained on, uint8 (n, 3, 32, 32), and labels."""
+    return _read(TRAINING_FILES)
+
+
+def normalised(images: Tensor) -> Tensor:
+    """uint8 (n, 3, h, w) to the float32 images that the net expects."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return (images.float() / 255 - mean) / std
+
+
+def _read(files: Iterable[int]) -> tuple[Tensor, Tensor]:
+    from benchmarks import shared_data
+
+    images, labels = [], []
+    for number in files:
+        with np.load(shared_data() / "cifar10" / f"cifar10_train_{number}.npz") as archive:
+            images.append(torch.from_numpy(archive["x"]))
+            labels.append(torch.from_numpy(archive["y"]).long())
+    return torch.cat(images).permute(0, 3, 1, 2).contiguous(), torch.cat(labels)
+
+
+class Recipe(NamedTuple):
+    """How the net is trained."""
+
+    seed: int
+    cycles: tuple[int, ...] = (18, 12)  # epochs of each rise and fall of the rate
+    batch: int = 128
+    peak_rate: float = 0.1
+    warm_up: float = 0.2  # share of a cycle in which the rate rises
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+
+def rate_at(recipe: Recipe, epochs: float) -> float:
+    """The learning rate after so many epochs: in each cycle a line up, half a cosine down."""
+    *before, last = recipe.cycles
+    for cycle in before:
+        if epochs < cycle:
+            last = cycle
+            break
+        epochs -= cycle
+    progress = epochs / last
+    if progress < recipe.warm_up:
+        return recipe.peak_rate * max(progress, 1e-3) / recipe.warm_up
+    done = (progress - recipe.warm_up) / (1 - recipe.warm_up)
+    return recipe.peak_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def augmented_batches(
+    padded: Tensor, labels: Tensor, batch: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch in random order: random 32x32 crops of the padded images, half of them flipped.
+
+    Args:
+        padded: ``(n, 3, 40, 40)`` uint8.
+        labels: ``(n,)``.
+        batch: Images a batch; what doesn't fill the last one is left out.
+        generator: Draws everything.
+    """
+    n, channels, side, _ = padded.shape
+    crop = side - 8
+    order = torch.randperm(n, generator=generator)
+    for at in range(0, n - batch + 1, batch):
+        rows = order[at : at + batch]
+        top, left = torch.randint(0, 9, (2, batch, 1), generator=generator)
+        down = top + torch.arange(crop)  # (batch, crop)
+        across = left + torch.arange(crop)
+        flip = torch.rand(batch, 1, generator=generator) < 0.5
+        across = torch.where(flip, across.flip(1), across)
+        images = padded[
+            rows[:, None, None, None],
+            torch.arange(channels)[None, :, None, None],
+            down[:, None, :, None],
+            across[:, None, None, :],
+        ]
+        yield normalised(images).contiguous(memory_format=torch.channels_last), labels[rows]
+
+
+def start_training(recipe: Recipe) -> tuple[ResNeXt, torch.optim.SGD]:
+    """An untrained net and its optimizer; norms and biases are not decayed."""
+    torch.manual_seed(recipe.seed)
+    net = resnext().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for module in net.modules():
+        if isinstance(module, ResNeXtBlock):
+            nn.init.zeros_(module.bn3.weight)  # every block starts as its shortcut
+    matrices = [p for p in net.parameters() if p.dim() > 1]
+    vectors = [p for p in net.parameters() if p.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    rate = rate_at(recipe, 0.0)
+    return net, torch.optim.SGD(groups, lr=rate, momentum=recipe.momentum, nesterov=True)
+
+
+def train(recipe: Recipe) -> None:
+    """Train, a line an epoch in the log, and write weights and log to ``models``.
+
+    It goes on from the last finished epoch if it was interrupted, also when the recipe has since
+    been given one more cycle. The order of the images and
+    their crops depend on the seed and the epoch alone.
+    """
+    checkpoint = CHECKPOINTS / f"resnext_seed{recipe.seed}.pt"
+    net, optimizer = start_training(recipe)
+    first, lines = 0, _header(recipe, net)
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        started = Recipe(**state["recipe"])
+        if started != recipe._replace(cycles=recipe.cycles[: len(started.cycles)]):
+            raise SystemExit(f"{checkpoint} is of another recipe: {started}; remove it")
+        net.load_state_dict(state["net"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, lines = state["epoch"] + 1, state["lines"]
+        if started != recipe:
+            lines.append(f"goes on with recipe {recipe._asdict()}")
+    images, labels = training_images()
+    padded = F.pad(images, (4, 4, 4, 4))
+    kept, kept_labels = kept_images()
+    print("\n".join(lines), flush=True)
+    epochs = sum(recipe.cycles)
+    for epoch in range(first, epochs):
+        began = time.perf_counter()
+        loss, right = _epoch(net, optimizer, recipe, epoch, padded, labels)
+        kept_right, kept_loss = evaluate(net, kept[:WATCHED], kept_labels[:WATCHED])
+        lines.append(
+            f"epoch {epoch + 1:>2}/{epochs} training loss {loss:.4f} accuracy {right:.4f} "
+            f"kept loss {kept_loss:.4f} accuracy {kept_right:.4f} "
+            f"seconds {time.perf_counter() - began:.1f}"
+        )
+        print(lines[-1], flush=True)
+        state = {
+            "recipe": recipe._asdict(),
+            "net": net.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "epoch": epoch,
+            "lines": lines,
+        }
+        CHECKPOINTS.mkdir(parents=True, exist_ok=True)
+        unfinished = checkpoint.with_suffix(".tmp")
+        torch.save(state, unfinished)
+        unfinished.replace(checkpoint)
+    _write(recipe, net, lines, kept, kept_labels)
+
+
+def _header(recipe: Recipe, net: nn.Module) -> list[str]:
+    total = sum(p.numel() for p in net.parameters())
+    pointwise = sum(
+        module.weight.numel()
+        for module in net.modules()
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
+    )
+    return [
+        f"recipe {recipe._asdict()}",
+        f"stages {STAGES} stem {STEM_CHANNELS} group width {GROUP_WIDTH}",
+        f"parameters {total}, in 1x1 convolutions {pointwise} ({pointwise / total:.1%})",
+        f"torch {torch.__version__}, threads {torch.get_num_threads()}, "
+        f"trained on files {TRAINING_FILES}, kept file {KEPT_FILE}",
+    ]
+
+
+def _epoch(
+    net: nn.Module,
+    optimizer: torch.optim.SGD,
+    recipe: Recipe,
+    epoch: int,
+    padded: Tensor,
+    labels: Tensor,
+) -> tuple[float, float]:
+    """One pass over the training images: mean loss and accuracy on the way."""
+    net.train()
+    generator = torch.Generator().manual_seed(recipe.seed * 1_000 + epoch)
+    steps = len(labels) // recipe.batch
+    loss_sum, right = 0.0, 0
+    batches = augmented_batches(padded, labels, recipe.batch, generator)
+    for step, (images, answers) in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(recipe, epoch + step / steps)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = net(images)
+        loss = F.cross_entropy(logits.float(), answers)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss_sum += loss.item()
+        right += int((logits.argmax(1) == answers).sum())
+    return loss_sum / steps, right / (steps * recipe.batch)
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
+    """The share of images classified correctly, and the mean loss, in bfloat16 arithmetic."""
+    net.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = [
+            net(part.contiguous(memory_format=torch.channels_last)) for part in images.split(250)
+        ]
+    logits = torch.cat(parts).double()
+    right = (logits.argmax(1) == labels).double().mean().item()
+    return right, F.cross_entropy(logits, labels).item()
+
+
+def _write(
+    recipe: Recipe, net: nn.Module, lines: list[str], kept: Tensor, kept_labels: Tensor
+) -> None:
+    """Weights as float16, atomically, and the log with what the written net does in float32."""
+    from benchmarks.cifar_nets import accuracy_and_loss, cifar10_test
+
+    tensors = {
+        name: tensor.half().contiguous() if tensor.is_floating_point() else tensor
+        for name, tensor in net.state_dict().items()
+    }
+    MODELS.mkdir(parents=True, exist_ok=True)
+    target = _weights_file(recipe.seed)
+    unfinished = target.with_suffix(".tmp")
+    save_file(tensors, unfinished, metadata={k: str(v) for k, v in recipe._asdict().items()})
+    unfinished.replace(target)
+    written, mean, std = load_resnext(recipe.seed)
+    for name, images, labels in (
+        ("kept", kept, kept_labels),
+        ("test", *cifar10_test(mean, std)),
+    ):
+        right, loss = accuracy_and_loss(written, images, labels)
+        line = f"written net, float32: {len(labels)} {name} images, loss {loss:.4f}"
+        lines.append(f"{line} accuracy {right:.4f}")
+        print(lines[-1], flush=True)
+    log = target.with_suffix(".log")
+    unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    unfinished.replace(log)
+
+
+def _weights_file(seed: int) -> Path:
+    return MODELS / f"resnext_seed{seed}.safetensors"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("train")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--cycles", nargs="+", type=int, default=Recipe(0).cycles)
+    command.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    train(Recipe(options.seed, tuple(options.cycles)))
+
+
+if __name__ == "__main__":
+    main()
