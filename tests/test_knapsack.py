@@ -11,7 +11,8 @@ from rankfold.knapsack import Solution, solve, undominated
 property_test = settings(max_examples=200, deadline=None)
 
 WHOLE = st.integers(-20, 40)
-ANY = st.floats(-10, 10)
+# Sums of numbers near 1 can't tell a weight of 1e-251 from 0, so no plan could either.
+ANY = st.floats(-10, 10).map(lambda number: round(number, 6))
 
 
 @st.composite
