@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rankfold.modules import stock_conv
+
 ConvForm: TypeAlias = Literal["vertical", "horizontal", "tucker"]
 CONV_FORMS: tuple[ConvForm, ...] = ("vertical", "horizontal", "tucker")
 
@@ -105,24 +107,7 @@ class _FactorizedConv2d(nn.Module):
 
     def to_dense(self) -> nn.Conv2d:
         """The same layer as one ``nn.Conv2d``, factors multiplied out."""
-        weight = self.dense_weight().detach()
-        dense = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,  # type: ignore[arg-type]
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            self.dilation,  # type: ignore[arg-type]
-            bias=self.bias is not None,
-            padding_mode=self.padding_mode,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-        with torch.no_grad():
-            dense.weight.copy_(weight)
-            if self.bias is not None and dense.bias is not None:
-                dense.bias.copy_(self.bias)
-        return dense
+        return stock_conv(self, self.dense_weight().detach())
 
     def _geometry(self) -> str:
         return (

@@ -13,7 +13,7 @@ Both hold a rank-k matrix W' in one of two forms:
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, TypeVar
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -163,20 +163,7 @@ class LowRankConv2d(_LowRank):
 
     def to_dense(self) -> nn.Conv2d:
         """The same layer as one ``nn.Conv2d``, factors multiplied out."""
-        matrix = self.dense_matrix().detach()
-        dense = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,  # type: ignore[arg-type]
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            self.dilation,  # type: ignore[arg-type]
-            bias=self.bias is not None,
-            padding_mode=self.padding_mode,
-            device=matrix.device,
-            dtype=matrix.dtype,
-        )
-        return _filled(dense, matrix.view_as(dense.weight), self.bias)
+        return stock_conv(self, self.dense_matrix().detach())
 
     def extra_repr(self) -> str:
         """Shapes, rank and form for ``print(model)``."""
@@ -196,3 +183,33 @@ def _filled(dense: _Dense, weight: Tensor, bias: nn.Parameter | None) -> _Dense:
         if bias is not None and dense.bias is not None:
             dense.bias.copy_(bias)
     return dense
+
+
+class ConvGeometry(Protocol):
+    """What a factorized conv keeps of the conv that it replaces."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: Any
+    stride: Any
+    padding: Any
+    dilation: Any
+    padding_mode: Any
+    bias: nn.Parameter | None
+
+
+def stock_conv(like: ConvGeometry, weight: Tensor) -> nn.Conv2d:
+    """An ``nn.Conv2d`` of the same geometry and bias with this weight, of as many values."""
+    dense = nn.Conv2d(
+        like.in_channels,
+        like.out_channels,
+        like.kernel_size,
+        like.stride,
+        like.padding,
+        like.dilation,
+        bias=like.bias is not None,
+        padding_mode=like.padding_mode,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    return _filled(dense, weight.view_as(dense.weight), like.bias)
