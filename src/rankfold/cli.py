@@ -167,6 +167,13 @@ class Factorizing(Reading):
     rounds: Annotated[
         int, typer.Option(help="Times that statistics are collected: 2 or more go in parts.")
     ] = Settings.rounds
+    interactions: Annotated[
+        bool,
+        typer.Option(
+            "--interactions/--no-interactions",
+            help="Plan again once a first plan has shown how the layers' errors add up.",
+        ),
+    ] = Settings.interactions
     seed: Annotated[int, typer.Option(help="Of the split, the draws, the sampled labels.")] = 0
     limit: Annotated[
         int | None,

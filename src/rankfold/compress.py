@@ -21,6 +21,7 @@ from rankfold.allocate import (
     Choice,
     Curve,
     RankPlan,
+    best_within_cost,
     merged,
     smallest_cost,
     total_change,
@@ -60,6 +61,13 @@ from rankfold.data import (
 from rankfold.errors import InputError
 from rankfold.factorize import low_rank_module, truncate
 from rankfold.integrations.transformers import own_text
+from rankfold.interactions import (
+    LARGEST_CORRECTION,
+    OTHER_SHARE_EXAMPLES,
+    SHARE_EXAMPLES,
+    corrections,
+    measured_shares,
+)
 from rankfold.layer_matrix import MatrixLayer, matrix_shape, weight_matrix
 from rankfold.layers import Skipped, find_layers
 from rankfold.modules import FORMS, Form, factor_parameters
@@ -114,6 +122,8 @@ class Settings:
         self_share: Share of the calibration examples that a language model writes itself, in
             place of the user's; see ``integrations.transformers.own_text``.
         rounds: Times that the statistics are collected: more than one compresses in parts.
+        interactions: Whether the plan is made again once a first one has shown each layer's share
+            in the change of all of them together; see ``interactions``.
         seed: Seeds the split, the choice of examples and sampled labels.
         limit: Calibration examples used; None for the task's default.
         selection_limit: Selection examples used, likewise.
@@ -137,6 +147,7 @@ class Settings:
     step_estimator: StepEstimator = "cross-validated"
     self_share: float = 0.0
     rounds: int = 1
+    interactions: bool = True
     seed: int = 0
     limit: int | None = None
     selection_limit: int | None = None
@@ -514,6 +525,7 @@ class Preparation:
         offset: Measured change on selection data of ``collected.base``, 0 in the first round.
         earlier: The rounds before this one.
         start: The plan that made ``collected.base``, None in the first round.
+        factors: By layer, what measured interactions made of its predictions; None before that.
     """
 
     collected: Collected
@@ -526,6 +538,7 @@ class Preparation:
     offset: float = 0.0
     earlier: list[Round] = field(default_factory=list)
     start: RankPlan | None = None
+    factors: dict[str, float] | None = None
     _control: Evaluation | None = None
 
     @property
@@ -562,7 +575,10 @@ class Preparation:
         for left in range(self.settings.rounds - 1, 0, -1):
             stage = stage.next_round(budget, left + 1)
             tried.append(stage.measure(stage.plan(budget)))
-        best = min(tried, key=lambda c: c.change.mean if math.isfinite(c.change.mean) else math.inf)
+        if self.corrects:
+            stage = _lowest(tried).stage.corrected(_lowest(tried))
+            tried.append(stage.measure(stage.plan(budget)))
+        best = _lowest(tried)
         target = {"size": size, "size_of": size_of}
         return best.stage._result("lossless", best, margin, target, tried)
 
@@ -602,15 +618,19 @@ class Preparation:
     def compact(self, *, margin: float = DEFAULT_MARGIN) -> Result:
         """The smallest model within a margin; see ``rankfold.compact``."""
         check_margin(margin)
-        tried = self._search(margin, float(self.total))
         stage = self
+        seen: list[Candidate] = []
+        if self.corrects:
+            first = self.measure(self._plan_for(margin))
+            stage, seen = self.corrected(first), [replace(first, model=None)]
+        tried = stage._search(margin, float(self.total), seen)
         for _ in range(self.settings.rounds - 1):
             best = self._smallest_passing(tried, margin)
             if best is None:
                 break  # fresh statistics make small models better, not large ones
-            stage = stage.next_round(total_cost(best.plan), rounds_left=2)
+            stage = best.stage.next_round(total_cost(best.plan), rounds_left=2)
             rest = self.total - self.factorizable
-            tried += stage._search(margin, float(rest + total_cost(best.plan)))
+            tried += stage._search(margin, float(rest + total_cost(best.plan)), [])
         best = self._smallest_passing(tried, margin)
         if best is None:
             best = min(tried, key=lambda c: self._promising(c.change))
@@ -779,17 +799,23 @@ class Preparation:
         luck = quantile * math.sqrt(1 / held_out + 1 / change.examples)
         return change.mean + deviation * (bound + luck)
 
-    def _search(self, margin: float, passes: float) -> list[Candidate]:
+    def _search(self, margin: float, passes: float, seen: list[Candidate]) -> list[Candidate]:
         """Try plans on selection data, between the smallest that passes and the largest that fails.
 
         Each trial corrects the prediction by the ratio of actual to predicted change; where
         nothing is predicted the bracket is halved. ``passes`` is a cost of the whole model that is
-        known to pass.
+        known to pass, ``seen`` are plans measured already; they count among those tried.
         """
         rest = self.total - self.factorizable
         fails = rest + smallest_cost(self.curves) - 1.0
+        tried = list(seen)
+        for candidate in seen:
+            spent = rest + total_cost(candidate.plan)
+            if self._promising(candidate.change) <= margin:
+                passes = min(passes, spent)
+            else:
+                fails = max(fails, spent)
         target = rest + self._cost_for(margin - self.gain, default=0.9 * self.factorizable)
-        tried: list[Candidate] = []
         while len(tried) < MOST_PLANS and passes - fails > CLOSE_ENOUGH * self.total:
             edge = 0.1 * (passes - fails)
             if math.isnan(target):
@@ -822,9 +848,61 @@ class Preparation:
             )
         return tried
 
+    def _plan_for(self, margin: float) -> RankPlan:
+        """The smallest plan predicted to be within a margin."""
+        plan = plan_for_change(self.objective, self.curves, margin - self.gain)
+        return self.plan(0.9 * self.factorizable) if plan is None else plan
+
     def _cost_for(self, tolerance: float, default: float) -> float:
         plan = plan_for_change(self.objective, self.curves, tolerance)
         return default if plan is None else float(total_cost(plan))
+
+    @property
+    def corrects(self) -> bool:
+        """Whether plans are made again with measured interactions."""
+        return self.settings.interactions and self.objective.allocation == "multiplier"
+
+    def corrected(self, measured: Candidate) -> Preparation:
+        """The curves with what a plan of theirs showed of each layer's share in the real change.
+
+        Each layer's predictions are brought towards its measured share (``interactions``), and
+        all of them to the change that the plan had on selection data, where it had one. A plan
+        whose loss is not finite shows nothing: then the curves stay.
+        """
+        if not math.isfinite(measured.change.mean):
+            return self
+        collected = self.collected
+        before = with_replaced(collected.base, {}, {n: self._moved(n) for n in collected.layers})
+        after = with_replaced(
+            collected.base, {}, {n: self.weight(n, choice) for n, choice in measured.plan.items()}
+        )
+        few = SHARE_EXAMPLES.get(collected.task.name, OTHER_SHARE_EXAMPLES)
+        calibration = collected.parts["calibration"]
+        shares = measured_shares(
+            before,
+            after,
+            collected.task,
+            as_part("calibration", calibration.examples[:few], calibration.collate),
+            list(collected.layers),
+            batch_size=self.settings.batch_size,
+            progress=self.progress,
+        )
+        predicted = {name: choice.change for name, choice in measured.plan.items()}
+        factors = corrections(shares, predicted)
+        foreseen = math.fsum(factors[name] * change for name, change in predicted.items())
+        harm = measured.change.mean - self.gain
+        level = harm / foreseen if harm > 0 and foreseen > 0 else 1.0
+        level = min(LARGEST_CORRECTION, max(1 / LARGEST_CORRECTION, level))
+
+        def rescaled(curves: Mapping[str, Curve]) -> dict[str, Curve]:
+            return {
+                name: replace(curve, changes=curve.changes * (level * factors[name]))
+                for name, curve in curves.items()
+            }
+
+        return replace(
+            self, ranked=rescaled(self.ranked), curves=rescaled(self.curves), factors=factors
+        )
 
     def held_out(self, model: nn.Module, stage: str) -> Evaluation:
         """Losses of a model on the held-out examples."""
@@ -933,6 +1011,7 @@ class Preparation:
             },
             "accuracy": {"original": original.accuracy, "factorized": factorized.accuracy},
             "certificate": certificate.as_dict(),
+            "allocation": self._allocation_report(chosen.plan),
             "curvature": collected.curvature,
             "calibration_loss": collected.calibration_loss,
             "step": self._step_report(),
@@ -953,6 +1032,14 @@ class Preparation:
             "layers": layers,
             "not_factorized": [asdict(entry) for entry in collected.skipped],
         }
+
+    def _allocation_report(self, plan: RankPlan) -> dict[str, float] | None:
+        """How far the plan may be from the best one of its cost, by the curves it was made with."""
+        if self.objective.allocation != "multiplier":
+            return None
+        best = best_within_cost(self.curves, total_cost(plan))
+        predicted = total_change(plan)
+        return {"predicted_cost": predicted, "gap": max(0.0, predicted - best.bound)}
 
     def _layer_report(self, name: str, choice: Choice) -> dict[str, Any]:
         layer = self.collected.layers[name]
@@ -987,6 +1074,7 @@ class Preparation:
             "factorized_flops": flops,
             "predicted_change": choice.change if self.objective.predicts_loss else None,
             "predicted_by_rank": self._predicted_by_rank(name),
+            "interaction_factor": None if self.factors is None else self.factors[name],
             "harmless_range": None if self.step is None else asdict(self.harmless_range(name)),
         }
 
@@ -1110,6 +1198,11 @@ class Result:
         return save_artifact(
             folder, self.model, self.report, tokenizer=tokenizer, overwrite=overwrite
         )
+
+
+def _lowest(tried: Sequence[Candidate]) -> Candidate:
+    """The candidate with the lowest measured loss."""
+    return min(tried, key=lambda c: c.change.mean if math.isfinite(c.change.mean) else math.inf)
 
 
 def check_size(size: float) -> None:
