@@ -70,6 +70,7 @@ from rankfold.interactions import (
 )
 from rankfold.layer_matrix import MatrixLayer, matrix_shape, weight_matrix
 from rankfold.layers import Skipped, find_layers
+from rankfold.linalg import Damping
 from rankfold.modules import FORMS, Form, factor_parameters
 from rankfold.objectives import (
     OBJECTIVES,
@@ -101,6 +102,9 @@ OWN_TEXT = "own_text"  # the part that the model writes itself, beside the user'
 MOST_PLANS = 6  # plans that compact evaluates on selection data
 TRUSTED = 1.5  # measured / predicted cost of truncation up to which a round goes its whole way
 MOST_RETREATS = 3
+# What damping="auto" tries, of A and B, and at which share of the factorizable layers.
+DAMPINGS = (Damping(0.1, 0.1), Damping(0.01, 0.3), Damping(0.1, 1.0), Damping(0.5, 0.5))
+DAMPING_SIZE = 0.8
 REPORTED_RANKS = 16  # points of each layer's curve in the report, beside the last
 CLOSE_ENOUGH = 0.01  # share of the model's size at which compact's search stops
 
@@ -116,7 +120,9 @@ class Settings:
             each, or a Tucker-2 of three (``conv_modules``), where the objective predicts the loss.
         cost: What the size counts: ``parameters`` or ``flops``.
         curvature: ``empirical``, ``sampled``, or ``auto``: by what the calibration loss shows.
-        damping: Added to A and B, as a share of their mean eigenvalue.
+        damping: Added to A, as a share of its mean eigenvalue; ``auto`` chooses among ``DAMPINGS``
+            on selection data, for both Grams.
+        output_damping: The same for B; None for the value of ``damping``.
         gradient_step: Whether the joint objective moves the weights by its gradient term.
         step_estimator: How that term is estimated: ``cross-validated``, ``denoised`` or ``raw``.
         self_share: Share of the calibration examples that a language model writes itself, in
@@ -142,7 +148,8 @@ class Settings:
     conv_forms: bool = True
     cost: Cost = "parameters"
     curvature: Curvature | Literal["auto"] = "auto"
-    damping: float = 0.1
+    damping: float | Literal["auto"] = 0.1
+    output_damping: float | None = None
     gradient_step: bool = True
     step_estimator: StepEstimator = "cross-validated"
     self_share: float = 0.0
@@ -164,8 +171,16 @@ class Settings:
         _check_choice("cost", self.cost, get_args(Cost))
         _check_choice("curvature", self.curvature, ("auto", "empirical", "sampled"))
         _check_choice("step_estimator", self.step_estimator, STEP_ESTIMATORS)
-        if not (math.isfinite(self.damping) and self.damping >= 0):
-            raise InputError(f"damping is {self.damping}; expected a finite number, 0 or more.")
+        for name in ("damping", "output_damping"):
+            value = getattr(self, name)
+            known = value == "auto" if name == "damping" else value is None
+            if not (known or (not isinstance(value, str) and 0 <= value < math.inf)):
+                expected = "a finite number, 0 or more" + ", or auto" * (name == "damping")
+                raise InputError(f"{name} is {value}; expected {expected}.")
+        if self.damping == "auto" and self.output_damping is not None:
+            raise InputError(
+                "damping is auto, which chooses the output damping too; leave output_damping out."
+            )
         if self.rounds < 1:
             raise InputError(f"rounds is {self.rounds}; expected 1 or more.")
         if not 0 <= self.self_share <= 0.9:
@@ -181,6 +196,18 @@ class Settings:
                 raise InputError(f"{name} is {value}; expected at least 4 examples.")
         if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size}; expected 1 or more.")
+
+    @property
+    def dampings(self) -> Damping:
+        """Of A and of B.
+
+        Raises:
+            ValueError: They are still to be chosen.
+        """
+        if self.damping == "auto":
+            raise ValueError("the damping is chosen on selection data first; see prepare")
+        output = self.damping if self.output_damping is None else self.output_damping
+        return Damping(self.damping, output)
 
 
 def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
@@ -271,6 +298,8 @@ def prepare(
     """
     chosen = Settings(**settings)
     collected = collect(model, data, chosen, loss=loss, progress=progress)
+    if chosen.damping == "auto":
+        chosen = choose_damping(collected, chosen, progress=progress)
     return analyse(collected, chosen, progress=progress, release=True)
 
 
@@ -292,6 +321,7 @@ class Collected:
         curvature: Where B came from, or None.
         calibration_loss: Mean loss of some calibration examples, or None.
         original: Losses of the model on the parts where they are known already.
+        damping_trials: Dampings tried and the change on selection data that each gave.
     """
 
     model: nn.Module
@@ -306,6 +336,7 @@ class Collected:
     curvature: Curvature | None
     calibration_loss: float | None
     original: dict[str, Evaluation] = field(default_factory=dict)
+    damping_trials: list[tuple[Damping, float]] = field(default_factory=list)
 
     def original_losses(self, part: str, batch_size: int | None, progress: Progress) -> Evaluation:
         """Losses of the user's model on a part, evaluated once."""
@@ -467,7 +498,7 @@ def analyse(
         directions = step_directions(
             layers,
             collected.statistics,
-            settings.damping,
+            settings.dampings,
             progress,
             estimator=settings.step_estimator,
             release=release,
@@ -487,7 +518,7 @@ def analyse(
     for name, layer in progress.track(layers.items(), "spectra", len(layers)):
         statistics = collected.statistics.get(name)
         weight = step.moved(name, layer) if step else weight_matrix(layer)
-        spectra[name] = layer_spectrum(objective, weight, statistics, settings.damping)
+        spectra[name] = layer_spectrum(objective, weight, statistics, settings.dampings)
         curves[name] = layer_curve(
             objective,
             layer,
@@ -501,6 +532,32 @@ def analyse(
     offset = paired_change(original, start).mean
     prepared = Preparation(collected, settings, step, spectra, curves, curves, progress, offset)
     return prepared._with_conv_forms()
+
+
+def choose_damping(
+    collected: Collected, settings: Settings, *, progress: Progress | None = None
+) -> Settings:
+    """The settings with those of ``DAMPINGS`` that lose least on selection data.
+
+    Each is tried without the gradient step at ``DAMPING_SIZE`` of the factorizable layers; what
+    each gave is kept in ``collected.damping_trials``. An objective without Grams has nothing to
+    try and takes the first.
+
+    Raises:
+        InputError: As ``analyse``.
+    """
+    if not OBJECTIVES[settings.objective].needs_data:
+        return replace(settings, damping=DAMPINGS[0].input)
+    for damping in DAMPINGS:
+        trial = replace(
+            settings, damping=damping.input, output_damping=damping.output, gradient_step=False
+        )
+        prepared = analyse(collected, trial, progress=progress)
+        candidate = prepared.measure(prepared.plan(DAMPING_SIZE * prepared.factorizable))
+        collected.damping_trials.append((damping, candidate.change.mean))
+    finite = [(d, change) for d, change in collected.damping_trials if math.isfinite(change)]
+    best = min(finite, key=lambda trial: trial[1])[0] if finite else DAMPINGS[0]
+    return replace(settings, damping=best.input, output_damping=best.output)
 
 
 def _has_conv_forms(layer: nn.Module, settings: Settings) -> bool:
@@ -684,7 +741,7 @@ class Preparation:
                 self._moved(name),
                 collected.statistics[name],
                 self.spectra[name],
-                settings.damping,
+                settings.dampings,
                 settings.form,
                 collected.cost_per_parameter(name, settings.cost),
                 sizes,
@@ -706,7 +763,7 @@ class Preparation:
         conv = cast("nn.Conv2d", layer)
         factors = conv_factors(
             self._moved(name).view_as(conv.weight),
-            *damped_grams(self.collected.statistics[name], self.settings.damping),
+            *damped_grams(self.collected.statistics[name], self.settings.dampings),
             cast("ConvForm", choice.form),
             choice.ranks,
             pivot=form == "pivoted",
@@ -1012,6 +1069,14 @@ class Preparation:
             "accuracy": {"original": original.accuracy, "factorized": factorized.accuracy},
             "certificate": certificate.as_dict(),
             "allocation": self._allocation_report(chosen.plan),
+            "damping": {
+                "input": self.settings.dampings.input,
+                "output": self.settings.dampings.output,
+                "trials": [
+                    {"input": damping.input, "output": damping.output, "change": _finite(change)}
+                    for damping, change in collected.damping_trials
+                ],
+            },
             "curvature": collected.curvature,
             "calibration_loss": collected.calibration_loss,
             "step": self._step_report(),
