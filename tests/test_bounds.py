@@ -14,10 +14,10 @@ from rankfold.bounds import (
     BettingTest,
     bounded_bound,
     mcnemar_p_value,
+    mean_and_error,
     mean_p_value,
     share_bound,
     t_bound,
-    weighted_mean,
 )
 
 VALUES = st.lists(st.floats(-2, 2).map(lambda v: round(v, 3)), min_size=2, max_size=30)
@@ -133,7 +133,7 @@ def test_t_bound_is_that_of_the_one_sided_t_test(values: list[float], confidence
 
 def test_weighted_mean_of_equal_weights_is_the_plain_one() -> None:
     x = np.array([1.0, 2.0, 4.0, 9.0])
-    mean, error = weighted_mean(x, np.full(4, 7.0))
+    mean, error = mean_and_error(x, np.full(4, 7.0))
     assert (mean, error) == pytest.approx((4.0, stats.sem(x)))
 
 

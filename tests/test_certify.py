@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from rankfold.certify import certify, paired_change, weighted_mean
+from rankfold.certify import Statement, certify, paired_change, weighted_mean
 from rankfold.errors import InputError
 from rankfold.tasks import Evaluation
 
@@ -23,8 +23,7 @@ def certificate(differences: list[float], margin: float = 0.1, confidence: float
     return certify(
         evaluation([1.0] * len(differences)),
         evaluation([1.0 + d for d in differences]),
-        margin=margin,
-        confidence=confidence,
+        Statement(margin=margin, confidence=confidence, test="t"),
         unit="nats",
         data_digest="",
     )

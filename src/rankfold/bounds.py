@@ -31,7 +31,7 @@ _NODES = np.arange(0.0, 30.0, 0.1)
 _STEEPEST = 30  # bisections for the place that the integral runs through
 
 
-def weighted_mean(values: Array, weights: Array) -> tuple[float, float]:
+def mean_and_error(values: Array, weights: Array) -> tuple[float, float]:
     """Mean of ``(n,)`` values by ``(n,)`` weights, and its standard error (n of 2 or more)."""
     shares = weights / weights.sum()
     mean = float((shares * values).sum())
@@ -48,7 +48,7 @@ def t_bound(values: Array, weights: Array, confidence: float) -> float:
         weights: ``(n,)``, positive.
         confidence: Between .5 and 1.
     """
-    mean, error = weighted_mean(values, weights)
+    mean, error = mean_and_error(values, weights)
     return mean + float(stats.t.ppf(confidence, len(values) - 1)) * error
 
 
