@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rankfold.data import Part, as_part
 from rankfold.errors import InputError
-from rankfold.overlap import look_alikes, refuse_copies
+from rankfold.overlap import look_alikes, refuse_copies, without_copies
 
 
 def text(count: int, length: int, seed: int, vocabulary: int = 300) -> Tensor:
@@ -111,3 +111,15 @@ def test_different_images_and_other_examples_do_not_look_alike() -> None:
     assert look_alikes([words], words) == []
     flat = as_part("held_out", [(torch.zeros(1, 8, 8), 0)])
     assert look_alikes([flat], flat) == []
+
+
+def test_copies_in_one_data_set_are_left_out() -> None:
+    calibration, held_out = text(10, 64, seed=0), text(10, 64, seed=1)
+    held_out[64 * 3 : 64 * 5] = calibration[17 : 17 + 128]
+    parts = [windows(calibration, 64, "calibration"), windows(held_out, 64, "held_out")]
+    kept = without_copies(parts)
+    assert [len(part.examples) for part in kept] == [10, 8]
+    refuse_copies(kept)
+    assert torch.equal(kept[1].examples[3], parts[1].examples[5])
+    with pytest.raises(InputError, match=r"repeats itself: of the 10 .* 10 are copies"):
+        without_copies([parts[0], windows(calibration.roll(5), 64, "held_out")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -221,7 +222,7 @@ def test_calibration_examples_in_the_held_out_part_are_refused_even_mirrored(wor
     parts = {}
     for seed, name in enumerate(("calibration", "selection", "held-out")):
         parts[name] = images(200, seed=seed + 1)
-    x, y = parts["held-out"]
+    x, _ = parts["held-out"]
     x[5] = parts["calibration"][0][3][:, ::-1]
     x[6] = np.rot90(parts["selection"][0][4])
     for name, (values, labels) in parts.items():
@@ -235,25 +236,28 @@ def test_calibration_examples_in_the_held_out_part_are_refused_even_mirrored(wor
 
 def test_calibration_text_pasted_into_the_held_out_part_is_refused(tmp_path: Path) -> None:
     save_tiny_llama(tmp_path / "model")
-    third = len(TEXT) // 3
-    calibration, selection, rest = (TEXT[i * third : (i + 1) * third] for i in range(3))
+    words = TEXT.split()  # shuffled, since Python's manual repeats itself
+    random.Random(0).shuffle(words)
+    text = " ".join(words)
+    third = len(text) // 3
+    calibration, selection, rest = (text[i * third : (i + 1) * third] for i in range(3))
     (tmp_path / "calibration.txt").write_text(calibration)
     (tmp_path / "selection.txt").write_text(selection)
     (tmp_path / "held-out.txt").write_text(rest[:3000] + calibration[101:900] + rest[3000:])
     parts = [f"--{name}={name}.txt" for name in ("calibration", "selection", "held-out")]
     limits = [f"--{name}=1000" for name in ("limit", "selection-limit", "held-out-limit")]
-    command = ("lossless", "model", *parts, *limits, "--length", 32, "--size", 0.9, "--out", "x")
+    command = ("lossless", "model", *parts, *limits, "--length", 64, "--size", 0.9, "--out", "x")
     done = rankfold(*command, cwd=tmp_path, expect=2)
     assert (
         "windows of the held-out part stand for 50% or more in the calibration part" in done.stderr
     )
     (tmp_path / "held-out.txt").write_text(rest)
     rankfold(*command, cwd=tmp_path)
-    found = ("verify", "x", "--data", "held-out.txt", "--length", 32)
+    found = ("verify", "x", "--data", "held-out.txt", "--length", 64)
     assert "agrees       losses of the factorized model" in rankfold(*found, cwd=tmp_path).stdout
     whole = rankfold(*found, "--model", "model", "--json", cwd=tmp_path)
     assert set(checks(whole.stdout).values()) == {"agrees"}
-    other = rankfold("verify", "x", "--data", "held-out.txt", cwd=tmp_path, expect=2)
+    other = rankfold(*found[:-1], 32, cwd=tmp_path, expect=2)
     assert "none of the certificate's" in other.stderr and "--length" in other.stderr
 
 
@@ -289,11 +293,12 @@ def test_private_losses_stay_out_and_are_recomputed(work: Path) -> None:
 
 
 def test_accuracy_must_hold_too_where_a_margin_is_stated(work: Path) -> None:
-    tiny = ("lossless", *NET, *DATA, "--size", 0.3, "--margin", 5, "--accuracy-margin", 0.02)
+    tiny = ("lossless", *NET, *DATA, "--size", 0.6, "--margin", 9, "--accuracy-margin", 0)
     report = json.loads(rankfold(*tiny, "--out", "tiny", "--json", cwd=work).stdout)
     (accuracy,) = report["certificate"]["metrics"]
-    assert report["certificate"]["upper_bound"] < 5
-    assert accuracy["verdict"] != "lossless"
+    assert report["certificate"]["upper_bound"] < 9
+    assert accuracy["upper_bound"] > 0
+    assert accuracy["verdict"] == "not shown"
     assert report["certificate"]["verdict"] == accuracy["verdict"]
 
 

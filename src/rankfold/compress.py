@@ -94,7 +94,7 @@ from rankfold.objectives import (
     rank_costs,
 )
 from rankfold.openings import SHORT, Opening, history, record
-from rankfold.overlap import look_alikes, refuse_copies
+from rankfold.overlap import look_alikes, refuse_copies, without_copies
 from rankfold.progress import Progress, SilentProgress
 from rankfold.replace import with_replaced
 from rankfold.sizes import model_parameters, safetensors_bytes, stored_tensors
@@ -500,6 +500,8 @@ def _choose_parts(data: Data, task: Task, settings: Settings) -> dict[str, Part]
         name: select_part(data, name, limit or default, settings.seed)
         for name, limit, default in zip(PARTS, asked, defaults, strict=True)
     }
+    if data.split_here:
+        parts = {part.name: part for part in without_copies(list(parts.values()))}
     refuse_copies(list(parts.values()))
     if settings.test == "betting":
         # Bets need a random order, which nobody may choose: the data itself does.

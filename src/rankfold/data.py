@@ -42,6 +42,8 @@ class Data:
         collate: Turns a list of examples into a batch; by default tensors are stacked.
         groups: For each held-out example what it belongs to, such as its document, where examples
             of one group are not independent: the groups are then the certificate's units.
+        split_here: The parts were drawn from one data set by ``split``: copies in them are left
+            out, not refused.
 
     Raises:
         InputError: A part is empty or too small, or ``groups`` doesn't fit.
@@ -52,6 +54,7 @@ class Data:
     held_out: Examples
     collate: Collate | None = None
     groups: Sequence[object] | None = None
+    split_here: bool = False
 
     def __post_init__(self) -> None:
         """Materialise loaders and iterables, and refuse parts that are too small."""
@@ -180,7 +183,9 @@ def split(data: object, seed: int, block: int = 1, collate: Collate | None = Non
             f"calibration, selection and held-out parts of {FEWEST} or more each. Give more data."
         )
     first_part, second_part, third_part = (_Subset(examples, part) for part in parts)
-    return Data(first_part, second_part, third_part, collate=collate or own_collate)
+    return Data(
+        first_part, second_part, third_part, collate=collate or own_collate, split_here=True
+    )
 
 
 class _Subset(Sequence[Example]):

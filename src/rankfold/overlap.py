@@ -2,7 +2,8 @@
 
 Refused: an input that is byte for byte in both parts, an image that is another one mirrored or
 turned by quarters, and a window of tokens of which much stands in the other part, at any offset.
-Shown, since real data sets hold such pairs: images that look alike at a size of 8 x 8.
+From parts that rankfold has split itself they are left out. Shown, since real data sets hold such
+pairs: images that look alike at a size of 8 x 8.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from rankfold.data import Example, Part, example_digest, example_input, refuse_overlap
+from rankfold.data import FEWEST, Example, Part, example_digest, example_input, refuse_overlap
 from rankfold.errors import InputError
 
 SHINGLE = 16  # consecutive tokens that are looked up in the other part, at most a quarter window
@@ -53,32 +54,76 @@ def refuse_copies(parts: Sequence[Part]) -> None:
     refuse_overlap(parts)
     for at, first in enumerate(parts):
         for second in parts[at + 1 :]:
-            _refuse_turned_images(first, second)
-            _refuse_copied_text(first, second)
+            pairs = turned_images(first, second)
+            if pairs:
+                more = f" and {len(pairs) - NAMED} more" if len(pairs) > NAMED else ""
+                listed = ", ".join(f"{a} = {b}" for a, b in pairs[:NAMED]) + more
+                raise InputError(
+                    f"{_named(first)} and {_named(second)} share {len(pairs)} images, mirrored or "
+                    f"turned by quarters (numbers in each, from 0: {listed}). An augmented copy of "
+                    "a held-out image is no new image: remove it from one of the parts."
+                )
+            copied = copied_windows(first, second)
+            if copied:
+                more = f" and {len(copied) - NAMED} more" if len(copied) > NAMED else ""
+                listed = ", ".join(f"{n} ({share:.0%})" for n, share in copied[:NAMED]) + more
+                raise InputError(
+                    f"{len(copied)} windows of {_named(second)} stand for {COPIED:.0%} or more in "
+                    f"{_named(first)}, word for word (numbers, from 0, and share: {listed}). "
+                    "Remove the copied text from one of the parts."
+                )
 
 
-def _refuse_turned_images(first: Part, second: Part) -> None:
+def without_copies(parts: Sequence[Part]) -> list[Part]:
+    """The parts without the examples that are copies of one of an earlier part.
+
+    For parts that rankfold has drawn from one data set itself, which may repeat itself.
+
+    Raises:
+        InputError: Too few examples are left in one.
+    """
+    kept: list[Part] = []
+    for part in parts:
+        copies = {
+            number
+            for earlier in kept
+            for number in (
+                *(n for _, n in turned_images(earlier, part)),
+                *(n for n, _ in copied_windows(earlier, part)),
+            )
+        }
+        left = part.take([n for n in range(len(part.examples)) if n not in copies])
+        if len(left.examples) < FEWEST:
+            raise InputError(
+                f"the data repeats itself: of the {len(part.examples)} examples of {_named(part)} "
+                f"{len(copies)} are copies of examples of another part. Give more data."
+            )
+        kept.append(left)
+    return kept
+
+
+def turned_images(first: Part, second: Part) -> list[tuple[int, int]]:
+    """Images of the second part that are one of the first, mirrored or turned by quarters.
+
+    Returns:
+        Numbers in the first and in the second part.
+    """
     turned: dict[str, int] = {}
     for number, example in enumerate(first.examples):
         image = _image(example)
         if image is None:
-            return
+            return []
         for copy in _turned(image):
             turned.setdefault(example_digest(copy), number)
     pairs = []
     for number, example in enumerate(second.examples):
         image = _image(example)
         if image is None:
-            return
+            return []
         found = turned.get(example_digest(image))
         if found is not None:
             pairs.append((found, number))
-    if pairs:
-        raise InputError(
-            f"{_named(first)} and {_named(second)} share {len(pairs)} images, mirrored or turned "
-            f"by quarters (numbers in each, from 0: {_listed(pairs)}). An augmented copy of a "
-            "held-out image is no new image: remove it from one of the parts."
-        )
+    return pairs
 
 
 def _turned(image: Tensor) -> list[Tensor]:
@@ -92,13 +137,18 @@ def _turned(image: Tensor) -> list[Tensor]:
     return [copy.contiguous() for copy in copies[1:]]
 
 
-def _refuse_copied_text(first: Part, second: Part) -> None:
+def copied_windows(first: Part, second: Part) -> list[tuple[int, float]]:
+    """Windows of the second part of which ``COPIED`` or more stands in the first, at any offset.
+
+    Returns:
+        Their numbers and the shares of their runs of tokens that stand there.
+    """
     ours, theirs = (_windows(part) for part in (first, second))
     if ours is None or theirs is None:
-        return
+        return []
     lengths = [n for n in map(len, [*ours, *theirs]) if n >= 4 * SHORTEST]
     if not lengths:
-        return
+        return []
     length = min(SHINGLE, min(lengths) // 4)
     long = [_shingles(window, length) for window in ours if len(window) >= 4 * SHORTEST]
     known = np.unique(np.concatenate(long)) if long else np.empty(0, dtype=np.uint64)
@@ -109,14 +159,7 @@ def _refuse_copied_text(first: Part, second: Part) -> None:
         share = float(np.isin(_shingles(window, length), known).mean())
         if share >= COPIED:
             copied.append((number, share))
-    if copied:
-        listed = ", ".join(f"{number} ({share:.0%})" for number, share in copied[:NAMED])
-        more = f" and {len(copied) - NAMED} more" if len(copied) > NAMED else ""
-        raise InputError(
-            f"{len(copied)} windows of {_named(second)} stand for {COPIED:.0%} or more in "
-            f"{_named(first)}, word for word in runs of {length} tokens (numbers, from 0, and "
-            f"share: {listed}{more}). Remove the copied text from one of the parts."
-        )
+    return copied
 
 
 def _windows(part: Part) -> list[NDArray[np.int64]] | None:
@@ -195,8 +238,3 @@ def _image(example: Example) -> Tensor | None:
 
 def _named(part: Part) -> str:
     return f"the {part.name.replace('_', '-')} part"
-
-
-def _listed(pairs: Sequence[tuple[int, int]]) -> str:
-    more = f" and {len(pairs) - NAMED} more" if len(pairs) > NAMED else ""
-    return ", ".join(f"{a} = {b}" for a, b in pairs[:NAMED]) + more
