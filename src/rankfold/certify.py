@@ -572,7 +572,7 @@ def half_width(
             deviation / math.sqrt(units), reach / units
         )
     needed = math.log(1 / (1 - confidence))
-    return math.sqrt(2 * needed / units) * deviation + reach * needed / units
+    return math.sqrt(2 * needed / units) * deviation + reach / units
 
 
 def _needed(
