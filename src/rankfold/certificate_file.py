@@ -250,7 +250,8 @@ def text_lines(document: Mapping[str, Any]) -> list[str]:
         "original's parameters",
         f"weights        {models['factorized']}",
         f"original       {models['original']}",
-        f"claim          the mean loss is at most {c['margin']:g} {unit} above the original's",
+        f"claim          the mean loss is at most {c['margin']:g} {unit} above the original's"
+        + ("" if c["highest"] is None else ", each example's change counted up to the range's end"),
         f"found          change {c['change']:+.6g} ± {c['standard_error']:.2g} (standard error) "
         f"over {c['examples']} held-out examples in {c['units']} independent units",
         f"bound          with {sure} confidence at most {c['upper_bound']:+.6g}, and with {sure} "
