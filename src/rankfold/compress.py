@@ -27,7 +27,7 @@ from rankfold.allocate import (
     total_change,
     total_cost,
 )
-from rankfold.artifact import METADATA, save_artifact
+from rankfold.artifact import METADATA, library_versions, save_artifact
 from rankfold.calibrate import (
     Curvature,
     LayerStatistics,
@@ -37,12 +37,31 @@ from rankfold.calibrate import (
     collect_statistics,
     trace,
 )
+from rankfold.certificate_file import (
+    Document,
+    Evidence,
+    example_digests,
+    files,
+    make_document,
+    model_digest,
+)
 from rankfold.certify import (
+    ACCURACY,
+    DEFAULT_CONFIDENCE,
+    DEFAULT_MARGIN,
+    TESTS,
     Certificate,
     Change,
-    certify,
+    Statement,
+    TestName,
     check_margin,
+    check_metric_margin,
+    examples_seen,
+    fewest_units,
+    half_width,
+    order_seed,
     paired_change,
+    state,
     weighted_mean,
 )
 from rankfold.conv_forms import conv_factors
@@ -54,7 +73,6 @@ from rankfold.data import (
     Part,
     as_part,
     example_input,
-    refuse_overlap,
     select_part,
     split,
 )
@@ -84,21 +102,30 @@ from rankfold.objectives import (
     plan_for_change,
     rank_costs,
 )
+from rankfold.openings import SHORT, Opening, history, record
+from rankfold.overlap import look_alikes, refuse_copies, without_copies
 from rankfold.progress import Progress, SilentProgress
 from rankfold.replace import with_replaced
 from rankfold.sizes import model_parameters, safetensors_bytes, stored_tensors
 from rankfold.spectrum import STEP_ESTIMATORS, HarmlessRange, Spectrum, StepEstimator
 from rankfold.step import Step, search_step, step_directions
-from rankfold.tasks import Evaluation, LossFunction, Task, evaluate, recognise_task
+from rankfold.tasks import (
+    Evaluation,
+    LossFunction,
+    Metric,
+    Task,
+    evaluate,
+    metric_values,
+    recognise_task,
+)
 
 Cost: TypeAlias = Literal["parameters", "flops"]
 SizeOf: TypeAlias = Literal["model", "factorizable"]
 
-DEFAULT_MARGIN = 0.01  # nats of mean loss: a perplexity 1 % higher
-DEFAULT_CONFIDENCE = 0.95
 # Chance that compact leaves the held-out test of a model as good as its selection data say.
 POWER = 0.9
 OWN_TEXT = "own_text"  # the part that the model writes itself, beside the user's calibration part
+LOOKS = 16  # times that the betting test looks whether it may stop
 MOST_PLANS = 6  # plans that compact evaluates on selection data
 TRUSTED = 1.5  # measured / predicted cost of truncation up to which a round goes its whole way
 MOST_RETREATS = 3
@@ -137,6 +164,12 @@ class Settings:
         include: Glob patterns of layers to factorize; empty for all.
         exclude: Glob patterns of layers to leave as they are.
         confidence: Of the certificate's one-sided bounds.
+        test: Of the certificate: ``bounded`` (any distribution, up to a largest change of one
+            example), ``t`` (assumes a nearly normal mean) or ``betting`` (may stop early).
+        largest_change: The largest change of one example that counts in full, in the unit of the
+            loss; None for a range that the selection data give. Not for ``t``.
+        accuracy_margin: How much of the accuracy may be lost, as a share; None only reports it.
+        private: Keep the held-out examples' single losses out of the artifact.
         batch_size: Examples a batch; None for a size that suits the examples.
 
     Raises:
@@ -162,6 +195,10 @@ class Settings:
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     confidence: float = DEFAULT_CONFIDENCE
+    test: TestName = "bounded"
+    largest_change: float | None = None
+    accuracy_margin: float | None = None
+    private: bool = False
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -190,6 +227,16 @@ class Settings:
             )
         if not 0.5 < self.confidence < 1:
             raise InputError(f"confidence is {self.confidence}; expected between 0.5 and 1.")
+        _check_choice("test", self.test, TESTS)
+        if self.largest_change is not None and not 0 < self.largest_change < math.inf:
+            raise InputError(
+                f"largest_change is {self.largest_change}; expected a finite number above 0, in "
+                "nats of one example's loss."
+            )
+        if self.largest_change is not None and self.test == "t":
+            raise InputError("largest_change has no part in the t test; leave one of them out.")
+        if self.accuracy_margin is not None:
+            check_metric_margin(ACCURACY, self.accuracy_margin)
         for name in ("limit", "selection_limit", "held_out_limit"):
             value = getattr(self, name)
             if value is not None and value < 4:
@@ -228,6 +275,7 @@ def lossless(
     size_of: SizeOf = "model",
     margin: float = DEFAULT_MARGIN,
     loss: LossFunction | None = None,
+    metrics: Sequence[Metric] = (),
     progress: Progress | None = None,
     **settings: Any,
 ) -> Result:
@@ -240,6 +288,7 @@ def lossless(
         size_of: ``factorizable`` makes it the share of the layers that can be factorized.
         margin: Change of the mean loss, in nats, up to which the verdict is ``lossless``.
         loss: ``loss(model, batch)`` giving one loss per example, where it isn't recognised.
+        metrics: Certified beside the loss; those with a margin must hold too.
         progress: For example ``rankfold.TerminalProgress()``.
         **settings: Fields of ``Settings``.
 
@@ -248,7 +297,8 @@ def lossless(
     """
     check_size(size)
     check_margin(margin)
-    prepared = prepare(model, data, loss=loss, progress=progress, **settings)
+    data = _enough_held_out(data, margin, metrics, settings)
+    prepared = prepare(model, data, loss=loss, metrics=metrics, progress=progress, **settings)
     return prepared.lossless(size, size_of=size_of, margin=margin)
 
 
@@ -257,7 +307,9 @@ def compact(
     data: object,
     *,
     margin: float = DEFAULT_MARGIN,
+    certified: bool = False,
     loss: LossFunction | None = None,
+    metrics: Sequence[Metric] = (),
     progress: Progress | None = None,
     **settings: Any,
 ) -> Result:
@@ -270,7 +322,10 @@ def compact(
         model: Any ``nn.Module``; it comes back unchanged.
         data: A data set or data loader, split for you, or ``rankfold.Data``.
         margin: Largest change of the mean loss, in nats, that counts as no harm.
+        certified: Test all sizes that the search tried, from mild to strong, until the first that
+            fails, instead of only the one that selection data favour.
         loss: ``loss(model, batch)`` giving one loss per example, where it isn't recognised.
+        metrics: Certified beside the loss; those with a margin must hold too.
         progress: For example ``rankfold.TerminalProgress()``.
         **settings: Fields of ``Settings``.
 
@@ -278,7 +333,9 @@ def compact(
         InputError: Names the input, what was expected, and what to do.
     """
     check_margin(margin)
-    return prepare(model, data, loss=loss, progress=progress, **settings).compact(margin=margin)
+    data = _enough_held_out(data, margin, metrics, settings)
+    prepared = prepare(model, data, loss=loss, metrics=metrics, progress=progress, **settings)
+    return prepared.compact(margin=margin, certified=certified)
 
 
 def prepare(
@@ -286,6 +343,7 @@ def prepare(
     data: object,
     *,
     loss: LossFunction | None = None,
+    metrics: Sequence[Metric] = (),
     progress: Progress | None = None,
     **settings: Any,
 ) -> Preparation:
@@ -297,10 +355,53 @@ def prepare(
         InputError: Names the input, what was expected, and what to do.
     """
     chosen = Settings(**settings)
+    _check_metrics(metrics)
     collected = collect(model, data, chosen, loss=loss, progress=progress)
     if chosen.damping == "auto":
         chosen = choose_damping(collected, chosen, progress=progress)
+    collected.metrics = tuple(metrics)
     return analyse(collected, chosen, progress=progress, release=True)
+
+
+def _check_metrics(metrics: Sequence[Metric]) -> None:
+    names = [metric.name for metric in metrics]
+    if len({*names, ACCURACY}) <= len(names):
+        raise InputError(
+            f"the metrics are called {', '.join(names)}; expected different names, none of them "
+            f"{ACCURACY}, which is measured where the task has one (accuracy_margin states how "
+            "much of it may be lost)."
+        )
+    for metric in metrics:
+        if metric.margin is not None:
+            check_metric_margin(metric.name, metric.margin)
+
+
+def _enough_held_out(
+    data: object, margin: float, metrics: Sequence[Metric], settings: Mapping[str, Any]
+) -> Data:
+    """The three parts, with a held-out part that could show that nothing changed.
+
+    Raises:
+        InputError: Says how many examples are needed.
+    """
+    chosen = Settings(**settings)
+    data = data if isinstance(data, Data) else split(data, chosen.seed)
+    units = len(data.held_out) if data.groups is None else len(set(map(str, data.groups)))
+    units = min(units, chosen.held_out_limit or units)
+    wanted = [(margin, chosen.largest_change, "--margin", "of the loss")]
+    wanted.append((chosen.accuracy_margin or 0.0, 1.0, "--accuracy-margin", "of the accuracy"))
+    wanted += [(m.margin or 0.0, 1.0, "margin", f"of the metric {m.name}") for m in metrics]
+    for within, largest, option, what in wanted:
+        least = None if largest is None else fewest_units(within, largest, chosen.confidence)
+        if least is not None and units < least:
+            raise InputError(
+                f"the held-out part has {units} independent examples: too few to show a change "
+                f"{what} of at most {within:g} with {chosen.confidence:.0%} confidence where one "
+                f"example may change by {largest:g}, even if none changes at all. That needs "
+                f"{least} examples. Give more held-out data (--held-out-limit), or state a larger "
+                f"{option}" + (", or a smaller --largest-change." if option == "--margin" else ".")
+            )
+    return data
 
 
 @dataclass
@@ -322,6 +423,9 @@ class Collected:
         calibration_loss: Mean loss of some calibration examples, or None.
         original: Losses of the model on the parts where they are known already.
         damping_trials: Dampings tried and the change on selection data that each gave.
+        metrics: The user's metrics.
+        original_metrics: Their values of the user's model on the held-out part, where known.
+        openings: Of the held-out part, by this process.
     """
 
     model: nn.Module
@@ -337,6 +441,9 @@ class Collected:
     calibration_loss: float | None
     original: dict[str, Evaluation] = field(default_factory=dict)
     damping_trials: list[tuple[Damping, float]] = field(default_factory=list)
+    metrics: tuple[Metric, ...] = ()
+    original_metrics: dict[str, Tensor] = field(default_factory=dict)
+    openings: list[Opening] = field(default_factory=list)
 
     def original_losses(self, part: str, batch_size: int | None, progress: Progress) -> Evaluation:
         """Losses of the user's model on a part, evaluated once."""
@@ -435,7 +542,15 @@ def _choose_parts(data: Data, task: Task, settings: Settings) -> dict[str, Part]
         name: select_part(data, name, limit or default, settings.seed)
         for name, limit, default in zip(PARTS, asked, defaults, strict=True)
     }
-    refuse_overlap(list(parts.values()))
+    if data.split_here:
+        parts = {part.name: part for part in without_copies(list(parts.values()))}
+    refuse_copies(list(parts.values()))
+    if settings.test == "betting":
+        # Bets need a random order, which nobody may choose: the data itself does.
+        held_out = parts["held_out"]
+        generator = torch.Generator().manual_seed(order_seed(held_out.digest))
+        order = torch.randperm(len(held_out.examples), generator=generator)
+        parts["held_out"] = held_out.take(order.tolist())
     return parts
 
 
@@ -672,7 +787,7 @@ class Preparation:
         past = Round(candidate.ratio, candidate.predicted, candidate.change, self._step_report())
         return replace(following, earlier=[*self.earlier, past], start=plan)
 
-    def compact(self, *, margin: float = DEFAULT_MARGIN) -> Result:
+    def compact(self, *, margin: float = DEFAULT_MARGIN, certified: bool = False) -> Result:
         """The smallest model within a margin; see ``rankfold.compact``."""
         check_margin(margin)
         stage = self
@@ -691,7 +806,43 @@ class Preparation:
         best = self._smallest_passing(tried, margin)
         if best is None:
             best = min(tried, key=lambda c: self._promising(c.change))
+        if certified:
+            return self._fixed_sequence(tried, margin)
         return best.stage._result("compact", best, margin, {}, tried)
+
+    def _fixed_sequence(self, tried: list[Candidate], margin: float) -> Result:
+        """Test sizes from mild to strong until the first that fails (Learn then Test).
+
+        Order and statements are fixed here, before the held-out part is opened; each size is
+        tested at the whole confidence, since a false "lossless" can only come from the first one
+        that is not (Angelopoulos et al. 2021).
+        """
+        sizes = {c.ratio: c for c in tried if math.isfinite(c.change.mean)}
+        order = [sizes[ratio] for ratio in sorted(sizes, reverse=True)] or tried[:1]
+        statements = [c.stage._statement(c, margin) for c in order]
+        certified: tuple[Candidate, Tested] | None = None
+        results: list[Tested | None] = [None] * len(order)
+        for place, (candidate, statement) in enumerate(zip(order, statements, strict=True)):
+            tested = results[place] = candidate.stage._test(candidate, statement)
+            if certified is None or tested.certificate.holds:
+                certified = (candidate, tested)
+            if not tested.certificate.holds:
+                break
+        assert certified is not None  # order has one at least
+        chosen, tested = certified
+        record_of_order = [
+            {
+                "ratio": c.ratio,
+                "upper_bound": r and r.certificate.upper_bound,
+                "verdict": r and r.certificate.verdict,
+                "model": r and r.digest,
+            }
+            for c, r in zip(order, results, strict=True)
+        ]
+        target = {"certified": True}
+        return chosen.stage._result(
+            "compact", chosen, margin, target, tried, tested=tested, order=record_of_order
+        )
 
     def _smallest_passing(self, tried: Sequence[Candidate], margin: float) -> Candidate | None:
         passing = [c for c in tried if self._promising(c.change) <= margin]
@@ -832,7 +983,8 @@ class Preparation:
             "selection", self.settings.batch_size, self.progress
         )
         change = paired_change(original, evaluation)
-        return Candidate(self, plan, model, share, self.predicted(plan), change)
+        differences = evaluation.losses - original.losses
+        return Candidate(self, plan, model, share, self.predicted(plan), change, differences)
 
     def _budget(self, size: float, size_of: SizeOf) -> float:
         _check_choice("size_of", size_of, get_args(SizeOf))
@@ -849,12 +1001,20 @@ class Preparation:
         """
         if not math.isfinite(change.mean):
             return math.inf
-        held_out = len(self.collected.parts["held_out"].examples)
-        deviation = change.standard_error * math.sqrt(change.examples)
-        bound = float(stats.t.ppf(self.settings.confidence, held_out - 1)) / math.sqrt(held_out)
+        settings, held_out = self.settings, self._held_out_units()
+        deviation = change.deviation
+        reach = settings.largest_change
+        if reach is not None:
+            reach = max(0.0, reach - change.mean)
+        bound = half_width(deviation, held_out, settings.confidence, settings.test, reach)
         quantile = float(stats.t.ppf(POWER, change.examples - 1))
-        luck = quantile * math.sqrt(1 / held_out + 1 / change.examples)
-        return change.mean + deviation * (bound + luck)
+        luck = quantile * deviation * math.sqrt(1 / held_out + 1 / change.examples)
+        return change.mean + bound + luck
+
+    def _held_out_units(self) -> int:
+        """Independent held-out units: examples, or the groups that they form."""
+        part = self.collected.parts["held_out"]
+        return len(part.examples) if part.groups is None else len(set(part.groups))
 
     def _search(self, margin: float, passes: float, seen: list[Candidate]) -> list[Candidate]:
         """Try plans on selection data, between the smallest that passes and the largest that fails.
@@ -994,6 +1154,82 @@ class Preparation:
             "flops": sum(self.collected.seen.flops.values()),
         }
 
+    def _statement(self, candidate: Candidate, margin: float) -> Statement:
+        """What will be claimed of a candidate, from its selection data alone."""
+        settings = self.settings
+        margins = {m.name: m.margin for m in self.collected.metrics if m.margin is not None}
+        if settings.accuracy_margin is not None:
+            margins[ACCURACY] = settings.accuracy_margin
+        return state(
+            candidate.change,
+            candidate.differences,
+            self._held_out_units(),
+            margin=margin,
+            confidence=settings.confidence,
+            test=settings.test,
+            largest_change=settings.largest_change,
+            metric_margins=margins,
+        )
+
+    def _test(self, candidate: Candidate, statement: Statement) -> Tested:
+        """Open the held-out part for a candidate."""
+        model = candidate.model if candidate.model is not None else self.build(candidate.plan)
+        collected, part = self.collected, self.collected.parts["held_out"]
+        original = self.original_held_out()
+        factorized = self._evaluate_until_shown(model, original, statement)
+        seen = len(factorized.losses)
+        values: dict[str, tuple[Tensor, Tensor]] = {}
+        for metric in collected.metrics:
+            before = collected.original_metrics.get(metric.name)
+            if before is None:
+                before = self._metric(metric, collected.model)
+                collected.original_metrics[metric.name] = before
+            values[metric.name] = (before, self._metric(metric, model))
+        examples, answers = example_digests(part, seen)
+        groups = None if part.groups is None else part.groups[:seen]
+        evidence = Evidence(examples, answers, _first(original, seen), factorized, groups, values)
+        digest = part.take(range(seen)).digest
+        certificate = evidence.certificate(statement, collected.task.unit, digest)
+        return Tested(model, statement, evidence, certificate, model_digest(model))
+
+    def _metric(self, metric: Metric, model: nn.Module) -> Tensor:
+        return metric_values(
+            metric,
+            model,
+            self.collected.parts["held_out"],
+            batch_size=self.settings.batch_size,
+            progress=self.progress,
+        )
+
+    def _evaluate_until_shown(
+        self, model: nn.Module, original: Evaluation, statement: Statement
+    ) -> Evaluation:
+        """Losses on the held-out part; the betting test stops once "lossless" is shown."""
+        stage = "factorized on held-out data"
+        if statement.test != "betting" or statement.metric_margins:
+            return self.held_out(model, stage)
+        part = self.collected.parts["held_out"]
+        count = len(part.examples)
+        chunk = max(FEWEST, math.ceil(count / LOOKS))
+        found: list[Evaluation] = []
+        for end in range(chunk, count + chunk, chunk):
+            piece = part.take(range(end - chunk, min(end, count)))
+            found.append(
+                evaluate(
+                    model,
+                    self.collected.task,
+                    piece,
+                    batch_size=self.settings.batch_size,
+                    progress=self.progress,
+                    stage=stage,
+                )
+            )
+            together = _joined(found)
+            seen = _first(original, len(together.losses))
+            if examples_seen(together.losses - seen.losses, seen.terms, statement) is not None:
+                break
+        return together
+
     def _result(
         self,
         algorithm: str,
@@ -1001,25 +1237,58 @@ class Preparation:
         margin: float,
         target: dict[str, Any],
         tried: list[Candidate],
+        tested: Tested | None = None,
+        order: Sequence[Mapping[str, Any]] = (),
     ) -> Result:
         """Open the held-out part for the chosen model, the original and the control."""
-        model = chosen.model if chosen.model is not None else self.build(chosen.plan)
-        original = self.original_held_out()
+        if tested is None:
+            tested = self._test(chosen, self._statement(chosen, margin))
         self.control_held_out()
-        factorized = self.held_out(model, "factorized on held-out data")
-        certificate = certify(
-            original,
-            factorized,
-            margin=margin,
-            confidence=self.settings.confidence,
-            unit=self.collected.task.unit,
-            data_digest=self.collected.parts["held_out"].digest,
+        certificate = tested.certificate
+        opening = Opening(
+            original=model_digest(self.collected.model),
+            models=tuple(entry["model"] for entry in order if entry["model"]) or (tested.digest,),
+            examples=tuple(digest[:SHORT] for digest in tested.evidence.examples),
+            verdict=certificate.verdict,
+            seed=self.settings.seed,
         )
-        return Result(
-            model=model,
-            certificate=certificate,
-            report=self._report(algorithm, chosen, model, certificate, target, tried, factorized),
+        past = history(opening, self.collected.openings)
+        self.collected.openings.append(opening)
+        record(opening)
+        report = self._report(
+            algorithm, chosen, tested.model, certificate, target, tried, tested.evidence
         )
+        parts = self.collected.parts
+        others = [part for name, part in parts.items() if name in PARTS[:2]]
+        document = make_document(
+            certificate,
+            tested.statement,
+            tested.evidence,
+            private=self.settings.private,
+            models={
+                "class": f"{type(tested.model).__module__}.{type(tested.model).__qualname__}",
+                "original": opening.original,
+                "factorized": tested.digest,
+            },
+            data={
+                "parts": report["data"],
+                "look_alikes": [asdict(p) for p in look_alikes(others, parts["held_out"])],
+                "history": asdict(past),
+            },
+            run={
+                "algorithm": algorithm,
+                "ratio": report["ratio"],
+                "task": report["task"],
+                "plan": {
+                    name: {"rank": c.rank, "second_rank": c.second_rank, "form": c.form}
+                    for name, c in chosen.plan.items()
+                },
+                "order": list(order),
+                "settings": report["settings"],
+                "versions": library_versions(),
+            },
+        )
+        return Result(tested.model, certificate, report, document)
 
     def _report(
         self,
@@ -1029,14 +1298,15 @@ class Preparation:
         certificate: Certificate,
         target: dict[str, Any],
         tried: list[Candidate],
-        factorized: Evaluation,
+        evidence: Evidence,
     ) -> dict[str, Any]:
         before, after = self.original_sizes, _sizes(model)
         layers = [self._layer_report(name, choice) for name, choice in chosen.plan.items()]
         after["factorizable_parameters"] = sum(entry["factorized_parameters"] for entry in layers)
         saved = sum(entry["flops"] - entry["factorized_flops"] for entry in layers)
         after["flops"] = before["flops"] - saved
-        original, control = self.original_held_out(), self._control
+        original, factorized = evidence.original, evidence.factorized
+        control = None if self._control is None else _first(self._control, len(original.losses))
         collected, settings = self.collected, asdict(self.settings)
         return {
             "algorithm": algorithm,
@@ -1179,6 +1449,7 @@ class Candidate:
         ratio: Share kept of the whole model, in the unit of the cost.
         predicted: Predicted change of the loss, or None.
         change: Measured change on selection data.
+        differences: ``(n,)`` changes of the selection examples.
     """
 
     stage: Preparation
@@ -1187,6 +1458,7 @@ class Candidate:
     ratio: float
     predicted: float | None
     change: Change
+    differences: Tensor
 
     @property
     def as_predicted(self) -> bool:
@@ -1196,6 +1468,25 @@ class Candidate:
         harm = self.change.mean - self.stage.gain
         foreseen = self.predicted - self.stage.gain
         return harm <= TRUSTED * foreseen + 2 * self.change.standard_error
+
+
+@dataclass(frozen=True)
+class Tested:
+    """A model that the held-out part was opened for.
+
+    Attributes:
+        model: The model.
+        statement: What was stated before.
+        evidence: Losses of every example.
+        certificate: What follows.
+        digest: Of the model's weights.
+    """
+
+    model: nn.Module
+    statement: Statement
+    evidence: Evidence
+    certificate: Certificate
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -1233,11 +1524,13 @@ class Result:
         model: The factorized copy; the original is untouched.
         certificate: Verdict, upper bound, margin, confidence, number of examples.
         report: Everything else, as in ``rankfold.json``: sizes, losses, layers, settings.
+        document: The certificate's file: what it was computed from, as ``rankfold verify`` reads.
     """
 
     model: nn.Module
     certificate: Certificate
     report: dict[str, Any]
+    document: Document
 
     @property
     def found(self) -> bool:
@@ -1261,7 +1554,12 @@ class Result:
             InputError: The folder can't be written.
         """
         return save_artifact(
-            folder, self.model, self.report, tokenizer=tokenizer, overwrite=overwrite
+            folder,
+            self.model,
+            self.report,
+            tokenizer=tokenizer,
+            overwrite=overwrite,
+            files=files(self.document),
         )
 
 
@@ -1281,6 +1579,26 @@ def check_size(size: float) -> None:
             f"the size is {size}; expected the share that is kept, above 0 and at most 1 "
             "(0.9 keeps 90 % of the parameters)."
         )
+
+
+def _first(evaluation: Evaluation, count: int) -> Evaluation:
+    """The evaluation of the first examples only."""
+    correct = evaluation.correct
+    return Evaluation(
+        evaluation.losses[:count],
+        evaluation.terms[:count],
+        None if correct is None else correct[:count],
+    )
+
+
+def _joined(found: Sequence[Evaluation]) -> Evaluation:
+    """The evaluations of consecutive examples as one."""
+    correct = [e.correct for e in found if e.correct is not None]
+    return Evaluation(
+        torch.cat([e.losses for e in found]),
+        torch.cat([e.terms for e in found]),
+        torch.cat(correct) if correct else None,
+    )
 
 
 def _sizes(model: nn.Module) -> dict[str, int]:
