@@ -8,7 +8,7 @@ from torch import nn
 
 import rankfold
 from rankfold import Data, InputError, compress
-from rankfold.compress import Settings
+from rankfold.compress import DAMPINGS, Settings
 from rankfold.conv_modules import CONV_FORMS
 from rankfold.modules import FORMS
 from rankfold.objectives import OBJECTIVES
@@ -200,7 +200,8 @@ def test_rounds_end_at_the_size_and_say_what_each_one_did() -> None:
     assert 0.4 < result.ratio <= 0.5
     past = result.report["rounds"]
     tried = result.report["selection"]
-    assert [entry["ratio"] <= 0.5 for entry in tried] == [True, True, True]
+    # One plan a round, and the best of them made again with measured interactions.
+    assert [entry["ratio"] <= 0.5 for entry in tried] == [True, True, True, True]
     assert result.report["factorized"]["parameters"] == model_parameters(result.model)
     assert all(0.5 < entry["ratio"] < 1 for entry in past)
     assert same_state(model, before)
@@ -251,6 +252,33 @@ def test_without_the_step_joint_is_kronecker() -> None:
     kronecker = rankfold.lossless(model, data, size=0.6, objective="kronecker")
     assert plain.report["step"] is None
     assert same_state(plain.model, state(kronecker.model))
+
+
+def test_damping_auto_takes_the_best_pair_of_those_tried() -> None:
+    model, data = trained_cnn(), image_data(200)
+    report = rankfold.lossless(model, data, size=0.5, damping="auto").report
+    trials = report["damping"]["trials"]
+    assert len(trials) == len({(t["input"], t["output"]) for t in trials}) == len(DAMPINGS)
+    best = min(trials, key=lambda trial: trial["change"])
+    chosen = {"input": report["damping"]["input"], "output": report["damping"]["output"]}
+    assert chosen == {"input": best["input"], "output": best["output"]}
+    again = rankfold.lossless(
+        model, data, size=0.5, damping=best["input"], output_damping=best["output"]
+    )
+    assert again.report["loss"] == report["loss"]
+    assert again.report["damping"]["trials"] == []
+
+
+def test_damping_auto_of_an_objective_without_grams_tries_nothing() -> None:
+    report = rankfold.lossless(
+        trained_cnn(), image_data(40), size=0.5, objective="svd", damping="auto"
+    ).report
+    assert report["damping"] == {"input": 0.1, "output": 0.1, "trials": []}
+
+
+def test_an_output_damping_beside_auto_is_refused() -> None:
+    with pytest.raises(InputError, match="leave output_damping out"):
+        Settings(damping="auto", output_damping=0.3)
 
 
 def test_the_report_states_the_harmless_range_of_each_layer() -> None:
@@ -372,7 +400,8 @@ def test_in_form_equals_a_preparation_in_that_form() -> None:
     pair = rankfold.prepare(trained_cnn(), image_data(40), form="pair")
     pivoted = rankfold.prepare(trained_cnn(), image_data(40), form="pivoted")
     assert ranks(pair.in_form("pivoted").lossless(0.5)) == ranks(pivoted.lossless(0.5))
-    assert ranks(pair.lossless(0.5)) != ranks(pivoted.lossless(0.5))
+    budget = 0.5 * pair.factorizable
+    assert pair.plan(budget) != pivoted.plan(budget)
 
 
 # Errors
@@ -406,6 +435,9 @@ def test_a_size_that_no_plan_reaches_is_refused_with_the_least_one() -> None:
         ("curvature", "exact"),
         ("damping", -1.0),
         ("damping", math.nan),
+        ("damping", "some"),
+        ("output_damping", -1.0),
+        ("output_damping", math.inf),
         ("confidence", 0.5),
         ("confidence", 1.0),
         ("limit", 3),
@@ -421,7 +453,7 @@ def test_a_size_that_no_plan_reaches_is_refused_with_the_least_one() -> None:
     ],
 )
 def test_settings_outside_their_range_are_refused_by_name(name: str, value: Any) -> None:
-    with pytest.raises(InputError, match=f"{name} is {value!r}"):
+    with pytest.raises(InputError, match=f"{name} is '?{value}"):
         Settings(**{name: value})
 
 

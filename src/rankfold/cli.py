@@ -174,8 +174,15 @@ class Factorizing(Reading):
         str, typer.Option(help="auto, empirical (from the labels) or sampled (from the model).")
     ] = Settings.curvature
     damping: Annotated[
-        float, typer.Option(help="Added to the Grams, as a share of their mean eigenvalue.")
-    ] = Settings.damping
+        str,
+        typer.Option(
+            help="Added to the Grams, as a share of their mean eigenvalue; auto: chosen on "
+            "selection data."
+        ),
+    ] = str(Settings.damping)
+    output_damping: Annotated[
+        float | None, typer.Option(help="The same for the Grams of gradients.", show_default="same")
+    ] = Settings.output_damping
     gradient_step: Annotated[
         bool,
         typer.Option(
@@ -193,6 +200,13 @@ class Factorizing(Reading):
     rounds: Annotated[
         int, typer.Option(help="Times that statistics are collected: 2 or more go in parts.")
     ] = Settings.rounds
+    interactions: Annotated[
+        bool,
+        typer.Option(
+            "--interactions/--no-interactions",
+            help="Plan again once a first plan has shown how the layers' errors add up.",
+        ),
+    ] = Settings.interactions
     seed: Annotated[int, typer.Option(help="Of the split, the draws, the sampled labels.")] = 0
     limit: Annotated[
         int | None,
@@ -223,6 +237,13 @@ class Factorizing(Reading):
             if field.name not in ("include", "exclude")
         }
         chosen.update(include=self.include or (), exclude=self.exclude or ())
+        if self.damping != "auto":
+            try:
+                chosen["damping"] = float(self.damping)
+            except ValueError:
+                raise InputError(
+                    f"damping is {self.damping!r}; expected a number, 0 or more, or auto."
+                ) from None
         Settings(**chosen)
         return chosen
 

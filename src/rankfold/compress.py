@@ -21,6 +21,7 @@ from rankfold.allocate import (
     Choice,
     Curve,
     RankPlan,
+    best_within_cost,
     merged,
     smallest_cost,
     total_change,
@@ -79,8 +80,16 @@ from rankfold.data import (
 from rankfold.errors import InputError
 from rankfold.factorize import low_rank_module, truncate
 from rankfold.integrations.transformers import own_text
+from rankfold.interactions import (
+    LARGEST_CORRECTION,
+    OTHER_SHARE_EXAMPLES,
+    SHARE_EXAMPLES,
+    corrections,
+    measured_shares,
+)
 from rankfold.layer_matrix import MatrixLayer, matrix_shape, weight_matrix
 from rankfold.layers import Skipped, find_layers
+from rankfold.linalg import Damping
 from rankfold.modules import FORMS, Form, factor_parameters
 from rankfold.objectives import (
     OBJECTIVES,
@@ -121,6 +130,9 @@ LOOKS = 16  # times that the betting test looks whether it may stop
 MOST_PLANS = 6  # plans that compact evaluates on selection data
 TRUSTED = 1.5  # measured / predicted cost of truncation up to which a round goes its whole way
 MOST_RETREATS = 3
+# What damping="auto" tries, of A and B, and at which share of the factorizable layers.
+DAMPINGS = (Damping(0.1, 0.1), Damping(0.01, 0.3), Damping(0.1, 1.0), Damping(0.5, 0.5))
+DAMPING_SIZE = 0.8
 REPORTED_RANKS = 16  # points of each layer's curve in the report, beside the last
 CLOSE_ENOUGH = 0.01  # share of the model's size at which compact's search stops
 
@@ -136,12 +148,16 @@ class Settings:
             each, or a Tucker-2 of three (``conv_modules``), where the objective predicts the loss.
         cost: What the size counts: ``parameters`` or ``flops``.
         curvature: ``empirical``, ``sampled``, or ``auto``: by what the calibration loss shows.
-        damping: Added to A and B, as a share of their mean eigenvalue.
+        damping: Added to A, as a share of its mean eigenvalue; ``auto`` chooses among ``DAMPINGS``
+            on selection data, for both Grams.
+        output_damping: The same for B; None for the value of ``damping``.
         gradient_step: Whether the joint objective moves the weights by its gradient term.
         step_estimator: How that term is estimated: ``cross-validated``, ``denoised`` or ``raw``.
         self_share: Share of the calibration examples that a language model writes itself, in
             place of the user's; see ``integrations.transformers.own_text``.
         rounds: Times that the statistics are collected: more than one compresses in parts.
+        interactions: Whether the plan is made again once a first one has shown each layer's share
+            in the change of all of them together; see ``interactions``.
         seed: Seeds the split, the choice of examples and sampled labels.
         limit: Calibration examples used; None for the task's default.
         selection_limit: Selection examples used, likewise.
@@ -166,11 +182,13 @@ class Settings:
     conv_forms: bool = True
     cost: Cost = "parameters"
     curvature: Curvature | Literal["auto"] = "auto"
-    damping: float = 0.1
+    damping: float | Literal["auto"] = 0.1
+    output_damping: float | None = None
     gradient_step: bool = True
     step_estimator: StepEstimator = "cross-validated"
     self_share: float = 0.0
     rounds: int = 1
+    interactions: bool = True
     seed: int = 0
     limit: int | None = None
     selection_limit: int | None = None
@@ -191,8 +209,16 @@ class Settings:
         _check_choice("cost", self.cost, get_args(Cost))
         _check_choice("curvature", self.curvature, ("auto", "empirical", "sampled"))
         _check_choice("step_estimator", self.step_estimator, STEP_ESTIMATORS)
-        if not (math.isfinite(self.damping) and self.damping >= 0):
-            raise InputError(f"damping is {self.damping}; expected a finite number, 0 or more.")
+        for name in ("damping", "output_damping"):
+            value = getattr(self, name)
+            known = value == "auto" if name == "damping" else value is None
+            if not (known or (not isinstance(value, str) and 0 <= value < math.inf)):
+                expected = "a finite number, 0 or more" + ", or auto" * (name == "damping")
+                raise InputError(f"{name} is {value}; expected {expected}.")
+        if self.damping == "auto" and self.output_damping is not None:
+            raise InputError(
+                "damping is auto, which chooses the output damping too; leave output_damping out."
+            )
         if self.rounds < 1:
             raise InputError(f"rounds is {self.rounds}; expected 1 or more.")
         if not 0 <= self.self_share <= 0.9:
@@ -218,6 +244,18 @@ class Settings:
                 raise InputError(f"{name} is {value}; expected at least 4 examples.")
         if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size}; expected 1 or more.")
+
+    @property
+    def dampings(self) -> Damping:
+        """Of A and of B.
+
+        Raises:
+            ValueError: They are still to be chosen.
+        """
+        if self.damping == "auto":
+            raise ValueError("the damping is chosen on selection data first; see prepare")
+        output = self.damping if self.output_damping is None else self.output_damping
+        return Damping(self.damping, output)
 
 
 def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
@@ -320,6 +358,8 @@ def prepare(
     chosen = Settings(**settings)
     _check_metrics(metrics)
     collected = collect(model, data, chosen, loss=loss, metrics=metrics, progress=progress)
+    if chosen.damping == "auto":
+        chosen = choose_damping(collected, chosen, progress=progress)
     return analyse(collected, chosen, progress=progress, release=True)
 
 
@@ -395,6 +435,7 @@ class Collected:
         metrics: The user's metrics.
         original_metrics: Their values of the user's model on the held-out part, where known.
         openings: Of the held-out part, by this process.
+        damping_trials: Dampings tried and the change on selection data that each gave.
     """
 
     model: nn.Module
@@ -412,6 +453,7 @@ class Collected:
     metrics: tuple[Metric, ...] = ()
     original_metrics: dict[str, Tensor] = field(default_factory=dict)
     openings: list[Opening] = field(default_factory=list)
+    damping_trials: list[tuple[Damping, float]] = field(default_factory=list)
 
     def original_losses(self, part: str, batch_size: int | None, progress: Progress) -> Evaluation:
         """Losses of the user's model on a part, evaluated once."""
@@ -598,7 +640,7 @@ def analyse(
         directions = step_directions(
             layers,
             collected.statistics,
-            settings.damping,
+            settings.dampings,
             progress,
             estimator=settings.step_estimator,
             release=release,
@@ -618,7 +660,7 @@ def analyse(
     for name, layer in progress.track(layers.items(), "spectra", len(layers)):
         statistics = collected.statistics.get(name)
         weight = step.moved(name, layer) if step else weight_matrix(layer)
-        spectra[name] = layer_spectrum(objective, weight, statistics, settings.damping)
+        spectra[name] = layer_spectrum(objective, weight, statistics, settings.dampings)
         curves[name] = layer_curve(
             objective,
             layer,
@@ -632,6 +674,32 @@ def analyse(
     offset = paired_change(original, start).mean
     prepared = Preparation(collected, settings, step, spectra, curves, curves, progress, offset)
     return prepared._with_conv_forms()
+
+
+def choose_damping(
+    collected: Collected, settings: Settings, *, progress: Progress | None = None
+) -> Settings:
+    """The settings with those of ``DAMPINGS`` that lose least on selection data.
+
+    Each is tried without the gradient step at ``DAMPING_SIZE`` of the factorizable layers; what
+    each gave is kept in ``collected.damping_trials``. An objective without Grams has nothing to
+    try and takes the first.
+
+    Raises:
+        InputError: As ``analyse``.
+    """
+    if not OBJECTIVES[settings.objective].needs_data:
+        return replace(settings, damping=DAMPINGS[0].input)
+    for damping in DAMPINGS:
+        trial = replace(
+            settings, damping=damping.input, output_damping=damping.output, gradient_step=False
+        )
+        prepared = analyse(collected, trial, progress=progress)
+        candidate = prepared.measure(prepared.plan(DAMPING_SIZE * prepared.factorizable))
+        collected.damping_trials.append((damping, candidate.change.mean))
+    finite = [(d, change) for d, change in collected.damping_trials if math.isfinite(change)]
+    best = min(finite, key=lambda trial: trial[1])[0] if finite else DAMPINGS[0]
+    return replace(settings, damping=best.input, output_damping=best.output)
 
 
 def _has_conv_forms(layer: nn.Module, settings: Settings) -> bool:
@@ -656,6 +724,7 @@ class Preparation:
         offset: Measured change on selection data of ``collected.base``, 0 in the first round.
         earlier: The rounds before this one.
         start: The plan that made ``collected.base``, None in the first round.
+        factors: By layer, what measured interactions made of its predictions; None before that.
     """
 
     collected: Collected
@@ -668,6 +737,7 @@ class Preparation:
     offset: float = 0.0
     earlier: list[Round] = field(default_factory=list)
     start: RankPlan | None = None
+    factors: dict[str, float] | None = None
     _control: Evaluation | None = None
 
     @property
@@ -704,7 +774,10 @@ class Preparation:
         for left in range(self.settings.rounds - 1, 0, -1):
             stage = stage.next_round(budget, left + 1)
             tried.append(stage.measure(stage.plan(budget)))
-        best = min(tried, key=lambda c: c.change.mean if math.isfinite(c.change.mean) else math.inf)
+        if self.corrects:
+            stage = _lowest(tried).stage.corrected(_lowest(tried))
+            tried.append(stage.measure(stage.plan(budget)))
+        best = _lowest(tried)
         target = {"size": size, "size_of": size_of}
         return best.stage._result("lossless", best, margin, target, tried)
 
@@ -744,15 +817,19 @@ class Preparation:
     def compact(self, *, margin: float = DEFAULT_MARGIN, certified: bool = False) -> Result:
         """The smallest model within a margin; see ``rankfold.compact``."""
         check_margin(margin)
-        tried = self._search(margin, float(self.total))
         stage = self
+        seen: list[Candidate] = []
+        if self.corrects:
+            first = self.measure(self._plan_for(margin))
+            stage, seen = self.corrected(first), [replace(first, model=None)]
+        tried = stage._search(margin, float(self.total), seen)
         for _ in range(self.settings.rounds - 1):
             best = self._smallest_passing(tried, margin)
             if best is None:
                 break  # fresh statistics make small models better, not large ones
-            stage = stage.next_round(total_cost(best.plan), rounds_left=2)
+            stage = best.stage.next_round(total_cost(best.plan), rounds_left=2)
             rest = self.total - self.factorizable
-            tried += stage._search(margin, float(rest + total_cost(best.plan)))
+            tried += stage._search(margin, float(rest + total_cost(best.plan)), [])
         best = self._smallest_passing(tried, margin)
         if best is None:
             best = min(tried, key=lambda c: self._promising(c.change))
@@ -842,7 +919,7 @@ class Preparation:
                 self._moved(name),
                 collected.statistics[name],
                 self.spectra[name],
-                settings.damping,
+                settings.dampings,
                 settings.form,
                 collected.cost_per_parameter(name, settings.cost),
                 sizes,
@@ -864,7 +941,7 @@ class Preparation:
         conv = cast("nn.Conv2d", layer)
         factors = conv_factors(
             self._moved(name).view_as(conv.weight),
-            *damped_grams(self.collected.statistics[name], self.settings.damping),
+            *damped_grams(self.collected.statistics[name], self.settings.dampings),
             cast("ConvForm", choice.form),
             choice.ranks,
             pivot=form == "pivoted",
@@ -966,17 +1043,23 @@ class Preparation:
         part = self.collected.parts["held_out"]
         return len(part.examples) if part.groups is None else len(set(part.groups))
 
-    def _search(self, margin: float, passes: float) -> list[Candidate]:
+    def _search(self, margin: float, passes: float, seen: list[Candidate]) -> list[Candidate]:
         """Try plans on selection data, between the smallest that passes and the largest that fails.
 
         Each trial corrects the prediction by the ratio of actual to predicted change; where
         nothing is predicted the bracket is halved. ``passes`` is a cost of the whole model that is
-        known to pass.
+        known to pass, ``seen`` are plans measured already; they count among those tried.
         """
         rest = self.total - self.factorizable
         fails = rest + smallest_cost(self.curves) - 1.0
+        tried = list(seen)
+        for candidate in seen:
+            spent = rest + total_cost(candidate.plan)
+            if self._promising(candidate.change) <= margin:
+                passes = min(passes, spent)
+            else:
+                fails = max(fails, spent)
         target = rest + self._cost_for(margin - self.gain, default=0.9 * self.factorizable)
-        tried: list[Candidate] = []
         while len(tried) < MOST_PLANS and passes - fails > CLOSE_ENOUGH * self.total:
             edge = 0.1 * (passes - fails)
             if math.isnan(target):
@@ -1009,9 +1092,61 @@ class Preparation:
             )
         return tried
 
+    def _plan_for(self, margin: float) -> RankPlan:
+        """The smallest plan predicted to be within a margin."""
+        plan = plan_for_change(self.objective, self.curves, margin - self.gain)
+        return self.plan(0.9 * self.factorizable) if plan is None else plan
+
     def _cost_for(self, tolerance: float, default: float) -> float:
         plan = plan_for_change(self.objective, self.curves, tolerance)
         return default if plan is None else float(total_cost(plan))
+
+    @property
+    def corrects(self) -> bool:
+        """Whether plans are made again with measured interactions."""
+        return self.settings.interactions and self.objective.allocation == "multiplier"
+
+    def corrected(self, measured: Candidate) -> Preparation:
+        """The curves with what a plan of theirs showed of each layer's share in the real change.
+
+        Each layer's predictions are brought towards its measured share (``interactions``), and
+        all of them to the change that the plan had on selection data, where it had one. A plan
+        whose loss is not finite shows nothing: then the curves stay.
+        """
+        if not math.isfinite(measured.change.mean):
+            return self
+        collected = self.collected
+        before = with_replaced(collected.base, {}, {n: self._moved(n) for n in collected.layers})
+        after = with_replaced(
+            collected.base, {}, {n: self.weight(n, choice) for n, choice in measured.plan.items()}
+        )
+        few = SHARE_EXAMPLES.get(collected.task.name, OTHER_SHARE_EXAMPLES)
+        calibration = collected.parts["calibration"]
+        shares = measured_shares(
+            before,
+            after,
+            collected.task,
+            as_part("calibration", calibration.examples[:few], calibration.collate),
+            list(collected.layers),
+            batch_size=self.settings.batch_size,
+            progress=self.progress,
+        )
+        predicted = {name: choice.change for name, choice in measured.plan.items()}
+        factors = corrections(shares, predicted)
+        foreseen = math.fsum(factors[name] * change for name, change in predicted.items())
+        harm = measured.change.mean - self.gain
+        level = harm / foreseen if harm > 0 and foreseen > 0 else 1.0
+        level = min(LARGEST_CORRECTION, max(1 / LARGEST_CORRECTION, level))
+
+        def rescaled(curves: Mapping[str, Curve]) -> dict[str, Curve]:
+            return {
+                name: replace(curve, changes=curve.changes * (level * factors[name]))
+                for name, curve in curves.items()
+            }
+
+        return replace(
+            self, ranked=rescaled(self.ranked), curves=rescaled(self.curves), factors=factors
+        )
 
     def held_out(self, model: nn.Module, stage: str) -> Evaluation:
         """Losses of a model on the held-out examples."""
@@ -1230,6 +1365,15 @@ class Preparation:
             },
             "accuracy": {"original": original.accuracy, "factorized": factorized.accuracy},
             "certificate": certificate.as_dict(),
+            "allocation": self._allocation_report(chosen.plan),
+            "damping": {
+                "input": self.settings.dampings.input,
+                "output": self.settings.dampings.output,
+                "trials": [
+                    {"input": damping.input, "output": damping.output, "change": _finite(change)}
+                    for damping, change in collected.damping_trials
+                ],
+            },
             "curvature": collected.curvature,
             "calibration_loss": collected.calibration_loss,
             "step": self._step_report(),
@@ -1250,6 +1394,14 @@ class Preparation:
             "layers": layers,
             "not_factorized": [asdict(entry) for entry in collected.skipped],
         }
+
+    def _allocation_report(self, plan: RankPlan) -> dict[str, float] | None:
+        """How far the plan may be from the best one of its cost, by the curves it was made with."""
+        if self.objective.allocation != "multiplier":
+            return None
+        best = best_within_cost(self.curves, total_cost(plan))
+        predicted = total_change(plan)
+        return {"predicted_cost": predicted, "gap": max(0.0, predicted - best.bound)}
 
     def _layer_report(self, name: str, choice: Choice) -> dict[str, Any]:
         layer = self.collected.layers[name]
@@ -1284,6 +1436,7 @@ class Preparation:
             "factorized_flops": flops,
             "predicted_change": choice.change if self.objective.predicts_loss else None,
             "predicted_by_rank": self._predicted_by_rank(name),
+            "interaction_factor": None if self.factors is None else self.factors[name],
             "harmless_range": None if self.step is None else asdict(self.harmless_range(name)),
         }
 
@@ -1435,6 +1588,11 @@ class Result:
             overwrite=overwrite,
             files=files(self.document),
         )
+
+
+def _lowest(tried: Sequence[Candidate]) -> Candidate:
+    """The candidate with the lowest measured loss."""
+    return min(tried, key=lambda c: c.change.mean if math.isfinite(c.change.mean) else math.inf)
 
 
 def check_size(size: float) -> None:

@@ -78,6 +78,16 @@ def result_lines(report: dict[str, Any]) -> list[str]:
             f"of this, the gradient step alone gives {loss['control_change']:+.4f} (control: the "
             "dense model moved by the same step; it adapts the model to the calibration data)"
         )
+    allocation = report.get("allocation")
+    if allocation is not None:
+        gap = allocation["gap"]
+        proof = f"at most {gap:.1e} above the lowest" if gap else "proven the lowest"
+        factors = [layer.get("interaction_factor") for layer in report["layers"]]
+        how = ", with measured interactions" if any(factors) else ""
+        lines.append(
+            f"ranks: predicted cost of truncation {allocation['predicted_cost']:+.4f}{how}, "
+            f"{proof} of this size"
+        )
     style = VERDICT_STYLE[certificate["verdict"]]
     lines.append(
         f"verdict: [{style}]{certificate['verdict']}[/]: with {certificate['confidence']:.0%} "
