@@ -571,7 +571,12 @@ def test_a_users_metric_is_certified_beside_the_loss_and_verified(tmp_path: Path
     assert strictly.certificate.verdict == "not shown"
 
 
-def test_bad_metrics_are_refused() -> None:
+def test_bad_metrics_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def worked(*_: object, **__: object) -> None:
+        raise AssertionError("statistics were collected")
+
+    monkeypatch.setattr(compress, "collect_statistics", worked)
+
     def run(function: Any, name: str = "m", margin: float | None = 0.5, count: int = 40) -> None:
         metric = rankfold.Metric(name, function, margin)
         rankfold.lossless(mlp(), pair_data(count), size=0.9, metrics=[metric])
@@ -590,6 +595,14 @@ def test_bad_metrics_are_refused() -> None:
         run(confidence_metric, margin=0.05, count=20)
 
 
+def test_an_accuracy_margin_needs_a_task_with_accuracy() -> None:
+    def own(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    with pytest.raises(InputError, match="the task custom has no accuracy"):
+        rankfold.lossless(mlp(), pair_data(40), size=0.9, loss=own, accuracy_margin=0.5)
+
+
 def test_groups_are_the_units_of_the_certificate(tmp_path: Path) -> None:
     parts = (images(60, 11), images(60, 12), images(60, 13))
     groups = [f"document {i // 6}" for i in range(60)]
@@ -602,6 +615,10 @@ def test_groups_are_the_units_of_the_certificate(tmp_path: Path) -> None:
         trained_cnn(), Data(*parts, groups=groups), size=0.8, held_out_limit=30
     )
     assert some.certificate.examples == 30 and some.certificate.units <= 10
+    with pytest.raises(InputError, match="come in groups; use the test bounded"):
+        rankfold.lossless(trained_cnn(), Data(*parts, groups=groups), size=0.8, test="betting")
+    with pytest.raises(InputError, match="form one group; a bound needs 2"):
+        rankfold.lossless(trained_cnn(), Data(*parts, groups=["a"] * 60), size=0.8)
     with pytest.raises(InputError, match="59 groups for 60 held-out examples"):
         Data(*parts, groups=groups[1:])
 

@@ -29,7 +29,7 @@ from rankfold.certify import DEFAULT_CONFIDENCE, DEFAULT_MARGIN, TESTS, check_ma
 from rankfold.compress import Result, Settings, check_size
 from rankfold.compress import compact as compact_model
 from rankfold.compress import lossless as lossless_model
-from rankfold.data import Data
+from rankfold.data import PARTS, Data
 from rankfold.demo import run_demo
 from rankfold.errors import InputError
 from rankfold.inputs import (
@@ -470,7 +470,7 @@ def verify(
         found = verify_artifact(
             folder,
             opened.model,
-            open_examples(data, opened, options.data_options()),
+            open_examples(data, opened, options.data_options(), part=PARTS.index("held_out")),
             original=original,
             batch_size=options.batch_size,
             progress=TerminalProgress(),

@@ -56,6 +56,7 @@ from rankfold.certify import (
     TestName,
     check_margin,
     check_metric_margin,
+    check_metric_values,
     examples_seen,
     fewest_units,
     half_width,
@@ -356,10 +357,9 @@ def prepare(
     """
     chosen = Settings(**settings)
     _check_metrics(metrics)
-    collected = collect(model, data, chosen, loss=loss, progress=progress)
+    collected = collect(model, data, chosen, loss=loss, metrics=metrics, progress=progress)
     if chosen.damping == "auto":
         chosen = choose_damping(collected, chosen, progress=progress)
-    collected.metrics = tuple(metrics)
     return analyse(collected, chosen, progress=progress, release=True)
 
 
@@ -388,6 +388,16 @@ def _enough_held_out(
     data = data if isinstance(data, Data) else split(data, chosen.seed)
     units = len(data.held_out) if data.groups is None else len(set(map(str, data.groups)))
     units = min(units, chosen.held_out_limit or units)
+    if data.groups is not None and chosen.test == "betting":
+        raise InputError(
+            "the betting test looks at single examples, but the held-out examples come in groups; "
+            "use the test bounded."
+        )
+    if units < 2:
+        raise InputError(
+            "the held-out examples form one group; a bound needs 2 independent ones or more. Give "
+            "examples of more groups (documents)."
+        )
     wanted = [(margin, chosen.largest_change, "--margin", "of the loss")]
     wanted.append((chosen.accuracy_margin or 0.0, 1.0, "--accuracy-margin", "of the accuracy"))
     wanted += [(m.margin or 0.0, 1.0, "margin", f"of the metric {m.name}") for m in metrics]
@@ -422,10 +432,10 @@ class Collected:
         curvature: Where B came from, or None.
         calibration_loss: Mean loss of some calibration examples, or None.
         original: Losses of the model on the parts where they are known already.
-        damping_trials: Dampings tried and the change on selection data that each gave.
         metrics: The user's metrics.
         original_metrics: Their values of the user's model on the held-out part, where known.
         openings: Of the held-out part, by this process.
+        damping_trials: Dampings tried and the change on selection data that each gave.
     """
 
     model: nn.Module
@@ -440,10 +450,10 @@ class Collected:
     curvature: Curvature | None
     calibration_loss: float | None
     original: dict[str, Evaluation] = field(default_factory=dict)
-    damping_trials: list[tuple[Damping, float]] = field(default_factory=list)
     metrics: tuple[Metric, ...] = ()
     original_metrics: dict[str, Tensor] = field(default_factory=dict)
     openings: list[Opening] = field(default_factory=list)
+    damping_trials: list[tuple[Damping, float]] = field(default_factory=list)
 
     def original_losses(self, part: str, batch_size: int | None, progress: Progress) -> Evaluation:
         """Losses of the user's model on a part, evaluated once."""
@@ -492,6 +502,7 @@ def collect(
     settings: Settings,
     *,
     loss: LossFunction | None = None,
+    metrics: Sequence[Metric] = (),
     progress: Progress | None = None,
 ) -> Collected:
     """Find the layers, choose the examples, and pass over the calibration part once.
@@ -503,10 +514,12 @@ def collect(
     data = data if isinstance(data, Data) else split(data, settings.seed)
     task = recognise_task(select_part(data, "calibration", 1, settings.seed), loss)
     parts = _choose_parts(data, task, settings)
+    _try_metrics(model, task, parts["calibration"].take([0]), metrics, settings)
     _add_own_text(model, task, parts, settings, progress)
     calibration = parts["calibration"]
     seen = trace(model, task, calibration)
     collected = Collected(model, model, model, task, parts, layers, skipped, seen, {}, None, None)
+    collected.metrics = tuple(metrics)
     collected.leave_dense("not called in a forward pass", [n for n in layers if n not in seen.rows])
     _require_layers(collected)
     objective = OBJECTIVES[settings.objective]
@@ -524,6 +537,20 @@ def collect(
         collected.leave_dense("the calibration data gave it no input or no gradient", silent)
         _require_layers(collected)
     return collected
+
+
+def _try_metrics(
+    model: nn.Module, task: Task, one: Part, metrics: Sequence[Metric], settings: Settings
+) -> None:
+    """Refuse metrics that the certificate could not use, on one example and before any work."""
+    if settings.accuracy_margin is not None and evaluate(model, task, one).correct is None:
+        raise InputError(
+            f"accuracy_margin is {settings.accuracy_margin}, but the task {task.name} has no "
+            "accuracy; give a metric of your own (metrics=) or leave accuracy_margin out."
+        )
+    for metric in metrics:
+        values = metric_values(metric, model, one)
+        check_metric_values(metric.name, "original", values, len(one.examples))
 
 
 def _require_layers(collected: Collected) -> None:

@@ -191,7 +191,8 @@ def open_examples(spec: str, opened: OpenedModel, options: DataOptions, part: in
     if spec == SELF:
         return _own_text(opened, options, part)
     if source_kind(spec) == "python":
-        return as_examples(_called(spec))[0]
+        found = _called(spec)
+        return as_examples(getattr(found, PARTS[part]) if isinstance(found, Data) else found)[0]
     return _examples(spec, opened, options)
 
 
