@@ -281,6 +281,8 @@ class _Recorder:
     def _gradients(
         self, loss: Tensor, weights: list[Tensor], *, listening: bool, keep: bool = False
     ) -> tuple[Tensor | None, ...]:
+        if not loss.requires_grad:  # no watched layer had a part in it
+            return (None,) * len(weights)
         self.listening = listening
         try:
             return torch.autograd.grad(loss, weights, retain_graph=keep, allow_unused=True)

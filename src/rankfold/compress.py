@@ -81,6 +81,7 @@ from rankfold.sizes import model_parameters, safetensors_bytes, stored_tensors
 from rankfold.spectrum import STEP_ESTIMATORS, HarmlessRange, Spectrum, StepEstimator
 from rankfold.step import Step, search_step, step_directions
 from rankfold.tasks import Evaluation, LossFunction, Task, evaluate, recognise_task
+from rankfold.unpack import Unpacked, unpack
 
 Cost: TypeAlias = Literal["parameters", "flops"]
 SizeOf: TypeAlias = Literal["model", "factorizable"]
@@ -268,7 +269,7 @@ class Collected:
     """A model, its data, and what one pass over the calibration examples showed.
 
     Attributes:
-        model: The user's model.
+        model: The user's model, unpacked: the same function from plain layers.
         base: The model whose weights are factorized: the user's own, or in a later round what
             the one before made of it.
         dense: The user's model moved by the steps of earlier rounds, for the control.
@@ -280,6 +281,7 @@ class Collected:
         statistics: By layer; empty for objectives that need none.
         curvature: Where B came from, or None.
         calibration_loss: Mean loss of some calibration examples, or None.
+        unpacked: The user's own model, and what was replaced in it.
         original: Losses of the model on the parts where they are known already.
     """
 
@@ -294,6 +296,7 @@ class Collected:
     statistics: dict[str, LayerStatistics]
     curvature: Curvature | None
     calibration_loss: float | None
+    unpacked: Unpacked
     original: dict[str, Evaluation] = field(default_factory=dict)
 
     def original_losses(self, part: str, batch_size: int | None, progress: Progress) -> Evaluation:
@@ -301,7 +304,7 @@ class Collected:
         if part not in self.original:
             stage = f"original on {part.replace('_', '-')} data"
             self.original[part] = evaluate(
-                self.model,
+                self.unpacked.given,
                 self.task,
                 self.parts[part],
                 batch_size=batch_size,
@@ -326,7 +329,7 @@ class Collected:
 
     def cost_per_parameter(self, name: str, cost: Cost) -> int:
         """1 for parameters; for FLOPs a multiply-add for each row of one example."""
-        return 1 if cost == "parameters" else 2 * self.seen.rows[name]
+        return 1 if cost == "parameters" else 2 * self.seen.rows.get(name, 0)
 
     def leave_dense(self, reason: str, names: Iterable[str]) -> None:
         """Move layers to the skipped ones."""
@@ -350,6 +353,8 @@ def collect(
     Raises:
         InputError: Names the input, what was expected, and what to do.
     """
+    unpacked = unpack(model)
+    model = unpacked.model
     layers, skipped = find_layers(model, settings.include, settings.exclude)
     data = data if isinstance(data, Data) else split(data, settings.seed)
     task = recognise_task(select_part(data, "calibration", 1, settings.seed), loss)
@@ -357,10 +362,14 @@ def collect(
     _add_own_text(model, task, parts, settings, progress)
     calibration = parts["calibration"]
     seen = trace(model, task, calibration)
-    collected = Collected(model, model, model, task, parts, layers, skipped, seen, {}, None, None)
-    collected.leave_dense("not called in a forward pass", [n for n in layers if n not in seen.rows])
-    _require_layers(collected)
+    collected = Collected(
+        model, model, model, task, parts, layers, skipped, seen, {}, None, None, unpacked
+    )
     objective = OBJECTIVES[settings.objective]
+    if not objective.needs_data:
+        unseen = [name for name in layers if name not in seen.rows]
+        collected.leave_dense("not called in a forward pass", unseen)
+    _require_layers(collected)
     if objective.needs_data:
         collected.calibration_loss, classes = calibration_loss(model, task, calibration)
         if objective.needs_backward:
@@ -371,6 +380,8 @@ def collect(
                 else cast("Curvature", settings.curvature)
             )
         collected.observe(settings, progress)
+        unreached = [name for name in layers if name not in collected.statistics]
+        collected.leave_dense("not called in a forward pass on the calibration data", unreached)
         silent = [name for name, stats in collected.statistics.items() if stats.is_silent]
         collected.leave_dense("the calibration data gave it no input or no gradient", silent)
         _require_layers(collected)
@@ -658,7 +669,7 @@ class Preparation:
         several = [n for n, layer in collected.layers.items() if _has_conv_forms(layer, settings)]
         for name in self.progress.track(several, "conv forms", len(several)) if several else ():
             layer = cast("nn.Conv2d", collected.layers[name])
-            sizes = collected.seen.image_sizes[name] if settings.cost == "flops" else None
+            sizes = collected.seen.image_sizes.get(name, ()) if settings.cost == "flops" else None
             other = conv_curve(
                 layer,
                 self._moved(name),
@@ -854,7 +865,7 @@ class Preparation:
         """Parameters, those of the layers that can be factorized, bytes, FLOPs of one example."""
         layers = self.collected.layers.values()
         return {
-            **_sizes(self.collected.model),
+            **_sizes(self.collected.unpacked.given),
             "factorizable_parameters": sum(layer.weight.numel() for layer in layers),
             "flops": sum(self.collected.seen.flops.values()),
         }
@@ -951,6 +962,7 @@ class Preparation:
                 for name, part in collected.parts.items()
             },
             "layers": layers,
+            "unpacked": self.collected.unpacked.names,
             "not_factorized": [asdict(entry) for entry in collected.skipped],
         }
 
@@ -958,7 +970,7 @@ class Preparation:
         layer = self.collected.layers[name]
         out, in_ = matrix_shape(layer)
         dense, pivoted = out * in_, self.settings.form == "pivoted"
-        rows = self.collected.seen.rows[name]
+        rows = self.collected.seen.rows.get(name, 0)
         form: str | None = None
         kept, flops = dense, 2 * rows * dense
         if choice.rank is not None and (choice.form is None or choice.form in FORMS):
@@ -969,7 +981,7 @@ class Preparation:
             conv, form = cast("nn.Conv2d", layer), choice.form
             shape, of_conv = tuple(conv.weight.shape), cast("ConvForm", choice.form)
             kept = conv_factor_parameters(shape, of_conv, choice.ranks, pivoted)
-            sizes = self.collected.seen.image_sizes[name]
+            sizes = self.collected.seen.image_sizes.get(name, ())
             flops = sum(conv_factor_flops(conv, of_conv, choice.ranks, *size) for size in sizes)
         return {
             "name": name,
