@@ -51,6 +51,7 @@ from rankfold.tables import (
     plain_console,
     print_result,
 )
+from rankfold.tasks import TASKS
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGE_BLOCK = 2_000_000  # bytes
@@ -128,6 +129,13 @@ class Factorizing(Reading):
         float, typer.Option(help="Change of the mean loss that counts as no harm, in nats.")
     ] = DEFAULT_MARGIN
     confidence: Annotated[float, typer.Option(help="Of the certificate.")] = DEFAULT_CONFIDENCE
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{', '.join(TASKS)}; teacher needs no labels. (default: as the model and the "
+            "data show)"
+        ),
+    ] = Settings.task
     objective: Annotated[str, typer.Option(help=f"What is minimised: {', '.join(OBJECTIVES)}.")] = (
         Settings.objective
     )

@@ -59,7 +59,7 @@ from rankfold.data import (
 )
 from rankfold.errors import InputError
 from rankfold.factorize import low_rank_module, truncate
-from rankfold.integrations.transformers import own_text
+from rankfold.integrations.transformers import own_text, task_hint
 from rankfold.layer_matrix import MatrixLayer, matrix_shape, weight_matrix
 from rankfold.layers import Skipped, find_layers
 from rankfold.modules import FORMS, Form, factor_parameters
@@ -80,7 +80,14 @@ from rankfold.replace import with_replaced
 from rankfold.sizes import model_parameters, safetensors_bytes, stored_tensors
 from rankfold.spectrum import STEP_ESTIMATORS, HarmlessRange, Spectrum, StepEstimator
 from rankfold.step import Step, search_step, step_directions
-from rankfold.tasks import Evaluation, LossFunction, Task, evaluate, recognise_task
+from rankfold.tasks import (
+    Evaluation,
+    LossFunction,
+    Task,
+    TaskName,
+    evaluate,
+    recognise_task,
+)
 from rankfold.unpack import Unpacked, unpack
 
 Cost: TypeAlias = Literal["parameters", "flops"]
@@ -103,6 +110,7 @@ class Settings:
     """Everything that decides the result, recorded in the artifact.
 
     Attributes:
+        task: One of ``TASKS``; None to recognise it from the model and the data.
         objective: What is minimised; one of ``OBJECTIVES``.
         form: ``pivoted`` (fewest parameters) or ``pair`` (two stock layers).
         conv_forms: Whether a conv with several taps may also become two convs along one axis
@@ -128,6 +136,7 @@ class Settings:
         InputError: A value is not one of those allowed.
     """
 
+    task: TaskName | None = None
     objective: ObjectiveName = "joint"
     form: Form = "pivoted"
     conv_forms: bool = True
@@ -179,7 +188,7 @@ def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 # Examples used by default: calibration, selection, held-out. A sequence has hundreds of terms.
-DEFAULT_LIMITS = {"causal-lm": (64, 32, 128)}
+DEFAULT_LIMITS = dict.fromkeys(("causal-lm", "masked-lm", "seq2seq"), (64, 32, 128))
 OTHER_LIMITS = (2048, 2048, 10000)
 
 
@@ -357,7 +366,9 @@ def collect(
     model = unpacked.model
     layers, skipped = find_layers(model, settings.include, settings.exclude)
     data = data if isinstance(data, Data) else split(data, settings.seed)
-    task = recognise_task(select_part(data, "calibration", 1, settings.seed), loss)
+    sample = select_part(data, "calibration", 1, settings.seed)
+    originals = (unpacked.given, model)
+    task = recognise_task(sample, loss, settings.task, originals, task_hint(model))
     parts = _choose_parts(data, task, settings)
     _add_own_text(model, task, parts, settings, progress)
     calibration = parts["calibration"]
@@ -463,7 +474,7 @@ def analyse(
             stage="start of the round on selection data",
         )
     step = None
-    if objective.step and settings.gradient_step:
+    if objective.step and settings.gradient_step and not task.agreement:
         directions = step_directions(
             layers,
             collected.statistics,
@@ -918,6 +929,7 @@ class Preparation:
             "algorithm": algorithm,
             "target": {**target, "margin": certificate.margin},
             "task": collected.task.name,
+            "agreement": collected.task.agreement,
             "settings": {
                 **settings,
                 "include": [*settings["include"]],
