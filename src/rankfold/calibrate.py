@@ -275,7 +275,8 @@ class _Recorder:
         if half is None:
             return
         for name, gradient in zip(self.layers, gradients, strict=True):
-            if gradient is not None:
+            # A weight may be read without its layer being called: then nothing else is known of it.
+            if gradient is not None and name in self.sums:
                 self.sums[name].gradients[half].add_(gradient.flatten(1))
 
     def _gradients(

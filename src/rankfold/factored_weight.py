@@ -64,6 +64,18 @@ class FactoredWeight(Tensor):
                 return func(*args, **given)
             return func(*tree_map(_multiplied, tuple(args)), **tree_map(_multiplied, given))
 
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """The same for what reaches the weight below ``__torch_function__``."""
+        given = tree_map(_multiplied, dict(kwargs or {}))
+        return func(*tree_map(_multiplied, tuple(args)), **given)
+
 
 def _multiplied(value: Any) -> Any:
     return value.product() if isinstance(value, FactoredWeight) else value

@@ -105,7 +105,7 @@ def _reason(
         return "it holds no matrix"
     if isinstance(module, _CONVS) and (reason := groups_reason(module)) is not None:
         return reason
-    if type(module) is not nn.Linear and type(module) is not nn.Conv2d:
+    if plain_kind(module) not in (nn.Linear, nn.Conv2d):
         if name == "":
             return "the model is this one layer: wrap it in a module so that it can be replaced"
         return f"a {type(module).__name__} can't be factorized yet ({SUPPORTED})"
@@ -128,6 +128,21 @@ def _reason(
         return "its matrix has rank 1 already"
     if max(out, in_) > LARGEST_SIDE:
         return f"a side of {max(out, in_)} features is above the limit of {LARGEST_SIDE}"
+    return None
+
+
+def plain_kind(module: nn.Module) -> type[nn.Module] | None:
+    """Linear or the kind of conv that a module is, or None.
+
+    A subclass that computes what its parent does is one too, whatever it is called.
+    """
+    for kind in (nn.Linear, *_CONVS):
+        same = all(
+            getattr(type(module), name, None) is getattr(kind, name, None)
+            for name in ("forward", "_conv_forward")
+        )
+        if isinstance(module, kind) and same:
+            return kind
     return None
 
 

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from rankfold.errors import InputError
 from rankfold.integrations.transformers_layers import unpack_transformers_layer
-from rankfold.layers import groups_reason
+from rankfold.layers import groups_reason, plain_kind
 from rankfold.modes import evaluation_mode
 from rankfold.replace import put_modules
 from rankfold.unpacked_modules import (
@@ -190,11 +190,11 @@ def _plain(module: nn.Module) -> nn.Module | None:
         return inner
     if parametrize.is_parametrized(module) or _weight_hooks(module):
         return _baked(module)
-    kind = type(module)
-    if kind is nn.MultiheadAttention:
-        return UnpackedAttention(cast("nn.MultiheadAttention", module))
-    conv = cast("nn.Conv2d", module)
-    if kind in (nn.Conv1d, nn.ConvTranspose1d, nn.Conv2d, nn.ConvTranspose2d):
+    if type(module) is nn.MultiheadAttention:
+        return UnpackedAttention(module)
+    kind = plain_kind(module)
+    if kind is not None and kind is not nn.Linear:
+        conv = cast("nn.Conv2d", module)
         if groups_reason(conv) is not None:
             return None
         if kind in (nn.Conv1d, nn.ConvTranspose1d):

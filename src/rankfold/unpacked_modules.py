@@ -83,11 +83,12 @@ class UnpackedGroups(nn.Module):
         if transposed:
             options["output_padding"] = conv.output_padding
         self.channels = conv.in_channels // groups
+        kind = next(k for k in type(conv).__mro__ if k.__module__ == nn.Conv2d.__module__)
         parts = []
         for weight, bias in zip(weights, biases, strict=True):
             out = conv.out_channels // groups
             part = _empty(
-                type(conv), weight, self.channels, out, conv.kernel_size,
+                kind, weight, self.channels, out, conv.kernel_size,
                 bias=bias is not None, **options,
             )  # fmt: skip
             parts.append(_filled(part, weight, bias))
