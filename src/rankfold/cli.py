@@ -62,8 +62,8 @@ MODEL_HELP = (
     "nn.Module."
 )
 DATA_HELP = (
-    "A UTF-8 text file, an .npz with x and y, a folder of class folders of images, "
-    "file.py:function giving a data set, or self: text that a language model writes itself."
+    "A UTF-8 text file, a .jsonl, .csv or .tsv, an .npz with x and y, a folder of class folders of "
+    "images, file.py:function giving a data set, or self: text that a language model writes itself."
 )
 
 app = typer.Typer(
@@ -90,6 +90,20 @@ class Reading:
     length: Annotated[int | None, typer.Option(help="Tokens a window of text. (default: 512)")] = (
         None
     )
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{', '.join(TASKS)}; teacher needs no labels. (default: as the model and the "
+            "data show)"
+        ),
+    ] = Settings.task
+    text_column: Annotated[
+        str | None, typer.Option(help="Of a .jsonl, .csv or .tsv. (default: text)")
+    ] = None
+    label_column: Annotated[str | None, typer.Option(help="Likewise. (default: label)")] = None
+    target_column: Annotated[
+        str | None, typer.Option(help="Likewise, of seq2seq. (default: target)")
+    ] = None
     batch_size: Annotated[int | None, typer.Option(help="Examples a batch. (default: fits)")] = None
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = (
         False
@@ -102,6 +116,10 @@ class Reading:
             std=_numbers("--std", self.std),
             image_size=self.image_size,
             length=self.length,
+            task=self.task,
+            text_column=self.text_column,
+            label_column=self.label_column,
+            target_column=self.target_column,
             seed=seed,
         )
 
@@ -129,13 +147,6 @@ class Factorizing(Reading):
         float, typer.Option(help="Change of the mean loss that counts as no harm, in nats.")
     ] = DEFAULT_MARGIN
     confidence: Annotated[float, typer.Option(help="Of the certificate.")] = DEFAULT_CONFIDENCE
-    task: Annotated[
-        str | None,
-        typer.Option(
-            help=f"{', '.join(TASKS)}; teacher needs no labels. (default: as the model and the "
-            "data show)"
-        ),
-    ] = Settings.task
     objective: Annotated[str, typer.Option(help=f"What is minimised: {', '.join(OBJECTIVES)}.")] = (
         Settings.objective
     )
@@ -380,6 +391,7 @@ def evaluate(
             opened,
             open_examples(data, opened, options.data_options()),
             limit=limit,
+            name=options.task,
             batch_size=options.batch_size,
             progress=TerminalProgress(),
         )

@@ -105,7 +105,8 @@ def _reason(
         return "it holds no matrix"
     if isinstance(module, _CONVS) and (reason := groups_reason(module)) is not None:
         return reason
-    if plain_kind(module) not in (nn.Linear, nn.Conv2d):
+    plain = plain_kind(module) in (nn.Linear, nn.Conv2d)
+    if not (plain and isinstance(module, nn.Linear | nn.Conv2d)):
         if name == "":
             return "the model is this one layer: wrap it in a module so that it can be replaced"
         return f"a {type(module).__name__} can't be factorized yet ({SUPPORTED})"
