@@ -535,3 +535,58 @@ def test_a_mixture_of_precisions_keeps_each(tmp_path: Path) -> None:
     assert {n: t.dtype for n, t in again.state_dict().items()} == {
         n: t.dtype for n, t in result.model.state_dict().items()
     }
+
+
+class _SamePadding(nn.Conv2d):
+    """A conv that pads to its own rule, as the EfficientNets of TensorFlow's origin do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = self.weight.size()[-2:]
+        x = functional.pad(x, (0, width - 1, height - 1, 0))
+        return functional.conv2d(
+            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
+
+
+class _Cast(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x.to(self.weight.dtype), self.weight, self.bias).tanh()
+
+
+class _Standardised(nn.Linear):
+    """Its weight is another at each call: no plain layer computes the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight / self.weight.std(), self.bias)
+
+
+class _Same(nn.Linear):
+    pass
+
+
+def test_layers_with_a_rule_of_their_own(tmp_path: Path) -> None:
+    def make() -> nn.Sequential:
+        torch.manual_seed(3)
+        return nn.Sequential(
+            _SamePadding(3, 8, 3, stride=2), _SamePadding(8, 8, 3, groups=2, bias=False),
+            _SamePadding(8, 8, 3, groups=8), nn.Flatten(), _Cast(8 * 9, 12),
+            _Standardised(12, 12), _Same(12, 4),
+        )  # fmt: skip
+
+    model, images = make(), torch.randn(4, 3, 6, 6)
+    unpacked = unpack(model)
+    torch.testing.assert_close(unpacked.model(images), model(images))
+    layers, skipped = find_layers(unpacked.model)
+    assert {"0.matrix", "1.matrix.groups_of.0", "1.matrix.groups_of.1", "4.matrix", "6"} == set(
+        layers
+    )
+    reasons = {entry.name: entry.reason for entry in skipped}
+    assert reasons["2"] == "each of its 8 groups is a matrix of rank 1 already"
+    assert "a _Standardised can't be factorized yet" in reasons["5"]
+    data = [(x, i % 4) for i, x in enumerate(torch.randn(80, 3, 6, 6))]
+    before = state(model)
+    result = rankfold.lossless(model, data, size=0.7)
+    assert same_state(model, before)
+    again = rankfold.load(result.save(tmp_path / "out"), model=make())
+    assert torch.equal(again(images), result.model(images))
+    assert {e["name"] for e in result.report["layers"]} == set(layers)

@@ -12,7 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from rankfold.errors import InputError
@@ -21,10 +23,13 @@ from rankfold.layers import groups_reason, plain_kind
 from rankfold.modes import evaluation_mode
 from rankfold.replace import put_modules
 from rankfold.unpacked_modules import (
+    RedirectedCall,
     UnpackedAttention,
     UnpackedConv1d,
     UnpackedConvTranspose2d,
     UnpackedGroups,
+    UnpackedRule,
+    linear,
 )
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -203,7 +208,62 @@ def _plain(module: nn.Module) -> nn.Module | None:
             return UnpackedGroups(conv)
         if kind is nn.ConvTranspose2d:
             return UnpackedConvTranspose2d(cast("nn.ConvTranspose2d", module))
+    if kind is None and isinstance(module, nn.Linear | nn.Conv2d):
+        return _with_own_rule(module)
     return unpack_transformers_layer(module)
+
+
+def _with_own_rule(module: nn.Linear | nn.Conv2d) -> nn.Module | None:
+    """A subclass that calls torch's function once with its own weight, its matrix kept apart.
+
+    It is run on zeros to see; None where it does anything else, or can't be run so.
+    """
+    if isinstance(module, nn.Conv2d) and groups_reason(module) is not None:
+        return None
+    calls: list[tuple[Tensor | None, tuple[Any, ...]]] = []
+
+    def compute(inputs: Tensor, bias: Tensor | None, call: tuple[Any, ...]) -> Tensor:
+        calls.append((bias, call))
+        kind = functional.conv2d if isinstance(module, nn.Conv2d) else functional.linear
+        return kind(inputs, module.weight, bias, *call)
+
+    shape: tuple[int, ...] = (2, module.weight.shape[1])
+    if isinstance(module, nn.Conv2d):
+        reach = max(d * k for d, k in zip(module.dilation, module.kernel_size, strict=True))
+        shape = (1, module.in_channels, 2 * reach + 5, 2 * reach + 5)
+    weight = module._parameters.get("weight")
+    if weight is None or weight.is_meta:
+        return None
+    with evaluation_mode(module), RedirectedCall(weight, compute):
+        try:
+            outputs = module(weight.new_zeros(shape))
+        except Exception:
+            return None
+    if len(calls) != 1 or calls[0][0] is not module.bias or not torch.is_tensor(outputs):
+        return None
+    (call,) = (call for _, call in calls)
+    if isinstance(module, nn.Conv2d):
+        defaults: tuple[Any, ...] = (1, 0, 1, 1)
+        stride, padding, dilation, groups = call + defaults[len(call) :]
+        matrix: nn.Module = nn.utils.skip_init(
+            nn.Conv2d,
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias=module.bias is not None,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+    else:
+        matrix = linear(weight, module.bias)
+    matrix._parameters["weight"] = weight
+    matrix._parameters["bias"] = module._parameters.get("bias")
+    rule = copy.deepcopy(module, {id(p): p for p in module.parameters()})
+    return UnpackedRule(rule, matrix.train(module.training), call)
 
 
 def _weight_hooks(module: nn.Module) -> list[tuple[int, Any]]:

@@ -8,13 +8,14 @@ by rounding only.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
 
 _Transposed: TypeAlias = nn.ConvTranspose1d | nn.ConvTranspose2d
 _Layer = TypeVar("_Layer", bound="nn.Linear | _ConvNd")
@@ -362,3 +363,76 @@ class UnpackedExperts(nn.Module):
             weighted = found * top_k_weights[tokens, places, None]
             outputs.index_add_(0, tokens, weighted.to(outputs.dtype))
         return outputs
+
+
+class UnpackedRule(nn.Module):
+    """A layer whose own ``forward`` prepares its input for one Linear or conv, kept apart from it.
+
+    Such as a conv that pads by a rule of its own. The layer's ``forward`` runs as it is; its one
+    call of torch's function with its weight goes to ``matrix``.
+
+    Args:
+        rule: The layer; its weight and bias are taken out of it.
+        matrix: A plain layer with them.
+        call: What the layer gives torch's function beside input, weight and bias.
+    """
+
+    def __init__(self, rule: nn.Module, matrix: nn.Module, call: tuple[Any, ...]) -> None:
+        super().__init__()
+        weight = cast("Tensor", rule._parameters.pop("weight"))
+        # It has the shape that a rule may ask for, takes no memory, and can't be computed with.
+        rule.weight = torch.empty_like(weight, device="meta", requires_grad=False)
+        rule._parameters["bias"] = None
+        self.rule = rule
+        self.matrix = matrix
+        self.call = call
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """What the layer computes.
+
+        Raises:
+            RuntimeError: It calls torch's function otherwise than when it was looked at.
+        """
+        with RedirectedCall(cast("Tensor", self.rule.weight), self._compute):
+            outputs: Tensor = self.rule(inputs)
+        return outputs
+
+    def _compute(self, inputs: Tensor, _: Tensor | None, call: tuple[Any, ...]) -> Tensor:
+        if call != self.call:
+            raise RuntimeError(
+                f"{type(self.rule).__name__} computed with {self.call} before and now with {call}"
+            )
+        outputs: Tensor = self.matrix(inputs)
+        return outputs
+
+
+class RedirectedCall(TorchFunctionMode):
+    """Calls of torch's linear and conv2d with one weight go to a function instead.
+
+    Args:
+        weight: The weight.
+        compute: Takes the input, the bias and the other arguments.
+    """
+
+    def __init__(
+        self, weight: Tensor, compute: Callable[[Tensor, Tensor | None, tuple[Any, ...]], Tensor]
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.compute = compute
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Redirect, or run as asked."""
+        given = dict(kwargs or {})
+        if func in (functional.linear, functional.conv2d) and len(args) > 1 and not given:
+            inputs, weight, bias, *call = (*args, None)[: max(3, len(args))]
+            if weight is self.weight:
+                plain = tuple(tuple(v) if isinstance(v, list) else v for v in call)
+                return self.compute(inputs, bias, plain)
+        return func(*args, **given)
