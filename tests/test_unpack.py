@@ -582,7 +582,7 @@ def test_layers_with_a_rule_of_their_own(tmp_path: Path) -> None:
     )
     reasons = {entry.name: entry.reason for entry in skipped}
     assert reasons["2"] == "each of its 8 groups is a matrix of rank 1 already"
-    assert "a _Standardised can't be factorized yet" in reasons["5"]
+    assert "kind _Standardised can't be factorized yet" in reasons["5"]
     data = [(x, i % 4) for i, x in enumerate(torch.randn(80, 3, 6, 6))]
     before = state(model)
     result = rankfold.lossless(model, data, size=0.7)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypeAlias
@@ -59,12 +59,11 @@ def find_layers(
         InputError: No layer is left to factorize, a pattern matches nothing, or a weight is not
             finite.
     """
-    owners = Counter(
-        id(parameter)
-        for module in model.modules()
-        for parameter in module._parameters.values()
-        if parameter is not None
-    )
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)].append(name)
     layers: dict[str, MatrixLayer] = {}
     skipped: list[Skipped] = []
     for name, module in model.named_modules():
@@ -97,7 +96,7 @@ def find_layers(
 def _reason(
     name: str,
     module: nn.Module,
-    owners: Counter[int],
+    owners: Mapping[int, Sequence[str]],
     include: Sequence[str],
     exclude: Sequence[str],
 ) -> str | None:
@@ -109,7 +108,7 @@ def _reason(
     if not (plain and isinstance(module, nn.Linear | nn.Conv2d)):
         if name == "":
             return "the model is this one layer: wrap it in a module so that it can be replaced"
-        return f"a {type(module).__name__} can't be factorized yet ({SUPPORTED})"
+        return f"layers of kind {type(module).__name__} can't be factorized yet ({SUPPORTED})"
     if include and not any(_matches(name, pattern) for pattern in include):
         return "not included"
     if any(_matches(name, pattern) for pattern in exclude):
@@ -118,8 +117,9 @@ def _reason(
         return "its weight is computed from other parameters"
     if name == "":
         return "the model is this one layer: wrap it in a module so that it can be replaced"
-    if owners[id(module.weight)] > 1:
-        return "its weight is shared with another layer"
+    others = [other for other in owners[id(module.weight)] if other != name]
+    if others:
+        return f"its weight is shared with {', '.join(others)}: tied weights stay as they are"
     if isinstance(module, nn.Conv2d) and module.groups != 1:
         return f"its {module.groups} groups stand in one weight (rankfold.unpack parts them)"
     if not module.weight.is_floating_point():
