@@ -500,3 +500,26 @@ def test_a_model_with_an_unused_width_works_in_float64() -> None:
     model = SmallCNN(width=4).double().eval()
     result = rankfold.lossless(model, image_data(20), size=0.8)
     assert {p.dtype for p in result.model.parameters()} == {torch.float64}
+
+
+def test_agreement_has_no_gradient_to_learn_from() -> None:
+    inputs = [x for x, _ in pairs(80)]
+    for settings in ({"curvature": "empirical"}, {"objective": "first-order"}):
+        with pytest.raises(InputError, match="gradient, which is 0 for the task teacher"):
+            rankfold.lossless(mlp(), inputs, size=0.9, task="teacher", **settings)
+    for task in ("teacher", "embedding"):
+        result = rankfold.lossless(mlp(), inputs, size=0.9, task=task)
+        report = result.report
+        assert report["agreement"] and report["step"] is None and report["curvature"] == "sampled"
+        assert report["loss"]["original"] == 0 < report["loss"]["factorized"]
+        assert report["loss"]["control"] is None
+        assert result.certificate.unit == report["loss"]["unit"]
+
+
+def test_the_quadratic_model_predicts_the_distance_from_the_original() -> None:
+    """With no labels the loss has no gradient: the prediction is all that there is."""
+    inputs = [x for x, _ in pairs(600)]
+    prepared = rankfold.prepare(mlp(), inputs, task="teacher", damping=0.001)
+    candidate = prepared.measure(prepared.plan(0.85 * prepared.factorizable))
+    assert candidate.predicted is not None and candidate.predicted > 0
+    assert 0.7 < candidate.change.mean / candidate.predicted < 1.4

@@ -377,9 +377,10 @@ def collect(
         model, model, model, task, parts, layers, skipped, seen, {}, None, None, unpacked
     )
     objective = OBJECTIVES[settings.objective]
+    _check_agreement(task, objective, settings)
     if not objective.needs_data:
         unseen = [name for name in layers if name not in seen.rows]
-        collected.leave_dense("not called in a forward pass", unseen)
+        collected.leave_dense("not called in a forward pass on the first example", unseen)
     _require_layers(collected)
     if objective.needs_data:
         collected.calibration_loss, classes = calibration_loss(model, task, calibration)
@@ -397,6 +398,20 @@ def collect(
         collected.leave_dense("the calibration data gave it no input or no gradient", silent)
         _require_layers(collected)
     return collected
+
+
+def _check_agreement(task: Task, objective: Objective, settings: Settings) -> None:
+    """Refuse what needs a gradient of the loss, where the original's is 0."""
+    what = None
+    if objective.allocation == "first-order":
+        what = f"the objective {settings.objective}"
+    elif objective.needs_backward and settings.curvature == "empirical":
+        what = "curvature 'empirical'"
+    if task.agreement and what is not None:
+        raise InputError(
+            f"{what} is made of the loss' gradient, which is 0 for the task {task.name}: the "
+            "original agrees with itself. Use objective kronecker or joint, and curvature auto."
+        )
 
 
 def _require_layers(collected: Collected) -> None:
