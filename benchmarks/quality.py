@@ -15,10 +15,9 @@ kept of the weights in the layers that can be factorized.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, cast, get_args
@@ -28,6 +27,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from benchmarks.cifar_nets import cifar10_test, cifar10_train, load_cifar_net
+from benchmarks.rows import append_row, read_rows
 from rankfold.certify import paired_change
 from rankfold.compress import Preparation, Settings, analyse, collect
 from rankfold.data import Data
@@ -109,7 +109,7 @@ class Runner:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.done = {row.key for row in read(file)}
+        self.done = {row.key for row in read_rows(file, Row)}
         self.progress = TerminalProgress()
 
     def run(
@@ -188,7 +188,7 @@ class Runner:
             seed=prepared.settings.seed,
             objective=objective,
             form=form,
-            damping=prepared.settings.damping,
+            damping=prepared.settings.dampings.input,
             size=size,
             kept=kept,
             loss=evaluation.mean,
@@ -203,21 +203,12 @@ class Runner:
         if row.key in self.done:
             return
         self.done.add(row.key)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(asdict(row)) + "\n")
+        append_row(self.file, row)
         print(
             f"{name} seed {row.seed} {objective} {form} damping {row.damping} size {size}: "
             f"{row.change:+.4f} ± {row.standard_error:.4f}, predicted {predicted}",
             flush=True,
         )
-
-
-def read(file: Path) -> list[Row]:
-    """The rows measured so far."""
-    if not file.exists():
-        return []
-    return [Row(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def print_table(rows: Sequence[Row]) -> None:
@@ -283,7 +274,7 @@ def main() -> None:
                     options.sizes,
                     options.damping,
                 )
-    print_table(read(options.results))
+    print_table(read_rows(options.results, Row))
 
 
 if __name__ == "__main__":

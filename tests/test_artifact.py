@@ -133,7 +133,12 @@ def test_a_new_folder_is_made_with_its_parents_and_an_empty_one_is_used(tmp_path
     (tmp_path / "empty").mkdir()
     result.save(tmp_path / "empty")
     for folder in (tmp_path / "new" / "deeper", tmp_path / "empty"):
-        assert sorted(p.name for p in folder.iterdir()) == ["model.safetensors", "rankfold.json"]
+        assert sorted(p.name for p in folder.iterdir()) == [
+            "certificate.json",
+            "certificate.txt",
+            "model.safetensors",
+            "rankfold.json",
+        ]
 
 
 def test_an_artifact_is_replaced_only_when_asked(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 import rankfold
 from rankfold import Data, InputError, compress
-from rankfold.compress import Settings
+from rankfold.compress import DAMPINGS, Settings
 from rankfold.conv_modules import CONV_FORMS
 from rankfold.modules import FORMS
 from rankfold.objectives import OBJECTIVES
@@ -202,7 +202,8 @@ def test_rounds_end_at_the_size_and_say_what_each_one_did() -> None:
     assert 0.4 < result.ratio <= 0.5
     past = result.report["rounds"]
     tried = result.report["selection"]
-    assert [entry["ratio"] <= 0.5 for entry in tried] == [True, True, True]
+    # One plan a round, and the best of them made again with measured interactions.
+    assert [entry["ratio"] <= 0.5 for entry in tried] == [True, True, True, True]
     assert result.report["factorized"]["parameters"] == model_parameters(result.model)
     assert all(0.5 < entry["ratio"] < 1 for entry in past)
     assert same_state(model, before)
@@ -253,6 +254,33 @@ def test_without_the_step_joint_is_kronecker() -> None:
     kronecker = rankfold.lossless(model, data, size=0.6, objective="kronecker")
     assert plain.report["step"] is None
     assert same_state(plain.model, state(kronecker.model))
+
+
+def test_damping_auto_takes_the_best_pair_of_those_tried() -> None:
+    model, data = trained_cnn(), image_data(200)
+    report = rankfold.lossless(model, data, size=0.5, damping="auto").report
+    trials = report["damping"]["trials"]
+    assert len(trials) == len({(t["input"], t["output"]) for t in trials}) == len(DAMPINGS)
+    best = min(trials, key=lambda trial: trial["change"])
+    chosen = {"input": report["damping"]["input"], "output": report["damping"]["output"]}
+    assert chosen == {"input": best["input"], "output": best["output"]}
+    again = rankfold.lossless(
+        model, data, size=0.5, damping=best["input"], output_damping=best["output"]
+    )
+    assert again.report["loss"] == report["loss"]
+    assert again.report["damping"]["trials"] == []
+
+
+def test_damping_auto_of_an_objective_without_grams_tries_nothing() -> None:
+    report = rankfold.lossless(
+        trained_cnn(), image_data(40), size=0.5, objective="svd", damping="auto"
+    ).report
+    assert report["damping"] == {"input": 0.1, "output": 0.1, "trials": []}
+
+
+def test_an_output_damping_beside_auto_is_refused() -> None:
+    with pytest.raises(InputError, match="leave output_damping out"):
+        Settings(damping="auto", output_damping=0.3)
 
 
 def test_the_report_states_the_harmless_range_of_each_layer() -> None:
@@ -374,7 +402,8 @@ def test_in_form_equals_a_preparation_in_that_form() -> None:
     pair = rankfold.prepare(trained_cnn(), image_data(40), form="pair")
     pivoted = rankfold.prepare(trained_cnn(), image_data(40), form="pivoted")
     assert ranks(pair.in_form("pivoted").lossless(0.5)) == ranks(pivoted.lossless(0.5))
-    assert ranks(pair.lossless(0.5)) != ranks(pivoted.lossless(0.5))
+    budget = 0.5 * pair.factorizable
+    assert pair.plan(budget) != pivoted.plan(budget)
 
 
 # Errors
@@ -408,6 +437,9 @@ def test_a_size_that_no_plan_reaches_is_refused_with_the_least_one() -> None:
         ("curvature", "exact"),
         ("damping", -1.0),
         ("damping", math.nan),
+        ("damping", "some"),
+        ("output_damping", -1.0),
+        ("output_damping", math.inf),
         ("confidence", 0.5),
         ("confidence", 1.0),
         ("limit", 3),
@@ -417,10 +449,13 @@ def test_a_size_that_no_plan_reaches_is_refused_with_the_least_one() -> None:
         ("rounds", 0),
         ("self_share", 0.95),
         ("step_estimator", "exact"),
+        ("test", "z"),
+        ("largest_change", 0.0),
+        ("largest_change", math.inf),
     ],
 )
 def test_settings_outside_their_range_are_refused_by_name(name: str, value: Any) -> None:
-    with pytest.raises(InputError, match=f"{name} is {value!r}"):
+    with pytest.raises(InputError, match=f"{name} is '?{value}"):
         Settings(**{name: value})
 
 
@@ -514,6 +549,18 @@ def test_agreement_has_no_gradient_to_learn_from() -> None:
         assert report["loss"]["original"] == 0 < report["loss"]["factorized"]
         assert report["loss"]["control"] is None
         assert result.certificate.unit == report["loss"]["unit"]
+        assert "from the original" in result.certificate.unit
+
+
+def test_agreement_is_verified_against_the_original(tmp_path: Path) -> None:
+    inputs = [x for x, _ in pairs(80)]
+    result = rankfold.lossless(mlp(), inputs, size=0.9, task="teacher")
+    result.save(tmp_path / "out")
+    model = rankfold.load(tmp_path / "out", SmallMLP())
+    found = rankfold.verify(tmp_path / "out", model, inputs, original=mlp())
+    assert found.holds and all(check.outcome == "agrees" for check in found.checks)
+    with pytest.raises(InputError, match="it is given as the original"):
+        rankfold.verify(tmp_path / "out", model, inputs)
 
 
 def test_the_quadratic_model_predicts_the_distance_from_the_original() -> None:
@@ -523,3 +570,93 @@ def test_the_quadratic_model_predicts_the_distance_from_the_original() -> None:
     candidate = prepared.measure(prepared.plan(0.85 * prepared.factorizable))
     assert candidate.predicted is not None and candidate.predicted > 0
     assert 0.7 < candidate.change.mean / candidate.predicted < 1.4
+
+
+# Certificate: metrics, groups, openings
+
+
+def confidence_metric(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """The probability of the label."""
+    values, labels = batch
+    return model(values).softmax(-1).gather(1, labels[:, None])[:, 0]
+
+
+def test_a_users_metric_is_certified_beside_the_loss_and_verified(tmp_path: Path) -> None:
+    data = image_data(200)
+    metric = rankfold.Metric("chance of the label", confidence_metric, margin=0.2)
+    result = rankfold.lossless(trained_cnn(), data, size=0.8, margin=0.5, metrics=[metric])
+    accuracy, own = result.certificate.metrics
+    assert (accuracy.name, accuracy.margin) == ("accuracy", None)
+    values, labels = data.held_out.tensors
+    with torch.no_grad():
+        before, after = (
+            float(confidence_metric(m, (values, labels)).mean())
+            for m in (trained_cnn(), result.model)
+        )
+    assert own.lost == pytest.approx(before - after, abs=1e-6)
+    assert own.verdict == "lossless" and result.certificate.holds
+    result.save(tmp_path / "out")
+    model = rankfold.load(tmp_path / "out", SmallCNN())
+    found = rankfold.verify(
+        tmp_path / "out", model, data.held_out, original=trained_cnn(), metrics=[metric]
+    )
+    assert found.holds and all(check.outcome == "agrees" for check in found.checks)
+    without = rankfold.verify(tmp_path / "out", model, data.held_out)
+    assert "not checked" in {c.outcome for c in without.checks if "chance" in c.what}
+    strict = rankfold.Metric("chance of the label", confidence_metric, margin=0.0)
+    strictly = rankfold.lossless(trained_cnn(), data, size=0.8, margin=0.5, metrics=[strict])
+    assert strictly.certificate.verdict == "not shown"
+
+
+def test_bad_metrics_are_refused() -> None:
+    def run(function: Any, name: str = "m", margin: float | None = 0.5, count: int = 40) -> None:
+        metric = rankfold.Metric(name, function, margin)
+        rankfold.lossless(mlp(), pair_data(count), size=0.9, metrics=[metric])
+
+    with pytest.raises(InputError, match=r"the metric m is 3.0 for example 0 of the original"):
+        run(lambda model, batch: torch.full((len(batch[1]),), 3.0))
+    with pytest.raises(InputError, match=r"the metric m is nan for example 0"):
+        run(lambda model, batch: torch.full((len(batch[1]),), math.nan))
+    with pytest.raises(InputError, match=r"the metric m returned \(\); expected a 1-D tensor"):
+        run(lambda model, batch: torch.tensor(0.5))
+    with pytest.raises(InputError, match="expected different names, none of them accuracy"):
+        run(confidence_metric, name="accuracy")
+    with pytest.raises(InputError, match=r"the margin of m is 1.5"):
+        run(confidence_metric, margin=1.5)
+    with pytest.raises(InputError, match=r"20 independent examples: too few .* needs 59 examples"):
+        run(confidence_metric, margin=0.05, count=20)
+
+
+def test_groups_are_the_units_of_the_certificate(tmp_path: Path) -> None:
+    parts = (images(60, 11), images(60, 12), images(60, 13))
+    groups = [f"document {i // 6}" for i in range(60)]
+    result = rankfold.lossless(trained_cnn(), Data(*parts, groups=groups), size=0.8)
+    assert (result.certificate.units, result.certificate.examples) == (10, 60)
+    result.save(tmp_path / "out")
+    model = rankfold.load(tmp_path / "out", SmallCNN())
+    assert rankfold.verify(tmp_path / "out", model, parts[2], original=trained_cnn()).holds
+    some = rankfold.lossless(
+        trained_cnn(), Data(*parts, groups=groups), size=0.8, held_out_limit=30
+    )
+    assert some.certificate.examples == 30 and some.certificate.units <= 10
+    with pytest.raises(InputError, match="59 groups for 60 held-out examples"):
+        Data(*parts, groups=groups[1:])
+
+
+def test_a_second_model_on_the_same_held_out_part_is_recorded() -> None:
+    prepared = rankfold.prepare(trained_cnn(), image_data(40))
+    first = prepared.lossless(0.8).document["data"]["history"]
+    again = prepared.lossless(0.8).document["data"]["history"]
+    second = prepared.lossless(0.5).document["data"]["history"]
+    assert (first["others"], again["others"], second["others"]) == (0, 0, 1)
+    assert second["shared"] == 40
+
+
+def test_near_copies_of_held_out_images_are_listed() -> None:
+    data = image_data(40)
+    smooth = torch.nn.functional.interpolate(torch.randn(1, 3, 2, 2), size=8, mode="bilinear")[0]
+    held_out = [*data.held_out, (smooth, torch.tensor(1))]
+    calibration = [*data.calibration, (smooth + 0.01, torch.tensor(1))]
+    result = rankfold.lossless(trained_cnn(), Data(calibration, data.selection, held_out), size=0.8)
+    (pair,) = result.document["data"]["look_alikes"]
+    assert pair == {"part": "calibration", "example": 40, "held_out": 40}

@@ -12,6 +12,7 @@ from rankfold.allocate import (
 )
 from rankfold.calibrate import LayerStatistics
 from rankfold.layer_matrix import matrix_shape, weight_matrix
+from rankfold.linalg import Damping
 from rankfold.modules import FORMS, factor_parameters
 from rankfold.objectives import (
     OBJECTIVES,
@@ -95,7 +96,7 @@ def test_each_objective_is_a_weighted_truncated_svd(name, shape, damping):
     w, statistics = normal(10, out, in_), random_statistics(20, out, in_)
     grams = WHITENS_WITH[name](statistics.input_gram, statistics.output_gram)
     sigma, truncated = weighted_svd(w, *grams, damping)
-    spectrum = layer_spectrum(OBJECTIVES[name], w, statistics, damping)
+    spectrum = layer_spectrum(OBJECTIVES[name], w, statistics, Damping(damping, damping))
     close(spectrum.singular_values, sigma)
     for k, expected in enumerate(truncated, start=1):
         close(spectrum.left[:, :k] @ spectrum.right[:k], expected, rtol=1e-5, atol=1e-6)
@@ -104,7 +105,7 @@ def test_each_objective_is_a_weighted_truncated_svd(name, shape, damping):
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if not NEEDS[name][0]])
 def test_objectives_without_data_need_no_statistics(name):
     w = normal(0, 4, 6)
-    found = layer_spectrum(OBJECTIVES[name], w, None, 0.1).singular_values
+    found = layer_spectrum(OBJECTIVES[name], w, None, Damping(0.1, 0.1)).singular_values
     close(found, torch.linalg.svdvals(w))
 
 
@@ -112,10 +113,10 @@ def test_objectives_without_data_need_no_statistics(name):
 def test_only_objectives_that_whiten_the_output_need_its_gram(name):
     w, statistics = normal(0, 4, 6), random_statistics(1, 4, 6, backward=False)
     if OBJECTIVES[name].output_gram == "none":
-        layer_spectrum(OBJECTIVES[name], w, statistics, 0.1)
+        layer_spectrum(OBJECTIVES[name], w, statistics, Damping(0.1, 0.1))
     else:
         with pytest.raises(ValueError, match="needs statistics with gradients"):
-            layer_spectrum(OBJECTIVES[name], w, statistics, 0.1)
+            layer_spectrum(OBJECTIVES[name], w, statistics, Damping(0.1, 0.1))
 
 
 @property_test
@@ -142,7 +143,7 @@ def test_layer_curve_has_each_ranks_cost_and_change(case, form, name):
     layer = case.layer()
     out, in_ = matrix_shape(layer)
     w, statistics = weight_matrix(layer), random_statistics(30, out, in_)
-    spectrum = layer_spectrum(OBJECTIVES[name], w, statistics, 0.1)
+    spectrum = layer_spectrum(OBJECTIVES[name], w, statistics, Damping(0.1, 0.1))
     curve = layer_curve(OBJECTIVES[name], layer, spectrum, statistics, form, 7)
     ranks = range(1, min(out, in_) + 1)
     assert curve.ranks.tolist() == list(ranks)
@@ -177,7 +178,9 @@ def curves_of(name, seed=0):
     for place, case in enumerate([LINEAR_CASES[0], CONV_CASES[0], CONV_CASES[3]]):
         layer = case.layer(seed + place)
         statistics = random_statistics(seed + 100 * place, *matrix_shape(layer))
-        spectrum = layer_spectrum(OBJECTIVES[name], weight_matrix(layer), statistics, 0.1)
+        spectrum = layer_spectrum(
+            OBJECTIVES[name], weight_matrix(layer), statistics, Damping(0.1, 0.1)
+        )
         curves[case.name] = layer_curve(OBJECTIVES[name], layer, spectrum, statistics, "pivoted", 1)
     return curves
 

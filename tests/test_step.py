@@ -8,6 +8,7 @@ from torch import nn
 
 from rankfold.calibrate import collect_statistics
 from rankfold.data import Part, as_part
+from rankfold.linalg import Damping
 from rankfold.progress import SilentProgress
 from rankfold.step import fit_step, moved_weight, search_step, step_directions
 from rankfold.tasks import Classification, evaluate
@@ -28,7 +29,7 @@ def search(calibration: Part, selection: Part):
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     task = Classification()
     found = collect_statistics(model, task, calibration, layers, curvature="empirical")
-    directions = step_directions(layers, found, 0.1, SilentProgress())
+    directions = step_directions(layers, found, Damping(0.1, 0.1), SilentProgress())
     original = evaluate(model, task, selection)
     before = state(model)
     step = search_step(

@@ -16,6 +16,8 @@ from rankfold.data import Data
 from rankfold.errors import InputError
 from rankfold.modules import LowRankConv2d, LowRankLinear
 from rankfold.progress import TerminalProgress
+from rankfold.tasks import Metric
+from rankfold.verify import verify
 
 __version__ = version("rankfold")
 
@@ -25,6 +27,7 @@ __all__ = [
     "InputError",
     "LowRankConv2d",
     "LowRankLinear",
+    "Metric",
     "Preparation",
     "Result",
     "Settings",
@@ -33,4 +36,5 @@ __all__ = [
     "load",
     "lossless",
     "prepare",
+    "verify",
 ]

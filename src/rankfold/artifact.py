@@ -69,6 +69,7 @@ def save_artifact(
     *,
     tokenizer: Any = None,
     overwrite: bool = False,
+    files: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a factorized model; the folder appears complete or not at all.
 
@@ -78,6 +79,7 @@ def save_artifact(
         manifest: What ``rankfold.json`` says; the format's own fields are added here.
         tokenizer: Saved beside a transformers model.
         overwrite: Replace an artifact that stands there.
+        files: Texts to write beside, by file name.
 
     Raises:
         InputError: The folder can't be written.
@@ -101,6 +103,8 @@ def save_artifact(
         save_file(stored, draft / WEIGHTS_FILE, metadata=METADATA)
         text = json.dumps(complete, indent=1, allow_nan=False, ensure_ascii=False)
         (draft / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+        for name, content in (files or {}).items():
+            (draft / name).write_text(content, encoding="utf-8")
         if complete["model"]["kind"] == "transformers":
             hf.write_configuration(model, draft, tokenizer)
     return target
@@ -169,7 +173,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
             )
         model = hf.skeleton(path)
     model = unwrapped(model)
-    tensors = _read_tensors(path / WEIGHTS_FILE)
+    tensors = read_tensors(path / WEIGHTS_FILE)
     return fill(model, manifest, tensors, where=str(path)).eval()
 
 
@@ -302,7 +306,12 @@ def _check_manifest(manifest: Mapping[str, Any], file: Path) -> None:
                 expect(isinstance(layer.get("pivoted"), bool), f"pivoted of {layer['name']}")
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        InputError: It can't be read.
+    """
     try:
         with safe_open(file, framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -474,5 +483,5 @@ def load_weights(model: nn.Module, file: Path) -> nn.Module:
             "with safetensors.torch.save_file(model.state_dict(), ...)."
         )
     _, aliases = stored_tensors(model)
-    load_tensors(model, _read_tensors(file), aliases, str(file))
+    load_tensors(model, read_tensors(file), aliases, str(file))
     return model

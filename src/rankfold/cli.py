@@ -1,7 +1,8 @@
 """The command line: parses, calls, prints.
 
 Results go to stdout, everything else to stderr, also what a user's own model prints. Exit codes:
-0 done, 2 bad input, 3 no model that satisfies what was asked, 130 interrupted.
+0 done, 2 bad input, 3 no model that satisfies what was asked, 4 a certificate that does not agree,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from rich.console import Console
 
 import rankfold
 from rankfold.artifact import check_output, read_report
-from rankfold.certify import check_margin
-from rankfold.compress import DEFAULT_CONFIDENCE, DEFAULT_MARGIN, Result, Settings, check_size
+from rankfold.certificate_file import model_digest, read_document
+from rankfold.certify import DEFAULT_CONFIDENCE, DEFAULT_MARGIN, TESTS, check_margin
+from rankfold.compress import Result, Settings, check_size
 from rankfold.compress import compact as compact_model
 from rankfold.compress import lossless as lossless_model
 from rankfold.data import Data
@@ -43,6 +45,7 @@ from rankfold.inputs import (
 from rankfold.modules import FORMS
 from rankfold.objectives import OBJECTIVES
 from rankfold.progress import TerminalProgress
+from rankfold.sources import is_spec
 from rankfold.spectrum import STEP_ESTIMATORS
 from rankfold.tables import (
     curve_table,
@@ -52,10 +55,12 @@ from rankfold.tables import (
     print_result,
 )
 from rankfold.tasks import TASKS
+from rankfold.verify import verification_lines
+from rankfold.verify import verify as verify_artifact
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGE_BLOCK = 2_000_000  # bytes
-DONE, BAD_INPUT, NOT_FOUND, INTERRUPTED = 0, 2, 3, 130
+DONE, BAD_INPUT, NOT_FOUND, DIFFERS, INTERRUPTED = 0, 2, 3, 4, 130
 
 MODEL_HELP = (
     "A transformers folder, a .gguf file, or file.py:function (package.module:function) giving an "
@@ -147,6 +152,27 @@ class Factorizing(Reading):
         float, typer.Option(help="Change of the mean loss that counts as no harm, in nats.")
     ] = DEFAULT_MARGIN
     confidence: Annotated[float, typer.Option(help="Of the certificate.")] = DEFAULT_CONFIDENCE
+    test: Annotated[
+        str,
+        typer.Option(
+            help=f"Of the certificate: {', '.join(TESTS)}. bounded holds for any distribution, t "
+            "assumes a nearly normal mean, betting may stop early."
+        ),
+    ] = Settings.test
+    largest_change: Annotated[
+        float | None,
+        typer.Option(
+            help="Up to which one example's change counts, in nats; not for t. (default: what "
+            "the selection data show)"
+        ),
+    ] = None
+    accuracy_margin: Annotated[
+        float | None,
+        typer.Option(help="Share of accuracy that may be lost. (default: only reported)"),
+    ] = None
+    private: Annotated[
+        bool, typer.Option("--private", help="Keep single examples' losses out of the artifact.")
+    ] = False
     objective: Annotated[str, typer.Option(help=f"What is minimised: {', '.join(OBJECTIVES)}.")] = (
         Settings.objective
     )
@@ -167,8 +193,15 @@ class Factorizing(Reading):
         str, typer.Option(help="auto, empirical (from the labels) or sampled (from the model).")
     ] = Settings.curvature
     damping: Annotated[
-        float, typer.Option(help="Added to the Grams, as a share of their mean eigenvalue.")
-    ] = Settings.damping
+        str,
+        typer.Option(
+            help="Added to the Grams, as a share of their mean eigenvalue; auto: chosen on "
+            "selection data."
+        ),
+    ] = str(Settings.damping)
+    output_damping: Annotated[
+        float | None, typer.Option(help="The same for the Grams of gradients.", show_default="same")
+    ] = Settings.output_damping
     gradient_step: Annotated[
         bool,
         typer.Option(
@@ -186,6 +219,13 @@ class Factorizing(Reading):
     rounds: Annotated[
         int, typer.Option(help="Times that statistics are collected: 2 or more go in parts.")
     ] = Settings.rounds
+    interactions: Annotated[
+        bool,
+        typer.Option(
+            "--interactions/--no-interactions",
+            help="Plan again once a first plan has shown how the layers' errors add up.",
+        ),
+    ] = Settings.interactions
     seed: Annotated[int, typer.Option(help="Of the split, the draws, the sampled labels.")] = 0
     limit: Annotated[
         int | None,
@@ -216,6 +256,13 @@ class Factorizing(Reading):
             if field.name not in ("include", "exclude")
         }
         chosen.update(include=self.include or (), exclude=self.exclude or ())
+        if self.damping != "auto":
+            try:
+                chosen["damping"] = float(self.damping)
+            except ValueError:
+                raise InputError(
+                    f"damping is {self.damping!r}; expected a number, 0 or more, or auto."
+                ) from None
         Settings(**chosen)
         return chosen
 
@@ -348,6 +395,13 @@ def compact(
         bool,
         typer.Option("--save-anyway", help="Save the best model seen also where none is found."),
     ] = False,
+    certified: Annotated[
+        bool,
+        typer.Option(
+            "--certified",
+            help="Test all sizes tried, mild to strong, until one fails; keep the smallest shown.",
+        ),
+    ] = False,
     options: Factorizing,
 ) -> int:
     """The smallest model that is shown to be no worse than the margin allows."""
@@ -356,7 +410,12 @@ def compact(
     with redirect_stdout(sys.stderr):
         opened, data = _open(options, model)
         result = compact_model(
-            opened.model, data, margin=options.margin, progress=TerminalProgress(), **settings
+            opened.model,
+            data,
+            margin=options.margin,
+            certified=certified,
+            progress=TerminalProgress(),
+            **settings,
         )
     if result.found or save_anyway:
         _save(result, out, opened, options)
@@ -401,6 +460,46 @@ def evaluate(
         for line in evaluation_lines(found):
             typer.echo(line)
     return DONE
+
+
+@command
+def verify(
+    folder: Annotated[Path, typer.Argument(help="The --out folder of an earlier run.")],
+    *,
+    data: Annotated[str, typer.Option(help=DATA_HELP + " Holds the held-out examples.")],
+    model: Annotated[
+        str | None, typer.Option(help="The original model, to compute its losses again too.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="A .safetensors file for a model given as file.py:function.")
+    ] = None,
+    options: Reading,
+) -> int:
+    """Recompute an artifact's certificate from its weights and the held-out data."""
+    with redirect_stdout(sys.stderr):
+        # A class of the user's own is needed to open the artifact at all.
+        own = model if model is not None and is_spec(model) else None
+        if model is None and weights is not None:
+            raise InputError("--weights goes with --model; give both, or none of them.")
+        opened = open_artifact(folder, own)
+        original = None if model is None else open_model(model, weights).model
+        if own is not None and weights is None and original is not None:
+            # Without its weights a function may give any: only certified ones are an original.
+            stated = read_document(folder)["models"].get("original")
+            original = original if model_digest(original) == stated else None
+        found = verify_artifact(
+            folder,
+            opened.model,
+            open_examples(data, opened, options.data_options()),
+            original=original,
+            batch_size=options.batch_size,
+            progress=TerminalProgress(),
+        )
+    if options.json:
+        _print_json({"model": str(folder), "data": data, **found.as_dict()})
+    else:
+        verification_lines(found, typer.echo)
+    return DONE if found.holds else DIFFERS
 
 
 @command

@@ -21,12 +21,13 @@ from rankfold.allocate import (
     Choice,
     Curve,
     RankPlan,
+    best_within_cost,
     merged,
     smallest_cost,
     total_change,
     total_cost,
 )
-from rankfold.artifact import METADATA, save_artifact
+from rankfold.artifact import METADATA, library_versions, save_artifact
 from rankfold.calibrate import (
     Curvature,
     LayerStatistics,
@@ -36,12 +37,31 @@ from rankfold.calibrate import (
     collect_statistics,
     trace,
 )
+from rankfold.certificate_file import (
+    Document,
+    Evidence,
+    example_digests,
+    files,
+    make_document,
+    model_digest,
+)
 from rankfold.certify import (
+    ACCURACY,
+    DEFAULT_CONFIDENCE,
+    DEFAULT_MARGIN,
+    TESTS,
     Certificate,
     Change,
-    certify,
+    Statement,
+    TestName,
     check_margin,
+    check_metric_margin,
+    examples_seen,
+    fewest_units,
+    half_width,
+    order_seed,
     paired_change,
+    state,
     weighted_mean,
 )
 from rankfold.conv_forms import conv_factors
@@ -53,15 +73,22 @@ from rankfold.data import (
     Part,
     as_part,
     example_input,
-    refuse_overlap,
     select_part,
     split,
 )
 from rankfold.errors import InputError
 from rankfold.factorize import low_rank_module, truncate
 from rankfold.integrations.transformers import own_text, task_hint
+from rankfold.interactions import (
+    LARGEST_CORRECTION,
+    OTHER_SHARE_EXAMPLES,
+    SHARE_EXAMPLES,
+    corrections,
+    measured_shares,
+)
 from rankfold.layer_matrix import MatrixLayer, matrix_shape, weight_matrix
 from rankfold.layers import Skipped, find_layers
+from rankfold.linalg import Damping
 from rankfold.modules import FORMS, Form, factor_parameters
 from rankfold.objectives import (
     OBJECTIVES,
@@ -75,6 +102,8 @@ from rankfold.objectives import (
     plan_for_change,
     rank_costs,
 )
+from rankfold.openings import SHORT, Opening, history, record
+from rankfold.overlap import look_alikes, refuse_copies, without_copies
 from rankfold.progress import Progress, SilentProgress
 from rankfold.replace import with_replaced
 from rankfold.sizes import model_parameters, safetensors_bytes, stored_tensors
@@ -83,9 +112,11 @@ from rankfold.step import Step, search_step, step_directions
 from rankfold.tasks import (
     Evaluation,
     LossFunction,
+    Metric,
     Task,
     TaskName,
     evaluate,
+    metric_values,
     recognise_task,
 )
 from rankfold.unpack import Unpacked, unpack
@@ -93,14 +124,16 @@ from rankfold.unpack import Unpacked, unpack
 Cost: TypeAlias = Literal["parameters", "flops"]
 SizeOf: TypeAlias = Literal["model", "factorizable"]
 
-DEFAULT_MARGIN = 0.01  # nats of mean loss: a perplexity 1 % higher
-DEFAULT_CONFIDENCE = 0.95
 # Chance that compact leaves the held-out test of a model as good as its selection data say.
 POWER = 0.9
 OWN_TEXT = "own_text"  # the part that the model writes itself, beside the user's calibration part
+LOOKS = 16  # times that the betting test looks whether it may stop
 MOST_PLANS = 6  # plans that compact evaluates on selection data
 TRUSTED = 1.5  # measured / predicted cost of truncation up to which a round goes its whole way
 MOST_RETREATS = 3
+# What damping="auto" tries, of A and B, and at which share of the factorizable layers.
+DAMPINGS = (Damping(0.1, 0.1), Damping(0.01, 0.3), Damping(0.1, 1.0), Damping(0.5, 0.5))
+DAMPING_SIZE = 0.8
 REPORTED_RANKS = 16  # points of each layer's curve in the report, beside the last
 CLOSE_ENOUGH = 0.01  # share of the model's size at which compact's search stops
 
@@ -117,12 +150,16 @@ class Settings:
             each, or a Tucker-2 of three (``conv_modules``), where the objective predicts the loss.
         cost: What the size counts: ``parameters`` or ``flops``.
         curvature: ``empirical``, ``sampled``, or ``auto``: by what the calibration loss shows.
-        damping: Added to A and B, as a share of their mean eigenvalue.
+        damping: Added to A, as a share of its mean eigenvalue; ``auto`` chooses among ``DAMPINGS``
+            on selection data, for both Grams.
+        output_damping: The same for B; None for the value of ``damping``.
         gradient_step: Whether the joint objective moves the weights by its gradient term.
         step_estimator: How that term is estimated: ``cross-validated``, ``denoised`` or ``raw``.
         self_share: Share of the calibration examples that a language model writes itself, in
             place of the user's; see ``integrations.transformers.own_text``.
         rounds: Times that the statistics are collected: more than one compresses in parts.
+        interactions: Whether the plan is made again once a first one has shown each layer's share
+            in the change of all of them together; see ``interactions``.
         seed: Seeds the split, the choice of examples and sampled labels.
         limit: Calibration examples used; None for the task's default.
         selection_limit: Selection examples used, likewise.
@@ -130,6 +167,12 @@ class Settings:
         include: Glob patterns of layers to factorize; empty for all.
         exclude: Glob patterns of layers to leave as they are.
         confidence: Of the certificate's one-sided bounds.
+        test: Of the certificate: ``bounded`` (any distribution, up to a largest change of one
+            example), ``t`` (assumes a nearly normal mean) or ``betting`` (may stop early).
+        largest_change: The largest change of one example that counts in full, in the unit of the
+            loss; None for a range that the selection data give. Not for ``t``.
+        accuracy_margin: How much of the accuracy may be lost, as a share; None only reports it.
+        private: Keep the held-out examples' single losses out of the artifact.
         batch_size: Examples a batch; None for a size that suits the examples.
 
     Raises:
@@ -142,11 +185,13 @@ class Settings:
     conv_forms: bool = True
     cost: Cost = "parameters"
     curvature: Curvature | Literal["auto"] = "auto"
-    damping: float = 0.1
+    damping: float | Literal["auto"] = 0.1
+    output_damping: float | None = None
     gradient_step: bool = True
     step_estimator: StepEstimator = "cross-validated"
     self_share: float = 0.0
     rounds: int = 1
+    interactions: bool = True
     seed: int = 0
     limit: int | None = None
     selection_limit: int | None = None
@@ -154,6 +199,10 @@ class Settings:
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     confidence: float = DEFAULT_CONFIDENCE
+    test: TestName = "bounded"
+    largest_change: float | None = None
+    accuracy_margin: float | None = None
+    private: bool = False
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -163,8 +212,16 @@ class Settings:
         _check_choice("cost", self.cost, get_args(Cost))
         _check_choice("curvature", self.curvature, ("auto", "empirical", "sampled"))
         _check_choice("step_estimator", self.step_estimator, STEP_ESTIMATORS)
-        if not (math.isfinite(self.damping) and self.damping >= 0):
-            raise InputError(f"damping is {self.damping}; expected a finite number, 0 or more.")
+        for name in ("damping", "output_damping"):
+            value = getattr(self, name)
+            known = value == "auto" if name == "damping" else value is None
+            if not (known or (not isinstance(value, str) and 0 <= value < math.inf)):
+                expected = "a finite number, 0 or more" + ", or auto" * (name == "damping")
+                raise InputError(f"{name} is {value}; expected {expected}.")
+        if self.damping == "auto" and self.output_damping is not None:
+            raise InputError(
+                "damping is auto, which chooses the output damping too; leave output_damping out."
+            )
         if self.rounds < 1:
             raise InputError(f"rounds is {self.rounds}; expected 1 or more.")
         if not 0 <= self.self_share <= 0.9:
@@ -174,12 +231,34 @@ class Settings:
             )
         if not 0.5 < self.confidence < 1:
             raise InputError(f"confidence is {self.confidence}; expected between 0.5 and 1.")
+        _check_choice("test", self.test, TESTS)
+        if self.largest_change is not None and not 0 < self.largest_change < math.inf:
+            raise InputError(
+                f"largest_change is {self.largest_change}; expected a finite number above 0, in "
+                "nats of one example's loss."
+            )
+        if self.largest_change is not None and self.test == "t":
+            raise InputError("largest_change has no part in the t test; leave one of them out.")
+        if self.accuracy_margin is not None:
+            check_metric_margin(ACCURACY, self.accuracy_margin)
         for name in ("limit", "selection_limit", "held_out_limit"):
             value = getattr(self, name)
             if value is not None and value < 4:
                 raise InputError(f"{name} is {value}; expected at least 4 examples.")
         if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size}; expected 1 or more.")
+
+    @property
+    def dampings(self) -> Damping:
+        """Of A and of B.
+
+        Raises:
+            ValueError: They are still to be chosen.
+        """
+        if self.damping == "auto":
+            raise ValueError("the damping is chosen on selection data first; see prepare")
+        output = self.damping if self.output_damping is None else self.output_damping
+        return Damping(self.damping, output)
 
 
 def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
@@ -200,6 +279,7 @@ def lossless(
     size_of: SizeOf = "model",
     margin: float = DEFAULT_MARGIN,
     loss: LossFunction | None = None,
+    metrics: Sequence[Metric] = (),
     progress: Progress | None = None,
     **settings: Any,
 ) -> Result:
@@ -212,6 +292,7 @@ def lossless(
         size_of: ``factorizable`` makes it the share of the layers that can be factorized.
         margin: Change of the mean loss, in nats, up to which the verdict is ``lossless``.
         loss: ``loss(model, batch)`` giving one loss per example, where it isn't recognised.
+        metrics: Certified beside the loss; those with a margin must hold too.
         progress: For example ``rankfold.TerminalProgress()``.
         **settings: Fields of ``Settings``.
 
@@ -220,7 +301,8 @@ def lossless(
     """
     check_size(size)
     check_margin(margin)
-    prepared = prepare(model, data, loss=loss, progress=progress, **settings)
+    data = _enough_held_out(data, margin, metrics, settings)
+    prepared = prepare(model, data, loss=loss, metrics=metrics, progress=progress, **settings)
     return prepared.lossless(size, size_of=size_of, margin=margin)
 
 
@@ -229,7 +311,9 @@ def compact(
     data: object,
     *,
     margin: float = DEFAULT_MARGIN,
+    certified: bool = False,
     loss: LossFunction | None = None,
+    metrics: Sequence[Metric] = (),
     progress: Progress | None = None,
     **settings: Any,
 ) -> Result:
@@ -242,7 +326,10 @@ def compact(
         model: Any ``nn.Module``; it comes back unchanged.
         data: A data set or data loader, split for you, or ``rankfold.Data``.
         margin: Largest change of the mean loss, in nats, that counts as no harm.
+        certified: Test all sizes that the search tried, from mild to strong, until the first that
+            fails, instead of only the one that selection data favour.
         loss: ``loss(model, batch)`` giving one loss per example, where it isn't recognised.
+        metrics: Certified beside the loss; those with a margin must hold too.
         progress: For example ``rankfold.TerminalProgress()``.
         **settings: Fields of ``Settings``.
 
@@ -250,7 +337,9 @@ def compact(
         InputError: Names the input, what was expected, and what to do.
     """
     check_margin(margin)
-    return prepare(model, data, loss=loss, progress=progress, **settings).compact(margin=margin)
+    data = _enough_held_out(data, margin, metrics, settings)
+    prepared = prepare(model, data, loss=loss, metrics=metrics, progress=progress, **settings)
+    return prepared.compact(margin=margin, certified=certified)
 
 
 def prepare(
@@ -258,6 +347,7 @@ def prepare(
     data: object,
     *,
     loss: LossFunction | None = None,
+    metrics: Sequence[Metric] = (),
     progress: Progress | None = None,
     **settings: Any,
 ) -> Preparation:
@@ -269,8 +359,53 @@ def prepare(
         InputError: Names the input, what was expected, and what to do.
     """
     chosen = Settings(**settings)
+    _check_metrics(metrics)
     collected = collect(model, data, chosen, loss=loss, progress=progress)
+    if chosen.damping == "auto":
+        chosen = choose_damping(collected, chosen, progress=progress)
+    collected.metrics = tuple(metrics)
     return analyse(collected, chosen, progress=progress, release=True)
+
+
+def _check_metrics(metrics: Sequence[Metric]) -> None:
+    names = [metric.name for metric in metrics]
+    if len({*names, ACCURACY}) <= len(names):
+        raise InputError(
+            f"the metrics are called {', '.join(names)}; expected different names, none of them "
+            f"{ACCURACY}, which is measured where the task has one (accuracy_margin states how "
+            "much of it may be lost)."
+        )
+    for metric in metrics:
+        if metric.margin is not None:
+            check_metric_margin(metric.name, metric.margin)
+
+
+def _enough_held_out(
+    data: object, margin: float, metrics: Sequence[Metric], settings: Mapping[str, Any]
+) -> Data:
+    """The three parts, with a held-out part that could show that nothing changed.
+
+    Raises:
+        InputError: Says how many examples are needed.
+    """
+    chosen = Settings(**settings)
+    data = data if isinstance(data, Data) else split(data, chosen.seed)
+    units = len(data.held_out) if data.groups is None else len(set(map(str, data.groups)))
+    units = min(units, chosen.held_out_limit or units)
+    wanted = [(margin, chosen.largest_change, "--margin", "of the loss")]
+    wanted.append((chosen.accuracy_margin or 0.0, 1.0, "--accuracy-margin", "of the accuracy"))
+    wanted += [(m.margin or 0.0, 1.0, "margin", f"of the metric {m.name}") for m in metrics]
+    for within, largest, option, what in wanted:
+        least = None if largest is None else fewest_units(within, largest, chosen.confidence)
+        if least is not None and units < least:
+            raise InputError(
+                f"the held-out part has {units} independent examples: too few to show a change "
+                f"{what} of at most {within:g} with {chosen.confidence:.0%} confidence where one "
+                f"example may change by {largest:g}, even if none changes at all. That needs "
+                f"{least} examples. Give more held-out data (--held-out-limit), or state a larger "
+                f"{option}" + (", or a smaller --largest-change." if option == "--margin" else ".")
+            )
+    return data
 
 
 @dataclass
@@ -292,6 +427,10 @@ class Collected:
         calibration_loss: Mean loss of some calibration examples, or None.
         unpacked: The user's own model, and what was replaced in it.
         original: Losses of the model on the parts where they are known already.
+        damping_trials: Dampings tried and the change on selection data that each gave.
+        metrics: The user's metrics.
+        original_metrics: Their values of the user's model on the held-out part, where known.
+        openings: Of the held-out part, by this process.
     """
 
     model: nn.Module
@@ -307,6 +446,10 @@ class Collected:
     calibration_loss: float | None
     unpacked: Unpacked
     original: dict[str, Evaluation] = field(default_factory=dict)
+    damping_trials: list[tuple[Damping, float]] = field(default_factory=list)
+    metrics: tuple[Metric, ...] = ()
+    original_metrics: dict[str, Tensor] = field(default_factory=dict)
+    openings: list[Opening] = field(default_factory=list)
 
     def original_losses(self, part: str, batch_size: int | None, progress: Progress) -> Evaluation:
         """Losses of the user's model on a part, evaluated once."""
@@ -430,7 +573,15 @@ def _choose_parts(data: Data, task: Task, settings: Settings) -> dict[str, Part]
         name: select_part(data, name, limit or default, settings.seed)
         for name, limit, default in zip(PARTS, asked, defaults, strict=True)
     }
-    refuse_overlap(list(parts.values()))
+    if data.split_here:
+        parts = {part.name: part for part in without_copies(list(parts.values()))}
+    refuse_copies(list(parts.values()))
+    if settings.test == "betting":
+        # Bets need a random order, which nobody may choose: the data itself does.
+        held_out = parts["held_out"]
+        generator = torch.Generator().manual_seed(order_seed(held_out.digest))
+        order = torch.randperm(len(held_out.examples), generator=generator)
+        parts["held_out"] = held_out.take(order.tolist())
     return parts
 
 
@@ -493,7 +644,7 @@ def analyse(
         directions = step_directions(
             layers,
             collected.statistics,
-            settings.damping,
+            settings.dampings,
             progress,
             estimator=settings.step_estimator,
             release=release,
@@ -513,7 +664,7 @@ def analyse(
     for name, layer in progress.track(layers.items(), "spectra", len(layers)):
         statistics = collected.statistics.get(name)
         weight = step.moved(name, layer) if step else weight_matrix(layer)
-        spectra[name] = layer_spectrum(objective, weight, statistics, settings.damping)
+        spectra[name] = layer_spectrum(objective, weight, statistics, settings.dampings)
         curves[name] = layer_curve(
             objective,
             layer,
@@ -527,6 +678,32 @@ def analyse(
     offset = paired_change(original, start).mean
     prepared = Preparation(collected, settings, step, spectra, curves, curves, progress, offset)
     return prepared._with_conv_forms()
+
+
+def choose_damping(
+    collected: Collected, settings: Settings, *, progress: Progress | None = None
+) -> Settings:
+    """The settings with those of ``DAMPINGS`` that lose least on selection data.
+
+    Each is tried without the gradient step at ``DAMPING_SIZE`` of the factorizable layers; what
+    each gave is kept in ``collected.damping_trials``. An objective without Grams has nothing to
+    try and takes the first.
+
+    Raises:
+        InputError: As ``analyse``.
+    """
+    if not OBJECTIVES[settings.objective].needs_data:
+        return replace(settings, damping=DAMPINGS[0].input)
+    for damping in DAMPINGS:
+        trial = replace(
+            settings, damping=damping.input, output_damping=damping.output, gradient_step=False
+        )
+        prepared = analyse(collected, trial, progress=progress)
+        candidate = prepared.measure(prepared.plan(DAMPING_SIZE * prepared.factorizable))
+        collected.damping_trials.append((damping, candidate.change.mean))
+    finite = [(d, change) for d, change in collected.damping_trials if math.isfinite(change)]
+    best = min(finite, key=lambda trial: trial[1])[0] if finite else DAMPINGS[0]
+    return replace(settings, damping=best.input, output_damping=best.output)
 
 
 def _has_conv_forms(layer: nn.Module, settings: Settings) -> bool:
@@ -551,6 +728,7 @@ class Preparation:
         offset: Measured change on selection data of ``collected.base``, 0 in the first round.
         earlier: The rounds before this one.
         start: The plan that made ``collected.base``, None in the first round.
+        factors: By layer, what measured interactions made of its predictions; None before that.
     """
 
     collected: Collected
@@ -563,6 +741,7 @@ class Preparation:
     offset: float = 0.0
     earlier: list[Round] = field(default_factory=list)
     start: RankPlan | None = None
+    factors: dict[str, float] | None = None
     _control: Evaluation | None = None
 
     @property
@@ -599,7 +778,10 @@ class Preparation:
         for left in range(self.settings.rounds - 1, 0, -1):
             stage = stage.next_round(budget, left + 1)
             tried.append(stage.measure(stage.plan(budget)))
-        best = min(tried, key=lambda c: c.change.mean if math.isfinite(c.change.mean) else math.inf)
+        if self.corrects:
+            stage = _lowest(tried).stage.corrected(_lowest(tried))
+            tried.append(stage.measure(stage.plan(budget)))
+        best = _lowest(tried)
         target = {"size": size, "size_of": size_of}
         return best.stage._result("lossless", best, margin, target, tried)
 
@@ -636,22 +818,62 @@ class Preparation:
         past = Round(candidate.ratio, candidate.predicted, candidate.change, self._step_report())
         return replace(following, earlier=[*self.earlier, past], start=plan)
 
-    def compact(self, *, margin: float = DEFAULT_MARGIN) -> Result:
+    def compact(self, *, margin: float = DEFAULT_MARGIN, certified: bool = False) -> Result:
         """The smallest model within a margin; see ``rankfold.compact``."""
         check_margin(margin)
-        tried = self._search(margin, float(self.total))
         stage = self
+        seen: list[Candidate] = []
+        if self.corrects:
+            first = self.measure(self._plan_for(margin))
+            stage, seen = self.corrected(first), [replace(first, model=None)]
+        tried = stage._search(margin, float(self.total), seen)
         for _ in range(self.settings.rounds - 1):
             best = self._smallest_passing(tried, margin)
             if best is None:
                 break  # fresh statistics make small models better, not large ones
-            stage = stage.next_round(total_cost(best.plan), rounds_left=2)
+            stage = best.stage.next_round(total_cost(best.plan), rounds_left=2)
             rest = self.total - self.factorizable
-            tried += stage._search(margin, float(rest + total_cost(best.plan)))
+            tried += stage._search(margin, float(rest + total_cost(best.plan)), [])
         best = self._smallest_passing(tried, margin)
         if best is None:
             best = min(tried, key=lambda c: self._promising(c.change))
+        if certified:
+            return self._fixed_sequence(tried, margin)
         return best.stage._result("compact", best, margin, {}, tried)
+
+    def _fixed_sequence(self, tried: list[Candidate], margin: float) -> Result:
+        """Test sizes from mild to strong until the first that fails (Learn then Test).
+
+        Order and statements are fixed here, before the held-out part is opened; each size is
+        tested at the whole confidence, since a false "lossless" can only come from the first one
+        that is not (Angelopoulos et al. 2021).
+        """
+        sizes = {c.ratio: c for c in tried if math.isfinite(c.change.mean)}
+        order = [sizes[ratio] for ratio in sorted(sizes, reverse=True)] or tried[:1]
+        statements = [c.stage._statement(c, margin) for c in order]
+        certified: tuple[Candidate, Tested] | None = None
+        results: list[Tested | None] = [None] * len(order)
+        for place, (candidate, statement) in enumerate(zip(order, statements, strict=True)):
+            tested = results[place] = candidate.stage._test(candidate, statement)
+            if certified is None or tested.certificate.holds:
+                certified = (candidate, tested)
+            if not tested.certificate.holds:
+                break
+        assert certified is not None  # order has one at least
+        chosen, tested = certified
+        record_of_order = [
+            {
+                "ratio": c.ratio,
+                "upper_bound": r and r.certificate.upper_bound,
+                "verdict": r and r.certificate.verdict,
+                "model": r and r.digest,
+            }
+            for c, r in zip(order, results, strict=True)
+        ]
+        target = {"certified": True}
+        return chosen.stage._result(
+            "compact", chosen, margin, target, tried, tested=tested, order=record_of_order
+        )
 
     def _smallest_passing(self, tried: Sequence[Candidate], margin: float) -> Candidate | None:
         passing = [c for c in tried if self._promising(c.change) <= margin]
@@ -701,7 +923,7 @@ class Preparation:
                 self._moved(name),
                 collected.statistics[name],
                 self.spectra[name],
-                settings.damping,
+                settings.dampings,
                 settings.form,
                 collected.cost_per_parameter(name, settings.cost),
                 sizes,
@@ -723,7 +945,7 @@ class Preparation:
         conv = cast("nn.Conv2d", layer)
         factors = conv_factors(
             self._moved(name).view_as(conv.weight),
-            *damped_grams(self.collected.statistics[name], self.settings.damping),
+            *damped_grams(self.collected.statistics[name], self.settings.dampings),
             cast("ConvForm", choice.form),
             choice.ranks,
             pivot=form == "pivoted",
@@ -792,7 +1014,8 @@ class Preparation:
             "selection", self.settings.batch_size, self.progress
         )
         change = paired_change(original, evaluation)
-        return Candidate(self, plan, model, share, self.predicted(plan), change)
+        differences = evaluation.losses - original.losses
+        return Candidate(self, plan, model, share, self.predicted(plan), change, differences)
 
     def _budget(self, size: float, size_of: SizeOf) -> float:
         _check_choice("size_of", size_of, get_args(SizeOf))
@@ -809,24 +1032,38 @@ class Preparation:
         """
         if not math.isfinite(change.mean):
             return math.inf
-        held_out = len(self.collected.parts["held_out"].examples)
-        deviation = change.standard_error * math.sqrt(change.examples)
-        bound = float(stats.t.ppf(self.settings.confidence, held_out - 1)) / math.sqrt(held_out)
+        settings, held_out = self.settings, self._held_out_units()
+        deviation = change.deviation
+        reach = settings.largest_change
+        if reach is not None:
+            reach = max(0.0, reach - change.mean)
+        bound = half_width(deviation, held_out, settings.confidence, settings.test, reach)
         quantile = float(stats.t.ppf(POWER, change.examples - 1))
-        luck = quantile * math.sqrt(1 / held_out + 1 / change.examples)
-        return change.mean + deviation * (bound + luck)
+        luck = quantile * deviation * math.sqrt(1 / held_out + 1 / change.examples)
+        return change.mean + bound + luck
 
-    def _search(self, margin: float, passes: float) -> list[Candidate]:
+    def _held_out_units(self) -> int:
+        """Independent held-out units: examples, or the groups that they form."""
+        part = self.collected.parts["held_out"]
+        return len(part.examples) if part.groups is None else len(set(part.groups))
+
+    def _search(self, margin: float, passes: float, seen: list[Candidate]) -> list[Candidate]:
         """Try plans on selection data, between the smallest that passes and the largest that fails.
 
         Each trial corrects the prediction by the ratio of actual to predicted change; where
         nothing is predicted the bracket is halved. ``passes`` is a cost of the whole model that is
-        known to pass.
+        known to pass, ``seen`` are plans measured already; they count among those tried.
         """
         rest = self.total - self.factorizable
         fails = rest + smallest_cost(self.curves) - 1.0
+        tried = list(seen)
+        for candidate in seen:
+            spent = rest + total_cost(candidate.plan)
+            if self._promising(candidate.change) <= margin:
+                passes = min(passes, spent)
+            else:
+                fails = max(fails, spent)
         target = rest + self._cost_for(margin - self.gain, default=0.9 * self.factorizable)
-        tried: list[Candidate] = []
         while len(tried) < MOST_PLANS and passes - fails > CLOSE_ENOUGH * self.total:
             edge = 0.1 * (passes - fails)
             if math.isnan(target):
@@ -859,9 +1096,61 @@ class Preparation:
             )
         return tried
 
+    def _plan_for(self, margin: float) -> RankPlan:
+        """The smallest plan predicted to be within a margin."""
+        plan = plan_for_change(self.objective, self.curves, margin - self.gain)
+        return self.plan(0.9 * self.factorizable) if plan is None else plan
+
     def _cost_for(self, tolerance: float, default: float) -> float:
         plan = plan_for_change(self.objective, self.curves, tolerance)
         return default if plan is None else float(total_cost(plan))
+
+    @property
+    def corrects(self) -> bool:
+        """Whether plans are made again with measured interactions."""
+        return self.settings.interactions and self.objective.allocation == "multiplier"
+
+    def corrected(self, measured: Candidate) -> Preparation:
+        """The curves with what a plan of theirs showed of each layer's share in the real change.
+
+        Each layer's predictions are brought towards its measured share (``interactions``), and
+        all of them to the change that the plan had on selection data, where it had one. A plan
+        whose loss is not finite shows nothing: then the curves stay.
+        """
+        if not math.isfinite(measured.change.mean):
+            return self
+        collected = self.collected
+        before = with_replaced(collected.base, {}, {n: self._moved(n) for n in collected.layers})
+        after = with_replaced(
+            collected.base, {}, {n: self.weight(n, choice) for n, choice in measured.plan.items()}
+        )
+        few = SHARE_EXAMPLES.get(collected.task.name, OTHER_SHARE_EXAMPLES)
+        calibration = collected.parts["calibration"]
+        shares = measured_shares(
+            before,
+            after,
+            collected.task,
+            as_part("calibration", calibration.examples[:few], calibration.collate),
+            list(collected.layers),
+            batch_size=self.settings.batch_size,
+            progress=self.progress,
+        )
+        predicted = {name: choice.change for name, choice in measured.plan.items()}
+        factors = corrections(shares, predicted)
+        foreseen = math.fsum(factors[name] * change for name, change in predicted.items())
+        harm = measured.change.mean - self.gain
+        level = harm / foreseen if harm > 0 and foreseen > 0 else 1.0
+        level = min(LARGEST_CORRECTION, max(1 / LARGEST_CORRECTION, level))
+
+        def rescaled(curves: Mapping[str, Curve]) -> dict[str, Curve]:
+            return {
+                name: replace(curve, changes=curve.changes * (level * factors[name]))
+                for name, curve in curves.items()
+            }
+
+        return replace(
+            self, ranked=rescaled(self.ranked), curves=rescaled(self.curves), factors=factors
+        )
 
     def held_out(self, model: nn.Module, stage: str) -> Evaluation:
         """Losses of a model on the held-out examples."""
@@ -896,6 +1185,82 @@ class Preparation:
             "flops": sum(self.collected.seen.flops.values()),
         }
 
+    def _statement(self, candidate: Candidate, margin: float) -> Statement:
+        """What will be claimed of a candidate, from its selection data alone."""
+        settings = self.settings
+        margins = {m.name: m.margin for m in self.collected.metrics if m.margin is not None}
+        if settings.accuracy_margin is not None:
+            margins[ACCURACY] = settings.accuracy_margin
+        return state(
+            candidate.change,
+            candidate.differences,
+            self._held_out_units(),
+            margin=margin,
+            confidence=settings.confidence,
+            test=settings.test,
+            largest_change=settings.largest_change,
+            metric_margins=margins,
+        )
+
+    def _test(self, candidate: Candidate, statement: Statement) -> Tested:
+        """Open the held-out part for a candidate."""
+        model = candidate.model if candidate.model is not None else self.build(candidate.plan)
+        collected, part = self.collected, self.collected.parts["held_out"]
+        original = self.original_held_out()
+        factorized = self._evaluate_until_shown(model, original, statement)
+        seen = len(factorized.losses)
+        values: dict[str, tuple[Tensor, Tensor]] = {}
+        for metric in collected.metrics:
+            before = collected.original_metrics.get(metric.name)
+            if before is None:
+                before = self._metric(metric, collected.model)
+                collected.original_metrics[metric.name] = before
+            values[metric.name] = (before, self._metric(metric, model))
+        examples, answers = example_digests(part, seen)
+        groups = None if part.groups is None else part.groups[:seen]
+        evidence = Evidence(examples, answers, _first(original, seen), factorized, groups, values)
+        digest = part.take(range(seen)).digest
+        certificate = evidence.certificate(statement, collected.task.unit, digest)
+        return Tested(model, statement, evidence, certificate, model_digest(model))
+
+    def _metric(self, metric: Metric, model: nn.Module) -> Tensor:
+        return metric_values(
+            metric,
+            model,
+            self.collected.parts["held_out"],
+            batch_size=self.settings.batch_size,
+            progress=self.progress,
+        )
+
+    def _evaluate_until_shown(
+        self, model: nn.Module, original: Evaluation, statement: Statement
+    ) -> Evaluation:
+        """Losses on the held-out part; the betting test stops once "lossless" is shown."""
+        stage = "factorized on held-out data"
+        if statement.test != "betting" or statement.metric_margins:
+            return self.held_out(model, stage)
+        part = self.collected.parts["held_out"]
+        count = len(part.examples)
+        chunk = max(FEWEST, math.ceil(count / LOOKS))
+        found: list[Evaluation] = []
+        for end in range(chunk, count + chunk, chunk):
+            piece = part.take(range(end - chunk, min(end, count)))
+            found.append(
+                evaluate(
+                    model,
+                    self.collected.task,
+                    piece,
+                    batch_size=self.settings.batch_size,
+                    progress=self.progress,
+                    stage=stage,
+                )
+            )
+            together = _joined(found)
+            seen = _first(original, len(together.losses))
+            if examples_seen(together.losses - seen.losses, seen.terms, statement) is not None:
+                break
+        return together
+
     def _result(
         self,
         algorithm: str,
@@ -903,25 +1268,58 @@ class Preparation:
         margin: float,
         target: dict[str, Any],
         tried: list[Candidate],
+        tested: Tested | None = None,
+        order: Sequence[Mapping[str, Any]] = (),
     ) -> Result:
         """Open the held-out part for the chosen model, the original and the control."""
-        model = chosen.model if chosen.model is not None else self.build(chosen.plan)
-        original = self.original_held_out()
+        if tested is None:
+            tested = self._test(chosen, self._statement(chosen, margin))
         self.control_held_out()
-        factorized = self.held_out(model, "factorized on held-out data")
-        certificate = certify(
-            original,
-            factorized,
-            margin=margin,
-            confidence=self.settings.confidence,
-            unit=self.collected.task.unit,
-            data_digest=self.collected.parts["held_out"].digest,
+        certificate = tested.certificate
+        opening = Opening(
+            original=model_digest(self.collected.model),
+            models=tuple(entry["model"] for entry in order if entry["model"]) or (tested.digest,),
+            examples=tuple(digest[:SHORT] for digest in tested.evidence.examples),
+            verdict=certificate.verdict,
+            seed=self.settings.seed,
         )
-        return Result(
-            model=model,
-            certificate=certificate,
-            report=self._report(algorithm, chosen, model, certificate, target, tried, factorized),
+        past = history(opening, self.collected.openings)
+        self.collected.openings.append(opening)
+        record(opening)
+        report = self._report(
+            algorithm, chosen, tested.model, certificate, target, tried, tested.evidence
         )
+        parts = self.collected.parts
+        others = [part for name, part in parts.items() if name in PARTS[:2]]
+        document = make_document(
+            certificate,
+            tested.statement,
+            tested.evidence,
+            private=self.settings.private,
+            models={
+                "class": f"{type(tested.model).__module__}.{type(tested.model).__qualname__}",
+                "original": opening.original,
+                "factorized": tested.digest,
+            },
+            data={
+                "parts": report["data"],
+                "look_alikes": [asdict(p) for p in look_alikes(others, parts["held_out"])],
+                "history": asdict(past),
+            },
+            run={
+                "algorithm": algorithm,
+                "ratio": report["ratio"],
+                "task": report["task"],
+                "plan": {
+                    name: {"rank": c.rank, "second_rank": c.second_rank, "form": c.form}
+                    for name, c in chosen.plan.items()
+                },
+                "order": list(order),
+                "settings": report["settings"],
+                "versions": library_versions(),
+            },
+        )
+        return Result(tested.model, certificate, report, document)
 
     def _report(
         self,
@@ -931,14 +1329,15 @@ class Preparation:
         certificate: Certificate,
         target: dict[str, Any],
         tried: list[Candidate],
-        factorized: Evaluation,
+        evidence: Evidence,
     ) -> dict[str, Any]:
         before, after = self.original_sizes, _sizes(model)
         layers = [self._layer_report(name, choice) for name, choice in chosen.plan.items()]
         after["factorizable_parameters"] = sum(entry["factorized_parameters"] for entry in layers)
         saved = sum(entry["flops"] - entry["factorized_flops"] for entry in layers)
         after["flops"] = before["flops"] - saved
-        original, control = self.original_held_out(), self._control
+        original, factorized = evidence.original, evidence.factorized
+        control = None if self._control is None else _first(self._control, len(original.losses))
         collected, settings = self.collected, asdict(self.settings)
         return {
             "algorithm": algorithm,
@@ -971,6 +1370,15 @@ class Preparation:
             },
             "accuracy": {"original": original.accuracy, "factorized": factorized.accuracy},
             "certificate": certificate.as_dict(),
+            "allocation": self._allocation_report(chosen.plan),
+            "damping": {
+                "input": self.settings.dampings.input,
+                "output": self.settings.dampings.output,
+                "trials": [
+                    {"input": damping.input, "output": damping.output, "change": _finite(change)}
+                    for damping, change in collected.damping_trials
+                ],
+            },
             "curvature": collected.curvature,
             "calibration_loss": collected.calibration_loss,
             "step": self._step_report(),
@@ -992,6 +1400,14 @@ class Preparation:
             "unpacked": self.collected.unpacked.names,
             "not_factorized": [asdict(entry) for entry in collected.skipped],
         }
+
+    def _allocation_report(self, plan: RankPlan) -> dict[str, float] | None:
+        """How far the plan may be from the best one of its cost, by the curves it was made with."""
+        if self.objective.allocation != "multiplier":
+            return None
+        best = best_within_cost(self.curves, total_cost(plan))
+        predicted = total_change(plan)
+        return {"predicted_cost": predicted, "gap": max(0.0, predicted - best.bound)}
 
     def _layer_report(self, name: str, choice: Choice) -> dict[str, Any]:
         layer = self.collected.layers[name]
@@ -1026,6 +1442,7 @@ class Preparation:
             "factorized_flops": flops,
             "predicted_change": choice.change if self.objective.predicts_loss else None,
             "predicted_by_rank": self._predicted_by_rank(name),
+            "interaction_factor": None if self.factors is None else self.factors[name],
             "harmless_range": None if self.step is None else asdict(self.harmless_range(name)),
         }
 
@@ -1065,6 +1482,7 @@ class Candidate:
         ratio: Share kept of the whole model, in the unit of the cost.
         predicted: Predicted change of the loss, or None.
         change: Measured change on selection data.
+        differences: ``(n,)`` changes of the selection examples.
     """
 
     stage: Preparation
@@ -1073,6 +1491,7 @@ class Candidate:
     ratio: float
     predicted: float | None
     change: Change
+    differences: Tensor
 
     @property
     def as_predicted(self) -> bool:
@@ -1082,6 +1501,25 @@ class Candidate:
         harm = self.change.mean - self.stage.gain
         foreseen = self.predicted - self.stage.gain
         return harm <= TRUSTED * foreseen + 2 * self.change.standard_error
+
+
+@dataclass(frozen=True)
+class Tested:
+    """A model that the held-out part was opened for.
+
+    Attributes:
+        model: The model.
+        statement: What was stated before.
+        evidence: Losses of every example.
+        certificate: What follows.
+        digest: Of the model's weights.
+    """
+
+    model: nn.Module
+    statement: Statement
+    evidence: Evidence
+    certificate: Certificate
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -1119,11 +1557,13 @@ class Result:
         model: The factorized copy; the original is untouched.
         certificate: Verdict, upper bound, margin, confidence, number of examples.
         report: Everything else, as in ``rankfold.json``: sizes, losses, layers, settings.
+        document: The certificate's file: what it was computed from, as ``rankfold verify`` reads.
     """
 
     model: nn.Module
     certificate: Certificate
     report: dict[str, Any]
+    document: Document
 
     @property
     def found(self) -> bool:
@@ -1147,8 +1587,18 @@ class Result:
             InputError: The folder can't be written.
         """
         return save_artifact(
-            folder, self.model, self.report, tokenizer=tokenizer, overwrite=overwrite
+            folder,
+            self.model,
+            self.report,
+            tokenizer=tokenizer,
+            overwrite=overwrite,
+            files=files(self.document),
         )
+
+
+def _lowest(tried: Sequence[Candidate]) -> Candidate:
+    """The candidate with the lowest measured loss."""
+    return min(tried, key=lambda c: c.change.mean if math.isfinite(c.change.mean) else math.inf)
 
 
 def check_size(size: float) -> None:
@@ -1162,6 +1612,26 @@ def check_size(size: float) -> None:
             f"the size is {size}; expected the share that is kept, above 0 and at most 1 "
             "(0.9 keeps 90 % of the parameters)."
         )
+
+
+def _first(evaluation: Evaluation, count: int) -> Evaluation:
+    """The evaluation of the first examples only."""
+    correct = evaluation.correct
+    return Evaluation(
+        evaluation.losses[:count],
+        evaluation.terms[:count],
+        None if correct is None else correct[:count],
+    )
+
+
+def _joined(found: Sequence[Evaluation]) -> Evaluation:
+    """The evaluations of consecutive examples as one."""
+    correct = [e.correct for e in found if e.correct is not None]
+    return Evaluation(
+        torch.cat([e.losses for e in found]),
+        torch.cat([e.terms for e in found]),
+        torch.cat(correct) if correct else None,
+    )
 
 
 def _sizes(model: nn.Module) -> dict[str, int]:

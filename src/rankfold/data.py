@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, TypeAlias, cast
 
@@ -40,15 +40,21 @@ class Data:
         selection: Examples for choosing the step and the plan.
         held_out: Examples for the certificate, evaluated once.
         collate: Turns a list of examples into a batch; by default tensors are stacked.
+        groups: For each held-out example what it belongs to, such as its document, where examples
+            of one group are not independent: the groups are then the certificate's units.
+        split_here: The parts were drawn from one data set by ``split``: copies in them are left
+            out, not refused.
 
     Raises:
-        InputError: A part is empty or too small.
+        InputError: A part is empty or too small, or ``groups`` doesn't fit.
     """
 
     calibration: Examples
     selection: Examples
     held_out: Examples
     collate: Collate | None = None
+    groups: Sequence[object] | None = None
+    split_here: bool = False
 
     def __post_init__(self) -> None:
         """Materialise loaders and iterables, and refuse parts that are too small."""
@@ -62,6 +68,11 @@ class Data:
                     f"the {part.replace('_', '-')} part has {len(examples)} examples; "
                     f"it needs at least {FEWEST}. Give more data."
                 )
+        if self.groups is not None and len(self.groups) != len(self.held_out):
+            raise InputError(
+                f"there are {len(self.groups)} groups for {len(self.held_out)} held-out examples; "
+                "expected one an example."
+            )
 
 
 @dataclass(frozen=True)
@@ -73,17 +84,29 @@ class Part:
         examples: The examples.
         collate: Turns a list of examples into a batch.
         digests: SHA-256 of each example's input, hexadecimal.
+        groups: What each example belongs to, or None where they are independent.
     """
 
     name: str
     examples: list[Example]
     collate: Collate
     digests: list[str] = field(repr=False)
+    groups: list[str] | None = field(default=None, repr=False)
 
     @property
     def digest(self) -> str:
         """SHA-256 over the examples' digests, in order."""
         return hashlib.sha256("".join(self.digests).encode()).hexdigest()
+
+    def take(self, indices: Sequence[int]) -> Part:
+        """The examples with these numbers, in this order."""
+        return Part(
+            self.name,
+            [self.examples[i] for i in indices],
+            self.collate,
+            [self.digests[i] for i in indices],
+            None if self.groups is None else [self.groups[i] for i in indices],
+        )
 
     def batches(self, size: int | None = None) -> list[list[Example]]:
         """Consecutive examples of the same shape in lists of ``size`` (default: by their size)."""
@@ -160,7 +183,9 @@ def split(data: object, seed: int, block: int = 1, collate: Collate | None = Non
             f"calibration, selection and held-out parts of {FEWEST} or more each. Give more data."
         )
     first_part, second_part, third_part = (_Subset(examples, part) for part in parts)
-    return Data(first_part, second_part, third_part, collate=collate or own_collate)
+    return Data(
+        first_part, second_part, third_part, collate=collate or own_collate, split_here=True
+    )
 
 
 class _Subset(Sequence[Example]):
@@ -186,7 +211,10 @@ def select_part(data: Data, name: str, limit: int | None, seed: int) -> Part:
     if limit is not None and limit < count:
         generator = torch.Generator().manual_seed(seed)
         indices = sorted(torch.randperm(count, generator=generator)[:limit].tolist())
-    return as_part(name, [examples[index] for index in indices], data.collate)
+    part = as_part(name, [examples[index] for index in indices], data.collate)
+    if name != "held_out" or data.groups is None:
+        return part
+    return replace(part, groups=[str(data.groups[index]) for index in indices])
 
 
 def as_part(name: str, examples: list[Example], collate: Collate | None = None) -> Part:
@@ -239,6 +267,13 @@ def example_digest(example: Example) -> str:
     """SHA-256 of an example's input: its tensors' types, shapes and bytes."""
     digest = hashlib.sha256()
     _feed(digest, example_input(example))
+    return digest.hexdigest()
+
+
+def content_digest(example: Example) -> str:
+    """SHA-256 of a whole example, its labels included."""
+    digest = hashlib.sha256()
+    _feed(digest, example)
     return digest.hexdigest()
 
 

@@ -6,7 +6,7 @@ Everything here is a pure function of tensors; nothing knows about layers or mod
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,18 @@ LARGEST_COEFFICIENT = 2.0
 NEGLIGIBLE_ROW = 1e-13
 
 _Array: TypeAlias = npt.NDArray[np.float64]
+
+
+class Damping(NamedTuple):
+    """What is added to the two Grams of a layer, as shares of their mean eigenvalues.
+
+    Attributes:
+        input: For A, the Gram of inputs.
+        output: For B, the Gram of output gradients.
+    """
+
+    input: float
+    output: float
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:

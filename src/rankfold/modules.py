@@ -110,7 +110,8 @@ class LowRankLinear(_LowRank):
     def to_dense(self) -> nn.Linear:
         """The same layer as one ``nn.Linear``, factors multiplied out."""
         matrix = self.dense_matrix().detach()
-        dense = nn.Linear(
+        dense: nn.Linear = nn.utils.skip_init(  # drawing weights would move the user's random state
+            nn.Linear,
             self.in_features,
             self.out_features,
             bias=self.bias is not None,
@@ -210,7 +211,8 @@ class ConvGeometry(Protocol):
 
 def stock_conv(like: ConvGeometry, weight: Tensor) -> nn.Conv2d:
     """An ``nn.Conv2d`` of the same geometry and bias with this weight, of as many values."""
-    dense = nn.Conv2d(
+    dense: nn.Conv2d = nn.utils.skip_init(
+        nn.Conv2d,
         like.in_channels,
         like.out_channels,
         like.kernel_size,

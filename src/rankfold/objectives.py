@@ -22,7 +22,7 @@ from rankfold.calibrate import LayerStatistics
 from rankfold.conv_forms import conv_candidates
 from rankfold.conv_modules import CONV_FORMS, conv_factor_flops
 from rankfold.layer_matrix import MatrixLayer, matrix_shape, weight_matrix
-from rankfold.linalg import damped
+from rankfold.linalg import Damping, damped
 from rankfold.modules import Form, factor_parameters
 from rankfold.spectrum import Spectrum, whitened_spectrum
 
@@ -88,20 +88,20 @@ OBJECTIVES: dict[ObjectiveName, Objective] = {
 
 
 def layer_spectrum(
-    objective: Objective, weight: Tensor, statistics: LayerStatistics | None, damping: float
+    objective: Objective, weight: Tensor, statistics: LayerStatistics | None, damping: Damping
 ) -> Spectrum:
     """Spectrum of one (already moved) weight ``(out, in)`` under an objective."""
     a = b = None
     if objective.input_gram:
         if statistics is None:
             raise ValueError("this objective needs statistics")
-        a = damped(statistics.input_gram, damping)
+        a = damped(statistics.input_gram, damping.input)
     if objective.output_gram != "none":
         gram = None if statistics is None else statistics.output_gram
         if gram is None:
             raise ValueError("this objective needs statistics with gradients")
         diagonal = objective.output_gram == "diagonal"
-        b = damped(torch.diag(gram.diagonal()) if diagonal else gram, damping)
+        b = damped(torch.diag(gram.diagonal()) if diagonal else gram, damping.output)
     return whitened_spectrum(weight, a, b)
 
 
@@ -154,7 +154,7 @@ def conv_curve(
     weight: Tensor,
     statistics: LayerStatistics,
     spectrum: Spectrum,
-    damping: float,
+    damping: Damping,
     form: Form,
     cost_per_parameter: int,
     image_sizes: Sequence[tuple[int, int]] | None,
@@ -170,7 +170,7 @@ def conv_curve(
         weight: Its weight ``(out, in * kh * kw)``, moved by the step.
         statistics: Its statistics, with gradients.
         spectrum: Its spectrum under the damped Grams.
-        damping: Share of the mean eigenvalue.
+        damping: Of both Grams.
         form: ``pivoted``, or ``pair`` for stock convs.
         cost_per_parameter: Of the dense layer: 1 for parameters, 2 x rows for FLOPs.
         image_sizes: Sizes of the conv's inputs for a cost in FLOPs; None counts parameters.
@@ -200,14 +200,14 @@ def conv_curve(
     )
 
 
-def damped_grams(statistics: LayerStatistics, damping: float) -> tuple[Tensor, Tensor]:
+def damped_grams(statistics: LayerStatistics, damping: Damping) -> tuple[Tensor, Tensor]:
     """A and B of a layer, damped.
 
     Raises:
         ValueError: The statistics were collected without gradients.
     """
     a, b = undamped_grams(statistics)
-    return damped(a, damping), damped(b, damping)
+    return damped(a, damping.input), damped(b, damping.output)
 
 
 def undamped_grams(statistics: LayerStatistics) -> tuple[Tensor, Tensor]:

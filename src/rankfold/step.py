@@ -16,7 +16,7 @@ from rankfold.calibrate import LayerStatistics
 from rankfold.certify import paired_change
 from rankfold.data import Part
 from rankfold.layer_matrix import MatrixLayer, weight_matrix
-from rankfold.linalg import damped
+from rankfold.linalg import Damping, damped
 from rankfold.progress import Progress
 from rankfold.spectrum import (
     GradientStep,
@@ -148,7 +148,7 @@ def moved_weight(layer: MatrixLayer, direction: Tensor, eta: float) -> Tensor:
 def step_directions(
     layers: Mapping[str, MatrixLayer],
     statistics: MutableMapping[str, LayerStatistics],
-    damping: float,
+    damping: Damping,
     progress: Progress,
     *,
     estimator: StepEstimator = "cross-validated",
@@ -165,8 +165,8 @@ def step_directions(
             raise ValueError("the gradient step needs statistics with gradients")
         step = gradient_step(
             stats.gradients,
-            damped(stats.input_gram, damping),
-            damped(stats.output_gram, damping),
+            damped(stats.input_gram, damping.input),
+            damped(stats.output_gram, damping.output),
             estimator,
         )
         steps[name] = replace(step, direction=step.direction.to(stats.gradients[0].dtype))

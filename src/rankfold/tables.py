@@ -78,6 +78,16 @@ def result_lines(report: dict[str, Any]) -> list[str]:
             f"of this, the gradient step alone gives {loss['control_change']:+.4f} (control: the "
             "dense model moved by the same step; it adapts the model to the calibration data)"
         )
+    allocation = report.get("allocation")
+    if allocation is not None:
+        gap = allocation["gap"]
+        proof = f"at most {gap:.1e} above the lowest" if gap else "proven the lowest"
+        factors = [layer.get("interaction_factor") for layer in report["layers"]]
+        how = ", with measured interactions" if any(factors) else ""
+        lines.append(
+            f"ranks: predicted cost of truncation {allocation['predicted_cost']:+.4f}{how}, "
+            f"{proof} of this size"
+        )
     style = VERDICT_STYLE[certificate["verdict"]]
     lines.append(
         f"verdict: [{style}]{certificate['verdict']}[/]: with {certificate['confidence']:.0%} "
@@ -85,6 +95,7 @@ def result_lines(report: dict[str, Any]) -> list[str]:
         f"{certificate['margin']:g} {certificate['unit']}, {certificate['examples']} held-out "
         "examples that nothing was tuned on)"
     )
+    lines += certificate_lines(certificate)
     if report.get("agreement"):
         lines.append(
             "no labels were used: the loss is the distance from the original model's own outputs, "
@@ -95,6 +106,34 @@ def result_lines(report: dict[str, Any]) -> list[str]:
         f"layers: {low_rank} factorized, {len(report['layers']) - low_rank} left dense by the "
         f"plan, {len(report['not_factorized'])} not factorized{_reasons(report)}"
     )
+    return lines
+
+
+def certificate_lines(certificate: dict[str, Any]) -> list[str]:
+    """The test and its range, the metrics, and what is missing where nothing is shown."""
+    lines = []
+    if certificate.get("highest") is not None:
+        lines.append(
+            f"test: {certificate['test']}, any distribution; one example's change counts up to "
+            f"{certificate['highest']:+.4f} ({certificate['range_from']}), {certificate['above']} "
+            f"of {certificate['units']} were above it, at most {certificate['share_above']:.1%} "
+            f"are; t bound {certificate['t_upper_bound']:+.4f}"
+        )
+    elif "test" in certificate:
+        lines.append("test: t; it assumes a nearly normal mean of the changes")
+    for metric in certificate.get("metrics", ()):
+        margin = "" if metric["margin"] is None else f" (margin {metric['margin']:g})"
+        lines.append(
+            f"{metric['name']}: at most {metric['upper_bound']:+.4f} is lost{margin}"
+            + (f": {metric['verdict']}" if metric["verdict"] else "")
+        )
+    if certificate["verdict"] == "not shown" and "needed" in certificate:
+        needed = certificate["needed"]
+        lines.append(
+            "more examples would not show it: the measured change is not below the margin"
+            if needed is None
+            else f"about {needed} held-out examples would show it, if the change is what it seems"
+        )
     return lines
 
 

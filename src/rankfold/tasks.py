@@ -152,9 +152,9 @@ class UserLoss:
     unit = "units of the given loss"
     agreement = False
 
-    def __init__(self, function: LossFunction) -> None:
-        """Use ``function``."""
-        self.function = function
+    def __init__(self, function: LossFunction, what: str = "loss function") -> None:
+        """Use ``function``; messages call it ``what``."""
+        self.function, self.what = function, what
 
     def batch_loss(self, model: nn.Module, batch: Batch) -> BatchLoss:
         """One loss per example, each one term."""
@@ -162,10 +162,45 @@ class UserLoss:
         if not torch.is_tensor(losses) or losses.dim() != 1:
             shape = tuple(losses.shape) if torch.is_tensor(losses) else type(losses).__name__
             raise InputError(
-                f"the loss function returned {shape}; expected a 1-D tensor with one loss per "
+                f"the {self.what} returned {shape}; expected a 1-D tensor with one value per "
                 "example (reduction='none')."
             )
         return BatchLoss(losses, torch.ones_like(losses, dtype=torch.int64))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A user's metric of which more is better, certified beside the loss.
+
+    Attributes:
+        name: How the report calls it.
+        function: ``function(model, batch)`` giving one value from 0 to 1 per example.
+        margin: How much of its mean may be lost, as a share; None only reports it.
+    """
+
+    name: str
+    function: LossFunction
+    margin: float | None = None
+
+
+def metric_values(
+    metric: Metric,
+    model: nn.Module,
+    part: Part,
+    *,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """``(n,)`` float64 values of a metric on a part; not checked for their range.
+
+    Raises:
+        InputError: The function doesn't give one value per example.
+    """
+    stage = f"{metric.name} on {part.name.replace('_', '-')} data"
+    task = UserLoss(metric.function, what=f"metric {metric.name}")
+    return evaluate(
+        model, task, part, batch_size=batch_size, progress=progress, stage=stage, finite=False
+    ).losses
 
 
 def recognise_task(
@@ -210,8 +245,8 @@ def recognise_task(
     if found in ("teacher", "embedding"):
         if not originals:
             raise InputError(
-                f"the task {found} compares with the original model, which is not at hand here; "
-                "it belongs to lossless and compact."
+                f"the task {found} compares with the original model, which is not at hand here: "
+                "lossless and compact have it, to verify it is given as the original."
             )
         kind = Embedding if found == "embedding" else Teacher
         moved = on_device(batch, originals[0])

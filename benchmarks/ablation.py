@@ -1,0 +1,357 @@
+"""What each part of rankfold is worth: every part switched off in turn, beside the baselines.
+
+    python -m benchmarks.ablation run resnet20 resnet56 smollm2 --seeds 0 1 2
+    python -m benchmarks.ablation table
+    python -m benchmarks.ablation plot
+
+``run`` appends one JSON line a result to ``benchmarks/out/ablation.jsonl`` and leaves out what is
+there already; ``table`` prints the tables of docs/ablation.md, ``plot`` draws their figures into
+docs/figures. Every result goes through ``Preparation.lossless``, as a user's would: the plan is
+made on selection data, the test examples are evaluated once. A seed draws the calibration and
+selection examples; the test examples stay the same. Size is the share kept of the weights in the
+layers that can be factorized. A language model is also tested on text of another kind
+(``pydoc_data.topics``), none of which is in its calibration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.quality import MODELS
+from benchmarks.rows import append_row, read_rows
+from rankfold.certify import paired_change
+from rankfold.compress import Collected, Settings, analyse, collect
+from rankfold.data import Data, Part, as_part
+from rankfold.progress import TerminalProgress
+from rankfold.tasks import Evaluation, evaluate
+
+RESULTS = Path(__file__).parent / "out" / "ablation.jsonl"
+FIGURES = Path(__file__).parents[1] / "docs" / "figures"
+OTHER_TEXT_WINDOWS = 16
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run rankfold.
+
+    Attributes:
+        settings: What differs from the defaults.
+        models: Where it makes a difference: ``all``, ``language`` or ``vision``.
+        statistics: What of the settings changes the statistics; variants with equal ones share a
+            pass over the calibration examples.
+        share_of_data: Share of the calibration examples used.
+    """
+
+    settings: dict[str, Any]
+    models: str = "all"
+    statistics: dict[str, Any] = field(default_factory=dict)
+    share_of_data: float = 1.0
+
+    def fits(self, model: str) -> bool:
+        """Whether the variant is run for a model."""
+        return self.models in ("all", "language" if model == "smollm2" else "vision")
+
+
+OWN = {"self_share": 0.9}
+VARIANTS: dict[str, Variant] = {
+    "all parts": Variant({}),
+    "no gradient step": Variant({"gradient_step": False}),
+    "no interactions": Variant({"interactions": False}),
+    "no step, no interactions": Variant({"gradient_step": False, "interactions": False}),
+    "pair form": Variant({"form": "pair"}),
+    "no spatial or Tucker forms": Variant({"conv_forms": False}, "vision"),
+    "raw step": Variant({"step_estimator": "raw"}),
+    "denoised step": Variant({"step_estimator": "denoised"}),
+    "damping 0.01": Variant({"damping": 0.01}),
+    "damping 1": Variant({"damping": 1.0}),
+    "damping 0.01 of A, 0.3 of B": Variant({"damping": 0.01, "output_damping": 0.3}),
+    "half the calibration data": Variant({}, share_of_data=0.5),
+    "twice the calibration data": Variant({}, share_of_data=2.0),
+    "two rounds": Variant({"rounds": 2}),
+    "two rounds, no step": Variant({"rounds": 2, "gradient_step": False}),
+    "sampled curvature": Variant({}, "language", {"curvature": "sampled"}),
+    "empirical curvature": Variant({}, "vision", {"curvature": "empirical"}),
+    "half own text": Variant({}, "language", {"self_share": 0.5}),
+    "half own text, no step": Variant({"gradient_step": False}, "language", {"self_share": 0.5}),
+    "own text, no step": Variant({"gradient_step": False}, "language", OWN),
+    "A alone, uniform (SVD-LLM)": Variant({"objective": "activation", "form": "pair"}),
+    "row weights (FWSVD)": Variant({"objective": "fwsvd", "form": "pair"}),
+    "plain SVD": Variant({"objective": "svd", "form": "pair"}),
+    "first order (published)": Variant({"objective": "first-order"}),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One factorized model on the test examples."""
+
+    model: str
+    seed: int
+    variant: str
+    size: float
+    kept: float  # share of the whole model's parameters
+    bytes_kept: float  # share of the bytes of model.safetensors
+    dense_loss: float
+    change: float
+    standard_error: float
+    accuracy: float
+    dense_accuracy: float
+    predicted: float | None
+    control: float | None
+    other_change: float | None  # on text of another kind
+    other_standard_error: float | None
+    other_control: float | None
+    eta: float | None
+    verdict: str
+    seconds: float  # from the statistics on, this size alone
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (self.model, self.seed, self.variant, self.size)
+
+
+class Runner:
+    """Measures what is not measured yet, and writes each result as it comes."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.done = {row.key for row in read_rows(file, Row)}
+        self.progress = TerminalProgress()
+
+    def run(self, name: str, seed: int, variants: Sequence[str], sizes: Sequence[float]) -> None:
+        """All rows of one model and seed; variants with the same statistics share their pass."""
+        missing = [
+            variant
+            for variant in variants
+            if VARIANTS[variant].fits(name)
+            and any((name, seed, variant, size) not in self.done for size in sizes)
+        ]
+        groups: dict[str, list[str]] = {}
+        for variant in missing:
+            chosen = VARIANTS[variant]
+            key = f"{sorted(chosen.statistics.items())} {chosen.share_of_data}"
+            groups.setdefault(key, []).append(variant)
+        for group in groups.values():
+            self._group(name, seed, group, sizes)
+
+    def _group(self, name: str, seed: int, variants: list[str], sizes: Sequence[float]) -> None:
+        first = VARIANTS[variants[0]]
+        build, calibration = MODELS[name]
+        count = round(calibration * first.share_of_data)
+        model, data = build(seed, count)
+        other = other_text(data) if name == "smollm2" else None
+        common = {"seed": seed, "limit": count, **first.statistics}
+        start = time.perf_counter()
+        collected = collect(model, data, Settings(**common), progress=self.progress)
+        spent = time.perf_counter() - start
+        dense_other = None if other is None else self._other(model, collected, other)
+        for variant in variants:
+            settings = Settings(**{**common, **VARIANTS[variant].settings})
+            start = time.perf_counter()
+            prepared = analyse(collected, settings, progress=self.progress)
+            ready = spent + time.perf_counter() - start
+            moved = prepared.control()
+            other_control = None
+            if other is not None and dense_other is not None and moved is not None:
+                other_control = self._other(moved, collected, other).mean - dense_other.mean
+            for size in sizes:
+                if (name, seed, variant, size) in self.done:
+                    continue
+                start = time.perf_counter()
+                result = prepared.lossless(size, size_of="factorizable")
+                seconds = ready + time.perf_counter() - start
+                report, change = result.report, None
+                if other is not None and dense_other is not None:
+                    found = self._other(result.model, collected, other)
+                    change = paired_change(dense_other, found)
+                step, certificate = report["step"], result.certificate
+                self._record(
+                    Row(
+                        model=name,
+                        seed=seed,
+                        variant=variant,
+                        size=size,
+                        kept=result.ratio,
+                        bytes_kept=report["factorized"]["bytes"] / report["original"]["bytes"],
+                        dense_loss=report["loss"]["original"],
+                        change=certificate.change,
+                        standard_error=certificate.standard_error,
+                        accuracy=report["accuracy"]["factorized"],
+                        dense_accuracy=report["accuracy"]["original"],
+                        predicted=report["loss"]["predicted_change"],
+                        control=report["loss"]["control_change"],
+                        other_change=None if change is None else change.mean,
+                        other_standard_error=None if change is None else change.standard_error,
+                        other_control=other_control,
+                        eta=None if step is None else step["eta"],
+                        verdict=certificate.verdict,
+                        seconds=seconds,
+                    )
+                )
+
+    def _other(self, model: nn.Module, collected: Collected, part: Part) -> Evaluation:
+        return evaluate(
+            model, collected.task, part, progress=self.progress, stage="text of another kind"
+        )
+
+    def _record(self, row: Row) -> None:
+        self.done.add(row.key)
+        append_row(self.file, row)
+        print(f"{row.model} seed {row.seed} {row.variant} {row.size}: {_change(row)}", flush=True)
+
+
+def other_text(data: Data) -> Part:
+    """Windows of Python's documentation, as long as those of the data."""
+    from benchmarks.language_models import load_smollm2  # needs transformers
+    from rankfold.demo import topics_data
+
+    _, tokenizer = load_smollm2()
+    length = len(data.calibration[0])
+    tokens = torch.cat([torch.as_tensor(w) for w in topics_data(tokenizer).held_out])
+    windows = tokens[: len(tokens) // length * length].view(-1, length)
+    return as_part("other text", list(windows[:OTHER_TEXT_WINDOWS]))
+
+
+def _change(row: Row) -> str:
+    text = f"{row.change:+.4f} ± {row.standard_error:.4f}"
+    if row.predicted is not None:
+        text += f", predicted {row.predicted:+.4f}"
+    if row.other_change is not None:
+        text += f", other text {row.other_change:+.4f} ± {row.other_standard_error:.4f}"
+    return text
+
+
+def print_tables(rows: Sequence[Row]) -> None:
+    """For each model and size a table in Markdown: mean over seeds, and their spread."""
+    for name in dict.fromkeys(row.model for row in rows):
+        mine = [row for row in rows if row.model == name]
+        first = mine[0]
+        print(f"\n## {name}\n")
+        print(f"Dense: test loss {first.dense_loss:.4f}, accuracy {first.dense_accuracy:.4f}.")
+        for size in sorted({row.size for row in mine}, reverse=True):
+            here = [row for row in mine if row.size == size]
+            language = any(row.other_change is not None for row in here)
+            print(f"\n### {size:g} of the factorizable weights\n")
+            columns = ["variant", "seeds", "change of the loss", "predicted", "control"]
+            columns += ["other text", "control there"] if language else ["accuracy"]
+            columns += ["parameters", "bytes", "seconds"]
+            print("| " + " | ".join(columns) + " |")
+            print("| --- " * len(columns) + "|")
+            for variant in [v for v in VARIANTS if any(row.variant == v for row in here)]:
+                print(_line(variant, [row for row in here if row.variant == variant], language))
+
+
+def _line(variant: str, rows: list[Row], language: bool) -> str:
+    cells = [
+        variant,
+        str(len(rows)),
+        _spread([r.change for r in rows], mean(r.standard_error for r in rows)),
+        _mean([r.predicted for r in rows]),
+        _mean([r.control for r in rows]),
+    ]
+    if language:
+        errors = mean(r.other_standard_error or 0.0 for r in rows)
+        cells.append(_spread([r.other_change or 0.0 for r in rows], errors))
+        cells.append(_mean([r.other_control for r in rows]))
+    else:
+        cells.append(f"{mean(r.accuracy for r in rows):.3f}")
+    cells += [f"{mean(r.kept for r in rows):.4f}", f"{mean(r.bytes_kept for r in rows):.4f}"]
+    cells.append(f"{mean(r.seconds for r in rows):.0f}")
+    return "| " + " | ".join(cells) + " |"
+
+
+def _spread(changes: list[float], standard_error: float) -> str:
+    text = f"{mean(changes):+.4f} ± {standard_error:.4f}"
+    return f"{text}, seeds ± {stdev(changes):.4f}" if len(changes) > 1 else text
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{mean(known):+.4f}" if known else ""
+
+
+def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """One figure a model: change of the loss of every variant, a panel a size."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for name in dict.fromkeys(row.model for row in rows):
+        mine = [row for row in rows if row.model == name]
+        sizes = sorted({row.size for row in mine}, reverse=True)
+        variants = [v for v in reversed(VARIANTS) if any(row.variant == v for row in mine)]
+        figure, panels = pyplot.subplots(
+            1,
+            len(sizes),
+            sharey=True,
+            squeeze=False,
+            figsize=(3 + 3 * len(sizes), 1 + len(variants) / 3),
+        )
+        for panel, size in zip(panels[0], sizes, strict=True):
+            _panel(panel, [row for row in mine if row.size == size], variants, size)
+        figure.suptitle(f"{name}: change of the mean test loss (nats), every seed a point")
+        figure.tight_layout()
+        file = folder / f"ablation_{name}.svg"
+        figure.savefig(file, metadata={"Date": None})
+        pyplot.close(figure)
+        files.append(file)
+    return files
+
+
+def _panel(panel: Any, rows: list[Row], variants: list[str], size: float) -> None:
+    for place, variant in enumerate(variants):
+        for row in (row for row in rows if row.variant == variant):
+            panel.errorbar(
+                row.change, place, xerr=row.standard_error, fmt="o", color="C0", capsize=2, ms=4
+            )
+            if row.control is not None:
+                panel.plot(row.control, place, "x", color="C1")
+    # Beyond 0.1 the scale is logarithmic: what destroys a model would hide all else.
+    panel.set_xscale("symlog", linthresh=0.1)
+    panel.axvline(0, color="grey", linewidth=0.8)
+    panel.set_yticks(range(len(variants)), variants)
+    panel.set_title(f"{size:g} kept (x: control)")
+    panel.grid(axis="x", alpha=0.3)
+
+
+def main() -> None:
+    """Run, print or draw."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument("models", nargs="+", choices=[*MODELS])
+    run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    run.add_argument("--variants", nargs="+", choices=[*VARIANTS], default=[*VARIANTS])
+    run.add_argument("--sizes", nargs="+", type=float, default=[0.9, 0.8, 0.7, 0.5])
+    run.add_argument("--threads", type=int, default=2)
+    for command in (run, commands.add_parser("table"), commands.add_parser("plot")):
+        command.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.command == "run":
+        torch.set_num_threads(options.threads)
+        runner = Runner(options.results)
+        for name in options.models:
+            for seed in options.seeds:
+                runner.run(name, seed, options.variants, options.sizes)
+    rows = read_rows(options.results, Row)
+    if options.command == "plot":
+        for file in draw(rows, FIGURES):
+            print(file)
+    else:
+        print_tables(rows)
+
+
+if __name__ == "__main__":
+    main()

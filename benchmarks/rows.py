@@ -1,0 +1,24 @@
+"""Results as JSON lines: written as they come, read back typed, so that a run can be resumed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+Row = TypeVar("Row")
+
+
+def read_rows(file: Path, kind: type[Row]) -> list[Row]:
+    """The rows measured so far, as objects of the dataclass ``kind``."""
+    if not file.exists():
+        return []
+    return [kind(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def append_row(file: Path, row: Any) -> None:
+    """Append one row, a dataclass."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as out:
+        out.write(json.dumps(asdict(row)) + "\n")

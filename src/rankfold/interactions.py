@@ -1,0 +1,142 @@
+"""What the sum over layers misses: how much of the measured change belongs to each layer.
+
+The predicted changes of the layers are those of each layer changed alone, by a curvature that is a
+Kronecker product. Changed together, layers add to each other's errors or cancel them. One backward
+pass shows it for all at once: along ``W + t Delta`` the divergence from the original is
+``1/2 t^2 Delta^T H Delta`` with the full curvature H, so half its derivative at t = 1 is the
+whole change, and the part of layer l, ``1/2 <dD/dW_l, Delta_l>``, counts its interactions with all
+others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rankfold.data import Batch, Part
+from rankfold.layer_matrix import MatrixLayer
+from rankfold.modes import evaluation_mode
+from rankfold.progress import Progress, SilentProgress
+from rankfold.tasks import BatchLoss, Task, on_device
+
+# Examples that the shares are measured on. The divergence is 0 at the original whatever the
+# sample, so its gradient is far less noisy than that of the loss, and few examples suffice.
+SHARE_EXAMPLES = {"causal-lm": 8}
+OTHER_SHARE_EXAMPLES = 512
+# A correction never changes a prediction by more than this, either way.
+LARGEST_CORRECTION = 3.0
+# Predictions below this part of the mean one are too small to be compared with.
+NOISE_FLOOR = 0.02
+
+
+def measured_shares(
+    original: nn.Module,
+    changed: nn.Module,
+    task: Task,
+    part: Part,
+    names: Sequence[str],
+    *,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """The part of each layer in the change from one model to the other, in units of the loss.
+
+    With logits the change is the mean Kullback-Leibler divergence of the changed model's
+    predictions from the original's. A loss of the user's own has no logits: then it is the second
+    order part of the loss itself, ``1/2 <G' - G, Delta>``.
+
+    Args:
+        original: The model before; its weights are only read.
+        changed: The model after, of the same architecture.
+        task: Gives the logits, or the losses.
+        part: Examples.
+        names: Layers with a ``weight`` that differs.
+        batch_size: Examples a batch.
+        progress: Shows the batches.
+
+    Returns:
+        By layer; the sum is the change of all layers together to second order.
+    """
+    progress = progress or SilentProgress()
+    before, after = _weights(original, names), _weights(changed, names)
+    deltas = [new.detach() - old.detach() for old, new in zip(before, after, strict=True)]
+    sums = torch.zeros(len(names), dtype=torch.float64)
+    terms = 0.0
+    batches = part.batches(batch_size)
+    for examples in progress.track(batches, "interactions of layers", len(batches)):
+        batch = on_device(part.collate(examples), changed)
+        with evaluation_mode(original):
+            reference = task.batch_loss(original, batch)
+        terms += float(reference.terms.sum())
+        with evaluation_mode(changed, trainable=after):
+            found = task.batch_loss(changed, batch)
+            sums += _slopes(_divergence(reference, found), after, deltas)
+        if reference.logits is None:
+            sums -= _own_slopes(original, task, batch, before, deltas)
+    return {name: 0.5 * float(slope) / terms for name, slope in zip(names, sums, strict=True)}
+
+
+def corrections(shares: Mapping[str, float], predicted: Mapping[str, float]) -> dict[str, float]:
+    """Factors that bring each layer's predicted changes nearer to its measured share.
+
+    The square root of measured / predicted, within ``LARGEST_CORRECTION``: the shares belong to
+    the plan that they were measured at and move with it, so half the way (in logarithms) is gone.
+    Layers that the plan left dense get the median of the others.
+
+    Args:
+        shares: From ``measured_shares``.
+        predicted: Predicted change of each layer in the same plan, 0 where it stays dense.
+    """
+    positive = [change for change in predicted.values() if change > 0]
+    if not positive:
+        return dict.fromkeys(predicted, 1.0)
+    floor = NOISE_FLOOR * sum(positive) / len(positive)
+    most = LARGEST_CORRECTION
+    found = {
+        name: min(most, max(1 / most, math.sqrt(max(0.0, shares[name] + floor) / (change + floor))))
+        for name, change in predicted.items()
+        if change > 0
+    }
+    middle = median(found.values())
+    return {name: found.get(name, middle) for name in predicted}
+
+
+def _weights(model: nn.Module, names: Sequence[str]) -> list[Tensor]:
+    layers: list[MatrixLayer] = [model.get_submodule(name) for name in names]  # type: ignore[misc]
+    return [layer.weight for layer in layers]
+
+
+def _divergence(reference: BatchLoss, found: BatchLoss) -> Tensor:
+    """Summed over the terms."""
+    if reference.logits is None or found.logits is None:
+        return (found.losses * found.terms).sum()
+    target = reference.logits.float().log_softmax(-1)
+    predictions = found.logits.float().log_softmax(-1)
+    return functional.kl_div(predictions, target, log_target=True, reduction="sum")
+
+
+def _own_slopes(
+    model: nn.Module, task: Task, batch: Batch, weights: list[Tensor], deltas: list[Tensor]
+) -> Tensor:
+    with evaluation_mode(model, trainable=weights):
+        found = task.batch_loss(model, batch)
+        return _slopes((found.losses * found.terms).sum(), weights, deltas)
+
+
+def _slopes(loss: Tensor, weights: list[Tensor], deltas: list[Tensor]) -> Tensor:
+    """``<dloss/dW, Delta>`` of each weight, float64."""
+    found = torch.autograd.grad(loss, weights, allow_unused=True)
+    gradients = cast("tuple[Tensor | None, ...]", found)  # None for a layer that was not called
+    return torch.tensor(
+        [
+            0.0 if gradient is None else float((gradient * delta).sum(dtype=torch.float64))
+            for gradient, delta in zip(gradients, deltas, strict=True)
+        ],
+        dtype=torch.float64,
+    )

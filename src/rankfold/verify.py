@@ -1,0 +1,427 @@
+"""Recompute a certificate from the artifact, the held-out data and, where given, the original.
+
+Every check ends in one of three ways: it agrees, it differs (and says what), or it was not made
+(and says what to give for it).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.artifact import MANIFEST_FILE, WEIGHTS_FILE, read_manifest, read_tensors
+from rankfold.certificate_file import (
+    JSON_FILE,
+    SHORT,
+    TEXT_FILE,
+    Document,
+    Evidence,
+    document_digest,
+    evidence_digest,
+    model_digest,
+    read_document,
+    read_statement,
+    tensors_digest,
+    text_lines,
+)
+from rankfold.certify import ACCURACY, Certificate
+from rankfold.data import Collate, Examples, Part, as_part, content_digest
+from rankfold.errors import InputError
+from rankfold.progress import Progress
+from rankfold.tasks import (
+    TASKS,
+    Evaluation,
+    LossFunction,
+    Metric,
+    evaluate,
+    metric_values,
+    recognise_task,
+)
+
+Outcome: TypeAlias = Literal["agrees", "differs", "not checked"]
+
+EXACT = 1e-9  # relative: the same arithmetic on the same numbers
+FLOAT32 = 1e-4  # relative to 1 + |loss|: the same model on another machine or batch size
+HALF = 2e-2  # likewise in 16-bit types
+NAMED = 5  # examples or fields that a message names
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was compared.
+
+    Attributes:
+        what: What it is.
+        outcome: ``agrees``, ``differs`` or ``not checked``.
+        detail: What differs, or what to give for the check.
+    """
+
+    what: str
+    outcome: Outcome
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All checks of one artifact.
+
+    Attributes:
+        checks: In the order in which they were made.
+        certificate: Recomputed from fresh losses, or None where that could not be done.
+    """
+
+    checks: tuple[Check, ...]
+    certificate: Certificate | None
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing differs."""
+        return all(check.outcome != "differs" for check in self.checks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "agrees": self.holds,
+            "checks": [asdict(check) for check in self.checks],
+            "certificate": None if self.certificate is None else self.certificate.as_dict(),
+        }
+
+
+def verify(
+    folder: str | Path,
+    model: nn.Module,
+    data: Examples,
+    *,
+    original: nn.Module | None = None,
+    loss: LossFunction | None = None,
+    metrics: Sequence[Metric] = (),
+    collate: Collate | None = None,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Recompute the certificate of an artifact.
+
+    Args:
+        folder: The artifact.
+        model: The factorized model, as ``rankfold.load(folder)`` gives it.
+        data: Examples among which the held-out ones are; they are found by their content.
+        original: The original model, or None: its losses are then taken from the certificate.
+        loss: As it was given for the certificate, where it was.
+        metrics: Likewise.
+        collate: Likewise.
+        batch_size: Examples a batch.
+        progress: Shows the stages.
+
+    Raises:
+        InputError: The artifact has no certificate, or the data holds none of its examples.
+    """
+    path = Path(folder)
+    document = read_document(path)
+    checks = [*_files(path, document), *_numbers(document)]
+    part, missing = _find(document, data, collate)
+    checks += missing
+    if part is None:
+        return Verification(tuple(checks), None)
+
+    def losses(of: nn.Module, stage: str) -> Evaluation:
+        made = document["run"]["task"]
+        named = made if loss is None and made in TASKS else None
+        task = recognise_task(part, loss, named, () if original is None else (original,))
+        if task.name != document["run"]["task"]:
+            raise InputError(
+                f"the certificate is of the task {document['run']['task']}, the data gives "
+                f"{task.name}; give the loss that the certificate was made with (from Python)."
+            )
+        return evaluate(of, task, part, batch_size=batch_size, progress=progress, stage=stage)
+
+    def values(of: nn.Module) -> dict[str, Tensor]:
+        return {
+            metric.name: metric_values(metric, of, part, batch_size=batch_size, progress=progress)
+            for metric in metrics
+        }
+
+    tolerance = _tolerance(model)
+    stored = None
+    if document["evidence"] is not None:
+        stored = Evidence.from_dict(document["evidence"], document)
+    after = losses(model, "factorized on held-out data")
+    if stored is not None:
+        checks.append(
+            _losses("losses of the factorized model", stored.factorized, after, tolerance)
+        )
+    before = stored.original if stored is not None else None
+    if original is None:
+        checks += [
+            Check(
+                what, "not checked", "give the original: --model, and --weights where it needs it"
+            )
+            for what in ("weights of the original", "losses of the original model")
+        ]
+    else:
+        checks.append(_original(original, document))
+        before = losses(original, "original on held-out data")
+        if stored is not None:
+            checks.append(
+                _losses("losses of the original model", stored.original, before, tolerance)
+            )
+    if before is None:
+        what = "certificate from fresh losses"
+        detail = "single losses are private: give the original with --model"
+        return Verification((*checks, Check(what, "not checked", detail)), None)
+    wanted = {m["name"] for m in document["certificate"]["metrics"]} - {ACCURACY}
+    unknown = sorted(wanted - {metric.name for metric in metrics})
+    fresh_metrics: Mapping[str, tuple[Tensor, Tensor]] = {}
+    if unknown and stored is not None:
+        fresh_metrics = stored.metrics
+        detail = "their functions are the user's: verify from Python with metrics="
+        checks.append(Check(f"metrics {', '.join(unknown)}", "not checked", detail))
+    elif unknown:
+        raise InputError(f"give the metrics {', '.join(unknown)}: verify from Python with metrics=")
+    elif wanted:
+        old = values(original) if original is not None else None
+        fresh_metrics = {
+            name: (
+                old[name] if old is not None else stored.metrics[name][0],  # type: ignore[union-attr]
+                value,
+            )
+            for name, value in values(model).items()
+        }
+    groups = document["data"]["held_out_groups"]
+    fresh = Evidence(part.digests, [], before, after, groups, fresh_metrics).certificate(
+        read_statement(document), document["certificate"]["unit"], part.digest
+    )
+    scale = tolerance * (1 + abs(after.mean))
+    checks.append(
+        _certificates("certificate from fresh losses", document["certificate"], fresh, scale)
+    )
+    return Verification(tuple(checks), fresh)
+
+
+def _files(folder: Path, document: Document) -> list[Check]:
+    """What the folder's files say of each other."""
+    checks = []
+    same = document_digest(document) == document.get("digest")
+    detail = "" if same else "its content is not what its digest was made of: it was edited"
+    checks.append(Check(f"digest of {JSON_FILE}", _outcome(same), detail))
+    text = folder / TEXT_FILE
+    written = text.read_text(encoding="utf-8").splitlines() if text.is_file() else None
+    detail = ""
+    if written is None:
+        detail = "the file is missing"
+    elif written != text_lines(document):
+        lines = zip(written, text_lines(document), strict=False)
+        number = next((n for n, (a, b) in enumerate(lines, 1) if a != b), 1)
+        detail = f"line {number} is not what {JSON_FILE} says"
+    checks.append(Check(TEXT_FILE, _outcome(not detail), detail))
+    manifest = read_manifest(folder)
+    checks.append(_fields(f"certificate in {MANIFEST_FILE}", manifest.get("certificate"), document))
+    plan = {
+        layer["name"]: {key: layer.get(key) for key in ("rank", "second_rank")}
+        for layer in manifest["layers"]
+    }
+    stated = {
+        name: {key: choice.get(key) for key in ("rank", "second_rank")}
+        for name, choice in document["run"]["plan"].items()
+    }
+    wrong = sorted(n for n in {*plan, *stated} if plan.get(n) != stated.get(n))
+    detail = f"the ranks of {', '.join(wrong[:NAMED])} are others" if wrong else ""
+    checks.append(Check("plan", _outcome(not wrong), detail))
+    weights = tensors_digest(read_tensors(folder / WEIGHTS_FILE))
+    same = weights == document["models"].get("factorized")
+    detail = "" if same else f"{WEIGHTS_FILE} does not hold the weights that were certified"
+    checks.append(Check("weights of the factorized model", _outcome(same), detail))
+    return checks
+
+
+def _numbers(document: Document) -> list[Check]:
+    """Whether the certificate follows from its own evidence."""
+    if document["evidence"] is None:
+        what = "certificate from its own losses"
+        return [Check(what, "not checked", "single losses are private; they are computed afresh")]
+    evidence = Evidence.from_dict(document["evidence"], document)
+    same = evidence_digest(document["evidence"]) == document["evidence_digest"]
+    detail = "" if same else "they are not what their digest was made of"
+    checks = [Check("stored losses", _outcome(same), detail)]
+    stated = document["evidence"]["differences"]
+    computed = (evidence.factorized.losses - evidence.original.losses).tolist()
+    wrong = [i for i, (a, b) in enumerate(zip(stated, computed, strict=False)) if a != b]
+    if wrong or len(stated) != len(computed):
+        place = wrong[0] if wrong else min(len(stated), len(computed))
+        checks.append(
+            Check("stored differences", "differs", f"first that of example {place}, from 0")
+        )
+    try:
+        found = evidence.certificate(
+            read_statement(document),
+            document["certificate"]["unit"],
+            document["certificate"]["data_digest"],
+        )
+    except (ValueError, RuntimeError) as error:
+        detail = f"it can't be computed from them: {error}"
+        return [*checks, Check("certificate from its own losses", "differs", detail)]
+    return [
+        *checks,
+        _certificates("certificate from its own losses", document["certificate"], found, 0.0),
+    ]
+
+
+def _find(
+    document: Document, data: Examples, collate: Collate | None
+) -> tuple[Part | None, list[Check]]:
+    """The held-out examples in the data given, in the certificate's order."""
+    wanted, answers = (document["data"][f"held_out_{k}"] for k in ("examples", "answers"))
+    offered = as_part("held_out", [data[i] for i in range(len(data))], collate)
+    places: dict[str, list[int]] = defaultdict(list)
+    for number, digest in enumerate(offered.digests):
+        places[digest[:SHORT]].append(number)
+    for numbers in places.values():
+        numbers.reverse()
+    chosen = [places[digest].pop() if places.get(digest) else None for digest in wanted]
+    absent = [number for number, place in enumerate(chosen) if place is None]
+    if len(absent) == len(wanted):
+        raise InputError(
+            f"none of the certificate's {len(wanted)} held-out examples is in the data given. Give "
+            "the data that was certified on, with the options (--length, --mean, --std, "
+            "--image-size) that it was read with."
+        )
+    what = "held-out examples"
+    if absent:
+        listed = ", ".join(map(str, absent[:NAMED])) + (", ..." if len(absent) > NAMED else "")
+        detail = f"{len(absent)} of {len(wanted)} are not in the data given, or were changed"
+        return None, [Check(what, "differs", f"{detail} (numbers, from 0: {listed})")]
+    part = offered.take([place for place in chosen if place is not None])
+    checks = [Check(what, "agrees")]
+    if part.digest != document["certificate"]["data_digest"]:
+        checks.append(Check("digest of the held-out part", "differs", "it is of other examples"))
+    changed = [
+        number
+        for number, (example, answer) in enumerate(zip(part.examples, answers, strict=False))
+        if content_digest(example)[:SHORT] != answer
+    ]
+    listed = ", ".join(map(str, changed[:NAMED]))
+    detail = f"those of {len(changed)} examples were changed (numbers, from 0: {listed})"
+    checks.append(Check("labels", _outcome(not changed), detail if changed else ""))
+    return part, checks
+
+
+def _original(original: nn.Module, document: Document) -> Check:
+    same = model_digest(original) == document["models"].get("original")
+    detail = "" if same else "the model given is not the one that the certificate compares with"
+    return Check("weights of the original", _outcome(same), detail)
+
+
+def _tolerance(model: nn.Module) -> float:
+    types = {parameter.dtype for parameter in model.parameters()}
+    return HALF if types & {torch.float16, torch.bfloat16} else FLOAT32
+
+
+def _losses(what: str, stated: Evaluation, found: Evaluation, tolerance: float) -> Check:
+    if len(stated.losses) != len(found.losses):
+        return Check(what, "differs", f"{len(stated.losses)} stated, {len(found.losses)} found")
+    allowed = tolerance * (1 + found.losses.abs())
+    wrong = ~((stated.losses - found.losses).abs() <= allowed)
+    if not torch.equal(stated.terms, found.terms):
+        return Check(what, "differs", "the examples have other numbers of terms")
+    if not bool(wrong.any()):
+        return Check(what, "agrees")
+    first = int(wrong.nonzero()[0])
+    return Check(
+        what,
+        "differs",
+        f"{int(wrong.sum())} of {len(wrong)} do; first example {first}: stated "
+        f"{float(stated.losses[first]):.6g}, found {float(found.losses[first]):.6g}",
+    )
+
+
+def _fields(what: str, stated: object, document: Document) -> Check:
+    expected = document["certificate"]
+    if not isinstance(stated, Mapping):
+        return Check(what, "differs", "it is missing")
+    keys = [*dict.fromkeys([*expected, *stated])]
+    wrong = [key for key in keys if stated.get(key) != expected.get(key)]
+    detail = "; ".join(
+        f"{key}: {stated.get(key)!r} there, {expected.get(key)!r} in {JSON_FILE}"
+        for key in wrong[:NAMED]
+    )
+    return Check(what, _outcome(not wrong), detail)
+
+
+def _certificates(
+    what: str, stated: Mapping[str, Any], found: Certificate, tolerance: float
+) -> Check:
+    """Compare all fields, numbers within a tolerance; verdicts may differ only on the boundary."""
+    fresh = found.as_dict()
+    problems = [f"{key} is unknown" for key in stated if key not in fresh]
+    near = min(
+        abs(fresh["upper_bound"]),
+        abs(fresh["upper_bound"] - found.margin),
+        abs(fresh["lower_bound"] - found.margin),
+    )
+    for key, value in fresh.items():
+        if key in ("needed", "above", "share_above") and tolerance:
+            continue  # counts that move with the last digit
+        if key == "verdict" and near <= tolerance and stated.get(key) != value:
+            continue
+        if key == "metrics":
+            problems += _metric_problems(stated.get(key), value, tolerance)
+        elif not _close(stated.get(key), value, tolerance):
+            problems.append(f"{key}: {stated.get(key)!r} stated, {value!r} found")
+    return Check(what, _outcome(not problems), "; ".join(problems[:NAMED]))
+
+
+def _metric_problems(stated: object, found: list[dict[str, Any]], tolerance: float) -> list[str]:
+    if not isinstance(stated, list) or len(stated) != len(found):
+        return ["metrics: other ones stated"]
+    # A token or image on the edge may count otherwise on another machine.
+    slack = 100 * tolerance
+    return [
+        f"{new['name']} {key}: {old.get(key)!r} stated, {value!r} found"
+        for old, new in zip(stated, found, strict=True)
+        for key, value in new.items()
+        if not (key in ("p_value", "verdict") and tolerance)
+        and not (isinstance(old, Mapping) and _close(old.get(key), value, slack))
+    ]
+
+
+def _close(stated: object, found: object, tolerance: float) -> bool:
+    numbers = (int, float)
+    if (
+        isinstance(stated, numbers)
+        and isinstance(found, numbers)
+        and not isinstance(stated, bool)
+        and not isinstance(found, bool)
+    ):
+        return math.isclose(stated, found, rel_tol=EXACT, abs_tol=max(tolerance, 1e-12))
+    if isinstance(found, tuple):
+        found = list(found)
+    return stated == found
+
+
+def _outcome(same: bool) -> Outcome:
+    return "agrees" if same else "differs"
+
+
+def verification_lines(found: Verification, print_line: Callable[[str], None]) -> None:
+    """One line a check, and what follows."""
+    for check in found.checks:
+        print_line(
+            f"{check.outcome:<12} {check.what}" + (f": {check.detail}" if check.detail else "")
+        )
+    if found.certificate is not None:
+        c = found.certificate
+        print_line(
+            f"recomputed: {c.verdict}; change {c.change:+.6f}, at most {c.upper_bound:+.6f} with "
+            f"{c.confidence:.0%} confidence (margin {c.margin:g} {c.unit}, {c.examples} examples)"
+        )
+    print_line(
+        "the certificate agrees with all that was checked"
+        if found.holds
+        else "the certificate does NOT agree"
+    )

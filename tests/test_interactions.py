@@ -1,0 +1,153 @@
+"""Shares of a measured change against finite differences of the change itself."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+import rankfold
+from rankfold.interactions import LARGEST_CORRECTION, corrections, measured_shares
+from rankfold.tasks import Classification, Task, UserLoss
+from tests.small_models import mlp, same_state, state
+from tests.test_compress import image_data, ranks, trained_cnn
+from tests.test_step import taught
+
+NAMES = ["first", "second", "last"]
+
+
+def own_loss(model: nn.Module, batch: object) -> torch.Tensor:
+    values, labels = batch  # type: ignore[misc]
+    return functional.cross_entropy(model(values), labels, reduction="none")
+
+
+def perturbed(model: nn.Module, scales: dict[str, float]) -> nn.Module:
+    twin = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(5)
+    for name in NAMES:
+        weight = twin.get_submodule(name).weight
+        noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
+        with torch.no_grad():
+            weight.add_(scales[name] * noise)
+    return twin
+
+
+def divergence(original: nn.Module, changed: nn.Module, values: torch.Tensor) -> float:
+    with torch.no_grad():
+        return functional.kl_div(
+            changed(values).log_softmax(-1),
+            original(values).log_softmax(-1),
+            log_target=True,
+            reduction="batchmean",
+        ).item()
+
+
+def test_a_share_is_half_the_slope_of_the_divergence_along_its_layer() -> None:
+    original, part = mlp().double(), taught(60, 1, "calibration")
+    values = torch.stack([x for x, _ in part.examples]).double()
+    everywhere = dict.fromkeys(NAMES, 0.05)
+    changed = perturbed(original, everywhere)
+    shares = measured_shares(original, changed, Classification(), part, NAMES, batch_size=7)
+    step = 1e-5
+    for name in NAMES:
+        ends = [
+            divergence(
+                original, perturbed(original, dict.fromkeys(NAMES, 0.05) | {name: s}), values
+            )
+            for s in (0.05 * (1 + step), 0.05 * (1 - step))
+        ]
+        assert shares[name] == pytest.approx((ends[0] - ends[1]) / (4 * step), rel=1e-4)
+
+
+def test_the_shares_sum_to_the_whole_change_of_all_layers_together() -> None:
+    original, part = mlp().double(), taught(60, 1, "calibration")
+    values = torch.stack([x for x, _ in part.examples]).double()
+    changed = perturbed(original, dict.fromkeys(NAMES, 0.01))
+    shares = measured_shares(original, changed, Classification(), part, NAMES)
+    assert sum(shares.values()) == pytest.approx(divergence(original, changed, values), rel=0.05)
+
+
+def test_without_logits_the_shares_are_the_second_order_part_of_the_loss() -> None:
+    original, part = mlp().double(), taught(60, 1, "calibration")
+    batch = part.collate(part.examples)
+    batch = (batch[0].double(), batch[1])
+
+    def loss(scale: float) -> float:
+        with torch.no_grad():
+            return own_loss(perturbed(original, dict.fromkeys(NAMES, scale)), batch).mean().item()
+
+    shares = measured_shares(
+        original, perturbed(original, dict.fromkeys(NAMES, 0.01)), UserLoss(own_loss), part, NAMES
+    )
+    second_order = (loss(0.01) + loss(-0.01)) / 2 - loss(0)
+    assert sum(shares.values()) == pytest.approx(second_order, rel=0.1)
+
+
+@pytest.mark.parametrize("task", [Classification(), UserLoss(own_loss)])
+def test_a_layer_that_did_not_change_has_no_share_and_the_models_stay(task: Task) -> None:
+    original, part = mlp(), taught(20, 1, "calibration")
+    changed = perturbed(original, {"first": 0.1, "second": 0.0, "last": 0.1})
+    before, after = state(original), state(changed)
+    shares = measured_shares(original, changed, task, part, NAMES)
+    assert shares["second"] == 0
+    assert shares["first"] != 0
+    assert same_state(original, before)
+    assert same_state(changed, after)
+    assert all(p.requires_grad and p.grad is None for p in changed.parameters())
+
+
+finite = st.floats(-1, 10)
+
+
+@given(st.dictionaries(st.sampled_from("abcdef"), st.tuples(finite, finite), min_size=1))
+def test_corrections_are_bounded_and_rise_with_the_share(both: dict[str, tuple[float, float]]):
+    predicted = {name: max(0.0, change) for name, (_, change) in both.items()}
+    shares = {name: share for name, (share, _) in both.items()}
+    found = corrections(shares, predicted)
+    assert found.keys() == predicted.keys()
+    assert all(1 / LARGEST_CORRECTION <= f <= LARGEST_CORRECTION for f in found.values())
+    more = corrections({name: share + 1 for name, share in shares.items()}, predicted)
+    assert all(more[name] >= found[name] for name in found)
+
+
+def test_corrections_of_exact_predictions_are_1() -> None:
+    predicted = {"a": 0.5, "b": 0.1, "c": 0.0}
+    assert corrections({**predicted, "c": 0.2}, predicted) == {"a": 1, "b": 1, "c": 1}
+    assert corrections({"a": 4 * 0.5, "b": 0.1, "c": 0}, predicted)["a"] > 1.9
+
+
+def test_a_corrected_plan_is_predicted_at_what_its_model_measured() -> None:
+    prepared = rankfold.prepare(trained_cnn(), image_data(200))
+    plan = prepared.plan(0.5 * prepared.factorizable)
+    measured = prepared.measure(plan)
+    corrected = prepared.corrected(measured)
+    assert corrected.factors is not None
+    assert len({round(factor, 6) for factor in corrected.factors.values()}) > 1
+    again = {
+        name: next(c for c in corrected.curves[name].choices() if c.ranks == choice.ranks)
+        for name, choice in plan.items()
+    }
+    harm = measured.change.mean - prepared.gain
+    assert harm > 0
+    assert sum(c.change for c in again.values()) == pytest.approx(harm, rel=1e-6)
+
+
+def test_lossless_with_interactions_keeps_the_better_plan_on_selection_data() -> None:
+    prepared = rankfold.prepare(trained_cnn(), image_data(200))
+    report = prepared.lossless(0.5).report
+    assert len(report["selection"]) == 2
+    alone = rankfold.prepare(trained_cnn(), image_data(200), interactions=False).lossless(0.5)
+    assert len(alone.report["selection"]) == 1
+    assert report["selection"][0] == alone.report["selection"][0]
+    assert all(layer["interaction_factor"] is None for layer in alone.report["layers"])
+    best = min(entry["change"] for entry in report["selection"])
+    if report["selection"][1]["change"] == best:
+        assert all(layer["interaction_factor"] for layer in report["layers"])
+    else:
+        assert ranks(alone) == {layer["name"]: layer["rank"] for layer in report["layers"]}
+    assert report["allocation"]["gap"] >= 0
