@@ -590,3 +590,14 @@ def test_layers_with_a_rule_of_their_own(tmp_path: Path) -> None:
     again = rankfold.load(result.save(tmp_path / "out"), model=make())
     assert torch.equal(again(images), result.model(images))
     assert {e["name"] for e in result.report["layers"]} == set(layers)
+
+
+def test_a_model_that_was_unpacked_is_verified_against_the_users_own(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Conv1d(2, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4))
+    data = [(x, i % 4) for i, x in enumerate(torch.randn(80, 2, 8))]
+    result = rankfold.lossless(model, data, size=0.7)
+    result.save(tmp_path / "out")
+    opened = rankfold.load(tmp_path / "out", model=copy.deepcopy(model))
+    found = rankfold.verify(tmp_path / "out", opened, data, original=model)
+    assert found.holds and all(check.outcome == "agrees" for check in found.checks)

@@ -1213,7 +1213,7 @@ class Preparation:
         for metric in collected.metrics:
             before = collected.original_metrics.get(metric.name)
             if before is None:
-                before = self._metric(metric, collected.model)
+                before = self._metric(metric, collected.unpacked.given)
                 collected.original_metrics[metric.name] = before
             values[metric.name] = (before, self._metric(metric, model))
         examples, answers = example_digests(part, seen)
@@ -1277,7 +1277,7 @@ class Preparation:
         self.control_held_out()
         certificate = tested.certificate
         opening = Opening(
-            original=model_digest(self.collected.model),
+            original=model_digest(self.collected.unpacked.given),
             models=tuple(entry["model"] for entry in order if entry["model"]) or (tested.digest,),
             examples=tuple(digest[:SHORT] for digest in tested.evidence.examples),
             verdict=certificate.verdict,
