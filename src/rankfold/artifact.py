@@ -29,6 +29,7 @@ from rankfold.layer_matrix import MatrixLayer
 from rankfold.modules import FORMS, Form, LowRankConv2d, LowRankLinear, left_rows
 from rankfold.replace import put_modules
 from rankfold.sizes import stored_tensors
+from rankfold.unpack import put_back, unpack_named, unwrapped
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
@@ -153,7 +154,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     Args:
         folder: An artifact folder.
         model: For a model of the user's own class, an instance of it: its factorized layers are
-            exchanged and all its weights loaded, in place. A transformers model needs none.
+            exchanged and all its weights loaded, in place. A transformers model needs none. Of a
+            compiled or data-parallel model the model inside is filled and returned.
 
     Returns:
         The model, in eval mode.
@@ -170,6 +172,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
                 "instance, rankfold.load(folder, model=YourClass(...)) or --model file.py:function."
             )
         model = hf.skeleton(path)
+    model = unwrapped(model)
     tensors = read_tensors(path / WEIGHTS_FILE)
     return fill(model, manifest, tensors, where=str(path)).eval()
 
@@ -195,6 +198,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{file} has format_version {found}; this rankfold reads up to {FORMAT_VERSION}. "
             "Install a newer rankfold."
         )
+    manifest.setdefault("unpacked", [])  # not written before there was anything to unpack
     _check_manifest(manifest, file)
     return cast("Manifest", manifest)
 
@@ -282,6 +286,11 @@ def _check_manifest(manifest: Mapping[str, Any], file: Path) -> None:
         isinstance(buffers, dict) and all(value in _FLOATS for value in buffers.values()),
         "an object of types model.computed_buffers",
     )
+    names = manifest.get("unpacked")
+    expect(
+        isinstance(names, list) and all(isinstance(name, str) for name in names),
+        "a list of names 'unpacked'",
+    )
     expect(isinstance(layers, list), "a list 'layers'")
     for layer in cast("list[Any]", layers):
         expect(isinstance(layer, dict) and isinstance(layer.get("name"), str), "named layers")
@@ -318,16 +327,19 @@ def fill(
     Raises:
         InputError: A layer, a name or a shape does not match; each is named with both shapes.
     """
-    modules: dict[str, nn.Module] = {}
-    for entry in manifest["layers"]:
-        if entry["rank"] is None:
-            continue
-        modules[entry["name"]] = _empty_low_rank(model, entry, where)
-    before = put_modules(model, modules)
+    packed = unpack_named(model, manifest.get("unpacked", []), where)
+    before: dict[str, nn.Module] = {}
     try:
+        modules = {
+            entry["name"]: _empty_low_rank(model, entry, where)
+            for entry in manifest["layers"]
+            if entry["rank"] is not None
+        }
+        before = put_modules(model, modules)
         load_tensors(model, tensors, manifest["model"]["shared_tensors"], where)
     except InputError:
         put_modules(model, before)
+        put_back(model, packed)
         raise
     for name, dtype in manifest["model"]["computed_buffers"].items():
         owner, leaf = _owner(model, name)
@@ -425,7 +437,8 @@ def load_tensors(
     # Tensors that the model shares, or the file stores once, are one object: filled once each.
     with torch.no_grad():
         for name, tensor in wanted.items():
-            tensor.data = offered[name].to(tensor.device)
+            # A copy, since kernels sum in another order where memory is not aligned as torch's own.
+            tensor.data = offered[name].to(tensor.device, copy=True)
     for alias, name in aliases.items():
         owner, leaf = _owner(model, alias)
         source, source_leaf = _owner(model, name)

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rankfold.data import Batch, Part, describe
+from rankfold.data import Batch, Part
 from rankfold.errors import InputError
 from rankfold.layer_matrix import MatrixLayer, input_rows, matrix_shape, output_rows
 from rankfold.modes import evaluation_mode
 from rankfold.progress import Progress, SilentProgress
-from rankfold.tasks import BatchLoss, Task, on_device
+from rankfold.tasks import BatchLoss, Task, on_device, running
 
 Curvature: TypeAlias = Literal["empirical", "sampled"]
 
@@ -116,22 +116,18 @@ def trace(model: nn.Module, task: Task, part: Part) -> Trace:
 
             stack.callback(module.register_forward_hook(count).remove)
         batch = on_device(part.collate(part.examples[:1]), model)
-        with evaluation_mode(model):
-            try:
-                task.batch_loss(model, batch)
-            except InputError:
-                raise
-            except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
-                raise InputError(
-                    f"the model can't run on the data: its first calibration example, "
-                    f"{describe(batch)}, gave {type(error).__name__}: {error}. Check that the data "
-                    "belongs to this model."
-                ) from error
+        with evaluation_mode(model), running(batch):
+            task.batch_loss(model, batch)
     return Trace(rows, flops, image_sizes)
 
 
+SQUARED = 0  # in place of the number of logits, where the loss is a squared error
+
+
 def calibration_loss(model: nn.Module, task: Task, part: Part) -> tuple[float, int | None]:
-    """Mean loss of the first calibration batches, and the number of logits (None: a user's loss).
+    """Mean loss of the first calibration batches, and the number of logits.
+
+    The number is ``SQUARED`` for a squared error and None for a user's loss.
 
     Raises:
         InputError: The loss is not finite.
@@ -145,6 +141,7 @@ def calibration_loss(model: nn.Module, task: Task, part: Part) -> tuple[float, i
             losses += float((result.losses * result.terms).sum())
             terms += float(result.terms.sum())
             classes = None if result.logits is None else result.logits.shape[-1]
+            classes = classes if result.squared is None else SQUARED
     if not math.isfinite(losses) or terms == 0:
         raise InputError(
             f"the mean loss of the first calibration examples is {losses}/{terms:.0f}; expected a "
@@ -158,8 +155,11 @@ def choose_curvature(calibration_loss: float, classes: int | None) -> Curvature:
 
     Args:
         calibration_loss: Mean loss of the calibration examples, in nats.
-        classes: Number of logits, or None for a user's own loss, which can't be sampled.
+        classes: Number of logits, or None for a user's own loss, which can't be sampled. Of a
+            squared error the gradients at the labels are no curvature at all: always sampled.
     """
+    if classes == SQUARED:
+        return "sampled"
     if classes is None or calibration_loss >= MEMORISED_SHARE * math.log(classes):
         return "empirical"
     return "sampled"
@@ -275,12 +275,15 @@ class _Recorder:
         if half is None:
             return
         for name, gradient in zip(self.layers, gradients, strict=True):
-            if gradient is not None:
+            # A weight may be read without its layer being called: then nothing else is known of it.
+            if gradient is not None and name in self.sums:
                 self.sums[name].gradients[half].add_(gradient.flatten(1))
 
     def _gradients(
         self, loss: Tensor, weights: list[Tensor], *, listening: bool, keep: bool = False
     ) -> tuple[Tensor | None, ...]:
+        if not loss.requires_grad:  # no watched layer had a part in it
+            return (None,) * len(weights)
         self.listening = listening
         try:
             return torch.autograd.grad(loss, weights, retain_graph=keep, allow_unused=True)
@@ -288,7 +291,15 @@ class _Recorder:
             self.listening = False
 
     def _sampled_loss(self, result: BatchLoss) -> Tensor:
-        """Cross-entropy with labels drawn from the model's own, smoothed, predictions."""
+        """A loss at labels drawn from what the model itself predicts.
+
+        Cross-entropy with labels from its smoothed predictions; or the squared error from its own
+        values plus noise. The mean Gram of their gradients is the curvature of the loss.
+        """
+        if result.squared is not None:
+            # |f - y|^2 has the Hessian 2 I in f; e ~ N(0, I) gives E[(sqrt 2 e)(sqrt 2 e)^T] = 2 I.
+            noise = torch.randn(result.squared.shape, generator=self.generator)
+            return math.sqrt(2) * (result.squared * noise.to(result.squared)).sum()
         if result.logits is None:
             raise InputError(
                 "the sampled curvature needs logits, which a loss of your own does not show; "

@@ -54,6 +54,7 @@ from rankfold.tables import (
     plain_console,
     print_result,
 )
+from rankfold.tasks import TASKS
 from rankfold.verify import verification_lines
 from rankfold.verify import verify as verify_artifact
 
@@ -66,8 +67,8 @@ MODEL_HELP = (
     "nn.Module."
 )
 DATA_HELP = (
-    "A UTF-8 text file, an .npz with x and y, a folder of class folders of images, "
-    "file.py:function giving a data set, or self: text that a language model writes itself."
+    "A UTF-8 text file, a .jsonl, .csv or .tsv, an .npz with x and y, a folder of class folders of "
+    "images, file.py:function giving a data set, or self: text that a language model writes itself."
 )
 
 app = typer.Typer(
@@ -94,6 +95,20 @@ class Reading:
     length: Annotated[int | None, typer.Option(help="Tokens a window of text. (default: 512)")] = (
         None
     )
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{', '.join(TASKS)}; teacher needs no labels. (default: as the model and the "
+            "data show)"
+        ),
+    ] = Settings.task
+    text_column: Annotated[
+        str | None, typer.Option(help="Of a .jsonl, .csv or .tsv. (default: text)")
+    ] = None
+    label_column: Annotated[str | None, typer.Option(help="Likewise. (default: label)")] = None
+    target_column: Annotated[
+        str | None, typer.Option(help="Likewise, of seq2seq. (default: target)")
+    ] = None
     batch_size: Annotated[int | None, typer.Option(help="Examples a batch. (default: fits)")] = None
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = (
         False
@@ -106,6 +121,10 @@ class Reading:
             std=_numbers("--std", self.std),
             image_size=self.image_size,
             length=self.length,
+            task=self.task,
+            text_column=self.text_column,
+            label_column=self.label_column,
+            target_column=self.target_column,
             seed=seed,
         )
 
@@ -431,6 +450,7 @@ def evaluate(
             opened,
             open_examples(data, opened, options.data_options()),
             limit=limit,
+            name=options.task,
             batch_size=options.batch_size,
             progress=TerminalProgress(),
         )

@@ -79,7 +79,7 @@ from rankfold.data import (
 )
 from rankfold.errors import InputError
 from rankfold.factorize import low_rank_module, truncate
-from rankfold.integrations.transformers import own_text
+from rankfold.integrations.transformers import own_text, task_hint
 from rankfold.interactions import (
     LARGEST_CORRECTION,
     OTHER_SHARE_EXAMPLES,
@@ -115,10 +115,12 @@ from rankfold.tasks import (
     LossFunction,
     Metric,
     Task,
+    TaskName,
     evaluate,
     metric_values,
     recognise_task,
 )
+from rankfold.unpack import Unpacked, unpack
 
 Cost: TypeAlias = Literal["parameters", "flops"]
 SizeOf: TypeAlias = Literal["model", "factorizable"]
@@ -142,6 +144,7 @@ class Settings:
     """Everything that decides the result, recorded in the artifact.
 
     Attributes:
+        task: One of ``TASKS``; None to recognise it from the model and the data.
         objective: What is minimised; one of ``OBJECTIVES``.
         form: ``pivoted`` (fewest parameters) or ``pair`` (two stock layers).
         conv_forms: Whether a conv with several taps may also become two convs along one axis
@@ -177,6 +180,7 @@ class Settings:
         InputError: A value is not one of those allowed.
     """
 
+    task: TaskName | None = None
     objective: ObjectiveName = "joint"
     form: Form = "pivoted"
     conv_forms: bool = True
@@ -264,7 +268,7 @@ def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 # Examples used by default: calibration, selection, held-out. A sequence has hundreds of terms.
-DEFAULT_LIMITS = {"causal-lm": (64, 32, 128)}
+DEFAULT_LIMITS = dict.fromkeys(("causal-lm", "masked-lm", "seq2seq"), (64, 32, 128))
 OTHER_LIMITS = (2048, 2048, 10000)
 
 
@@ -419,7 +423,7 @@ class Collected:
     """A model, its data, and what one pass over the calibration examples showed.
 
     Attributes:
-        model: The user's model.
+        model: The user's model, unpacked: the same function from plain layers.
         base: The model whose weights are factorized: the user's own, or in a later round what
             the one before made of it.
         dense: The user's model moved by the steps of earlier rounds, for the control.
@@ -431,6 +435,7 @@ class Collected:
         statistics: By layer; empty for objectives that need none.
         curvature: Where B came from, or None.
         calibration_loss: Mean loss of some calibration examples, or None.
+        unpacked: The user's own model, and what was replaced in it.
         original: Losses of the model on the parts where they are known already.
         metrics: The user's metrics.
         original_metrics: Their values of the user's model on the held-out part, where known.
@@ -449,6 +454,7 @@ class Collected:
     statistics: dict[str, LayerStatistics]
     curvature: Curvature | None
     calibration_loss: float | None
+    unpacked: Unpacked
     original: dict[str, Evaluation] = field(default_factory=dict)
     metrics: tuple[Metric, ...] = ()
     original_metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -460,7 +466,7 @@ class Collected:
         if part not in self.original:
             stage = f"original on {part.replace('_', '-')} data"
             self.original[part] = evaluate(
-                self.model,
+                self.unpacked.given,
                 self.task,
                 self.parts[part],
                 batch_size=batch_size,
@@ -485,7 +491,7 @@ class Collected:
 
     def cost_per_parameter(self, name: str, cost: Cost) -> int:
         """1 for parameters; for FLOPs a multiply-add for each row of one example."""
-        return 1 if cost == "parameters" else 2 * self.seen.rows[name]
+        return 1 if cost == "parameters" else 2 * self.seen.rows.get(name, 0)
 
     def leave_dense(self, reason: str, names: Iterable[str]) -> None:
         """Move layers to the skipped ones."""
@@ -510,19 +516,28 @@ def collect(
     Raises:
         InputError: Names the input, what was expected, and what to do.
     """
+    unpacked = unpack(model)
+    model = unpacked.model
     layers, skipped = find_layers(model, settings.include, settings.exclude)
     data = data if isinstance(data, Data) else split(data, settings.seed)
-    task = recognise_task(select_part(data, "calibration", 1, settings.seed), loss)
+    sample = select_part(data, "calibration", 1, settings.seed)
+    originals = (unpacked.given, model)
+    task = recognise_task(sample, loss, settings.task, originals, task_hint(model))
     parts = _choose_parts(data, task, settings)
     _try_metrics(model, task, parts["calibration"].take([0]), metrics, settings)
     _add_own_text(model, task, parts, settings, progress)
     calibration = parts["calibration"]
     seen = trace(model, task, calibration)
-    collected = Collected(model, model, model, task, parts, layers, skipped, seen, {}, None, None)
+    collected = Collected(
+        model, model, model, task, parts, layers, skipped, seen, {}, None, None, unpacked
+    )
     collected.metrics = tuple(metrics)
-    collected.leave_dense("not called in a forward pass", [n for n in layers if n not in seen.rows])
-    _require_layers(collected)
     objective = OBJECTIVES[settings.objective]
+    _check_agreement(task, objective, settings)
+    if not objective.needs_data:
+        unseen = [name for name in layers if name not in seen.rows]
+        collected.leave_dense("not called in a forward pass on the first example", unseen)
+    _require_layers(collected)
     if objective.needs_data:
         collected.calibration_loss, classes = calibration_loss(model, task, calibration)
         if objective.needs_backward:
@@ -533,6 +548,8 @@ def collect(
                 else cast("Curvature", settings.curvature)
             )
         collected.observe(settings, progress)
+        unreached = [name for name in layers if name not in collected.statistics]
+        collected.leave_dense("not called in a forward pass on the calibration data", unreached)
         silent = [name for name, stats in collected.statistics.items() if stats.is_silent]
         collected.leave_dense("the calibration data gave it no input or no gradient", silent)
         _require_layers(collected)
@@ -551,6 +568,20 @@ def _try_metrics(
     for metric in metrics:
         values = metric_values(metric, model, one)
         check_metric_values(metric.name, "original", values, len(one.examples))
+
+
+def _check_agreement(task: Task, objective: Objective, settings: Settings) -> None:
+    """Refuse what needs a gradient of the loss, where the original's is 0."""
+    what = None
+    if objective.allocation == "first-order":
+        what = f"the objective {settings.objective}"
+    elif objective.needs_backward and settings.curvature == "empirical":
+        what = "curvature 'empirical'"
+    if task.agreement and what is not None:
+        raise InputError(
+            f"{what} is made of the loss' gradient, which is 0 for the task {task.name}: the "
+            "original agrees with itself. Use objective kronecker or joint, and curvature auto."
+        )
 
 
 def _require_layers(collected: Collected) -> None:
@@ -636,7 +667,7 @@ def analyse(
             stage="start of the round on selection data",
         )
     step = None
-    if objective.step and settings.gradient_step:
+    if objective.step and settings.gradient_step and not task.agreement:
         directions = step_directions(
             layers,
             collected.statistics,
@@ -913,7 +944,7 @@ class Preparation:
         several = [n for n, layer in collected.layers.items() if _has_conv_forms(layer, settings)]
         for name in self.progress.track(several, "conv forms", len(several)) if several else ():
             layer = cast("nn.Conv2d", collected.layers[name])
-            sizes = collected.seen.image_sizes[name] if settings.cost == "flops" else None
+            sizes = collected.seen.image_sizes.get(name, ()) if settings.cost == "flops" else None
             other = conv_curve(
                 layer,
                 self._moved(name),
@@ -1176,7 +1207,7 @@ class Preparation:
         """Parameters, those of the layers that can be factorized, bytes, FLOPs of one example."""
         layers = self.collected.layers.values()
         return {
-            **_sizes(self.collected.model),
+            **_sizes(self.collected.unpacked.given),
             "factorizable_parameters": sum(layer.weight.numel() for layer in layers),
             "flops": sum(self.collected.seen.flops.values()),
         }
@@ -1209,7 +1240,7 @@ class Preparation:
         for metric in collected.metrics:
             before = collected.original_metrics.get(metric.name)
             if before is None:
-                before = self._metric(metric, collected.model)
+                before = self._metric(metric, collected.unpacked.given)
                 collected.original_metrics[metric.name] = before
             values[metric.name] = (before, self._metric(metric, model))
         examples, answers = example_digests(part, seen)
@@ -1273,7 +1304,7 @@ class Preparation:
         self.control_held_out()
         certificate = tested.certificate
         opening = Opening(
-            original=model_digest(self.collected.model),
+            original=model_digest(self.collected.unpacked.given),
             models=tuple(entry["model"] for entry in order if entry["model"]) or (tested.digest,),
             examples=tuple(digest[:SHORT] for digest in tested.evidence.examples),
             verdict=certificate.verdict,
@@ -1339,6 +1370,7 @@ class Preparation:
             "algorithm": algorithm,
             "target": {**target, "margin": certificate.margin},
             "task": collected.task.name,
+            "agreement": collected.task.agreement,
             "settings": {
                 **settings,
                 "include": [*settings["include"]],
@@ -1392,6 +1424,7 @@ class Preparation:
                 for name, part in collected.parts.items()
             },
             "layers": layers,
+            "unpacked": self.collected.unpacked.names,
             "not_factorized": [asdict(entry) for entry in collected.skipped],
         }
 
@@ -1407,7 +1440,7 @@ class Preparation:
         layer = self.collected.layers[name]
         out, in_ = matrix_shape(layer)
         dense, pivoted = out * in_, self.settings.form == "pivoted"
-        rows = self.collected.seen.rows[name]
+        rows = self.collected.seen.rows.get(name, 0)
         form: str | None = None
         kept, flops = dense, 2 * rows * dense
         if choice.rank is not None and (choice.form is None or choice.form in FORMS):
@@ -1418,7 +1451,7 @@ class Preparation:
             conv, form = cast("nn.Conv2d", layer), choice.form
             shape, of_conv = tuple(conv.weight.shape), cast("ConvForm", choice.form)
             kept = conv_factor_parameters(shape, of_conv, choice.ranks, pivoted)
-            sizes = self.collected.seen.image_sizes[name]
+            sizes = self.collected.seen.image_sizes.get(name, ())
             flops = sum(conv_factor_flops(conv, of_conv, choice.ranks, *size) for size in sizes)
         return {
             "name": name,

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rankfold.factored_weight import FactoredWeight
 from rankfold.modules import stock_conv
 
 ConvForm: TypeAlias = Literal["vertical", "horizontal", "tucker"]
@@ -98,8 +99,15 @@ class _FactorizedConv2d(nn.Module):
         self.padding = like.padding
         self.dilation = like.dilation
         self.padding_mode = like.padding_mode
+        self.groups = like.groups
         # (left, right, top, bottom), also for padding="same".
         self._margins = list(like._reversed_padding_repeated_twice)
+
+    @property
+    def weight(self) -> Tensor:
+        """What the conv's ``weight`` would be; multiplied out when it is computed with."""
+        shape = (self.out_channels, self.in_channels, *self.kernel_size)
+        return FactoredWeight.of(self.dense_weight, shape, next(self.parameters()))
 
     @abstractmethod
     def dense_weight(self) -> Tensor:

@@ -13,6 +13,7 @@ from rankfold.artifact import MANIFEST_FILE, load, load_weights
 from rankfold.certify import weighted_mean
 from rankfold.data import FEWEST, PARTS, SHARES, Data, Examples, as_examples, as_part, split
 from rankfold.errors import InputError
+from rankfold.examples import hidden_words, record_examples
 from rankfold.integrations import transformers as hf
 from rankfold.progress import Progress, TerminalProgress
 from rankfold.sources import (
@@ -57,6 +58,10 @@ class DataOptions:
         image_size: Side that images of a folder are resized and cropped to, or None.
         length: Tokens a window of text, or None for 512 or what the model takes.
         seed: Seeds the split.
+        task: One of ``rankfold.tasks.TASKS``, or None to go by what the model is made for.
+        text_column: Column of the text in records, None for ``text``.
+        label_column: Column of the label, None for ``label``.
+        target_column: Column of the target text, None for ``target``.
         own_windows: Windows that the model writes where DATA is ``self``, for each of the parts.
     """
 
@@ -65,6 +70,10 @@ class DataOptions:
     image_size: int | None = None
     length: int | None = None
     seed: int = 0
+    task: str | None = None
+    text_column: str | None = None
+    label_column: str | None = None
+    target_column: str | None = None
     own_windows: tuple[int, int, int] = (64, 16, 64)
 
 
@@ -211,6 +220,9 @@ def _examples(spec: str, opened: OpenedModel, options: DataOptions) -> Examples:
     if kind == "images":
         found = read_image_folder(path, options.mean, options.std, options.image_size)
         return cast("Examples", found)
+    task = options.task or hf.task_hint(opened.model)
+    if kind == "records":
+        return _records(path, opened, options, task)
     if opened.tokenizer is None:
         raise InputError(
             f"the data {spec} is text, but the model has no tokenizer; give a transformers folder "
@@ -218,7 +230,34 @@ def _examples(spec: str, opened: OpenedModel, options: DataOptions) -> Examples:
         )
     text = read_text(path)
     length = _length(opened, options)
-    return token_windows(text, lambda t: _tokenize(opened.tokenizer, t), length)
+    windows = token_windows(text, lambda t: _tokenize(opened.tokenizer, t), length)
+    if task == "masked-lm":
+        return hidden_words(windows, opened.tokenizer, options.seed)
+    if task in ("classification", "token-classification", "seq2seq", "regression"):
+        raise InputError(
+            f"the task {task} needs labels, and plain text has none; expected a .jsonl, .csv or "
+            ".tsv with a label (or target) column, or --task teacher, which needs none."
+        )
+    return windows
+
+
+def _records(
+    file: Path, opened: OpenedModel, options: DataOptions, task: str | None
+) -> Sequence[Any]:
+    config = getattr(opened.model, "config", None)
+    return record_examples(
+        file,
+        opened.tokenizer,
+        _length(opened, options),
+        task=task,
+        columns={
+            "text": options.text_column,
+            "label": options.label_column,
+            "target": options.target_column,
+        },
+        label_ids=getattr(config, "label2id", None),
+        seed=options.seed,
+    )
 
 
 def _tokenize(tokenizer: Any, text: str) -> list[int]:
@@ -246,6 +285,7 @@ def evaluate_examples(
     limit: int | None,
     batch_size: int | None,
     progress: Progress,
+    name: str | None = None,
 ) -> dict[str, Any]:
     """Mean loss of a model on examples, with its standard error; examples are the units.
 
@@ -259,7 +299,7 @@ def evaluate_examples(
             "shorter windows of text with --length."
         )
     part = as_part("evaluation", chosen)
-    task = recognise_task(part, None)
+    task = recognise_task(part, None, name, hint=hf.task_hint(opened.model))
     found = evaluate(opened.model, task, part, batch_size=batch_size, progress=progress)
     return {
         "task": task.name,

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rankfold.factored_weight import FactoredWeight
+
 Form: TypeAlias = Literal["pair", "pivoted"]
 FORMS: tuple[Form, ...] = ("pair", "pivoted")
 
@@ -58,6 +60,13 @@ class _LowRank(nn.Module):
     def form(self) -> Form:
         """``pair`` or ``pivoted``."""
         return "pair" if self.order is None else "pivoted"
+
+    @property
+    def weight(self) -> Tensor:
+        """What the dense layer's ``weight`` would be; multiplied out when it is computed with."""
+        rows = self.left.shape[0] if self.order is None else len(self.order)
+        shape = (rows, *self.right.shape[1:])
+        return FactoredWeight.of(lambda: self.dense_matrix().view(shape), shape, self.right)
 
     def dense_matrix(self) -> Tensor:
         """The product of the factors, ``(out, in)`` or ``(out, in * kh * kw)``."""
@@ -146,6 +155,7 @@ class LowRankConv2d(_LowRank):
         self.padding = like.padding
         self.dilation = like.dilation
         self.padding_mode = like.padding_mode
+        self.groups = like.groups
         self._margins = list(like._reversed_padding_repeated_twice)
 
     def forward(self, images: Tensor) -> Tensor:

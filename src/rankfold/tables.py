@@ -96,6 +96,11 @@ def result_lines(report: dict[str, Any]) -> list[str]:
         "examples that nothing was tuned on)"
     )
     lines += certificate_lines(certificate)
+    if report.get("agreement"):
+        lines.append(
+            "no labels were used: the loss is the distance from the original model's own outputs, "
+            "so the verdict speaks of agreement with the original, not of being right"
+        )
     low_rank = sum(layer["rank"] is not None for layer in report["layers"])
     lines.append(
         f"layers: {low_rank} factorized, {len(report['layers']) - low_rank} left dense by the "

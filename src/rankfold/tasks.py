@@ -1,55 +1,50 @@
-"""What a model's loss is: recognised for causal language models and classifiers, else given.
+"""What a model's loss is: recognised from the model and the data where it can be, named, or given.
 
-Every task returns one loss per example and the number of log-likelihood terms in it (tokens of a
-sequence, 1 for an image). The loss of a data set is the mean over terms.
+Every task returns one loss per example and the number of terms in it (tokens of a sequence, 1 for
+an image). The loss of a data set is the mean over terms.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+import difflib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rankfold.data import Batch, Part
+from rankfold.agreement import Embedding as Embedding
+from rankfold.agreement import Teacher as Teacher
+from rankfold.agreement import unit_embeddings as unit_embeddings
+from rankfold.data import Batch, Part, describe
 from rankfold.errors import InputError
+from rankfold.losses import (
+    IGNORED,
+    call,
+    check_labels,
+    labels_of,
+    logits_of,
+    one_term,
+    output_of,
+    token_losses,
+    with_labels,
+)
+from rankfold.losses import BatchLoss as BatchLoss
+from rankfold.losses import Task as Task
 from rankfold.modes import evaluation_mode
 from rankfold.progress import Progress, SilentProgress
 
 LossFunction: TypeAlias = Callable[[nn.Module, Batch], Tensor]
-IGNORED = -100  # the label that torch's cross-entropy leaves out
 
-
-@dataclass(frozen=True)
-class BatchLoss:
-    """Losses of one batch, differentiable.
-
-    Attributes:
-        losses: ``(n,)`` mean loss of each example's terms.
-        terms: ``(n,)`` number of terms of each example.
-        logits: ``(terms, classes)`` of all terms, or None where the loss is the user's own.
-        correct: ``(n,)`` share of each example's terms predicted right, or None.
-    """
-
-    losses: Tensor
-    terms: Tensor
-    logits: Tensor | None = None
-    correct: Tensor | None = None
-
-
-class Task(Protocol):
-    """A way to compute losses."""
-
-    name: str
-    unit: str
-
-    def batch_loss(self, model: nn.Module, batch: Batch) -> BatchLoss:
-        """Losses of a batch that is already on the model's device."""
-        ...
+TaskName: TypeAlias = Literal[
+    "causal-lm", "masked-lm", "classification", "token-classification", "seq2seq", "embedding",
+    "regression", "teacher",
+]  # fmt: skip
+TASKS: tuple[TaskName, ...] = get_args(TaskName)
 
 
 class CausalLM:
@@ -57,6 +52,7 @@ class CausalLM:
 
     name = "causal-lm"
     unit = "nats per token"
+    agreement = False
 
     def batch_loss(self, model: nn.Module, batch: Batch) -> BatchLoss:
         """``batch`` is ``(n, length)`` token ids, or a mapping with ``input_ids``."""
@@ -65,18 +61,42 @@ class CausalLM:
         mask = inputs.get("attention_mask")
         if mask is not None:
             labels = labels.masked_fill(mask == 0, IGNORED)
-        logits = _logits(_call(model, inputs, wrapped=isinstance(batch, Mapping)))
-        logits, labels = logits[:, :-1], labels[:, 1:]
-        kept = labels != IGNORED
-        _check_labels(labels[kept], logits.shape[-1])
-        flat = logits[kept]  # (terms, vocabulary)
-        nll = functional.cross_entropy(flat.float(), labels[kept], reduction="none")
-        rows = kept.nonzero()[:, 0]
-        terms = kept.sum(1)
-        losses = nll.new_zeros(len(labels)).index_add(0, rows, nll) / terms.clamp(min=1)
-        hits = (flat.argmax(-1) == labels[kept]).to(nll.dtype)
-        correct = hits.new_zeros(len(labels)).index_add(0, rows, hits) / terms.clamp(min=1)
-        return BatchLoss(losses, terms, flat, correct)
+        logits = logits_of(call(model, inputs, wrapped=isinstance(batch, Mapping)))
+        return token_losses(logits[:, :-1], labels[:, 1:])
+
+
+class TokenLabels:
+    """A label for each token, or for some (-100 marks the others): cross-entropy in its place."""
+
+    unit = "nats per token"
+    agreement = False
+
+    def __init__(self, name: TaskName) -> None:
+        """``masked-lm``, where the labels are the hidden tokens, or ``token-classification``."""
+        self.name: str = name
+
+    def batch_loss(self, model: nn.Module, batch: Batch) -> BatchLoss:
+        """``batch`` is a mapping with ``labels`` ``(n, length)``."""
+        inputs, labels = with_labels(self.name, batch, dimensions=2)
+        return token_losses(logits_of(call(model, inputs, wrapped=True)), labels)
+
+
+class Seq2Seq:
+    """A text or other sequence to a text: cross-entropy of each target token."""
+
+    name = "seq2seq"
+    unit = "nats per token"
+    agreement = False
+
+    def batch_loss(self, model: nn.Module, batch: Batch) -> BatchLoss:
+        """``batch`` is a mapping with ``labels`` ``(n, length)``; -100 marks what is no target.
+
+        Without ``decoder_input_ids`` the model makes them from the labels, as in its training.
+        """
+        inputs, labels = with_labels(self.name, batch, dimensions=2)
+        if "decoder_input_ids" not in inputs:
+            inputs = {**inputs, "labels": labels}
+        return token_losses(logits_of(call(model, inputs, wrapped=True)), labels)
 
 
 class Classification:
@@ -84,20 +104,45 @@ class Classification:
 
     name = "classification"
     unit = "nats per example"
+    agreement = False
 
     def batch_loss(self, model: nn.Module, batch: Batch) -> BatchLoss:
         """``batch`` is ``(inputs, labels)``, or a mapping with ``labels``."""
-        if isinstance(batch, Mapping):
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
-            labels = cast("Tensor", batch["labels"])
-            logits = _logits(_call(model, inputs, wrapped=True))
-        else:
-            values, labels = batch
-            logits = _logits(model(values))
-        _check_labels(labels, logits.shape[-1])
+        inputs, labels = with_labels(self.name, batch, dimensions=1)
+        logits = logits_of(output_of(model, inputs))
+        if labels.is_floating_point():
+            raise InputError(
+                f"the labels are {str(labels.dtype).removeprefix('torch.')}; expected whole "
+                "numbers, the class of each example. For values use task regression."
+            )
+        check_labels(labels, logits.shape[-1])
         losses = functional.cross_entropy(logits.float(), labels.long(), reduction="none")
         correct = (logits.argmax(-1) == labels).to(losses.dtype)
         return BatchLoss(losses, torch.ones_like(labels), logits, correct)
+
+
+class Regression:
+    """Values per example: mean squared error."""
+
+    name = "regression"
+    unit = "mean squared error"
+    agreement = False
+
+    def batch_loss(self, model: nn.Module, batch: Batch) -> BatchLoss:
+        """``batch`` is ``(inputs, values)``, or a mapping with ``labels``; values ``(n, ...)``."""
+        inputs, labels = with_labels(self.name, batch, dimensions=None)
+        values = logits_of(output_of(model, inputs)).float()
+        wanted = labels.float()
+        if values.numel() != wanted.numel() or len(values) != len(wanted):
+            raise InputError(
+                f"the model gave values {tuple(values.shape)} for labels {tuple(wanted.shape)}; "
+                "expected as many values an example as labels."
+            )
+        scale = math.sqrt(values[0].numel())
+        squared = values.flatten(1) / scale if values.dim() > 1 else values[:, None]
+        target = wanted.reshape(len(wanted), -1) / scale
+        losses = (squared - target).square().sum(1)
+        return BatchLoss(losses, one_term(losses), squared=squared)
 
 
 class UserLoss:
@@ -105,6 +150,7 @@ class UserLoss:
 
     name = "custom"
     unit = "units of the given loss"
+    agreement = False
 
     def __init__(self, function: LossFunction, what: str = "loss function") -> None:
         """Use ``function``; messages call it ``what``."""
@@ -157,31 +203,85 @@ def metric_values(
     ).losses
 
 
-def recognise_task(part: Part, loss: LossFunction | None) -> Task:
-    """The task of a data set: the user's loss if given, else read off one batch.
+def recognise_task(
+    part: Part,
+    loss: LossFunction | None,
+    name: str | None = None,
+    originals: Sequence[nn.Module] = (),
+    hint: str | None = None,
+) -> Task:
+    """The task: the user's loss or name if given, else what model and data show.
+
+    Args:
+        part: Examples; one batch of them is looked at.
+        loss: The user's own loss, or None.
+        name: One of ``TASKS``, or None.
+        originals: The original model, for the tasks that compare with it; see ``Teacher``.
+        hint: What the model is made for, as far as it says so.
 
     Raises:
-        InputError: The batch looks like neither token ids nor inputs with labels.
+        InputError: No such task, a task and a loss, or nothing is recognised.
     """
+    if loss is not None and name is not None:
+        raise InputError(f"both loss= and the task {name!r} are given; expected one of them.")
     if loss is not None:
         return UserLoss(loss)
+    if name is not None and name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, 1)
+        suggestion = f" Did you mean {near[0]}?" if near else ""
+        raise InputError(
+            f"the task is {name!r}; expected one of {', '.join(TASKS)}.{suggestion} For another "
+            "one pass loss=, a function of the model and a batch."
+        )
     batch = part.collate(part.examples[:1])
-    if isinstance(batch, Mapping) and "input_ids" in batch:
-        labels = batch.get("labels")
-        return Classification() if labels is not None and labels.dim() == 1 else CausalLM()
-    if isinstance(batch, Mapping) and "labels" in batch and batch["labels"].dim() == 1:
-        return Classification()
-    if torch.is_tensor(batch) and batch.dim() == 2 and not batch.is_floating_point():
-        return CausalLM()
-    if isinstance(batch, tuple | list) and len(batch) == 2 and torch.is_tensor(batch[1]):
-        labels = batch[1]
-        if labels.dim() == 1 and not labels.is_floating_point():
-            return Classification()
-    raise InputError(
-        "the loss can't be recognised from the data: expected token ids, a mapping with "
-        "input_ids, or (input, integer label) pairs. Pass loss=, a function of the model and a "
-        "batch that returns one loss per example."
-    )
+    found = name or _recognised(batch, hint)
+    if found is None:
+        raise InputError(
+            "the loss can't be recognised from the model and the data: expected token ids, a "
+            "mapping with input_ids, or (input, integer label) pairs. Name the task, one of "
+            f"{', '.join(TASKS)} (teacher needs no labels), or pass loss=, a function of the "
+            "model and a batch that returns one loss per example."
+        )
+    if found in ("teacher", "embedding"):
+        if not originals:
+            raise InputError(
+                f"the task {found} compares with the original model, which is not at hand here: "
+                "lossless and compact have it, to verify it is given as the original."
+            )
+        kind = Embedding if found == "embedding" else Teacher
+        moved = on_device(batch, originals[0])
+        with running(moved):
+            return kind(originals, moved)
+    tasks: dict[str, Callable[[], Task]] = {
+        "causal-lm": CausalLM,
+        "masked-lm": lambda: TokenLabels("masked-lm"),
+        "token-classification": lambda: TokenLabels("token-classification"),
+        "classification": Classification,
+        "seq2seq": Seq2Seq,
+        "regression": Regression,
+    }
+    return tasks[found]()
+
+
+def _recognised(batch: Batch, hint: str | None) -> str | None:
+    """The task that a batch's labels and the model's purpose allow; labels decide where they do."""
+    labels = labels_of(batch)
+    if hint == "embedding" or (labels is None and hint in ("embedding", "causal-lm")):
+        return hint
+    if labels is not None and labels.dim() == 1 and not labels.is_floating_point():
+        return "classification"
+    if labels is not None and labels.is_floating_point():
+        return "regression" if hint in (None, "regression") else None
+    if labels is not None and labels.dim() == 2:
+        if hint in ("masked-lm", "token-classification", "seq2seq", "causal-lm"):
+            return hint
+        return "causal-lm" if isinstance(batch, Mapping) and "input_ids" in batch else None
+    if labels is None and hint in (None, "causal-lm"):
+        if isinstance(batch, Mapping) and "input_ids" in batch:
+            return "causal-lm"
+        if torch.is_tensor(batch) and batch.dim() == 2 and not batch.is_floating_point():
+            return "causal-lm"
+    return None
 
 
 @dataclass(frozen=True)
@@ -257,6 +357,25 @@ def evaluate(
     return Evaluation(losses, terms, torch.cat(hits).double().cpu() if hits else None)
 
 
+@contextmanager
+def running(batch: Batch) -> Iterator[None]:
+    """While the model runs on its first example: what it raises names the data.
+
+    Raises:
+        InputError: The model can't run on the batch.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"the model can't run on the data: its first calibration example, "
+            f"{describe(batch)}, gave {type(error).__name__}: {error}. Check that the data "
+            "belongs to this model."
+        ) from error
+
+
 def on_device(batch: Batch, model: nn.Module) -> Batch:
     """The batch with its tensors on the model's device, floating ones in the model's dtype."""
     parameter = next(model.parameters(), None)
@@ -274,31 +393,3 @@ def on_device(batch: Batch, model: nn.Module) -> Batch:
         return value
 
     return move(batch)
-
-
-def _call(model: nn.Module, inputs: Mapping[str, Tensor], wrapped: bool) -> object:
-    parameters = inspect.signature(model.forward).parameters
-    if not wrapped and "input_ids" not in parameters:
-        return model(inputs["input_ids"])
-    extra = {"use_cache": False} if "use_cache" in parameters else {}
-    return model(**inputs, **extra)
-
-
-def _logits(output: Any) -> Tensor:
-    logits = getattr(output, "logits", output)
-    logits = logits[0] if isinstance(logits, tuple | list) else logits
-    if not torch.is_tensor(logits):
-        raise InputError(
-            f"the model returned {type(output).__name__}; expected a tensor of logits or an object "
-            "with .logits. Pass loss=, a function of the model and a batch."
-        )
-    return logits
-
-
-def _check_labels(labels: Tensor, classes: int) -> None:
-    if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= classes):
-        bad = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
-        raise InputError(
-            f"label {bad} is outside the model's {classes} logits (expected 0..{classes - 1}). "
-            "Check that the data belongs to this model."
-        )

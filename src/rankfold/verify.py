@@ -35,7 +35,15 @@ from rankfold.certify import ACCURACY, Certificate
 from rankfold.data import Collate, Examples, Part, as_part, content_digest
 from rankfold.errors import InputError
 from rankfold.progress import Progress
-from rankfold.tasks import Evaluation, LossFunction, Metric, evaluate, metric_values, recognise_task
+from rankfold.tasks import (
+    TASKS,
+    Evaluation,
+    LossFunction,
+    Metric,
+    evaluate,
+    metric_values,
+    recognise_task,
+)
 
 Outcome: TypeAlias = Literal["agrees", "differs", "not checked"]
 
@@ -123,7 +131,9 @@ def verify(
         return Verification(tuple(checks), None)
 
     def losses(of: nn.Module, stage: str) -> Evaluation:
-        task = recognise_task(part, loss)
+        made = document["run"]["task"]
+        named = made if loss is None and made in TASKS else None
+        task = recognise_task(part, loss, named, () if original is None else (original,))
         if task.name != document["run"]["task"]:
             raise InputError(
                 f"the certificate is of the task {document['run']['task']}, the data gives "

@@ -33,6 +33,38 @@ def is_transformers_model(model: nn.Module) -> bool:
     )
 
 
+# What the name of a class of transformers ends in says what it is made for.
+_PURPOSES = {
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForMaskedLM": "masked-lm",
+    "ForTokenClassification": "token-classification",
+    "ForSequenceClassification": "classification",
+    "ForImageClassification": "classification",
+    "ForAudioClassification": "classification",
+    "ForConditionalGeneration": "seq2seq",
+    "ForSpeechSeq2Seq": "seq2seq",
+}
+
+
+def task_hint(model: nn.Module) -> str | None:
+    """What a transformers model is made for, as far as it says so; None for any other model.
+
+    A model without a head gives hidden states: it is taken for an encoder of ``embedding``.
+    """
+    if not is_transformers_model(model):
+        return None
+    name, config = type(model).__name__, cast("Any", model).config
+    purpose = next((p for end, p in _PURPOSES.items() if name.endswith(end)), None)
+    if purpose == "classification" and getattr(config, "problem_type", None) == "regression":
+        return "regression"
+    if purpose == "seq2seq" and not getattr(config, "is_encoder_decoder", False):
+        return "causal-lm"  # a language model that looks at images, too
+    if purpose is None and not cast("Any", model).can_generate() and name.endswith("Model"):
+        return "embedding"
+    return purpose
+
+
 def load_folder(folder: Path) -> nn.Module:
     """The model of a transformers folder, in the dtype it is stored in, on the CPU.
 

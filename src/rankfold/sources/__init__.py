@@ -4,16 +4,23 @@ Readers only open and check; nothing here knows of models or tasks.
 """
 
 from rankfold.sources.arrays import read_npz
+from rankfold.sources.conversations import conversation_tokens
 from rankfold.sources.images import read_image_folder
 from rankfold.sources.kind import source_kind
 from rankfold.sources.python_object import is_spec, load_object
+from rankfold.sources.records import Record, column, numbers, read_records
 from rankfold.sources.text import read_text, token_windows
 
 __all__ = [
+    "Record",
+    "column",
+    "conversation_tokens",
     "is_spec",
     "load_object",
+    "numbers",
     "read_image_folder",
     "read_npz",
+    "read_records",
     "read_text",
     "source_kind",
     "token_windows",

@@ -7,13 +7,14 @@ from typing import Literal, TypeAlias
 
 from rankfold.errors import InputError
 from rankfold.sources.python_object import is_spec
+from rankfold.sources.records import SUFFIXES
 
-Kind: TypeAlias = Literal["python", "npz", "images", "text"]
+Kind: TypeAlias = Literal["python", "npz", "images", "records", "text"]
 
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".joblib")
 EXPECTED = (
-    "expected a UTF-8 text file, an .npz with x and y, a folder of class folders of images, or "
-    "file.py:function giving a data set"
+    "expected a UTF-8 text file, a .jsonl, .csv or .tsv, an .npz with x and y, a folder of class "
+    "folders of images, or file.py:function giving a data set"
 )
 
 
@@ -36,6 +37,8 @@ def source_kind(spec: str) -> Kind:
         raise InputError(f"the data {spec} is empty; {EXPECTED}.")
     if path.suffix.lower() == ".npz":
         return "npz"
+    if path.suffix.lower() in SUFFIXES:
+        return "records"
     with path.open("rb") as file:
         binary = b"\0" in file.read(4096)
     if path.suffix.lower() in PICKLES:

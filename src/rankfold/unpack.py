@@ -1,0 +1,309 @@
+"""From the user's model to one whose matrices all stand in a Linear or Conv2d of their own.
+
+Wrappers around the whole are taken off; layers that pack several matrices, or store one in another
+way, are replaced by a composition of plain ones that computes the same (``unpacked_modules``). What
+would be changed silently by factorizing it is refused by name: adapters, quantized weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parametrize
+
+from rankfold.errors import InputError
+from rankfold.integrations.transformers_layers import unpack_transformers_layer
+from rankfold.layers import groups_reason, plain_kind
+from rankfold.modes import evaluation_mode
+from rankfold.replace import put_modules
+from rankfold.unpacked_modules import (
+    RedirectedCall,
+    UnpackedAttention,
+    UnpackedConv1d,
+    UnpackedConvTranspose2d,
+    UnpackedGroups,
+    UnpackedRule,
+    linear,
+)
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """A model ready to be looked at layer by layer.
+
+    Attributes:
+        given: The user's model without the wrappers around it.
+        model: The same function from plain layers: ``given`` itself where nothing had to change,
+            else a copy that shares with it the parameters that are the same.
+        names: Modules of ``given`` that were replaced, by name, outer ones first.
+    """
+
+    given: nn.Module
+    model: nn.Module
+    names: list[str]
+
+
+def unpack(model: nn.Module) -> Unpacked:
+    """Unwrap and unpack a model; the user's own stays as it is.
+
+    Raises:
+        InputError: It has adapters, quantized or sharded weights; the layer is named.
+    """
+    given = unwrapped(model)
+    refuse_unsuitable(given)
+    if any(t.is_inference() for t in (*given.parameters(), *given.buffers())):
+        # Tensors made in inference mode can't take part in autograd; clones made here can.
+        given = copy.deepcopy(given, _clones(given))
+    compiled = any(module._compiled_call_impl is not None for module in given.modules())
+    twin = given
+    names: list[str] = []
+    while replaced := dict(_unpackable(twin)):
+        memo: dict[int, Any] = {id(parameter): parameter for parameter in twin.parameters()}
+        memo |= {id(twin.get_submodule(name)): module for name, module in replaced.items()}
+        twin = copy.deepcopy(twin, memo)
+        names += replaced
+    if compiled and twin is given:  # a copy drops what was compiled in place
+        twin = copy.deepcopy(given, {id(parameter): parameter for parameter in given.parameters()})
+    return Unpacked(given, twin, names)
+
+
+def unpack_named(model: nn.Module, names: Iterable[str], where: str) -> dict[str, nn.Module]:
+    """Unpack modules of ``model`` itself, in the order given.
+
+    Returns:
+        The modules that stood there, by name, for ``put_back``.
+
+    Raises:
+        InputError: One of them is missing or can't be unpacked, so the model is another one.
+    """
+    before: dict[str, nn.Module] = {}
+    for name in names:
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            module = None
+        plain = None if module is None else _plain(module)
+        if plain is None:
+            kind = "no such module" if module is None else f"a {type(module).__name__}"
+            put_back(model, before)
+            raise InputError(
+                f"{where} was made from another model: its module {name} is {kind} in the given "
+                "model, which can't be unpacked."
+            )
+        before.setdefault(name, put_modules(model, {name: plain})[name])
+    return before
+
+
+def put_back(model: nn.Module, before: Mapping[str, nn.Module]) -> None:
+    """Undo ``unpack_named``, given what it returned."""
+    for name in reversed(list(before)):
+        put_modules(model, {name: before[name]})
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile`` and data-parallel wrappers."""
+    while True:
+        inner = getattr(model, "module", None) if isinstance(model, _WRAPPERS) else _compiled(model)
+        if inner is None:
+            return model
+        model = inner
+
+
+def _compiled(module: nn.Module) -> nn.Module | None:
+    """What ``torch.compile`` wrapped, or None."""
+    return module._modules.get("_orig_mod")
+
+
+def refuse_unsuitable(model: nn.Module) -> None:
+    """Refuse models whose layers are not what they seem.
+
+    Raises:
+        InputError: As said; names the first such layer.
+    """
+    for name, module in model.named_modules():
+        where = f"the layer {name or 'at the root'} ({type(module).__name__})"
+        if hasattr(module, "lora_A") or (
+            hasattr(module, "base_layer") and hasattr(module, "merge")
+        ):
+            raise InputError(
+                f"{where} has an adapter beside its weight; expected a model without adapters. "
+                "Merge them first, with peft: model = model.merge_and_unload()."
+            )
+        if reason := _quantized(module):
+            raise InputError(
+                f"{where} is quantized: {reason}; expected weights in float32, bfloat16 or "
+                "float16. Factorize the original model and quantize afterwards."
+            )
+
+
+def _quantized(module: nn.Module) -> str | None:
+    if ".quantized" in type(module).__module__ and type(module).__module__.startswith("torch"):
+        return f"it is a {type(module).__module__}.{type(module).__name__}"
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        kind = type(parameter.data)
+        if kind is not Tensor:
+            return f"its {name} is a {kind.__module__}.{kind.__name__}, no plain tensor"
+        low = parameter.is_floating_point() and parameter.element_size() < 2
+        whole = not parameter.is_floating_point() and not parameter.is_complex()
+        if parameter.dim() > 1 and (low or whole):
+            return f"its {name} is {parameter.dtype}"
+    for name in ("qweight", "weight", "weight_packed"):
+        held = module._buffers.get(name)
+        if held is not None and not held.is_floating_point() and held.dim() > 1:
+            return f"its {name} is {held.dtype}"
+    return None
+
+
+def _clones(model: nn.Module) -> dict[int, Any]:
+    """Plain copies of all parameters and buffers, as a memo for ``deepcopy``."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(
+            parameter.detach().clone(), requires_grad=parameter.requires_grad
+        )
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach().clone()
+    return memo
+
+
+def _unpackable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Outermost modules below the root that can be unpacked, with what takes their place."""
+    done: list[str] = []
+    for name, module in model.named_modules():
+        if name == "" or any(name.startswith(outer) for outer in done):
+            continue
+        plain = _plain(module)
+        if plain is not None:
+            done.append(f"{name}.")
+            yield name, plain
+
+
+def _plain(module: nn.Module) -> nn.Module | None:
+    """What computes the same from plainer layers, or None where nothing does or needs to."""
+    inner = unwrapped(module)
+    if inner is not module:
+        return inner
+    if parametrize.is_parametrized(module) or _weight_hooks(module):
+        return _baked(module)
+    if type(module) is nn.MultiheadAttention:
+        return UnpackedAttention(module)
+    kind = plain_kind(module)
+    if kind is not None and kind is not nn.Linear:
+        conv = cast("nn.Conv2d", module)
+        if groups_reason(conv) is not None:
+            return None
+        if kind in (nn.Conv1d, nn.ConvTranspose1d):
+            return UnpackedConv1d(cast("nn.Conv1d", module))
+        if conv.groups > 1:
+            return UnpackedGroups(conv)
+        if kind is nn.ConvTranspose2d:
+            return UnpackedConvTranspose2d(cast("nn.ConvTranspose2d", module))
+    if kind is None and isinstance(module, nn.Linear | nn.Conv2d):
+        return _with_own_rule(module)
+    return unpack_transformers_layer(module)
+
+
+def _with_own_rule(module: nn.Linear | nn.Conv2d) -> nn.Module | None:
+    """A subclass that calls torch's function once with its own weight, its matrix kept apart.
+
+    It is run on zeros to see; None where it does anything else, or can't be run so.
+    """
+    if isinstance(module, nn.Conv2d) and groups_reason(module) is not None:
+        return None
+    calls: list[tuple[Tensor | None, tuple[Any, ...]]] = []
+
+    def compute(inputs: Tensor, bias: Tensor | None, call: tuple[Any, ...]) -> Tensor:
+        calls.append((bias, call))
+        kind = functional.conv2d if isinstance(module, nn.Conv2d) else functional.linear
+        return kind(inputs, module.weight, bias, *call)
+
+    shape: tuple[int, ...] = (2, module.weight.shape[1])
+    if isinstance(module, nn.Conv2d):
+        reach = max(d * k for d, k in zip(module.dilation, module.kernel_size, strict=True))
+        shape = (1, module.in_channels, 2 * reach + 5, 2 * reach + 5)
+    weight = module._parameters.get("weight")
+    if weight is None or weight.is_meta:
+        return None
+    with evaluation_mode(module), RedirectedCall(weight, compute):
+        try:
+            outputs = module(weight.new_zeros(shape))
+        except Exception:
+            return None
+    if len(calls) != 1 or calls[0][0] is not module.bias or not torch.is_tensor(outputs):
+        return None
+    (call,) = (call for _, call in calls)
+    if isinstance(module, nn.Conv2d):
+        defaults: tuple[Any, ...] = (1, 0, 1, 1)
+        stride, padding, dilation, groups = call + defaults[len(call) :]
+        matrix: nn.Module = nn.utils.skip_init(
+            nn.Conv2d,
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias=module.bias is not None,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+    else:
+        matrix = linear(weight, module.bias)
+    matrix._parameters["weight"] = weight
+    matrix._parameters["bias"] = module._parameters.get("bias")
+    rule = copy.deepcopy(module, {id(p): p for p in module.parameters()})
+    return UnpackedRule(rule, matrix.train(module.training), call)
+
+
+def _weight_hooks(module: nn.Module) -> list[tuple[int, Any]]:
+    """Hooks of the older ``weight_norm`` and ``spectral_norm``, which compute a weight."""
+    return [
+        (key, hook)
+        for key, hook in module._forward_pre_hooks.items()
+        if type(hook).__module__.startswith("torch.nn.utils.")
+        and hasattr(hook, "remove")
+        and hasattr(hook, "name")
+    ]
+
+
+def _baked(module: nn.Module) -> nn.Module:
+    """A shallow copy whose computed weights are plain parameters of their present values.
+
+    torch's own ``remove_parametrizations`` changes the class, which the user's module has, too.
+    """
+    parametrized = parametrize.is_parametrized(module)
+    kind = parametrize.type_before_parametrizations(module) if parametrized else type(module)
+    twin: nn.Module = object.__new__(kind)
+    twin.__dict__ = {**module.__dict__}
+    for name in ("_parameters", "_buffers", "_modules", "_forward_pre_hooks"):
+        twin.__dict__[name] = module.__dict__[name].copy()
+    if parametrized:
+        lists = cast("nn.ModuleDict", twin._modules.pop("parametrizations"))
+        with evaluation_mode(module):  # a weight that is updated in training is read as it is
+            for name in lists:
+                value: Tensor = getattr(module, name)
+                twin.register_parameter(name, nn.Parameter(value.detach().clone()))
+        return twin
+    for name in ("_state_dict_hooks", "_load_state_dict_pre_hooks"):
+        twin.__dict__[name] = {
+            key: hook
+            for key, hook in module.__dict__[name].items()
+            if not type(getattr(hook, "hook", hook)).__module__.startswith("torch.nn.utils.")
+        }
+    twin.training = False
+    for key, hook in _weight_hooks(module):
+        hook.remove(twin)
+        twin._forward_pre_hooks.pop(key)
+    twin.training = module.training
+    return twin
