@@ -29,9 +29,11 @@ from torch import nn
 from benchmarks.quality import MODELS
 from benchmarks.rows import append_row, read_rows
 from rankfold.certify import paired_change
-from rankfold.compress import Collected, Settings, analyse, collect
+from rankfold.collected import Collected, collect
+from rankfold.compress import analyse
 from rankfold.data import Data, Part, as_part
 from rankfold.progress import TerminalProgress
+from rankfold.settings import Settings
 from rankfold.tasks import Evaluation, evaluate
 
 RESULTS = Path(__file__).parent / "out" / "ablation.jsonl"

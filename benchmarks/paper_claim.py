@@ -36,12 +36,14 @@ from torch.utils.data import TensorDataset
 from benchmarks.cifar_nets import cifar10_test
 from benchmarks.resnext import kept_images, load_resnext, normalised, training_images
 from rankfold.certify import Change, weighted_mean
-from rankfold.compress import Preparation, Settings, analyse, collect
+from rankfold.collected import collect
+from rankfold.compress import Preparation, analyse
 from rankfold.data import Data
 from rankfold.errors import InputError
 from rankfold.modules import Form
 from rankfold.objectives import ObjectiveName
 from rankfold.progress import TerminalProgress
+from rankfold.settings import Settings
 from rankfold.tasks import Evaluation
 
 RESULTS = Path(__file__).parent / "out" / "paper_claim.jsonl"

@@ -29,11 +29,13 @@ from torch.utils.data import TensorDataset
 from benchmarks.cifar_nets import cifar10_test, cifar10_train, load_cifar_net
 from benchmarks.rows import append_row, read_rows
 from rankfold.certify import paired_change
-from rankfold.compress import Preparation, Settings, analyse, collect
+from rankfold.collected import collect
+from rankfold.compress import Preparation, analyse
 from rankfold.data import Data
 from rankfold.modules import FORMS, Form
 from rankfold.objectives import OBJECTIVES, ObjectiveName
 from rankfold.progress import TerminalProgress
+from rankfold.settings import Settings
 from rankfold.tasks import Evaluation
 
 RESULTS = Path(__file__).parent / "out" / "quality.jsonl"

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from rankfold.compress import Settings
+from rankfold.settings import Settings
 from tests.command_line import environment, images, make_project, rankfold
 from tests.tiny_language_model import TEXT, save_tiny_llama
 

@@ -8,10 +8,11 @@ from torch import nn
 
 import rankfold
 from rankfold import Data, InputError, compress
-from rankfold.compress import DAMPINGS, Settings
+from rankfold.compress import DAMPINGS
 from rankfold.conv_modules import CONV_FORMS
 from rankfold.modules import FORMS
 from rankfold.objectives import OBJECTIVES
+from rankfold.settings import Settings
 from rankfold.sizes import model_parameters
 from tests.small_models import (
     SmallCNN,

@@ -7,7 +7,6 @@ from rankfold.certify import Certificate
 from rankfold.compress import (
     Preparation,
     Result,
-    Settings,
     compact,
     lossless,
     prepare,
@@ -16,6 +15,7 @@ from rankfold.data import Data
 from rankfold.errors import InputError
 from rankfold.modules import LowRankConv2d, LowRankLinear
 from rankfold.progress import TerminalProgress
+from rankfold.settings import Settings
 from rankfold.tasks import Metric
 from rankfold.verify import verify
 

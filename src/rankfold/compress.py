@@ -8,10 +8,10 @@ end in a certificate on held-out data.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from scipy import stats
@@ -28,15 +28,6 @@ from rankfold.allocate import (
     total_cost,
 )
 from rankfold.artifact import METADATA, library_versions, save_artifact
-from rankfold.calibrate import (
-    Curvature,
-    LayerStatistics,
-    Trace,
-    calibration_loss,
-    choose_curvature,
-    collect_statistics,
-    trace,
-)
 from rankfold.certificate_file import (
     Document,
     Evidence,
@@ -47,39 +38,31 @@ from rankfold.certificate_file import (
 )
 from rankfold.certify import (
     ACCURACY,
-    DEFAULT_CONFIDENCE,
     DEFAULT_MARGIN,
-    TESTS,
     Certificate,
     Change,
     Statement,
-    TestName,
     check_margin,
     check_metric_margin,
-    check_metric_values,
     examples_seen,
     fewest_units,
     half_width,
-    order_seed,
     paired_change,
     state,
     weighted_mean,
 )
+from rankfold.collected import Collected, collect
 from rankfold.conv_forms import conv_factors
 from rankfold.conv_modules import ConvForm, conv_factor_flops, conv_factor_parameters
 from rankfold.data import (
     FEWEST,
     PARTS,
     Data,
-    Part,
     as_part,
-    example_input,
-    select_part,
     split,
 )
 from rankfold.errors import InputError
 from rankfold.factorize import low_rank_module, truncate
-from rankfold.integrations.transformers import own_text, task_hint
 from rankfold.interactions import (
     LARGEST_CORRECTION,
     OTHER_SHARE_EXAMPLES,
@@ -88,13 +71,11 @@ from rankfold.interactions import (
     measured_shares,
 )
 from rankfold.layer_matrix import MatrixLayer, matrix_shape, weight_matrix
-from rankfold.layers import Skipped, find_layers
 from rankfold.linalg import Damping
 from rankfold.modules import FORMS, Form, factor_parameters
 from rankfold.objectives import (
     OBJECTIVES,
     Objective,
-    ObjectiveName,
     conv_curve,
     damped_grams,
     layer_curve,
@@ -104,30 +85,23 @@ from rankfold.objectives import (
     rank_costs,
 )
 from rankfold.openings import SHORT, Opening, history, record
-from rankfold.overlap import look_alikes, refuse_copies, without_copies
+from rankfold.overlap import look_alikes
 from rankfold.progress import Progress, SilentProgress
 from rankfold.replace import with_replaced
+from rankfold.settings import Settings, SizeOf, check_choice, check_size
 from rankfold.sizes import model_parameters, safetensors_bytes, stored_tensors
-from rankfold.spectrum import STEP_ESTIMATORS, HarmlessRange, Spectrum, StepEstimator
+from rankfold.spectrum import HarmlessRange, Spectrum
 from rankfold.step import Step, search_step, step_directions
 from rankfold.tasks import (
     Evaluation,
     LossFunction,
     Metric,
-    Task,
-    TaskName,
     evaluate,
     metric_values,
-    recognise_task,
 )
-from rankfold.unpack import Unpacked, unpack
-
-Cost: TypeAlias = Literal["parameters", "flops"]
-SizeOf: TypeAlias = Literal["model", "factorizable"]
 
 # Chance that compact leaves the held-out test of a model as good as its selection data say.
 POWER = 0.9
-OWN_TEXT = "own_text"  # the part that the model writes itself, beside the user's calibration part
 LOOKS = 16  # times that the betting test looks whether it may stop
 MOST_PLANS = 6  # plans that compact evaluates on selection data
 TRUSTED = 1.5  # measured / predicted cost of truncation up to which a round goes its whole way
@@ -137,139 +111,6 @@ DAMPINGS = (Damping(0.1, 0.1), Damping(0.01, 0.3), Damping(0.1, 1.0), Damping(0.
 DAMPING_SIZE = 0.8
 REPORTED_RANKS = 16  # points of each layer's curve in the report, beside the last
 CLOSE_ENOUGH = 0.01  # share of the model's size at which compact's search stops
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides the result, recorded in the artifact.
-
-    Attributes:
-        task: One of ``TASKS``; None to recognise it from the model and the data.
-        objective: What is minimised; one of ``OBJECTIVES``.
-        form: ``pivoted`` (fewest parameters) or ``pair`` (two stock layers).
-        conv_forms: Whether a conv with several taps may also become two convs along one axis
-            each, or a Tucker-2 of three (``conv_modules``), where the objective predicts the loss.
-        cost: What the size counts: ``parameters`` or ``flops``.
-        curvature: ``empirical``, ``sampled``, or ``auto``: by what the calibration loss shows.
-        damping: Added to A, as a share of its mean eigenvalue; ``auto`` chooses among ``DAMPINGS``
-            on selection data, for both Grams.
-        output_damping: The same for B; None for the value of ``damping``.
-        gradient_step: Whether the joint objective moves the weights by its gradient term.
-        step_estimator: How that term is estimated: ``cross-validated``, ``denoised`` or ``raw``.
-        self_share: Share of the calibration examples that a language model writes itself, in
-            place of the user's; see ``integrations.transformers.own_text``.
-        rounds: Times that the statistics are collected: more than one compresses in parts.
-        interactions: Whether the plan is made again once a first one has shown each layer's share
-            in the change of all of them together; see ``interactions``.
-        seed: Seeds the split, the choice of examples and sampled labels.
-        limit: Calibration examples used; None for the task's default.
-        selection_limit: Selection examples used, likewise.
-        held_out_limit: Held-out examples used, likewise.
-        include: Glob patterns of layers to factorize; empty for all.
-        exclude: Glob patterns of layers to leave as they are.
-        confidence: Of the certificate's one-sided bounds.
-        test: Of the certificate: ``bounded`` (any distribution, up to a largest change of one
-            example), ``t`` (assumes a nearly normal mean) or ``betting`` (may stop early).
-        largest_change: The largest change of one example that counts in full, in the unit of the
-            loss; None for a range that the selection data give. Not for ``t``.
-        accuracy_margin: How much of the accuracy may be lost, as a share; None only reports it.
-        private: Keep the held-out examples' single losses out of the artifact.
-        batch_size: Examples a batch; None for a size that suits the examples.
-
-    Raises:
-        InputError: A value is not one of those allowed.
-    """
-
-    task: TaskName | None = None
-    objective: ObjectiveName = "joint"
-    form: Form = "pivoted"
-    conv_forms: bool = True
-    cost: Cost = "parameters"
-    curvature: Curvature | Literal["auto"] = "auto"
-    damping: float | Literal["auto"] = 0.1
-    output_damping: float | None = None
-    gradient_step: bool = True
-    step_estimator: StepEstimator = "cross-validated"
-    self_share: float = 0.0
-    rounds: int = 1
-    interactions: bool = True
-    seed: int = 0
-    limit: int | None = None
-    selection_limit: int | None = None
-    held_out_limit: int | None = None
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    confidence: float = DEFAULT_CONFIDENCE
-    test: TestName = "bounded"
-    largest_change: float | None = None
-    accuracy_margin: float | None = None
-    private: bool = False
-    batch_size: int | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse values outside their ranges, by name."""
-        _check_choice("objective", self.objective, tuple(OBJECTIVES))
-        _check_choice("form", self.form, FORMS)
-        _check_choice("cost", self.cost, get_args(Cost))
-        _check_choice("curvature", self.curvature, ("auto", "empirical", "sampled"))
-        _check_choice("step_estimator", self.step_estimator, STEP_ESTIMATORS)
-        for name in ("damping", "output_damping"):
-            value = getattr(self, name)
-            known = value == "auto" if name == "damping" else value is None
-            if not (known or (not isinstance(value, str) and 0 <= value < math.inf)):
-                expected = "a finite number, 0 or more" + ", or auto" * (name == "damping")
-                raise InputError(f"{name} is {value}; expected {expected}.")
-        if self.damping == "auto" and self.output_damping is not None:
-            raise InputError(
-                "damping is auto, which chooses the output damping too; leave output_damping out."
-            )
-        if self.rounds < 1:
-            raise InputError(f"rounds is {self.rounds}; expected 1 or more.")
-        if not 0 <= self.self_share <= 0.9:
-            raise InputError(
-                f"self_share is {self.self_share}; expected a share of the calibration examples "
-                "between 0 and 0.9."
-            )
-        if not 0.5 < self.confidence < 1:
-            raise InputError(f"confidence is {self.confidence}; expected between 0.5 and 1.")
-        _check_choice("test", self.test, TESTS)
-        if self.largest_change is not None and not 0 < self.largest_change < math.inf:
-            raise InputError(
-                f"largest_change is {self.largest_change}; expected a finite number above 0, in "
-                "nats of one example's loss."
-            )
-        if self.largest_change is not None and self.test == "t":
-            raise InputError("largest_change has no part in the t test; leave one of them out.")
-        if self.accuracy_margin is not None:
-            check_metric_margin(ACCURACY, self.accuracy_margin)
-        for name in ("limit", "selection_limit", "held_out_limit"):
-            value = getattr(self, name)
-            if value is not None and value < 4:
-                raise InputError(f"{name} is {value}; expected at least 4 examples.")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise InputError(f"batch_size is {self.batch_size}; expected 1 or more.")
-
-    @property
-    def dampings(self) -> Damping:
-        """Of A and of B.
-
-        Raises:
-            ValueError: They are still to be chosen.
-        """
-        if self.damping == "auto":
-            raise ValueError("the damping is chosen on selection data first; see prepare")
-        output = self.damping if self.output_damping is None else self.output_damping
-        return Damping(self.damping, output)
-
-
-def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise InputError(f"{name} is {value!r}; expected one of {', '.join(allowed)}.")
-
-
-# Examples used by default: calibration, selection, held-out. A sequence has hundreds of terms.
-DEFAULT_LIMITS = dict.fromkeys(("causal-lm", "masked-lm", "seq2seq"), (64, 32, 128))
-OTHER_LIMITS = (2048, 2048, 10000)
 
 
 def lossless(
@@ -416,226 +257,6 @@ def _enough_held_out(
                 f"{option}" + (", or a smaller --largest-change." if option == "--margin" else ".")
             )
     return data
-
-
-@dataclass
-class Collected:
-    """A model, its data, and what one pass over the calibration examples showed.
-
-    Attributes:
-        model: The user's model, unpacked: the same function from plain layers.
-        base: The model whose weights are factorized: the user's own, or in a later round what
-            the one before made of it.
-        dense: The user's model moved by the steps of earlier rounds, for the control.
-        task: Gives the loss.
-        parts: The examples used of each part.
-        layers: Layers of ``base`` to factorize.
-        skipped: Layers that stay as they are.
-        seen: Calls and FLOPs of one example.
-        statistics: By layer; empty for objectives that need none.
-        curvature: Where B came from, or None.
-        calibration_loss: Mean loss of some calibration examples, or None.
-        unpacked: The user's own model, and what was replaced in it.
-        original: Losses of the model on the parts where they are known already.
-        metrics: The user's metrics.
-        original_metrics: Their values of the user's model on the held-out part, where known.
-        openings: Of the held-out part, by this process.
-        damping_trials: Dampings tried and the change on selection data that each gave.
-    """
-
-    model: nn.Module
-    base: nn.Module
-    dense: nn.Module
-    task: Task
-    parts: dict[str, Part]
-    layers: dict[str, MatrixLayer]
-    skipped: list[Skipped]
-    seen: Trace
-    statistics: dict[str, LayerStatistics]
-    curvature: Curvature | None
-    calibration_loss: float | None
-    unpacked: Unpacked
-    original: dict[str, Evaluation] = field(default_factory=dict)
-    metrics: tuple[Metric, ...] = ()
-    original_metrics: dict[str, Tensor] = field(default_factory=dict)
-    openings: list[Opening] = field(default_factory=list)
-    damping_trials: list[tuple[Damping, float]] = field(default_factory=list)
-
-    def original_losses(self, part: str, batch_size: int | None, progress: Progress) -> Evaluation:
-        """Losses of the user's model on a part, evaluated once."""
-        if part not in self.original:
-            stage = f"original on {part.replace('_', '-')} data"
-            self.original[part] = evaluate(
-                self.unpacked.given,
-                self.task,
-                self.parts[part],
-                batch_size=batch_size,
-                progress=progress,
-                stage=stage,
-            )
-        return self.original[part]
-
-    def observe(self, settings: Settings, progress: Progress | None) -> None:
-        """Pass over the calibration examples with ``base`` and keep its statistics."""
-        self.statistics = collect_statistics(
-            self.base,
-            self.task,
-            self.parts["calibration"],
-            self.layers,
-            curvature=self.curvature,
-            seed=settings.seed,
-            prior=self.parts.get(OWN_TEXT),
-            batch_size=settings.batch_size,
-            progress=progress,
-        )
-
-    def cost_per_parameter(self, name: str, cost: Cost) -> int:
-        """1 for parameters; for FLOPs a multiply-add for each row of one example."""
-        return 1 if cost == "parameters" else 2 * self.seen.rows.get(name, 0)
-
-    def leave_dense(self, reason: str, names: Iterable[str]) -> None:
-        """Move layers to the skipped ones."""
-        for name in list(names):
-            layer = self.layers.pop(name)
-            self.statistics.pop(name, None)
-            count = sum(parameter.numel() for parameter in layer.parameters())
-            self.skipped.append(Skipped(name, type(layer).__name__, count, reason))
-
-
-def collect(
-    model: nn.Module,
-    data: object,
-    settings: Settings,
-    *,
-    loss: LossFunction | None = None,
-    metrics: Sequence[Metric] = (),
-    progress: Progress | None = None,
-) -> Collected:
-    """Find the layers, choose the examples, and pass over the calibration part once.
-
-    Raises:
-        InputError: Names the input, what was expected, and what to do.
-    """
-    unpacked = unpack(model)
-    model = unpacked.model
-    layers, skipped = find_layers(model, settings.include, settings.exclude)
-    data = data if isinstance(data, Data) else split(data, settings.seed)
-    sample = select_part(data, "calibration", 1, settings.seed)
-    originals = (unpacked.given, model)
-    task = recognise_task(sample, loss, settings.task, originals, task_hint(model))
-    parts = _choose_parts(data, task, settings)
-    _try_metrics(model, task, parts["calibration"].take([0]), metrics, settings)
-    _add_own_text(model, task, parts, settings, progress)
-    calibration = parts["calibration"]
-    seen = trace(model, task, calibration)
-    collected = Collected(
-        model, model, model, task, parts, layers, skipped, seen, {}, None, None, unpacked
-    )
-    collected.metrics = tuple(metrics)
-    objective = OBJECTIVES[settings.objective]
-    _check_agreement(task, objective, settings)
-    if not objective.needs_data:
-        unseen = [name for name in layers if name not in seen.rows]
-        collected.leave_dense("not called in a forward pass on the first example", unseen)
-    _require_layers(collected)
-    if objective.needs_data:
-        collected.calibration_loss, classes = calibration_loss(model, task, calibration)
-        if objective.needs_backward:
-            automatic = settings.curvature == "auto"
-            collected.curvature = (
-                choose_curvature(collected.calibration_loss, classes)
-                if automatic
-                else cast("Curvature", settings.curvature)
-            )
-        collected.observe(settings, progress)
-        unreached = [name for name in layers if name not in collected.statistics]
-        collected.leave_dense("not called in a forward pass on the calibration data", unreached)
-        silent = [name for name, stats in collected.statistics.items() if stats.is_silent]
-        collected.leave_dense("the calibration data gave it no input or no gradient", silent)
-        _require_layers(collected)
-    return collected
-
-
-def _try_metrics(
-    model: nn.Module, task: Task, one: Part, metrics: Sequence[Metric], settings: Settings
-) -> None:
-    """Refuse metrics that the certificate could not use, on one example and before any work."""
-    if settings.accuracy_margin is not None and evaluate(model, task, one).correct is None:
-        raise InputError(
-            f"accuracy_margin is {settings.accuracy_margin}, but the task {task.name} has no "
-            "accuracy; give a metric of your own (metrics=) or leave accuracy_margin out."
-        )
-    for metric in metrics:
-        values = metric_values(metric, model, one)
-        check_metric_values(metric.name, "original", values, len(one.examples))
-
-
-def _check_agreement(task: Task, objective: Objective, settings: Settings) -> None:
-    """Refuse what needs a gradient of the loss, where the original's is 0."""
-    what = None
-    if objective.allocation == "first-order":
-        what = f"the objective {settings.objective}"
-    elif objective.needs_backward and settings.curvature == "empirical":
-        what = "curvature 'empirical'"
-    if task.agreement and what is not None:
-        raise InputError(
-            f"{what} is made of the loss' gradient, which is 0 for the task {task.name}: the "
-            "original agrees with itself. Use objective kronecker or joint, and curvature auto."
-        )
-
-
-def _require_layers(collected: Collected) -> None:
-    if not collected.layers:
-        raise InputError(
-            f"none of the {len(collected.skipped)} weighted layers of "
-            f"{type(collected.model).__name__} can be factorized: no forward pass calls them, or "
-            "the calibration data does not reach them. Check the data, and the model's forward."
-        )
-
-
-def _choose_parts(data: Data, task: Task, settings: Settings) -> dict[str, Part]:
-    defaults = DEFAULT_LIMITS.get(task.name, OTHER_LIMITS)
-    asked = (settings.limit, settings.selection_limit, settings.held_out_limit)
-    parts = {
-        name: select_part(data, name, limit or default, settings.seed)
-        for name, limit, default in zip(PARTS, asked, defaults, strict=True)
-    }
-    if data.split_here:
-        parts = {part.name: part for part in without_copies(list(parts.values()))}
-    refuse_copies(list(parts.values()))
-    if settings.test == "betting":
-        # Bets need a random order, which nobody may choose: the data itself does.
-        held_out = parts["held_out"]
-        generator = torch.Generator().manual_seed(order_seed(held_out.digest))
-        order = torch.randperm(len(held_out.examples), generator=generator)
-        parts["held_out"] = held_out.take(order.tolist())
-    return parts
-
-
-def _add_own_text(
-    model: nn.Module,
-    task: Task,
-    parts: dict[str, Part],
-    settings: Settings,
-    progress: Progress | None,
-) -> None:
-    """Put text that the model writes itself in the place of a share of the calibration examples."""
-    examples = parts["calibration"].examples
-    count = round(settings.self_share * len(examples))
-    if count == 0:
-        return
-    if task.name != "causal-lm":
-        raise InputError(
-            f"self_share is {settings.self_share}, but the task is {task.name}: only causal "
-            "language models write text. Leave self_share at 0."
-        )
-    kept = max(FEWEST, len(examples) - count)
-    parts["calibration"] = as_part("calibration", examples[:kept], parts["calibration"].collate)
-    first = cast("Any", example_input(examples[0]))
-    ids = first["input_ids"] if isinstance(first, Mapping) else first
-    windows = own_text(model, count, len(ids), settings.seed, progress)
-    written = windows if torch.is_tensor(examples[0]) else [{"input_ids": w} for w in windows]
-    parts[OWN_TEXT] = as_part("own text", written)
 
 
 def analyse(
@@ -1045,7 +666,7 @@ class Preparation:
         return Candidate(self, plan, model, share, self.predicted(plan), change, differences)
 
     def _budget(self, size: float, size_of: SizeOf) -> float:
-        _check_choice("size_of", size_of, get_args(SizeOf))
+        check_choice("size_of", size_of, get_args(SizeOf))
         if size_of == "factorizable":
             return size * self.factorizable
         return size * self.total - (self.total - self.factorizable)
@@ -1626,19 +1247,6 @@ class Result:
 def _lowest(tried: Sequence[Candidate]) -> Candidate:
     """The candidate with the lowest measured loss."""
     return min(tried, key=lambda c: c.change.mean if math.isfinite(c.change.mean) else math.inf)
-
-
-def check_size(size: float) -> None:
-    """Refuse a size outside (0, 1].
-
-    Raises:
-        InputError: As said.
-    """
-    if not 0 < size <= 1:
-        raise InputError(
-            f"the size is {size}; expected the share that is kept, above 0 and at most 1 "
-            "(0.9 keeps 90 % of the parameters)."
-        )
 
 
 def _first(evaluation: Evaluation, count: int) -> Evaluation:
