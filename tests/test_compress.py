@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import rankfold
-from rankfold import Data, InputError, compress
+from rankfold import Data, InputError, collected, compress
 from rankfold.compress import DAMPINGS
 from rankfold.conv_modules import CONV_FORMS
 from rankfold.modules import FORMS
@@ -613,7 +613,7 @@ def test_bad_metrics_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch
     def worked(*_: object, **__: object) -> None:
         raise AssertionError("statistics were collected")
 
-    monkeypatch.setattr(compress, "collect_statistics", worked)
+    monkeypatch.setattr(collected, "collect_statistics", worked)
 
     def run(function: Any, name: str = "m", margin: float | None = 0.5, count: int = 40) -> None:
         metric = rankfold.Metric(name, function, margin)
