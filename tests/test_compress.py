@@ -213,6 +213,22 @@ def test_rounds_end_at_the_size_and_say_what_each_one_did() -> None:
     assert tried[0]["change"] == pytest.approx(direct)
 
 
+def test_a_layer_that_a_later_round_no_longer_reaches_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found, calls = collected.collect_statistics, 0
+
+    def forgetful(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        statistics = found(*args, **kwargs)
+        return statistics if calls == 1 else {n: s for n, s in statistics.items() if n != "head"}
+
+    monkeypatch.setattr(collected, "collect_statistics", forgetful)
+    with pytest.raises(InputError, match=r"round 1 no longer calls head \(1 such"):
+        rankfold.lossless(trained_cnn(), image_data(200), size=0.5, rounds=2)
+
+
 def test_a_later_round_starts_from_the_model_of_the_one_before() -> None:
     prepared = rankfold.prepare(trained_cnn(), image_data(200), rounds=2)
     budget = 0.5 * prepared.factorizable

@@ -443,6 +443,9 @@ class Preparation:
         Args:
             budget: Cost of the factorizable layers at the end of all rounds.
             rounds_left: This one included.
+
+        Raises:
+            InputError: A layer is no longer reached.
         """
         spent = total_cost(self.start) if self.start else self.factorizable
         reached = spent + (budget - spent) / rounds_left
@@ -462,6 +465,13 @@ class Preparation:
             statistics={},
         )
         collected.observe(self.settings, self.progress)
+        lost = [name for name in collected.layers if name not in collected.statistics]
+        if lost:
+            raise InputError(
+                f"the model factorized in round {len(self.earlier) + 1} no longer calls {lost[0]} "
+                f"({len(lost)} such layers) on the calibration data, where the round before did: "
+                "experts are chosen otherwise now. Use rounds=1, or more calibration data."
+            )
         following = analyse(collected, self.settings, progress=self.progress, release=True)
         past = Round(candidate.ratio, candidate.predicted, candidate.change, self._step_report())
         return replace(following, earlier=[*self.earlier, past], start=plan)
