@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import torch
 from scipy import stats
 from torch import Tensor, nn
 
@@ -27,7 +26,7 @@ from rankfold.allocate import (
     total_change,
     total_cost,
 )
-from rankfold.artifact import METADATA, library_versions, save_artifact
+from rankfold.artifact import library_versions, save_artifact
 from rankfold.certificate_file import (
     Document,
     Evidence,
@@ -49,11 +48,10 @@ from rankfold.certify import (
     half_width,
     paired_change,
     state,
-    weighted_mean,
 )
 from rankfold.collected import Collected, collect
 from rankfold.conv_forms import conv_factors
-from rankfold.conv_modules import ConvForm, conv_factor_flops, conv_factor_parameters
+from rankfold.conv_modules import ConvForm
 from rankfold.data import (
     FEWEST,
     PARTS,
@@ -70,9 +68,9 @@ from rankfold.interactions import (
     corrections,
     measured_shares,
 )
-from rankfold.layer_matrix import MatrixLayer, matrix_shape, weight_matrix
+from rankfold.layer_matrix import MatrixLayer, weight_matrix
 from rankfold.linalg import Damping
-from rankfold.modules import FORMS, Form, factor_parameters
+from rankfold.modules import FORMS, Form
 from rankfold.objectives import (
     OBJECTIVES,
     Objective,
@@ -88,8 +86,18 @@ from rankfold.openings import SHORT, Opening, history, record
 from rankfold.overlap import look_alikes
 from rankfold.progress import Progress, SilentProgress
 from rankfold.replace import with_replaced
+from rankfold.report import (
+    damping_report,
+    finite,
+    layer_report,
+    loss_report,
+    model_sizes,
+    predicted_by_rank,
+    settings_report,
+    step_report,
+)
 from rankfold.settings import Settings, SizeOf, check_choice, check_size
-from rankfold.sizes import model_parameters, safetensors_bytes, stored_tensors
+from rankfold.sizes import model_parameters
 from rankfold.spectrum import HarmlessRange, Spectrum
 from rankfold.step import Step, search_step, step_directions
 from rankfold.tasks import (
@@ -97,6 +105,7 @@ from rankfold.tasks import (
     LossFunction,
     Metric,
     evaluate,
+    joined,
     metric_values,
 )
 
@@ -109,7 +118,6 @@ MOST_RETREATS = 3
 # What damping="auto" tries, of A and B, and at which share of the factorizable layers.
 DAMPINGS = (Damping(0.1, 0.1), Damping(0.01, 0.3), Damping(0.1, 1.0), Damping(0.5, 0.5))
 DAMPING_SIZE = 0.8
-REPORTED_RANKS = 16  # points of each layer's curve in the report, beside the last
 CLOSE_ENOUGH = 0.01  # share of the model's size at which compact's search stops
 
 
@@ -473,7 +481,12 @@ class Preparation:
                 "experts are chosen otherwise now. Use rounds=1, or more calibration data."
             )
         following = analyse(collected, self.settings, progress=self.progress, release=True)
-        past = Round(candidate.ratio, candidate.predicted, candidate.change, self._step_report())
+        past = Round(
+            candidate.ratio,
+            candidate.predicted,
+            candidate.change,
+            step_report(self.step, self.settings),
+        )
         return replace(following, earlier=[*self.earlier, past], start=plan)
 
     def compact(self, *, margin: float = DEFAULT_MARGIN, certified: bool = False) -> Result:
@@ -838,7 +851,7 @@ class Preparation:
         """Parameters, those of the layers that can be factorized, bytes, FLOPs of one example."""
         layers = self.collected.layers.values()
         return {
-            **_sizes(self.collected.unpacked.given),
+            **model_sizes(self.collected.unpacked.given),
             "factorizable_parameters": sum(layer.weight.numel() for layer in layers),
             "flops": sum(self.collected.seen.flops.values()),
         }
@@ -876,7 +889,7 @@ class Preparation:
             values[metric.name] = (before, self._metric(metric, model))
         examples, answers = example_digests(part, seen)
         groups = None if part.groups is None else part.groups[:seen]
-        evidence = Evidence(examples, answers, _first(original, seen), factorized, groups, values)
+        evidence = Evidence(examples, answers, original.first(seen), factorized, groups, values)
         digest = part.take(range(seen)).digest
         certificate = evidence.certificate(statement, collected.task.unit, digest)
         return Tested(model, statement, evidence, certificate, model_digest(model))
@@ -913,8 +926,8 @@ class Preparation:
                     stage=stage,
                 )
             )
-            together = _joined(found)
-            seen = _first(original, len(together.losses))
+            together = joined(found)
+            seen = original.first(len(together.losses))
             if examples_seen(together.losses - seen.losses, seen.terms, statement) is not None:
                 break
         return together
@@ -989,64 +1002,38 @@ class Preparation:
         tried: list[Candidate],
         evidence: Evidence,
     ) -> dict[str, Any]:
-        before, after = self.original_sizes, _sizes(model)
+        before, after = self.original_sizes, model_sizes(model)
         layers = [self._layer_report(name, choice) for name, choice in chosen.plan.items()]
         after["factorizable_parameters"] = sum(entry["factorized_parameters"] for entry in layers)
         saved = sum(entry["flops"] - entry["factorized_flops"] for entry in layers)
         after["flops"] = before["flops"] - saved
         original, factorized = evidence.original, evidence.factorized
-        control = None if self._control is None else _first(self._control, len(original.losses))
-        collected, settings = self.collected, asdict(self.settings)
+        control = None if self._control is None else self._control.first(len(original.losses))
+        collected = self.collected
         return {
             "algorithm": algorithm,
             "target": {**target, "margin": certificate.margin},
             "task": collected.task.name,
             "agreement": collected.task.agreement,
-            "settings": {
-                **settings,
-                "include": [*settings["include"]],
-                "exclude": [*settings["exclude"]],
-            },
+            "settings": settings_report(self.settings),
             "original": before,
             "factorized": after,
             "ratio": after["parameters"] / before["parameters"],
-            "loss": {
-                "unit": certificate.unit,
-                "original": original.mean,
-                "original_standard_error": weighted_mean(
-                    original.losses, original.terms
-                ).standard_error,
-                "factorized": factorized.mean,
-                "factorized_standard_error": weighted_mean(
-                    factorized.losses, factorized.terms
-                ).standard_error,
-                "change": certificate.change,
-                "standard_error": certificate.standard_error,
-                "predicted_change": chosen.predicted,
-                "control": None if control is None else control.mean,
-                "control_change": None if control is None else control.mean - original.mean,
-            },
+            "loss": loss_report(original, factorized, control, certificate, chosen.predicted),
             "accuracy": {"original": original.accuracy, "factorized": factorized.accuracy},
             "certificate": certificate.as_dict(),
             "allocation": self._allocation_report(chosen.plan),
-            "damping": {
-                "input": self.settings.dampings.input,
-                "output": self.settings.dampings.output,
-                "trials": [
-                    {"input": damping.input, "output": damping.output, "change": _finite(change)}
-                    for damping, change in collected.damping_trials
-                ],
-            },
+            "damping": damping_report(collected, self.settings),
             "curvature": collected.curvature,
             "calibration_loss": collected.calibration_loss,
-            "step": self._step_report(),
+            "step": step_report(self.step, self.settings),
             "rounds": [past.as_dict() for past in self.earlier],
             "selection": [
                 {
                     "ratio": c.ratio,
                     "predicted_change": c.predicted,
-                    "change": _finite(c.change.mean),
-                    "standard_error": _finite(c.change.standard_error),
+                    "change": finite(c.change.mean),
+                    "standard_error": finite(c.change.standard_error),
                 }
                 for c in tried
             ],
@@ -1068,64 +1055,13 @@ class Preparation:
         return {"predicted_cost": predicted, "gap": max(0.0, predicted - best.bound)}
 
     def _layer_report(self, name: str, choice: Choice) -> dict[str, Any]:
-        layer = self.collected.layers[name]
-        out, in_ = matrix_shape(layer)
-        dense, pivoted = out * in_, self.settings.form == "pivoted"
-        rows = self.collected.seen.rows.get(name, 0)
-        form: str | None = None
-        kept, flops = dense, 2 * rows * dense
-        if choice.rank is not None and (choice.form is None or choice.form in FORMS):
-            form = self.settings.form
-            kept = factor_parameters(out, in_, choice.rank, self.settings.form)
-            flops = 2 * rows * kept
-        elif choice.rank is not None:
-            conv, form = cast("nn.Conv2d", layer), choice.form
-            shape, of_conv = tuple(conv.weight.shape), cast("ConvForm", choice.form)
-            kept = conv_factor_parameters(shape, of_conv, choice.ranks, pivoted)
-            sizes = self.collected.seen.image_sizes.get(name, ())
-            flops = sum(conv_factor_flops(conv, of_conv, choice.ranks, *size) for size in sizes)
+        predicts = self.objective.predicts_loss
         return {
-            "name": name,
-            "kind": type(layer).__name__,
-            "shape": list(layer.weight.shape),
-            "rank": choice.rank,
-            "second_rank": choice.second_rank,
-            "full_rank": min(out, in_),
-            "form": form,
-            "pivoted": None if form is None else pivoted,
-            "reason_dense": None if choice.rank is not None else "the plan leaves it dense",
-            "parameters": dense,
-            "factorized_parameters": kept,
-            "flops": 2 * rows * dense,
-            "factorized_flops": flops,
-            "predicted_change": choice.change if self.objective.predicts_loss else None,
-            "predicted_by_rank": self._predicted_by_rank(name),
+            **layer_report(self.collected, self.settings.form, name, choice),
+            "predicted_change": choice.change if predicts else None,
+            "predicted_by_rank": predicted_by_rank(self.ranked[name]) if predicts else None,
             "interaction_factor": None if self.factors is None else self.factors[name],
             "harmless_range": None if self.step is None else asdict(self.harmless_range(name)),
-        }
-
-    def _predicted_by_rank(self, name: str) -> list[list[float]] | None:
-        """Predicted change at evenly spaced ranks; ``ranked[name]`` has all of them."""
-        if not self.objective.predicts_loss:
-            return None
-        curve = self.ranked[name]
-        count = len(curve.ranks)
-        places = sorted(
-            {round(i * (count - 1) / REPORTED_RANKS) for i in range(REPORTED_RANKS + 1)}
-        )
-        return [[int(curve.ranks[at]), float(curve.changes[at])] for at in places]
-
-    def _step_report(self) -> dict[str, Any] | None:
-        if self.step is None:
-            return None
-        return {
-            "eta": self.step.eta,
-            "gain": self.step.gain,
-            "estimator": self.settings.step_estimator,
-            "signal": self.step.directions.signal,
-            "noise": self.step.directions.noise,
-            "trials": [{"eta": eta, "change": _finite(change)} for eta, change in self.step.trials],
-            "fit": None if self.step.fit is None else asdict(self.step.fit),
         }
 
 
@@ -1201,8 +1137,8 @@ class Round:
         return {
             "ratio": self.ratio,
             "predicted_change": self.predicted,
-            "change": _finite(self.change.mean),
-            "standard_error": _finite(self.change.standard_error),
+            "change": finite(self.change.mean),
+            "standard_error": finite(self.change.standard_error),
             "step": self.step,
         }
 
@@ -1257,32 +1193,3 @@ class Result:
 def _lowest(tried: Sequence[Candidate]) -> Candidate:
     """The candidate with the lowest measured loss."""
     return min(tried, key=lambda c: c.change.mean if math.isfinite(c.change.mean) else math.inf)
-
-
-def _first(evaluation: Evaluation, count: int) -> Evaluation:
-    """The evaluation of the first examples only."""
-    correct = evaluation.correct
-    return Evaluation(
-        evaluation.losses[:count],
-        evaluation.terms[:count],
-        None if correct is None else correct[:count],
-    )
-
-
-def _joined(found: Sequence[Evaluation]) -> Evaluation:
-    """The evaluations of consecutive examples as one."""
-    correct = [e.correct for e in found if e.correct is not None]
-    return Evaluation(
-        torch.cat([e.losses for e in found]),
-        torch.cat([e.terms for e in found]),
-        torch.cat(correct) if correct else None,
-    )
-
-
-def _sizes(model: nn.Module) -> dict[str, int]:
-    tensors, _ = stored_tensors(model)
-    return {"parameters": model_parameters(model), "bytes": safetensors_bytes(tensors, METADATA)}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

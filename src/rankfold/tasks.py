@@ -303,12 +303,27 @@ class Evaluation:
         """Mean loss over all terms."""
         return float((self.losses * self.terms).sum() / self.terms.sum())
 
+    def first(self, count: int) -> Evaluation:
+        """Of the first examples only."""
+        correct = None if self.correct is None else self.correct[:count]
+        return Evaluation(self.losses[:count], self.terms[:count], correct)
+
     @property
     def accuracy(self) -> float | None:
         """Share of all terms predicted right, or None."""
         if self.correct is None:
             return None
         return float((self.correct * self.terms).sum() / self.terms.sum())
+
+
+def joined(found: Sequence[Evaluation]) -> Evaluation:
+    """The evaluations of consecutive examples as one."""
+    correct = [e.correct for e in found if e.correct is not None]
+    return Evaluation(
+        torch.cat([e.losses for e in found]),
+        torch.cat([e.terms for e in found]),
+        torch.cat(correct) if correct else None,
+    )
 
 
 def evaluate(
