@@ -109,6 +109,9 @@ def test_forward_and_dense_are_those_of_the_factors_product(case, form, pivoted)
     dense = module.to_dense()
     assert repr(dense) == repr(layer)  # every option
     close(dense(case.values()), expected)
+    stock = module.to_stock()
+    assert {type(part) for part in stock} == {nn.Conv2d}
+    close(stock(case.values()), expected)
     assert expected.shape == layer(case.values()).shape
 
 

@@ -42,6 +42,9 @@ def test_linear_forward_is_that_of_its_dense_weight(case, form):
     expected = functional.linear(case.values(), matrix, layer.bias)
     close(module(case.values()), expected)
     close(module.to_dense()(case.values()), expected)
+    stock = module.to_stock()
+    assert [type(part) for part in stock] == [type(layer)] * 2
+    close(stock(case.values()), expected)
     assert expected.shape == layer(case.values()).shape
 
 
@@ -54,6 +57,9 @@ def test_conv_forward_is_that_of_its_dense_weight(case, form):
     expected = dense_conv(layer, matrix.view_as(layer.weight), case.values())
     close(module(case.values()), expected)
     close(module.to_dense()(case.values()), expected)
+    stock = module.to_stock()
+    assert [type(part) for part in stock] == [type(layer)] * 2
+    close(stock(case.values()), expected)
     assert expected.shape == layer(case.values()).shape
 
 

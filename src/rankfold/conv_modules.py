@@ -14,14 +14,14 @@ coefficients are small.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from rankfold.factored_weight import FactoredWeight
-from rankfold.modules import stock_conv
+from rankfold.modules import conv_part, mixing_conv, stock_conv, with_identity_rows
 
 ConvForm: TypeAlias = Literal["vertical", "horizontal", "tucker"]
 CONV_FORMS: tuple[ConvForm, ...] = ("vertical", "horizontal", "tucker")
@@ -68,15 +68,6 @@ def conv_factor_parameters(
     return sum(torch.Size(shape).numel() for shape in shapes.values())
 
 
-def _complete(factor: Tensor, order: Tensor | None) -> Tensor:
-    """A factor with its identity rows, ``(rows, rank)``."""
-    if order is None:
-        return factor
-    rank = factor.shape[1]
-    identity = torch.eye(rank, dtype=factor.dtype, device=factor.device)
-    return torch.cat([identity, factor]).index_select(0, order)
-
-
 def _short(order: Tensor | None) -> Tensor | None:
     # int32: it is stored with the weights, and no layer has 2^31 outputs.
     return None if order is None else order.to(torch.int32)
@@ -116,6 +107,10 @@ class _FactorizedConv2d(nn.Module):
     def to_dense(self) -> nn.Conv2d:
         """The same layer as one ``nn.Conv2d``, factors multiplied out."""
         return stock_conv(self, self.dense_weight().detach())
+
+    @abstractmethod
+    def to_stock(self) -> nn.Sequential:
+        """The same layer as ``nn.Conv2d`` modules, one after the other."""
 
     def _geometry(self) -> str:
         return (
@@ -170,7 +165,7 @@ class SpatialConv2d(_FactorizedConv2d):
 
     def _second_kernel(self) -> Tensor:
         """``(out, rank, 1, kw)`` or ``(out, rank, kh, 1)``."""
-        rows = _complete(self.second, self.order).view(self.out_channels, self.taps, -1)
+        rows = with_identity_rows(self.second, self.order).view(self.out_channels, self.taps, -1)
         return rows.transpose(1, 2).unsqueeze(2 if self.form == "vertical" else 3)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -181,22 +176,35 @@ class SpatialConv2d(_FactorizedConv2d):
 
     def _along(self, images: Tensor, kernel: Tensor, bias: Tensor | None, vertical: bool) -> Tensor:
         """Convolve along one axis, with that axis' part of the geometry."""
-        axis, unit = (0, 1) if vertical else (1, 0)
-        stride, dilation = [1, 1], [1, 1]
-        stride[axis], dilation[axis] = self.stride[axis], self.dilation[axis]
-        padding: str | list[int]
-        if isinstance(self.padding, str):
-            padding = self.padding  # a kernel of one pixel gets none
-        else:
-            padding = list(self.padding)
-            padding[unit] = 0
+        geometry = self._axis(vertical)
         if self.padding_mode != "zeros":
             # A conv along one axis without bias commutes with padding along the other.
             left, right, top, bottom = self._margins
             margins = [0, 0, top, bottom] if vertical else [left, right, 0, 0]
             images = functional.pad(images, margins, mode=self.padding_mode)
-            padding = [0, 0]
-        return functional.conv2d(images, kernel, bias, stride, padding, dilation)
+            geometry["padding"] = (0, 0)
+        return functional.conv2d(images, kernel, bias, **geometry)
+
+    def to_stock(self) -> nn.Sequential:
+        """The same layer as two ``nn.Conv2d`` along one axis each."""
+        vertical = self.form == "vertical"
+        second = self._second_kernel().detach()
+        return nn.Sequential(
+            conv_part(self, self.first.detach(), **self._axis(vertical)),
+            conv_part(self, second, self.bias, **self._axis(not vertical)),
+        )
+
+    def _axis(self, vertical: bool) -> dict[str, Any]:
+        """The part of the geometry that lies along one axis."""
+        axis, unit = (0, 1) if vertical else (1, 0)
+        stride, dilation = [1, 1], [1, 1]
+        stride[axis], dilation[axis] = self.stride[axis], self.dilation[axis]
+        padding: Any = self.padding
+        if not isinstance(padding, str):  # of a text, a kernel of one pixel gets none
+            padding = list(padding)
+            padding[unit] = 0
+            padding = tuple(padding)
+        return {"stride": tuple(stride), "padding": padding, "dilation": tuple(dilation)}
 
     def dense_weight(self) -> Tensor:
         """The factors multiplied out, ``(out, in, kh, kw)``."""
@@ -265,7 +273,7 @@ class TuckerConv2d(_FactorizedConv2d):
         """Map ``(n, in, h, w)`` or ``(in, h, w)`` to the conv's output."""
         hidden = images
         if self.first is not None:
-            mix = _complete(self.first, self.first_order).T
+            mix = with_identity_rows(self.first, self.first_order).T
             hidden = functional.conv2d(hidden, mix[:, :, None, None])
         padding = self.padding
         if self.padding_mode != "zeros":
@@ -276,17 +284,30 @@ class TuckerConv2d(_FactorizedConv2d):
         hidden = functional.conv2d(hidden, self.core, bias, self.stride, padding, self.dilation)
         if self.last is None:
             return hidden
-        mix = _complete(self.last, self.last_order)
+        mix = with_identity_rows(self.last, self.last_order)
         return functional.conv2d(hidden, mix[:, :, None, None], self.bias)
+
+    def to_stock(self) -> nn.Sequential:
+        """The same layer as two or three ``nn.Conv2d``: 1x1, the kernel, 1x1."""
+        parts = []
+        if self.first is not None:
+            mix = with_identity_rows(self.first, self.first_order)
+            parts.append(mixing_conv(mix.T.detach(), None))
+        bias = self.bias if self.last is None else None
+        parts.append(conv_part(self, self.core.detach(), bias))
+        if self.last is not None:
+            mix = with_identity_rows(self.last, self.last_order)
+            parts.append(mixing_conv(mix.detach(), self.bias))
+        return nn.Sequential(*parts)
 
     def dense_weight(self) -> Tensor:
         """The factors multiplied out, ``(out, in, kh, kw)``."""
         weight: Tensor = self.core
         if self.first is not None:
-            mix = _complete(self.first, self.first_order)
+            mix = with_identity_rows(self.first, self.first_order)
             weight = torch.einsum("pqhw,iq->pihw", weight, mix)
         if self.last is not None:
-            mix = _complete(self.last, self.last_order)
+            mix = with_identity_rows(self.last, self.last_order)
             weight = torch.einsum("op,pihw->oihw", mix, weight)
         return weight
 

@@ -35,6 +35,15 @@ def factor_parameters(out: int, in_: int, rank: int, form: Form) -> int:
     return rank * (left_rows(out, rank, form) + in_)
 
 
+def with_identity_rows(factor: Tensor, order: Tensor | None) -> Tensor:
+    """A factor with the identity rows that a pivoted form leaves out, ``(rows, rank)``."""
+    if order is None:
+        return factor
+    rank = factor.shape[1]
+    identity = torch.eye(rank, dtype=factor.dtype, device=factor.device)
+    return torch.cat([identity, factor]).index_select(0, order)
+
+
 class _LowRank(nn.Module):
     """The two factors, the order of the outputs, and the bias."""
 
@@ -76,6 +85,10 @@ class _LowRank(nn.Module):
             return product
         return torch.cat([right, product])[self.order]
 
+    def full_left(self) -> Tensor:
+        """The left factor with its identity rows, ``(out, rank)``."""
+        return with_identity_rows(self.left, self.order)
+
 
 class LowRankLinear(_LowRank):
     """A Linear whose weight has low rank.
@@ -109,16 +122,14 @@ class LowRankLinear(_LowRank):
 
     def to_dense(self) -> nn.Linear:
         """The same layer as one ``nn.Linear``, factors multiplied out."""
-        matrix = self.dense_matrix().detach()
-        dense: nn.Linear = nn.utils.skip_init(  # drawing weights would move the user's random state
-            nn.Linear,
-            self.in_features,
-            self.out_features,
-            bias=self.bias is not None,
-            device=matrix.device,
-            dtype=matrix.dtype,
+        return _stock_linear(self.dense_matrix().detach(), self.bias)
+
+    def to_stock(self) -> nn.Sequential:
+        """The same layer as two ``nn.Linear``, one after the other."""
+        return nn.Sequential(
+            _stock_linear(self.right.detach(), None),
+            _stock_linear(self.full_left().detach(), self.bias),
         )
-        return _filled(dense, matrix, self.bias)
 
     def extra_repr(self) -> str:
         """Shapes, rank and form for ``print(model)``."""
@@ -176,6 +187,13 @@ class LowRankConv2d(_LowRank):
         """The same layer as one ``nn.Conv2d``, factors multiplied out."""
         return stock_conv(self, self.dense_matrix().detach())
 
+    def to_stock(self) -> nn.Sequential:
+        """The same layer as two ``nn.Conv2d``, one after the other."""
+        return nn.Sequential(
+            conv_part(self, self.right.detach()),
+            mixing_conv(self.full_left().detach(), self.bias),
+        )
+
     def extra_repr(self) -> str:
         """Shapes, rank and form for ``print(model)``."""
         return (
@@ -188,7 +206,7 @@ class LowRankConv2d(_LowRank):
 _Dense = TypeVar("_Dense", nn.Linear, nn.Conv2d)
 
 
-def _filled(dense: _Dense, weight: Tensor, bias: nn.Parameter | None) -> _Dense:
+def _filled(dense: _Dense, weight: Tensor, bias: Tensor | None) -> _Dense:
     with torch.no_grad():
         dense.weight.copy_(weight)
         if bias is not None and dense.bias is not None:
@@ -211,17 +229,52 @@ class ConvGeometry(Protocol):
 
 def stock_conv(like: ConvGeometry, weight: Tensor) -> nn.Conv2d:
     """An ``nn.Conv2d`` of the same geometry and bias with this weight, of as many values."""
+    shape = (like.out_channels, like.in_channels, *like.kernel_size)
+    return conv_part(like, weight.view(shape), like.bias)
+
+
+def conv_part(
+    like: ConvGeometry, weight: Tensor, bias: Tensor | None = None, **geometry: Any
+) -> nn.Conv2d:
+    """An ``nn.Conv2d`` with this weight ``(out, in, kh, kw)``.
+
+    Args:
+        like: Its geometry is taken.
+        weight: Copied.
+        bias: ``(out,)`` or None; copied.
+        geometry: What differs: ``stride``, ``padding``, ``dilation``.
+    """
+    out, in_, *kernel = weight.shape
+    own = {name: getattr(like, name) for name in ("stride", "padding", "dilation", "padding_mode")}
     dense: nn.Conv2d = nn.utils.skip_init(
         nn.Conv2d,
-        like.in_channels,
-        like.out_channels,
-        like.kernel_size,
-        like.stride,
-        like.padding,
-        like.dilation,
-        bias=like.bias is not None,
-        padding_mode=like.padding_mode,
+        in_,
+        out,
+        tuple(kernel),
+        bias=bias is not None,
         device=weight.device,
         dtype=weight.dtype,
+        **{**own, **geometry},
     )
-    return _filled(dense, weight.view_as(dense.weight), like.bias)
+    return _filled(dense, weight, bias)
+
+
+def mixing_conv(matrix: Tensor, bias: Tensor | None) -> nn.Conv2d:
+    """A 1x1 ``nn.Conv2d`` of this ``(out, in)`` matrix."""
+    out, in_ = matrix.shape
+    dense: nn.Conv2d = nn.utils.skip_init(
+        nn.Conv2d, in_, out, 1, bias=bias is not None, device=matrix.device, dtype=matrix.dtype
+    )
+    return _filled(dense, matrix[:, :, None, None], bias)
+
+
+def _stock_linear(matrix: Tensor, bias: Tensor | None) -> nn.Linear:
+    dense: nn.Linear = nn.utils.skip_init(  # drawing weights would move the user's random state
+        nn.Linear,
+        matrix.shape[1],
+        matrix.shape[0],
+        bias=bias is not None,
+        device=matrix.device,
+        dtype=matrix.dtype,
+    )
+    return _filled(dense, matrix, bias)
