@@ -413,12 +413,6 @@ def test_a_refused_artifact_leaves_the_given_model_as_it_was(folder: Path) -> No
     assert str(model) == printed
 
 
-def test_transformers_itself_refuses_the_folder(tmp_path: Path) -> None:
-    folder = rankfold.lossless(tiny_llama(), token_data(), size=0.8).save(tmp_path / "a")
-    with pytest.raises(ValueError, match="quantization config"):
-        type(tiny_llama()).from_pretrained(folder)
-
-
 # Plain weights files
 
 

@@ -51,13 +51,6 @@ def test_reloaded_model_is_equal_tied_and_generates(saved: Path) -> None:
     assert first.tokenizer is not None
 
 
-def test_plain_transformers_refuses_rather_than_inventing_weights(saved: Path) -> None:
-    with pytest.raises(ValueError, match="quantization config"):
-        AutoModelForCausalLM.from_pretrained(saved)
-    config = json.loads((saved / "config.json").read_text())
-    assert config["quantization_config"]["open_with"] == "rankfold.load(folder)"
-
-
 def test_bfloat16_stays_bfloat16(folder: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     windows = [torch.randint(0, 300, (32,)) for _ in range(40)]

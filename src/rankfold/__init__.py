@@ -13,6 +13,7 @@ from rankfold.compress import (
 )
 from rankfold.data import Data
 from rankfold.errors import InputError
+from rankfold.hf_registration import register_with_transformers
 from rankfold.modules import LowRankConv2d, LowRankLinear
 from rankfold.progress import TerminalProgress
 from rankfold.settings import Settings
@@ -20,6 +21,8 @@ from rankfold.tasks import Metric
 from rankfold.verify import verify
 
 __version__ = version("rankfold")
+
+register_with_transformers()
 
 __all__ = [
     "Certificate",

@@ -106,8 +106,23 @@ def save_artifact(
         for name, content in (files or {}).items():
             (draft / name).write_text(content, encoding="utf-8")
         if complete["model"]["kind"] == "transformers":
-            hf.write_configuration(model, draft, tokenizer)
+            hf.write_configuration(model, draft, structure(complete), tokenizer)
     return target
+
+
+def structure(manifest: Manifest) -> Manifest:
+    """The part of a manifest that rebuilds the layers; config.json holds it, too."""
+    keys = ("name", "rank", "second_rank", "form", "pivoted")
+    return {
+        "format_version": manifest["format_version"],
+        "model": manifest["model"],
+        "unpacked": manifest.get("unpacked", []),
+        "layers": [
+            {key: entry.get(key) for key in keys}
+            for entry in manifest["layers"]
+            if entry["rank"] is not None
+        ],
+    }
 
 
 @contextmanager
@@ -185,21 +200,18 @@ def read_manifest(folder: Path) -> Manifest:
     """
     file = folder / MANIFEST_FILE
     if not file.is_file():
-        raise InputError(f"{folder} is no rankfold artifact: it has no {MANIFEST_FILE}.")
+        raise InputError(
+            f"{folder} is no rankfold artifact: it has no {MANIFEST_FILE}. What transformers has "
+            "saved again is opened by its from_pretrained."
+        )
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also: not UTF-8, a number of 5,000 digits
         raise InputError(f"{file} is not valid JSON: {error}") from error
-    found = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if not isinstance(found, int) or found < 1:
-        raise InputError(f"{file} has the format_version {found!r}; expected a positive integer.")
-    if found > FORMAT_VERSION:
-        raise InputError(
-            f"{file} has format_version {found}; this rankfold reads up to {FORMAT_VERSION}. "
-            "Install a newer rankfold."
-        )
+    if not isinstance(manifest, dict):
+        raise InputError(f"{file} holds a {type(manifest).__name__}; expected a JSON object.")
     manifest.setdefault("unpacked", [])  # not written before there was anything to unpack
-    _check_manifest(manifest, file)
+    check_structure(manifest, str(file))
     return cast("Manifest", manifest)
 
 
@@ -266,10 +278,24 @@ def _is_rank(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _check_manifest(manifest: Mapping[str, Any], file: Path) -> None:
+def check_structure(manifest: Mapping[str, Any], where: str) -> None:
+    """Check the version and every field that loading relies on.
+
+    Raises:
+        InputError: Of a newer format, or a field is missing or of the wrong type; it is named.
+    """
+    found = manifest.get("format_version")
+    if not _is_rank(found):
+        raise InputError(f"{where} has the format_version {found!r}; expected a positive integer.")
+    if cast("int", found) > FORMAT_VERSION:
+        raise InputError(
+            f"{where} has format_version {found}; this rankfold reads up to {FORMAT_VERSION}. "
+            "Install a newer rankfold."
+        )
+
     def expect(condition: bool, what: str) -> None:
         if not condition:
-            raise InputError(f"{file} is damaged: expected {what}.")
+            raise InputError(f"{where} is damaged: expected {what}.")
 
     model, layers = manifest.get("model"), manifest.get("layers")
     expect(isinstance(model, dict), "an object 'model'")
@@ -331,7 +357,7 @@ def fill(
     before: dict[str, nn.Module] = {}
     try:
         modules = {
-            entry["name"]: _empty_low_rank(model, entry, where)
+            entry["name"]: empty_low_rank(model, entry, where)
             for entry in manifest["layers"]
             if entry["rank"] is not None
         }
@@ -341,15 +367,27 @@ def fill(
         put_modules(model, before)
         put_back(model, packed)
         raise
-    for name, dtype in manifest["model"]["computed_buffers"].items():
-        owner, leaf = _owner(model, name)
-        buffer = owner._buffers.get(leaf)
-        if buffer is not None and str(buffer.dtype) != dtype:
-            owner._buffers[leaf] = buffer.to(_FLOATS[dtype])
+    restore_computed_buffers(model, manifest["model"]["computed_buffers"])
     return model
 
 
-def _empty_low_rank(model: nn.Module, entry: Mapping[str, Any], where: str) -> nn.Module:
+def restore_computed_buffers(model: nn.Module, dtypes: Mapping[str, str]) -> None:
+    """Round the buffers that no file holds as they were rounded in the saved model."""
+    modules = dict(model.named_modules())
+    for name, dtype in dtypes.items():
+        parent, _, leaf = name.rpartition(".")
+        owner = modules.get(parent)
+        buffer = None if owner is None else owner._buffers.get(leaf)
+        if owner is not None and buffer is not None and str(buffer.dtype) != dtype:
+            owner._buffers[leaf] = buffer.to(_FLOATS[dtype])
+
+
+def empty_low_rank(model: nn.Module, entry: Mapping[str, Any], where: str) -> nn.Module:
+    """A factorized module for the layer that an entry of the manifest names, still to be filled.
+
+    Raises:
+        InputError: The model has no such layer, or one that has no such ranks.
+    """
     name, rank = entry["name"], entry["rank"]
     try:
         layer = model.get_submodule(name)
@@ -372,7 +410,7 @@ def _empty_low_rank(model: nn.Module, entry: Mapping[str, Any], where: str) -> n
         )
     left = weight.new_empty(left_rows(weight.shape[0], rank, form), rank)
     right = weight.new_empty(rank, *weight.shape[1:])
-    order = torch.arange(weight.shape[0]) if form == "pivoted" else None
+    order = torch.arange(weight.shape[0], device=weight.device) if form == "pivoted" else None
     bias = None if layer.bias is None else layer.bias.detach()
     if isinstance(layer, nn.Linear):
         return LowRankLinear(left, right, bias, order)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import io
+import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -19,9 +21,20 @@ from rankfold.errors import InputError, require
 from rankfold.modes import evaluation_mode
 from rankfold.progress import Progress, SilentProgress
 
-# In config.json. Without a quant_method, a plain from_pretrained refuses the folder; otherwise it
-# would give the factorized layers random weights and say so only in a warning.
-QUANTIZATION_MARK = {"made_by": "rankfold", "open_with": "rankfold.load(folder)"}
+QUANT_METHOD = "rankfold"  # how config.json calls what opens the folder
+# Stands in config.json where the name of the file of weights may stand. Where rankfold is imported
+# it is taken out before that name is read. Elsewhere, transformers would load the folder with a
+# mere warning, the factorized layers filled with random numbers: so it stops, and quotes this.
+WITHOUT_RANKFOLD = (
+    "this model was made by rankfold. To open it, pip install 'rankfold[transformers]' and write "
+    "'import rankfold' before from_pretrained"
+)
+# Beside the weights and their configuration: what turns data into inputs.
+_PROCESSING_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "spiece.model", "sentencepiece*.model", "normalizer.json", "chat_template.*",
+    "additional_chat_templates/*.jinja", "*processor_config.json",
+)  # fmt: skip
 OWN_TEXTS_AT_ONCE = 16  # windows sampled in one batch
 
 
@@ -72,7 +85,12 @@ def load_folder(folder: Path) -> nn.Module:
         InputError: No such folder, no configuration, no safetensors, or a rankfold artifact.
     """
     config = _config(folder)
-    if getattr(config, "quantization_config", None) is not None:
+    quantization = getattr(config, "quantization_config", None)
+    if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
+        raise InputError(
+            f"{folder} is a model that rankfold has factorized already; give the original."
+        )
+    if quantization is not None:
         raise InputError(
             f"the model in {folder} is quantized ({config.quantization_config}); expected a model "
             "in float32, bfloat16 or float16. Factorize the original, quantize afterwards."
@@ -143,8 +161,9 @@ def load_tokenizer(folder: Path) -> Any:
 def skeleton(folder: Path) -> nn.Module:
     """A model of the folder's configuration with weights that are still to be loaded."""
     config = _config(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    for name in ("quantization_config", "transformers_weights"):
+        if hasattr(config, name):
+            delattr(config, name)
     model_class = _model_class(config, folder)
     return cast("nn.Module", model_class(config).eval())
 
@@ -219,17 +238,49 @@ def _start_token(model: nn.Module) -> int | None:
     return None
 
 
-def write_configuration(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
-    """Write config.json, the generation configuration and the tokenizer's files."""
+def write_configuration(
+    model: nn.Module, folder: Path, structure: dict[str, Any], tokenizer: Any = None
+) -> None:
+    """Write all that ``from_pretrained`` needs beside the weights.
+
+    Args:
+        model: The factorized model.
+        folder: Where to.
+        structure: What rebuilds its layers, for config.json.
+        tokenizer: A tokenizer or processor. Files of the folder that the model was opened from are
+            copied where it writes none.
+    """
     hf = cast("Any", model)
     config = hf.config.__class__.from_dict(hf.config.to_dict())
     config.architectures = [type(model).__name__]
-    config.quantization_config = QUANTIZATION_MARK
+    config.dtype = hf.dtype
+    dtype = str(hf.dtype)
+    config.quantization_config = {"quant_method": QUANT_METHOD, "dtype": dtype, **structure}
     config.save_pretrained(folder)
+    file = folder / "config.json"
+    # Not before: save_pretrained drops this field.
+    written = {
+        **json.loads(file.read_text(encoding="utf-8")),
+        "transformers_weights": WITHOUT_RANKFOLD,
+    }
+    file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if getattr(hf, "generation_config", None) is not None and hf.can_generate():
         hf.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    copy_processing_files(Path(hf.config.name_or_path), folder)
+
+
+def copy_processing_files(source: Path, target: Path) -> None:
+    """Copy tokenizer, processor and chat template, except where ``target`` has its own."""
+    if not (source / "config.json").is_file():  # a name on the hub, or none
+        return
+    for pattern in _PROCESSING_FILES:
+        for file in source.glob(pattern):
+            copied = target / file.relative_to(source)
+            if file.is_file() and not copied.exists():
+                copied.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copied)
 
 
 @contextmanager

@@ -1,0 +1,196 @@
+"""What transformers runs in ``from_pretrained`` of an artifact: exchange layers, then fill them.
+
+To transformers this is a quantization method. Nothing is quantized: after loading, the model is
+marked as an ordinary one, so that it can be cast, trained and saved. Imported only where
+transformers is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from rankfold.artifact import check_structure, empty_low_rank, restore_computed_buffers
+from rankfold.errors import InputError
+from rankfold.integrations.transformers import QUANT_METHOD, is_transformers_model
+from rankfold.replace import put_modules
+from rankfold.unpack import unpack_named
+
+if TYPE_CHECKING:  # this is imported while transformers itself is half imported
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_WHERE = "the quantization_config of config.json"
+_ALIGNMENT = 64  # bytes; torch's own allocations have it
+
+
+@register_quantization_config(QUANT_METHOD)
+class RankfoldConfig(QuantizationConfigMixin):  # type: ignore[misc, unused-ignore]
+    """The part of ``rankfold.json`` that says how to rebuild the layers.
+
+    Args:
+        fields: As ``rankfold.artifact.structure`` gives them.
+
+    Raises:
+        InputError: They are damaged, or of a newer version.
+    """
+
+    def __init__(self, **fields: Any) -> None:
+        fields.pop("quant_method", None)
+        check_structure(fields, _WHERE)
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment, unused-ignore]
+        self.__dict__.update(fields)
+
+
+@register_quantizer(QUANT_METHOD)
+class RankfoldQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
+    """Rebuilds factorized layers before transformers loads the weights into them."""
+
+    requires_calibration = True  # rankfold makes the factors, not from_pretrained
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Let the weights be found: called before transformers looks for them.
+
+        The configuration names no file of weights but tells whoever has no rankfold to install it.
+        """
+        if hasattr(config, "transformers_weights"):
+            del config.transformers_weights
+        return config
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Remember the dtype that is asked for."""
+        self.dtype = dtype
+        return dtype
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+        """None: artifacts name tensors as the model does, not as older checkpoints did."""
+        return []
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        structure = self.quantization_config.__dict__
+        # Another head on the same body: layers of the head that was saved have no place in it.
+        same = structure["model"]["class"].rpartition(".")[2] == type(model).__name__
+        unpacked = _Names(model, same).of_modules(structure["unpacked"])
+        unpack_named(model, unpacked, _WHERE)
+        for name in unpacked:
+            for part in model.get_submodule(name).modules():
+                if not (part._parameters or part._buffers):
+                    # A gate kept without the weights that transformers would initialise there.
+                    part._is_hf_initialized = True  # type: ignore[assignment]
+        here = _Names(model, same)
+        entries = {
+            found: entry
+            for entry in structure["layers"]
+            if entry["rank"] is not None and (found := here.of_module(entry["name"])) is not None
+        }
+        modules = {
+            name: empty_low_rank(model, {**entry, "name": name}, _WHERE)
+            for name, entry in entries.items()
+        }
+        _check_stored(modules, checkpoint_files or [], here.prefix)
+        put_modules(model, modules)
+        # Tensors that rankfold stores once: without this the other name would count as missing.
+        names = model.state_dict().keys()
+        tied = model.all_tied_weights_keys
+        for alias, name in structure["model"]["shared_tensors"].items():
+            if {alias, name} <= names and alias not in tied and tied.get(name) != alias:
+                tied[alias] = name
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        structure = self.quantization_config.__dict__
+        if structure["dtype"] == str(self.dtype):
+            here = _Names(model, strict=False)
+            buffers = structure["model"]["computed_buffers"]
+            restore_computed_buffers(
+                model,
+                {found: dtype for name, dtype in buffers.items() if (found := here.of(name))},
+            )
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                # Kernels sum in another order where memory is not aligned as torch's own.
+                if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
+                    tensor.data = tensor.data.clone()
+        _mark_as_ordinary(model)
+
+    def is_serializable(self) -> bool:
+        """Whether ``save_pretrained`` works: it does."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the weights can be trained: they can."""
+        return True
+
+
+class _Names:
+    """Where a module of the saved model is in this one, which may have another head or none."""
+
+    def __init__(self, model: PreTrainedModel, strict: bool) -> None:
+        self.model, self.strict = model, strict
+        self.modules = dict(model.named_modules()).keys()
+        self.prefix = f"{model.base_model_prefix}."
+
+    def of(self, name: str) -> str | None:
+        """The name here of a buffer."""
+        parent, _, leaf = name.rpartition(".")
+        found = self.of_module(parent)
+        return None if found is None else f"{found}.{leaf}".removeprefix(".")
+
+    def of_module(self, name: str) -> str | None:
+        for candidate in (name, name.removeprefix(self.prefix), self.prefix + name):
+            if candidate in self.modules:
+                return candidate
+        if self.strict:
+            raise InputError(
+                f"{_WHERE} names a layer {name}, which {type(self.model).__name__} doesn't have; "
+                "the folder is damaged or of another version of transformers."
+            )
+        return None
+
+    def of_modules(self, names: list[str]) -> list[str]:
+        # What stands in a module that is still packed isn't there yet: it follows its outer one.
+        found: dict[str, str] = {}
+        for name in names:
+            outer = next((o for o in found if name.startswith(f"{o}.")), None)
+            here = found[outer] + name[len(outer) :] if outer else self.of_module(name)
+            if here is not None:
+                found[name] = here
+        return list(found.values())
+
+
+def _check_stored(modules: dict[str, nn.Module], files: list[str], prefix: str) -> None:
+    """Refuse missing factors, which transformers would fill with random numbers and a warning."""
+    stored: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            stored |= {name.removeprefix(prefix) for name in opened.keys()}  # noqa: SIM118
+    missing = [
+        f"{name}.{leaf}"
+        for name, module in modules.items()
+        for leaf in module.state_dict()
+        if f"{name}.{leaf}".removeprefix(prefix) not in stored
+    ]
+    if files and missing:
+        raise InputError(
+            f"{_WHERE} names factors that no file of weights holds: {', '.join(missing[:10])}. The "
+            "folder is damaged: save or download it again."
+        )
+
+
+def _mark_as_ordinary(model: PreTrainedModel) -> None:
+    """Take back what transformers refuses for quantized models: casts, training."""
+    marked: Any = model
+    marked.hf_quantizer = None
+    marked.is_quantized = False
+    marked.__dict__.pop("quantization_method", None)
+    for module in model.modules():
+        if is_transformers_model(module):
+            part: Any = module
+            part.config._is_quantized = False
