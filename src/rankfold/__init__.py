@@ -13,6 +13,7 @@ from rankfold.compress import (
 )
 from rankfold.data import Data
 from rankfold.errors import InputError
+from rankfold.export import Exported, export
 from rankfold.hf_registration import register_with_transformers
 from rankfold.modules import LowRankConv2d, LowRankLinear
 from rankfold.progress import TerminalProgress
@@ -27,6 +28,7 @@ register_with_transformers()
 __all__ = [
     "Certificate",
     "Data",
+    "Exported",
     "InputError",
     "LowRankConv2d",
     "LowRankLinear",
@@ -36,6 +38,7 @@ __all__ = [
     "Settings",
     "TerminalProgress",
     "compact",
+    "export",
     "load",
     "lossless",
     "prepare",

@@ -40,8 +40,13 @@ _FLOATS = {str(t): t for t in (torch.float64, torch.float32, torch.bfloat16, tor
 Manifest = dict[str, Any]
 
 
-def check_output(folder: Path, overwrite: bool) -> None:
+def check_output(folder: Path, overwrite: bool, mark: str = MANIFEST_FILE) -> None:
     """Refuse an output folder that can't be written, before any work is done.
+
+    Args:
+        folder: Where to.
+        overwrite: Whether an earlier output may be replaced.
+        mark: The file by which an earlier output is known.
 
     Raises:
         InputError: It exists and is not empty (without ``overwrite``), or is a file.
@@ -53,13 +58,11 @@ def check_output(folder: Path, overwrite: bool) -> None:
             f"the output folder {folder} exists and is not empty; choose another one or pass "
             "--overwrite (overwrite=True)."
         )
-    if folder.is_dir() and overwrite and any(folder.iterdir()):
-        known = (folder / MANIFEST_FILE).is_file()
-        if not known:
-            raise InputError(
-                f"the output folder {folder} holds no {MANIFEST_FILE}, so it is not an artifact "
-                "of rankfold; it is not overwritten. Choose another folder or empty this one."
-            )
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file():
+        raise InputError(
+            f"the output folder {folder} holds no {mark}, so it is no earlier result of this; it "
+            "is not overwritten. Choose another folder or empty this one."
+        )
 
 
 def save_artifact(
@@ -98,7 +101,7 @@ def save_artifact(
         },
         **manifest,
     }
-    with _folder_in_one_step(target) as draft:
+    with folder_in_one_step(target) as draft:
         stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         save_file(stored, draft / WEIGHTS_FILE, metadata=METADATA)
         text = json.dumps(complete, indent=1, allow_nan=False, ensure_ascii=False)
@@ -126,7 +129,7 @@ def structure(manifest: Manifest) -> Manifest:
 
 
 @contextmanager
-def _folder_in_one_step(target: Path) -> Iterator[Path]:
+def folder_in_one_step(target: Path) -> Iterator[Path]:
     """A draft folder that becomes ``target`` at the end, or vanishes."""
     draft = backup = None
     try:

@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -32,6 +32,8 @@ from rankfold.compress import lossless as lossless_model
 from rankfold.data import PARTS, Data
 from rankfold.demo import run_demo
 from rankfold.errors import InputError
+from rankfold.export import TARGETS
+from rankfold.export import export as export_artifact
 from rankfold.inputs import (
     DataOptions,
     OpenedModel,
@@ -523,6 +525,48 @@ def inspect(
         return DONE
     print_result(console, report, f"{folder}: {report['model']['class']}, {report['algorithm']}")
     console.print(layers_table(report))
+    return DONE
+
+
+@command
+def export(
+    folder: Annotated[Path, typer.Argument(help="The --out folder of an earlier run.")],
+    *,
+    to: Annotated[
+        str,
+        typer.Option(
+            help=f"{' or '.join(TARGETS)}. dense: the original architecture, factors multiplied "
+            "out; pairs: two stock layers for each factorized one."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder that it is written to.")],
+    model: Annotated[
+        str | None, typer.Option(help="For a class of your own: file.py:function giving it.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier export in --out.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = (
+        False
+    ),
+) -> int:
+    """Write a factorized model in a form that is opened without rankfold."""
+    if to not in TARGETS:
+        raise InputError(f"--to is {to!r}; expected {' or '.join(TARGETS)}.")
+    if model is not None and not is_spec(model):
+        raise InputError(f"--model is {model}; expected file.py:function.")
+    with redirect_stdout(sys.stderr):
+        own = None if model is None else open_model(model).model
+        done = export_artifact(folder, out, to=to, model=own, overwrite=overwrite)
+    if json:
+        _print_json({**asdict(done), "folder": str(done.folder)})
+    else:
+        for name, parameters, size in (
+            ("factorized", done.factorized_parameters, done.factorized_bytes),
+            (to, done.parameters, done.bytes),
+        ):
+            typer.echo(f"{name}: {parameters:,} parameters, {size:,} bytes")
+        typer.echo(f"saved: {out}")
     return DONE
 
 

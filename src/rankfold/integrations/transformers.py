@@ -29,6 +29,10 @@ WITHOUT_RANKFOLD = (
     "this model was made by rankfold. To open it, pip install 'rankfold[transformers]' and write "
     "'import rankfold' before from_pretrained"
 )
+IN_PAIRS = (
+    "this folder was written by rankfold export --to pairs, and its README.md opens it; "
+    "from_pretrained opens what --to dense writes"
+)
 # Beside the weights and their configuration: what turns data into inputs.
 _PROCESSING_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
@@ -257,18 +261,42 @@ def write_configuration(
     dtype = str(hf.dtype)
     config.quantization_config = {"quant_method": QUANT_METHOD, "dtype": dtype, **structure}
     config.save_pretrained(folder)
-    file = folder / "config.json"
-    # Not before: save_pretrained drops this field.
-    written = {
-        **json.loads(file.read_text(encoding="utf-8")),
-        "transformers_weights": WITHOUT_RANKFOLD,
-    }
-    file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _name_no_weights(folder, WITHOUT_RANKFOLD)
     if getattr(hf, "generation_config", None) is not None and hf.can_generate():
         hf.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     copy_processing_files(Path(hf.config.name_or_path), folder)
+
+
+def _name_no_weights(folder: Path, why: str) -> None:
+    """Make ``from_pretrained`` of a folder stop and quote ``why``."""
+    file = folder / "config.json"
+    # Not before it is saved: save_pretrained drops this field.
+    written = {**json.loads(file.read_text(encoding="utf-8")), "transformers_weights": why}
+    file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_plain_folder(model: nn.Module, folder: Path, source: Path) -> None:
+    """Write a stock model as transformers does, with the generation settings of ``source``."""
+    hf = cast("Any", model)
+    hf.tie_weights()
+    with _without_bars():
+        hf.save_pretrained(folder)
+    _copy_generation_settings(source, folder)
+
+
+def write_configuration_alone(model: nn.Module, folder: Path, source: Path) -> None:
+    """Write the configuration of a model whose weights ``from_pretrained`` can't open."""
+    config = cast("Any", model).config
+    config.save_pretrained(folder)
+    _name_no_weights(folder, IN_PAIRS)
+    _copy_generation_settings(source, folder)
+
+
+def _copy_generation_settings(source: Path, target: Path) -> None:
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
 
 
 def copy_processing_files(source: Path, target: Path) -> None:
