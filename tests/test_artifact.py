@@ -155,7 +155,7 @@ def test_an_artifact_is_replaced_only_when_asked(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_artifact_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="not an artifact"):
+    with pytest.raises(InputError, match=r"no rankfold\.json.*not overwritten"):
         cnn_result().save(tmp_path, overwrite=True)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
