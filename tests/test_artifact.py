@@ -285,6 +285,14 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda m: m["model"].update(shared_tensors={"nowhere.weight": "head.weight"}),
         "nowhere.weight",
     ),
+    "version true": (lambda m: m.update(format_version=True), "format_version True"),
+    "buffer of a list": (
+        lambda m: m["model"].update(computed_buffers={"a": ["torch.float32"]}),
+        "computed_buffers",
+    ),
+    "unpacked as object": (lambda m: m.update(unpacked={}), "a list of names 'unpacked'"),
+    "unpacked module that is missing": (lambda m: m.update(unpacked=["../up"]), r"module \.\./up"),
+    "unpacked module that can't be": (lambda m: m.update(unpacked=["head"]), "can't be unpacked"),
     "no layers": (lambda m: m.pop("layers"), "a list 'layers'"),
     "layers as object": (lambda m: m.update(layers={}), "a list 'layers'"),
     "layer as text": (lambda m: m["layers"].append("head"), "named layers"),
@@ -318,6 +326,13 @@ def test_a_damaged_manifest_is_refused(what: str, folder: Path) -> None:
 def test_a_manifest_that_is_no_object_is_refused(text: str, folder: Path) -> None:
     (folder / "rankfold.json").write_text(text)
     with pytest.raises(InputError, match=r"rankfold.json"):
+        rankfold.load(folder, SmallCNN())
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "9" * 10_000 + "}"])
+def test_a_manifest_that_python_can_not_read_is_refused(text: str, folder: Path) -> None:
+    (folder / "rankfold.json").write_text(text)
+    with pytest.raises(InputError, match=r"rankfold\.json is not valid JSON"):
         rankfold.load(folder, SmallCNN())
 
 

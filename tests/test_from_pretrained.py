@@ -241,6 +241,26 @@ def test_factors_that_are_missing_are_not_invented(saved: Path, tmp_path: Path) 
         AutoModelForCausalLM.from_pretrained(damaged)
 
 
+def test_a_layer_that_is_not_listed_is_not_invented(saved: Path, tmp_path: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    first, *others = config["quantization_config"]["layers"]
+    damaged = _edited(saved, tmp_path / "damaged", layers=others)
+    with pytest.raises(InputError, match=f"{first['name']}.weight: missing"):
+        AutoModelForCausalLM.from_pretrained(damaged)
+    smaller = [{**first, "rank": first["rank"] - 1}, *others]
+    with pytest.raises(InputError, match=f"{first['name']}.right: .* in the file"):
+        AutoModelForCausalLM.from_pretrained(_edited(saved, tmp_path / "rank", layers=smaller))
+
+
+@pytest.mark.parametrize("length", [0, 4, 40, -1])
+def test_a_truncated_file_of_weights_is_refused(length: int, saved: Path, tmp_path: Path) -> None:
+    damaged = copied(saved, tmp_path / "damaged")
+    file = damaged / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(InputError, match=r"model\.safetensors can't be read"):
+        AutoModelForCausalLM.from_pretrained(damaged)
+
+
 def test_loading_twice_gives_two_models(saved: Path) -> None:
     first, second = (AutoModelForCausalLM.from_pretrained(saved) for _ in range(2))
     assert isinstance(first, PreTrainedModel)

@@ -312,7 +312,7 @@ def check_structure(manifest: Mapping[str, Any], where: str) -> None:
     )
     buffers = model.get("computed_buffers")
     expect(
-        isinstance(buffers, dict) and all(value in _FLOATS for value in buffers.values()),
+        isinstance(buffers, dict) and all(str(value) in _FLOATS for value in buffers.values()),
         "an object of types model.computed_buffers",
     )
     names = manifest.get("unpacked")
@@ -375,7 +375,10 @@ def fill(
 
 
 def restore_computed_buffers(model: nn.Module, dtypes: Mapping[str, str]) -> None:
-    """Round the buffers that no file holds as they were rounded in the saved model."""
+    """Round the buffers that no file holds as they were rounded in the saved model.
+
+    Names that the model doesn't have are left out: another version of its library may do without.
+    """
     modules = dict(model.named_modules())
     for name, dtype in dtypes.items():
         parent, _, leaf = name.rpartition(".")

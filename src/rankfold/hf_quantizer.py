@@ -7,11 +7,11 @@ transformers is.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
-from torch import nn
+from safetensors import SafetensorError, safe_open
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -94,7 +94,6 @@ class RankfoldQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
             name: empty_low_rank(model, {**entry, "name": name}, _WHERE)
             for name, entry in entries.items()
         }
-        _check_stored(modules, checkpoint_files or [], here.prefix)
         put_modules(model, modules)
         # Tensors that rankfold stores once: without this the other name would count as missing.
         names = model.state_dict().keys()
@@ -102,6 +101,8 @@ class RankfoldQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         for alias, name in structure["model"]["shared_tensors"].items():
             if {alias, name} <= names and alias not in tied and tied.get(name) != alias:
                 tied[alias] = name
+        if checkpoint_files:
+            _check_stored(model, None if same else modules, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         structure = self.quantization_config.__dict__
@@ -165,22 +166,47 @@ class _Names:
         return list(found.values())
 
 
-def _check_stored(modules: dict[str, nn.Module], files: list[str], prefix: str) -> None:
-    """Refuse missing factors, which transformers would fill with random numbers and a warning."""
-    stored: set[str] = set()
+def _check_stored(
+    model: PreTrainedModel, only: Collection[str] | None, files: Sequence[str]
+) -> None:
+    """Refuse what transformers would fill with random numbers and a mere warning.
+
+    Args:
+        model: With its factorized layers, still empty.
+        only: Modules to look at; None where the files hold this very model.
+        files: The safetensors files.
+
+    Raises:
+        InputError: A tensor is missing, of another shape, or has no place; all of them are named.
+    """
+    prefix = f"{model.base_model_prefix}."
+    stored: dict[str, tuple[int, ...]] = {}
     for file in files:
-        with safe_open(file, framework="pt") as opened:
-            stored |= {name.removeprefix(prefix) for name in opened.keys()}  # noqa: SIM118
-    missing = [
-        f"{name}.{leaf}"
-        for name, module in modules.items()
-        for leaf in module.state_dict()
-        if f"{name}.{leaf}".removeprefix(prefix) not in stored
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    stored[name.removeprefix(prefix)] = tuple(opened.get_slice(name).get_shape())
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{file} can't be read: {error}") from error
+    tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    wanted = {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if only is None or name.rpartition(".")[0] in only
+    }
+    found = {name: stored.pop(name.removeprefix(prefix), None) for name in wanted}
+    problems = [f"{n}: missing" for n, s in found.items() if s is None and n not in tied]
+    problems += [
+        f"{name}: {shape} in the file, {wanted[name]} in the model"
+        for name, shape in found.items()
+        if shape is not None and shape != wanted[name]
     ]
-    if files and missing:
+    problems += [f"{name}: not in the model" for name in stored if only is None]
+    if problems:
+        listed = "\n  ".join(problems[:20])
         raise InputError(
-            f"{_WHERE} names factors that no file of weights holds: {', '.join(missing[:10])}. The "
-            "folder is damaged: save or download it again."
+            f"the weights don't fit what {_WHERE} says. The folder is damaged: save or download it "
+            f"again.\n  {listed}"
         )
 
 
