@@ -17,6 +17,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
+    Wav2Vec2Config,
+    Wav2Vec2ForSequenceClassification,
     pipeline,
 )
 
@@ -26,7 +28,7 @@ from rankfold.inputs import DataOptions, open_data, open_model
 from rankfold.integrations.transformers import load_folder
 from rankfold.modules import LowRankLinear
 from tests.command_line import environment
-from tests.small_models import tiny_llama, token_data
+from tests.small_models import seeded, tiny_llama, token_data
 from tests.tiny_language_model import TEXT, save_tiny_llama
 
 IDS = torch.arange(20).view(1, 20)
@@ -206,6 +208,28 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1])
     said = in_a_new_process(code, saved, expect=1)
     assert "ValueError" in said
     assert "pip install 'rankfold[transformers]'" in said and "import rankfold" in said
+
+
+def test_a_layer_that_was_unpacked_several_times(tmp_path: Path) -> None:
+    """A conv along one axis with groups, its weight computed by weight_norm."""
+    config = Wav2Vec2Config(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        conv_dim=[16, 16], conv_stride=[5, 2], conv_kernel=[10, 3], num_feat_extract_layers=2,
+        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, num_labels=3,
+        classifier_proj_size=16, mask_time_prob=0.0,
+    )  # fmt: skip
+    model = seeded(1, lambda: Wav2Vec2ForSequenceClassification(config)).eval()
+    sounds = torch.randn(40, 400, generator=torch.Generator().manual_seed(1))
+    data = [{"input_values": x, "labels": torch.tensor(i % 3)} for i, x in enumerate(sounds)]
+    result = rankfold.lossless(model, data, size=0.8)
+    names = result.report["unpacked"]
+    assert len(set(names)) < len(names)
+    folder = result.save(tmp_path / "a")
+    again = Wav2Vec2ForSequenceClassification.from_pretrained(folder)
+    with torch.no_grad():
+        assert torch.equal(again(sounds[:2]).logits, result.model(sounds[:2]).logits)
+    with pytest.raises(InputError, match=r"pos_conv_embed\.conv is computed from others"):
+        rankfold.export(folder, tmp_path / "dense", to="dense")
 
 
 # Damaged folders

@@ -211,21 +211,21 @@ def packed(
             continue
         index = numbers.flatten().to(torch.int64)
         if not torch.equal(index.double(), numbers.flatten()) or not _within(index, count):
-            wrong.add(name)
+            wrong |= {module for module in outer if _inside(name, [module])}
             continue
         values[index] = tensors[name].flatten().double()
     shapes = original.state_dict()
     for name, place in places.items():
         found = values[slice(*place)]
         if bool(found.isnan().any()):
-            wrong.add(name)
+            wrong |= {module for module in outer if _inside(name, [module])}
         dtype = next(t.dtype for n, t in tensors.items() if _inside(n, outer))
         moved[name] = found.view(shapes[name].shape).to(dtype)
     if wrong:
         named = ", ".join(sorted(wrong)[:5])
         raise InputError(
-            f"{where} can't be exported in the names of the original: {named} "
-            "was computed from other weights there (as by weight_norm). Open it with rankfold.load."
+            f"{where} can't be exported in the names of the original: the weight of {named} "
+            "is computed from others there, as by weight_norm. Open it with rankfold.load."
         )
     return moved
 

@@ -80,9 +80,10 @@ class RankfoldQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         unpacked = _Names(model, same).of_modules(structure["unpacked"])
         unpack_named(model, unpacked, _WHERE)
         for name in unpacked:
-            for part in model.get_submodule(name).modules():
+            parent = model.get_submodule(name.rpartition(".")[0])
+            for part in (parent, *model.get_submodule(name).modules()):
                 if not (part._parameters or part._buffers):
-                    # A gate kept without the weights that transformers would initialise there.
+                    # It would initialise weights that are not there any more.
                     part._is_hf_initialized = True  # type: ignore[assignment]
         here = _Names(model, same)
         entries = {
@@ -156,14 +157,16 @@ class _Names:
         return None
 
     def of_modules(self, names: list[str]) -> list[str]:
-        # What stands in a module that is still packed isn't there yet: it follows its outer one.
+        # One module may be unpacked several times, and what stands in a packed one comes later.
         found: dict[str, str] = {}
+        listed: list[str] = []
         for name in names:
-            outer = next((o for o in found if name.startswith(f"{o}.")), None)
-            here = found[outer] + name[len(outer) :] if outer else self.of_module(name)
+            outer = next((o for o in found if f"{name}.".startswith(f"{o}.")), None)
+            here = self.of_module(name) if outer is None else found[outer] + name[len(outer) :]
             if here is not None:
                 found[name] = here
-        return list(found.values())
+                listed.append(here)
+        return listed
 
 
 def _check_stored(
