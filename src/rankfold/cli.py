@@ -93,6 +93,10 @@ class Reading:
     image_size: Annotated[
         int | None, typer.Option(help="Side of the images of a folder, in pixels. (default: 224)")
     ] = None
+    skip_broken: Annotated[
+        bool,
+        typer.Option("--skip-broken", help="Name and leave out files of a folder that are broken."),
+    ] = False
     length: Annotated[int | None, typer.Option(help="Tokens a window of text. (default: 512)")] = (
         None
     )
@@ -121,6 +125,7 @@ class Reading:
             mean=_numbers("--mean", self.mean),
             std=_numbers("--std", self.std),
             image_size=self.image_size,
+            skip_broken=self.skip_broken,
             length=self.length,
             task=self.task,
             text_column=self.text_column,

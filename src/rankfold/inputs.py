@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from rankfold.examples import hidden_words, record_examples
 from rankfold.integrations import transformers as hf
 from rankfold.progress import Progress, TerminalProgress
 from rankfold.sources import (
+    ClassFolder,
     is_spec,
     load_object,
     read_image_folder,
@@ -30,6 +32,7 @@ from rankfold.tasks import evaluate, recognise_task
 # A text is split in blocks of consecutive windows, about this many in all, so that few windows
 # have a neighbour in another part.
 TEXT_BLOCKS = 40
+FOLDERS = ("images",)  # kinds of source that are class folders of files
 SELF = "self"  # DATA that the language model writes itself; a file of this name is ./self
 
 
@@ -63,6 +66,7 @@ class DataOptions:
         label_column: Column of the label, None for ``label``.
         target_column: Column of the target text, None for ``target``.
         own_windows: Windows that the model writes where DATA is ``self``, for each of the parts.
+        skip_broken: Leave out files of a folder that can't be read, and name them on stderr.
     """
 
     mean: Sequence[float] | None = None
@@ -75,6 +79,7 @@ class DataOptions:
     label_column: str | None = None
     target_column: str | None = None
     own_windows: tuple[int, int, int] = (64, 16, 64)
+    skip_broken: bool = False
 
 
 def open_model(spec: str, weights: Path | None = None) -> OpenedModel:
@@ -157,6 +162,7 @@ def open_data(spec: str, opened: OpenedModel, options: DataOptions) -> Data:
     Raises:
         InputError: Names what is wrong with it.
     """
+    _check_skipping(spec, options)
     if spec == SELF:
         first, second, third = (_own_text(opened, options, part) for part in range(len(PARTS)))
         return Data(first, second, third)
@@ -197,6 +203,7 @@ def open_examples(spec: str, opened: OpenedModel, options: DataOptions, part: in
     Raises:
         InputError: Names what is wrong with it.
     """
+    _check_skipping(spec, options)
     if spec == SELF:
         return _own_text(opened, options, part)
     if source_kind(spec) == "python":
@@ -218,7 +225,10 @@ def _examples(spec: str, opened: OpenedModel, options: DataOptions) -> Examples:
     if kind == "npz":
         return cast("Examples", read_npz(path, options.mean, options.std))
     if kind == "images":
-        found = read_image_folder(path, options.mean, options.std, options.image_size)
+        found = read_image_folder(
+            path, options.mean, options.std, options.image_size, skip_broken=options.skip_broken
+        )
+        _tell_skipped(path, found)
         return cast("Examples", found)
     task = options.task or hf.task_hint(opened.model)
     if kind == "records":
@@ -239,6 +249,23 @@ def _examples(spec: str, opened: OpenedModel, options: DataOptions) -> Examples:
             ".tsv with a label (or target) column, or --task teacher, which needs none."
         )
     return windows
+
+
+def _check_skipping(spec: str, options: DataOptions) -> None:
+    if options.skip_broken and (spec == SELF or source_kind(spec) not in FOLDERS):
+        raise InputError(
+            f"--skip-broken leaves out files of a folder of class folders; {spec} is none. Leave "
+            "the option away."
+        )
+
+
+def _tell_skipped(folder: Path, found: ClassFolder) -> None:
+    """Name and count on stderr what was left out."""
+    for message in found.skipped:
+        print(f"skipped: {message}", file=sys.stderr)
+    if found.skipped:
+        count = len(found.skipped)
+        print(f"skipped {count} of {count + len(found)} files of {folder}", file=sys.stderr)
 
 
 def _records(

@@ -4,6 +4,7 @@ Readers only open and check; nothing here knows of models or tasks.
 """
 
 from rankfold.sources.arrays import read_npz
+from rankfold.sources.class_folders import ClassFolder
 from rankfold.sources.conversations import conversation_tokens
 from rankfold.sources.images import read_image_folder
 from rankfold.sources.kind import source_kind
@@ -12,6 +13,7 @@ from rankfold.sources.records import Record, column, numbers, read_records
 from rankfold.sources.text import read_text, token_windows
 
 __all__ = [
+    "ClassFolder",
     "Record",
     "column",
     "conversation_tokens",
