@@ -114,6 +114,13 @@ class Reading:
     target_column: Annotated[
         str | None, typer.Option(help="Likewise, of seq2seq. (default: target)")
     ] = None
+    tokens_column: Annotated[
+        str | None,
+        typer.Option(help="Lists, of token-classification. (default: tokens)"),
+    ] = None
+    tags_column: Annotated[
+        str | None, typer.Option(help="Likewise, a label for each token. (default: tags)")
+    ] = None
     batch_size: Annotated[int | None, typer.Option(help="Examples a batch. (default: fits)")] = None
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = (
         False
@@ -131,6 +138,8 @@ class Reading:
             text_column=self.text_column,
             label_column=self.label_column,
             target_column=self.target_column,
+            tokens_column=self.tokens_column,
+            tags_column=self.tags_column,
             seed=seed,
         )
 

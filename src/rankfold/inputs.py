@@ -65,6 +65,8 @@ class DataOptions:
         text_column: Column of the text in records, None for ``text``.
         label_column: Column of the label, None for ``label``.
         target_column: Column of the target text, None for ``target``.
+        tokens_column: Column of the tokens of token classification, None for ``tokens``.
+        tags_column: Column of their labels, None for ``tags``.
         own_windows: Windows that the model writes where DATA is ``self``, for each of the parts.
         skip_broken: Leave out files of a folder that can't be read, and name them on stderr.
     """
@@ -78,6 +80,8 @@ class DataOptions:
     text_column: str | None = None
     label_column: str | None = None
     target_column: str | None = None
+    tokens_column: str | None = None
+    tags_column: str | None = None
     own_windows: tuple[int, int, int] = (64, 16, 64)
     skip_broken: bool = False
 
@@ -246,7 +250,8 @@ def _examples(spec: str, opened: OpenedModel, options: DataOptions) -> Examples:
     if task in ("classification", "token-classification", "seq2seq", "regression"):
         raise InputError(
             f"the task {task} needs labels, and plain text has none; expected a .jsonl, .csv or "
-            ".tsv with a label (or target) column, or --task teacher, which needs none."
+            ".tsv with a label (or target) column, or a .jsonl with tokens and tags, or --task "
+            "teacher, which needs none."
         )
     return windows
 
@@ -281,6 +286,8 @@ def _records(
             "text": options.text_column,
             "label": options.label_column,
             "target": options.target_column,
+            "tokens": options.tokens_column,
+            "tags": options.tags_column,
         },
         label_ids=getattr(config, "label2id", None),
         seed=options.seed,
