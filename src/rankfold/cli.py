@@ -68,8 +68,9 @@ MODEL_HELP = (
     "nn.Module."
 )
 DATA_HELP = (
-    "A UTF-8 text file, a .jsonl, .csv or .tsv, an .npz with x and y, a folder of class folders of "
-    "images, file.py:function giving a data set, or self: text that a language model writes itself."
+    "A UTF-8 text file, a .jsonl, .csv, .tsv or .parquet, an .npz with x and y, a folder of class "
+    "folders of images, a folder that datasets saved (save_to_disk), file.py:function giving a "
+    "data set, or self: text that a language model writes itself."
 )
 
 app = typer.Typer(

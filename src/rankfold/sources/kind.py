@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from rankfold.errors import InputError
+from rankfold.sources.arrow import is_dataset_folder
 from rankfold.sources.python_object import is_spec
 from rankfold.sources.records import SUFFIXES
 
@@ -13,8 +14,9 @@ Kind: TypeAlias = Literal["python", "npz", "images", "records", "text"]
 
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".joblib")
 EXPECTED = (
-    "expected a UTF-8 text file, a .jsonl, .csv or .tsv, an .npz with x and y, a folder of class "
-    "folders of images, or file.py:function giving a data set"
+    "expected a UTF-8 text file, a .jsonl, .csv, .tsv or .parquet, an .npz with x and y, a folder "
+    "of class folders of images, a folder that datasets saved (save_to_disk), or file.py:function "
+    "giving a data set"
 )
 
 
@@ -28,7 +30,7 @@ def source_kind(spec: str) -> Kind:
         return "python"
     path = Path(spec)
     if path.is_dir():
-        return "images"
+        return "records" if is_dataset_folder(path) else "images"
     if not path.exists():
         raise InputError(f"the data {spec} does not exist; {EXPECTED}.")
     if not path.is_file():
