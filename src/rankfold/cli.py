@@ -69,8 +69,8 @@ MODEL_HELP = (
 )
 DATA_HELP = (
     "A UTF-8 text file, a .jsonl, .csv, .tsv or .parquet, an .npz with x and y, a folder of class "
-    "folders of images, a folder that datasets saved (save_to_disk), file.py:function giving a "
-    "data set, or self: text that a language model writes itself."
+    "folders of images or wav files, a folder that datasets saved (save_to_disk), file.py:function "
+    "giving a data set, or self: text that a language model writes itself."
 )
 
 app = typer.Typer(

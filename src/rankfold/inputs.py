@@ -24,6 +24,7 @@ from rankfold.sources import (
     read_image_folder,
     read_npz,
     read_text,
+    read_wav_folder,
     source_kind,
     token_windows,
 )
@@ -32,7 +33,7 @@ from rankfold.tasks import evaluate, recognise_task
 # A text is split in blocks of consecutive windows, about this many in all, so that few windows
 # have a neighbour in another part.
 TEXT_BLOCKS = 40
-FOLDERS = ("images",)  # kinds of source that are class folders of files
+FOLDERS = ("images", "sounds")  # kinds of source that are class folders of files
 SELF = "self"  # DATA that the language model writes itself; a file of this name is ./self
 
 
@@ -234,6 +235,10 @@ def _examples(spec: str, opened: OpenedModel, options: DataOptions) -> Examples:
         )
         _tell_skipped(path, found)
         return cast("Examples", found)
+    if kind == "sounds":
+        sounds = read_wav_folder(path, skip_broken=options.skip_broken)
+        _tell_skipped(path, sounds)
+        return cast("Examples", sounds)
     task = options.task or hf.task_hint(opened.model)
     if kind == "records":
         return _records(path, opened, options, task)

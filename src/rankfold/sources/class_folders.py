@@ -35,7 +35,12 @@ class ClassFolder(Dataset[tuple[Tensor, int]]):
         try:
             return self.read(file), label
         except InputError as error:
-            raise InputError(f"{error} Or leave out such files with --skip-broken.") from error
+            raise refused(error) from error
+
+
+def refused(error: InputError) -> InputError:
+    """The same, with the way to go on without the file."""
+    return InputError(f"{error} Or leave out such files with --skip-broken.")
 
 
 def class_files(folder: Path, suffixes: Sequence[str], what: str) -> list[tuple[Path, int]]:
@@ -66,6 +71,12 @@ def class_files(folder: Path, suffixes: Sequence[str], what: str) -> list[tuple[
             )
         files += [(file, label) for file in own]
     return files
+
+
+def holds_files(folder: Path, suffixes: Sequence[str]) -> bool:
+    """Whether a class folder holds a file of one of these suffixes."""
+    found = (path.suffix.lower() in suffixes for path in folder.glob("[!.]*/**/*"))
+    return any(found)
 
 
 def without_broken(
