@@ -16,6 +16,7 @@ from rankfold.errors import InputError
 from rankfold.modules import LowRankConv2d, LowRankLinear
 from rankfold.progress import TerminalProgress
 from rankfold.settings import Settings
+from rankfold.sources import register_source
 from rankfold.tasks import Metric
 from rankfold.verify import verify
 
@@ -36,5 +37,6 @@ __all__ = [
     "load",
     "lossless",
     "prepare",
+    "register_source",
     "verify",
 ]

@@ -16,6 +16,8 @@ from rankfold.sources import (
     conversation_tokens,
     numbers,
     read_records,
+    read_registered,
+    registered_source,
 )
 
 HIDDEN_SHARE = 0.15  # of the tokens, in masked language modelling (Devlin et al. 2019)
@@ -76,7 +78,7 @@ def record_examples(
     column the label.
 
     Args:
-        file: A ``.jsonl``, ``.csv`` or ``.tsv``.
+        file: A file or folder that ``read_records`` or a registered source of records reads.
         tokenizer: Of the model, or None.
         length: Most tokens of an example.
         task: The task, or None.
@@ -89,7 +91,8 @@ def record_examples(
         InputError: A column is missing, a label of the wrong type, or the tokenizer lacks what the
             task needs.
     """
-    records = read_records(file)
+    source = registered_source(file)
+    records = read_registered(source, file) if source else read_records(file)
     if tokenizer is None:
         return _table_examples(file, records, columns["label"] or LABEL, task)
     if task == "token-classification":

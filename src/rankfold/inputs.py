@@ -23,8 +23,10 @@ from rankfold.sources import (
     load_object,
     read_image_folder,
     read_npz,
+    read_registered,
     read_text,
     read_wav_folder,
+    registered_source,
     source_kind,
     token_windows,
 )
@@ -34,6 +36,7 @@ from rankfold.tasks import evaluate, recognise_task
 # have a neighbour in another part.
 TEXT_BLOCKS = 40
 FOLDERS = ("images", "sounds")  # kinds of source that are class folders of files
+OWN = ("python", "registered")  # kinds that a function of the user's reads
 SELF = "self"  # DATA that the language model writes itself; a file of this name is ./self
 
 
@@ -172,7 +175,8 @@ def open_data(spec: str, opened: OpenedModel, options: DataOptions) -> Data:
         first, second, third = (_own_text(opened, options, part) for part in range(len(PARTS)))
         return Data(first, second, third)
     if source_kind(spec) != "text":
-        found = _called(spec) if source_kind(spec) == "python" else _examples(spec, opened, options)
+        own = source_kind(spec) in OWN
+        found = _own_data(spec) if own else _examples(spec, opened, options)
         return found if isinstance(found, Data) else split(found, options.seed)
     windows = _examples(spec, opened, options)
     block = max(1, len(windows) // TEXT_BLOCKS)
@@ -211,10 +215,15 @@ def open_examples(spec: str, opened: OpenedModel, options: DataOptions, part: in
     _check_skipping(spec, options)
     if spec == SELF:
         return _own_text(opened, options, part)
-    if source_kind(spec) == "python":
-        found = _called(spec)
+    if source_kind(spec) in OWN:
+        found = _own_data(spec)
         return as_examples(getattr(found, PARTS[part]) if isinstance(found, Data) else found)[0]
     return _examples(spec, opened, options)
+
+
+def _own_data(spec: str) -> object:
+    source = None if is_spec(spec) else registered_source(Path(spec))
+    return read_registered(source, Path(spec)) if source else _called(spec)
 
 
 def _own_text(opened: OpenedModel, options: DataOptions, part: int) -> Examples:

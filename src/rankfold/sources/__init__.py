@@ -10,6 +10,7 @@ from rankfold.sources.images import read_image_folder
 from rankfold.sources.kind import source_kind
 from rankfold.sources.python_object import is_spec, load_object
 from rankfold.sources.records import Record, column, numbers, read_records
+from rankfold.sources.registry import read_registered, register_source, registered_source
 from rankfold.sources.sounds import read_wav_folder
 from rankfold.sources.text import read_text, token_windows
 
@@ -24,8 +25,11 @@ __all__ = [
     "read_image_folder",
     "read_npz",
     "read_records",
+    "read_registered",
     "read_text",
     "read_wav_folder",
+    "register_source",
+    "registered_source",
     "source_kind",
     "token_windows",
 ]

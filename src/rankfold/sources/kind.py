@@ -11,9 +11,10 @@ from rankfold.sources.class_folders import holds_files
 from rankfold.sources.images import SUFFIXES as IMAGES
 from rankfold.sources.python_object import is_spec
 from rankfold.sources.records import SUFFIXES
+from rankfold.sources.registry import registered_source
 from rankfold.sources.sounds import SUFFIXES as SOUNDS
 
-Kind: TypeAlias = Literal["python", "npz", "images", "sounds", "records", "text"]
+Kind: TypeAlias = Literal["python", "registered", "npz", "images", "sounds", "records", "text"]
 
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".joblib")
 EXPECTED = (
@@ -24,7 +25,7 @@ EXPECTED = (
 
 
 def source_kind(spec: str) -> Kind:
-    """Decide by form, suffix and first bytes.
+    """Decide by form, suffix and first bytes; a registered suffix comes first.
 
     Raises:
         InputError: Missing, empty, a pickle, or binary.
@@ -32,6 +33,9 @@ def source_kind(spec: str) -> Kind:
     if is_spec(spec):
         return "python"
     path = Path(spec)
+    own = registered_source(path) if path.exists() else None
+    if own is not None:
+        return "records" if own.records else "registered"
     if path.is_dir():
         return _folder_kind(path)
     if not path.exists():
