@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from rankfold.errors import InputError
-from rankfold.sources import read_records, source_kind
+from rankfold.examples import record_examples
+from rankfold.sources import class_names, read_records, source_kind
 from tests.command_line import rankfold
 
 pa = pytest.importorskip("pyarrow")
@@ -82,6 +83,33 @@ def test_images_in_a_table_are_refused(image: object, tmp_path: Path) -> None:
     folder = _save_to_disk(tmp_path / "saved", [[{"image": image, "label": 0}]])
     with pytest.raises(InputError, match=r"the column 'image' of .* holds bytes"):
         read_records(folder)
+
+
+def test_numbers_of_labels_are_matched_by_name(tmp_path: Path) -> None:
+    rows = [{"text": "a b", "label": i, "tags": [i, 0]} for i in range(2)]
+    folder = _save_to_disk(tmp_path / "saved", [rows])
+    feature = {"names": ["neg", "pos"], "_type": "ClassLabel"}
+    features = {"label": feature, "tags": {"feature": feature, "_type": "List"}}
+    (folder / "dataset_info.json").write_text(json.dumps({"features": features}))
+
+    def labels(known: dict[str, int] | None) -> list[int]:
+        columns = {"text": None, "label": None, "target": None}
+        found = record_examples(
+            folder,
+            lambda text, **_: {"input_ids": [len(text)]},
+            9,
+            task="classification",
+            columns=columns,
+            label_ids=known,
+        )
+        return [int(example["labels"]) for example in found]
+
+    assert labels({"POS": 0, "NEG": 1}) == [1, 0]
+    assert labels({"LABEL_0": 0, "LABEL_1": 1}) == [0, 1]
+    assert labels(None) == [0, 1]
+    assert class_names(folder, "tags") == ["neg", "pos"]
+    assert class_names(folder, "text") is None
+    assert class_names(tmp_path / "x.csv", "label") is None
 
 
 def test_the_command_on_a_saved_folder(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from rankfold.errors import InputError
 from rankfold.sources import (
     Record,
+    class_names,
     column,
     conversation_tokens,
     numbers,
@@ -150,7 +151,7 @@ def _labels(
 def _label_numbers(
     file: Path, name: str, values: Sequence[Any], label_ids: dict[str, int] | None, advice: str
 ) -> list[int]:
-    texts = [str(value) for value in values]
+    texts = [str(value) for value in _by_name(file, name, values, label_ids)]
     if all(text.lstrip("-").isdigit() for text in texts):
         return [int(text) for text in texts]
     if label_ids and all(text in label_ids for text in texts):
@@ -161,6 +162,21 @@ def _label_numbers(
         f"the column {name!r} of {file} holds the labels {', '.join(unknown)}; expected "
         f"{known}. {advice}"
     )
+
+
+def _by_name(
+    file: Path, name: str, values: Sequence[Any], label_ids: dict[str, int] | None
+) -> Sequence[Any]:
+    """Numbers of labels as the model's names, where the data set names its own and they agree.
+
+    A model may number the same labels in another order than a data set does.
+    """
+    names = class_names(file, name)
+    known = {label.casefold(): label for label in label_ids or ()}
+    if names is None or not all(label.casefold() in known for label in names):
+        return values
+    by_number = {str(number): known[label.casefold()] for number, label in enumerate(names)}
+    return [by_number.get(str(value), value) for value in values]
 
 
 def _tagged(

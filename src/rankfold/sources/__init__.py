@@ -4,6 +4,7 @@ Readers only open and check; nothing here knows of models or tasks.
 """
 
 from rankfold.sources.arrays import read_npz
+from rankfold.sources.arrow import class_names
 from rankfold.sources.class_folders import ClassFolder
 from rankfold.sources.conversations import conversation_tokens
 from rankfold.sources.images import read_image_folder
@@ -17,6 +18,7 @@ from rankfold.sources.text import read_text, token_windows
 __all__ = [
     "ClassFolder",
     "Record",
+    "class_names",
     "column",
     "conversation_tokens",
     "is_spec",

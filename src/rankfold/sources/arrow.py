@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from rankfold.errors import InputError, require
 
-STATE_FILE, SPLITS_FILE = "state.json", "dataset_dict.json"
+STATE_FILE, SPLITS_FILE, INFO_FILE = "state.json", "dataset_dict.json", "dataset_info.json"
 SUFFIXES = (".parquet", ".arrow")
 
 
@@ -40,6 +40,25 @@ def read_arrow(path: Path) -> list[dict[str, Any]]:
         _refuse_bytes(pyarrow, file, table.schema)
         records += table.to_pylist()
     return records
+
+
+def class_names(path: Path, column: str) -> list[str] | None:
+    """What the numbers in a column of labels (or of lists of labels) stand for, in their order.
+
+    Only a ``save_to_disk`` folder says so; None where it doesn't, and for anything else.
+
+    Raises:
+        InputError: The folder's description of its columns can't be read.
+    """
+    file = path / INFO_FILE
+    if not file.is_file():
+        return None
+    feature: Any = (_json(file).get("features") or {}).get(column)
+    if isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
+        feature = feature["feature"]  # of a list
+    if not isinstance(feature, dict) or feature.get("_type") != "ClassLabel":
+        return None
+    return [str(name) for name in feature.get("names") or ()] or None
 
 
 def _shards(folder: Path) -> list[Path]:
