@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import rankfold
+from rankfold.sources import read_wav_folder
 
 RATE, LENGTH = 4000, 1000
 
@@ -60,16 +61,6 @@ def write_sounds(folder: Path, count: int) -> None:
             file.writeframes(samples.numpy().tobytes())
 
 
-def read_sounds(folder: Path) -> list[tuple[Tensor, int]]:
-    """Pairs of ``(1, samples)`` in -1..1 and the class."""
-    examples = []
-    for path in sorted(folder.glob("*/*.wav")):
-        with wave.open(str(path), "rb") as file:
-            samples = torch.frombuffer(bytearray(file.readframes(LENGTH)), dtype=torch.int16)
-        examples.append((samples[None].float() / 32768, int(path.parent.name)))
-    return examples
-
-
 def trained(examples: list[tuple[Tensor, int]], steps: int) -> SpeechCNN:
     """The network after some steps of Adam."""
     torch.manual_seed(0)
@@ -89,7 +80,7 @@ def main(count: int = 1600, steps: int = 300) -> rankfold.Result:
     """Run everything in a folder that is removed at the end."""
     with tempfile.TemporaryDirectory() as scratch:
         write_sounds(Path(scratch) / "wav", count)
-        examples = read_sounds(Path(scratch) / "wav")
+        examples = list(read_wav_folder(Path(scratch) / "wav"))
         mixed = [examples[i] for i in torch.randperm(len(examples)).tolist()]
         model = trained(mixed[: count // 2], steps)
         result = rankfold.lossless(model, mixed[count // 2 :], size=0.5, margin=0.05)

@@ -174,7 +174,22 @@ def test_image_folder(work: Path) -> None:
         cwd=work,
         expect=2,
     )
-    assert "class1/broken.png" in broken.stderr
+    assert "class1/broken.png" in broken.stderr and "--skip-broken" in broken.stderr
+    skipping = rankfold(
+        *("lossless", "rgb.py:net", "--data", "images", "--image-size", 16, "--size", 0.7),
+        *("--skip-broken", "--out", "b"),
+        cwd=work,
+    )
+    assert "skipped: the image images/class1/broken.png can't be read" in skipping.stderr
+    assert "skipped 1 of 121 files of images" in skipping.stderr
+    for data in ("data.npz", "self", "net.py:pairs"):
+        refused = rankfold(
+            *("lossless", "net.py:net", "--data", data, "--size", 0.7, "--out", "c"),
+            "--skip-broken",
+            cwd=work,
+            expect=2,
+        )
+        assert f"{data} is none. Leave the option away" in refused.stderr
 
 
 def _write_bad_files(folder: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertForTokenClassification
 
 from rankfold.errors import InputError
 from rankfold.examples import hidden_words, record_examples
@@ -21,6 +22,7 @@ from tests.command_line import rankfold
 from tests.tiny_language_model import save_tiny_llama, tiny_tokenizer
 
 NONE: dict[str, str | None] = {"text": None, "label": None, "target": None}
+NONE |= {"tokens": None, "tags": None}
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -187,6 +189,98 @@ def test_a_table_without_a_tokenizer(tmp_path: Path) -> None:
         open_examples(str(file), opened, DataOptions())
     unlabelled = open_examples(str(file), opened, DataOptions(task="teacher"))
     assert unlabelled[3].tolist() == pytest.approx([3, 1, 1])
+
+
+class _Pieces(_Words):
+    """Every letter is an id; the first and the last id belong to no token."""
+
+    is_fast = True
+
+    def __call__(self, text: Any, max_length: int = 99, **_: Any) -> Any:
+        words = [None, *(w for w, token in enumerate(text) for _ in token)][: max_length - 1]
+
+        class Encoding(dict[str, list[int]]):
+            def word_ids(self) -> list[int | None]:
+                return [*words, None]
+
+        return Encoding(input_ids=[2, *(4 for _ in words[1:]), 2])
+
+
+def test_a_tag_labels_the_first_piece_of_its_token(tmp_path: Path) -> None:
+    file = _jsonl(
+        tmp_path,
+        {"tokens": ["ab", "c"], "tags": ["B", "O"]},
+        {"tokens": ["a", "bcd", "e"], "tags": ["O", "B", "O"]},
+    )
+    known = {"O": 0, "B": 1}
+    first, second = _read(file, "token-classification", _Pieces(), label_ids=known)
+    assert first["labels"].tolist() == [-100, 1, -100, 0, -100, -100]
+    assert first["attention_mask"].tolist() == [1, 1, 1, 1, 1, 0]
+    # Cut to six ids: the token e and its tag are gone.
+    assert second["labels"].tolist() == [-100, 0, 1, -100, -100, -100]
+    numbered = _jsonl(tmp_path, {"words": ["ab", "c"], "ner": [7, 3]})
+    names = {"tokens": "words", "tags": "ner"}
+    (found,) = _read(numbered, "token-classification", _Pieces(), columns=names)
+    assert found["labels"].tolist() == [-100, 7, -100, 3, -100]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"words": ["a"], "tags": [0]}, r"no column 'tokens'; it has 'words', 'tags'.*--tokens-c"),
+        ({"tokens": ["a"], "label": 0}, r"no column 'tags'.*--tags-column"),
+        ({"tokens": ["a", "b"], "tags": ["O"]}, "record 0 of .* has 2 tokens and 1 tags"),
+        ({"tokens": "a b", "tags": ["O"]}, r"holds 'a b' in record 0; expected a list"),
+        ({"tokens": [], "tags": []}, r"holds '\[\]' in record 0"),
+        ({"tokens": ["a"], "tags": ["X"]}, "the labels X; expected O, B. The model's config"),
+    ],
+)
+def test_tags_that_cant_be_read_are_named(
+    record: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    file = _jsonl(tmp_path, record)
+    with pytest.raises(InputError, match=message):
+        _read(file, "token-classification", _Pieces(), label_ids={"O": 0, "B": 1})
+
+
+def test_a_tokenizer_that_cant_place_tags_is_refused(tmp_path: Path) -> None:
+    file = _jsonl(tmp_path, {"tokens": ["a"], "tags": [0]})
+    with pytest.raises(InputError, match="expected a fast one"):
+        _read(file, "token-classification")
+    with pytest.raises(InputError, match="no tagged token within 1 ids"):
+        record_examples(file, _Pieces(), 1, task="token-classification", columns=NONE)
+
+
+def test_a_token_classifier_on_tagged_tokens(tmp_path: Path) -> None:
+    folder = tmp_path / "tagger"
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer(add_prefix_space=True)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=48, max_position_embeddings=64,
+        id2label={0: "O", 1: "NAME"}, label2id={"O": 0, "NAME": 1},
+    )  # fmt: skip
+    BertForTokenClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    sentences = [t.split()[:12] for text in topics.values() for t in text.split(". ")][:200]
+    file = _jsonl(
+        tmp_path,
+        *(
+            {"words": words, "kinds": ["NAME" if w[0].isupper() else "O" for w in words]}
+            for words in sentences
+            if words
+        ),
+    )
+    columns = ("--tokens-column", "words", "--tags-column", "kinds")
+    run = rankfold(
+        "lossless", str(folder), "--data", str(file), "--size", "0.8", "--out", "out",
+        "--limit", "40", *columns, "--json", cwd=tmp_path,
+    )  # fmt: skip
+    assert json.loads(run.stdout)["task"] == "token-classification"
+    refused = rankfold(
+        "evaluate", "out", "--data", str(file), "--tokens-column", "words", cwd=tmp_path, expect=2
+    )
+    assert "has no column 'tags'; it has 'words', 'kinds'" in refused.stderr
 
 
 def _minilm() -> Path:

@@ -5,10 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 
-OPTIONAL = ("transformers", "gguf", "accelerate", "tokenizers", "torchvision", "timm", "PIL")
+OPTIONAL = (
+    "transformers",
+    "gguf",
+    "accelerate",
+    "tokenizers",
+    "torchvision",
+    "timm",
+    "PIL",
+    "pyarrow",
+)
 
 CORE = f"""
-import sys
+import pathlib, sys
 class Hidden:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {OPTIONAL!r}:
@@ -30,6 +39,7 @@ assert not set(sys.modules) & set({OPTIONAL!r})
 for call in (
     lambda: rankfold.inputs.open_model(sys.argv[2]),
     lambda: rankfold.sources.read_image_folder(sys.argv[2]),
+    lambda: rankfold.sources.read_records(pathlib.Path(sys.argv[2])),
 ):
     try:
         call()
@@ -48,6 +58,7 @@ def test_core_without_extras(tmp_path) -> None:
         encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
-    transformers, pillow = done.stdout.splitlines()
+    transformers, pillow, arrow = done.stdout.splitlines()
     assert "pip install 'rankfold[transformers]'" in transformers
     assert "pip install 'rankfold[images]'" in pillow
+    assert "pip install 'rankfold[arrow]'" in arrow

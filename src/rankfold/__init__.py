@@ -18,6 +18,7 @@ from rankfold.hf_registration import register_with_transformers
 from rankfold.modules import LowRankConv2d, LowRankLinear
 from rankfold.progress import TerminalProgress
 from rankfold.settings import Settings
+from rankfold.sources import register_source
 from rankfold.tasks import Metric
 from rankfold.verify import verify
 
@@ -42,5 +43,6 @@ __all__ = [
     "load",
     "lossless",
     "prepare",
+    "register_source",
     "verify",
 ]

@@ -70,8 +70,9 @@ MODEL_HELP = (
     "nn.Module."
 )
 DATA_HELP = (
-    "A UTF-8 text file, a .jsonl, .csv or .tsv, an .npz with x and y, a folder of class folders of "
-    "images, file.py:function giving a data set, or self: text that a language model writes itself."
+    "A UTF-8 text file, a .jsonl, .csv, .tsv or .parquet, an .npz with x and y, a folder of class "
+    "folders of images or wav files, a folder that datasets saved (save_to_disk), file.py:function "
+    "giving a data set, or self: text that a language model writes itself."
 )
 
 app = typer.Typer(
@@ -95,6 +96,10 @@ class Reading:
     image_size: Annotated[
         int | None, typer.Option(help="Side of the images of a folder, in pixels. (default: 224)")
     ] = None
+    skip_broken: Annotated[
+        bool,
+        typer.Option("--skip-broken", help="Name and leave out files of a folder that are broken."),
+    ] = False
     length: Annotated[int | None, typer.Option(help="Tokens a window of text. (default: 512)")] = (
         None
     )
@@ -112,6 +117,13 @@ class Reading:
     target_column: Annotated[
         str | None, typer.Option(help="Likewise, of seq2seq. (default: target)")
     ] = None
+    tokens_column: Annotated[
+        str | None,
+        typer.Option(help="Lists, of token-classification. (default: tokens)"),
+    ] = None
+    tags_column: Annotated[
+        str | None, typer.Option(help="Likewise, a label for each token. (default: tags)")
+    ] = None
     batch_size: Annotated[int | None, typer.Option(help="Examples a batch. (default: fits)")] = None
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = (
         False
@@ -123,11 +135,14 @@ class Reading:
             mean=_numbers("--mean", self.mean),
             std=_numbers("--std", self.std),
             image_size=self.image_size,
+            skip_broken=self.skip_broken,
             length=self.length,
             task=self.task,
             text_column=self.text_column,
             label_column=self.label_column,
             target_column=self.target_column,
+            tokens_column=self.tokens_column,
+            tags_column=self.tags_column,
             seed=seed,
         )
 

@@ -12,15 +12,19 @@ from torch import Tensor
 from rankfold.errors import InputError
 from rankfold.sources import (
     Record,
+    class_names,
     column,
     conversation_tokens,
     numbers,
     read_records,
+    read_registered,
+    registered_source,
 )
 
 HIDDEN_SHARE = 0.15  # of the tokens, in masked language modelling (Devlin et al. 2019)
 NO_LABEL = -100
 TEXT, LABEL, TARGET, MESSAGES = "text", "label", "target", "messages"
+TOKENS, TAGS = "tokens", "tags"
 
 
 def hidden_words(windows: Sequence[Tensor], tokenizer: Any, seed: int) -> list[dict[str, Tensor]]:
@@ -69,16 +73,18 @@ def record_examples(
 ) -> list[Any]:
     """The examples that a file of records gives for a task.
 
-    With a tokenizer: conversations where there is a column ``messages``; else the text column, with
-    its label or target where there is one, or where it is asked for. Without: the columns of
-    numbers are the input, and the label column the label.
+    With a tokenizer: for token classification the columns of tokens and tags; conversations where
+    there is a column ``messages``; else the text column, with its label or target where there is
+    one, or where it is asked for. Without: the columns of numbers are the input, and the label
+    column the label.
 
     Args:
-        file: A ``.jsonl``, ``.csv`` or ``.tsv``.
+        file: A file or folder that ``read_records`` or a registered source of records reads.
         tokenizer: Of the model, or None.
         length: Most tokens of an example.
         task: The task, or None.
-        columns: Names of the columns ``text``, ``label`` and ``target``, None for these names.
+        columns: Names of the columns ``text``, ``label``, ``target``, ``tokens`` and ``tags``, None
+            for these names.
         label_ids: The model's number of each label, or None.
         seed: Seeds the tokens that are hidden for masked-lm.
 
@@ -86,9 +92,13 @@ def record_examples(
         InputError: A column is missing, a label of the wrong type, or the tokenizer lacks what the
             task needs.
     """
-    records = read_records(file)
+    source = registered_source(file)
+    records = read_registered(source, file) if source else read_records(file)
     if tokenizer is None:
         return _table_examples(file, records, columns["label"] or LABEL, task)
+    if task == "token-classification":
+        names = (columns["tokens"] or TOKENS, columns["tags"] or TAGS)
+        return cast("list[Any]", _tagged(file, records, tokenizer, length, names, label_ids))
     if MESSAGES in records[0] and columns["text"] is None:
         return _conversations(file, records, tokenizer, length)
     name = columns["text"] or TEXT
@@ -134,17 +144,117 @@ def _labels(
 ) -> list[Tensor]:
     if task == "regression":
         return [torch.tensor(value) for value in numbers(file, name, values)]
-    texts = [str(value) for value in values]
+    found = _label_numbers(file, name, values, label_ids, "For values use --task regression.")
+    return [torch.tensor(number) for number in found]
+
+
+def _label_numbers(
+    file: Path, name: str, values: Sequence[Any], label_ids: dict[str, int] | None, advice: str
+) -> list[int]:
+    texts = [str(value) for value in _by_name(file, name, values, label_ids)]
     if all(text.lstrip("-").isdigit() for text in texts):
-        return [torch.tensor(int(text)) for text in texts]
+        return [int(text) for text in texts]
     if label_ids and all(text in label_ids for text in texts):
-        return [torch.tensor(label_ids[text]) for text in texts]
+        return [label_ids[text] for text in texts]
     unknown = sorted({text for text in texts if text not in (label_ids or {})})[:5]
     known = f"{', '.join(list(label_ids)[:10])}" if label_ids else "whole numbers from 0"
     raise InputError(
         f"the column {name!r} of {file} holds the labels {', '.join(unknown)}; expected "
-        f"{known}. For values use --task regression."
+        f"{known}. {advice}"
     )
+
+
+def _by_name(
+    file: Path, name: str, values: Sequence[Any], label_ids: dict[str, int] | None
+) -> Sequence[Any]:
+    """Numbers of labels as the model's names, where the data set names its own and they agree.
+
+    A model may number the same labels in another order than a data set does.
+    """
+    names = class_names(file, name)
+    known = {label.casefold(): label for label in label_ids or ()}
+    if names is None or not all(label.casefold() in known for label in names):
+        return values
+    by_number = {str(number): known[label.casefold()] for number, label in enumerate(names)}
+    return [by_number.get(str(value), value) for value in values]
+
+
+def _tagged(
+    file: Path,
+    records: Sequence[Record],
+    tokenizer: Any,
+    length: int,
+    names: tuple[str, str],
+    label_ids: dict[str, int] | None,
+) -> list[dict[str, Tensor]]:
+    """Ids of the tokens; a token's tag labels its first id, the others and the padding have none.
+
+    As in the training of such models: else a token would count as often as it has pieces.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(
+            f"{file} has tags for tokens, and this tokenizer doesn't say which token an id belongs "
+            "to; expected a fast one (a folder with tokenizer.json). Or give the data as "
+            "file.py:function, with input_ids and labels."
+        )
+    tokens_column = _lists(file, names[0], column(file, records, names[0], "--tokens-column"))
+    tags_column = _lists(file, names[1], column(file, records, names[1], "--tags-column"))
+    for place, (tokens, tags) in enumerate(zip(tokens_column, tags_column, strict=True)):
+        if len(tokens) != len(tags):
+            raise InputError(
+                f"record {place} of {file} has {len(tokens)} {names[0]} and {len(tags)} "
+                f"{names[1]}; expected one tag a token."
+            )
+    flat = [tag for tags in tags_column for tag in tags]
+    remaining = iter(
+        _label_numbers(file, names[1], flat, label_ids, "The model's config names its labels.")
+    )
+    encoded: list[Tensor] = []
+    labels: list[Tensor] = []
+    for place, tokens in enumerate(tokens_column):
+        numbers_here = [next(remaining) for _ in tokens]
+        found = _encoded(file, place, tokenizer, tokens, length)
+        row: list[int] = []
+        previous = None
+        for word in found.word_ids():
+            row.append(NO_LABEL if word is None or word == previous else numbers_here[word])
+            previous = word
+        if all(label == NO_LABEL for label in row):
+            raise InputError(
+                f"record {place} of {file} has no tagged token within {length} ids; allow more "
+                "with --length, or remove it."
+            )
+        encoded.append(torch.tensor(found["input_ids"], dtype=torch.int64))
+        labels.append(torch.tensor(row, dtype=torch.int64))
+    padded = _padded(labels, NO_LABEL)
+    return [e | {"labels": y} for e, y in zip(_inputs(encoded, tokenizer), padded, strict=True)]
+
+
+def _encoded(file: Path, place: int, tokenizer: Any, tokens: list[Any], length: int) -> Any:
+    try:
+        return tokenizer(
+            [str(token) for token in tokens],
+            is_split_into_words=True,
+            truncation=True,
+            max_length=length,
+            verbose=False,
+        )
+    # Byte-level tokenizers refuse tokens unless they put a space before each.
+    except (AssertionError, TypeError, ValueError) as error:
+        raise InputError(
+            f"the tokenizer can't take the tokens of record {place} of {file}: {error}. Save it "
+            "with add_prefix_space=True, or give the data as file.py:function."
+        ) from error
+
+
+def _lists(file: Path, name: str, values: Sequence[Any]) -> list[list[Any]]:
+    for place, value in enumerate(values):
+        if not isinstance(value, list) or not value:
+            raise InputError(
+                f"the column {name!r} of {file} holds {str(value)[:60]!r} in record {place}; "
+                "expected a list with one item a token, as a .jsonl can hold."
+            )
+    return list(values)
 
 
 def _conversations(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,15 @@ from rankfold.examples import hidden_words, record_examples
 from rankfold.integrations import transformers as hf
 from rankfold.progress import Progress, TerminalProgress
 from rankfold.sources import (
+    ClassFolder,
     is_spec,
     load_object,
     read_image_folder,
     read_npz,
+    read_registered,
     read_text,
+    read_wav_folder,
+    registered_source,
     source_kind,
     token_windows,
 )
@@ -30,6 +35,8 @@ from rankfold.tasks import evaluate, recognise_task
 # A text is split in blocks of consecutive windows, about this many in all, so that few windows
 # have a neighbour in another part.
 TEXT_BLOCKS = 40
+FOLDERS = ("images", "sounds")  # kinds of source that are class folders of files
+OWN = ("python", "registered")  # kinds that a function of the user's reads
 SELF = "self"  # DATA that the language model writes itself; a file of this name is ./self
 
 
@@ -62,7 +69,10 @@ class DataOptions:
         text_column: Column of the text in records, None for ``text``.
         label_column: Column of the label, None for ``label``.
         target_column: Column of the target text, None for ``target``.
+        tokens_column: Column of the tokens of token classification, None for ``tokens``.
+        tags_column: Column of their labels, None for ``tags``.
         own_windows: Windows that the model writes where DATA is ``self``, for each of the parts.
+        skip_broken: Leave out files of a folder that can't be read, and name them on stderr.
     """
 
     mean: Sequence[float] | None = None
@@ -74,7 +84,10 @@ class DataOptions:
     text_column: str | None = None
     label_column: str | None = None
     target_column: str | None = None
+    tokens_column: str | None = None
+    tags_column: str | None = None
     own_windows: tuple[int, int, int] = (64, 16, 64)
+    skip_broken: bool = False
 
 
 def open_model(spec: str, weights: Path | None = None) -> OpenedModel:
@@ -157,11 +170,13 @@ def open_data(spec: str, opened: OpenedModel, options: DataOptions) -> Data:
     Raises:
         InputError: Names what is wrong with it.
     """
+    _check_skipping(spec, options)
     if spec == SELF:
         first, second, third = (_own_text(opened, options, part) for part in range(len(PARTS)))
         return Data(first, second, third)
     if source_kind(spec) != "text":
-        found = _called(spec) if source_kind(spec) == "python" else _examples(spec, opened, options)
+        own = source_kind(spec) in OWN
+        found = _own_data(spec) if own else _examples(spec, opened, options)
         return found if isinstance(found, Data) else split(found, options.seed)
     windows = _examples(spec, opened, options)
     block = max(1, len(windows) // TEXT_BLOCKS)
@@ -197,12 +212,18 @@ def open_examples(spec: str, opened: OpenedModel, options: DataOptions, part: in
     Raises:
         InputError: Names what is wrong with it.
     """
+    _check_skipping(spec, options)
     if spec == SELF:
         return _own_text(opened, options, part)
-    if source_kind(spec) == "python":
-        found = _called(spec)
+    if source_kind(spec) in OWN:
+        found = _own_data(spec)
         return as_examples(getattr(found, PARTS[part]) if isinstance(found, Data) else found)[0]
     return _examples(spec, opened, options)
+
+
+def _own_data(spec: str) -> object:
+    source = None if is_spec(spec) else registered_source(Path(spec))
+    return read_registered(source, Path(spec)) if source else _called(spec)
 
 
 def _own_text(opened: OpenedModel, options: DataOptions, part: int) -> Examples:
@@ -218,8 +239,15 @@ def _examples(spec: str, opened: OpenedModel, options: DataOptions) -> Examples:
     if kind == "npz":
         return cast("Examples", read_npz(path, options.mean, options.std))
     if kind == "images":
-        found = read_image_folder(path, options.mean, options.std, options.image_size)
+        found = read_image_folder(
+            path, options.mean, options.std, options.image_size, skip_broken=options.skip_broken
+        )
+        _tell_skipped(path, found)
         return cast("Examples", found)
+    if kind == "sounds":
+        sounds = read_wav_folder(path, skip_broken=options.skip_broken)
+        _tell_skipped(path, sounds)
+        return cast("Examples", sounds)
     task = options.task or hf.task_hint(opened.model)
     if kind == "records":
         return _records(path, opened, options, task)
@@ -236,9 +264,27 @@ def _examples(spec: str, opened: OpenedModel, options: DataOptions) -> Examples:
     if task in ("classification", "token-classification", "seq2seq", "regression"):
         raise InputError(
             f"the task {task} needs labels, and plain text has none; expected a .jsonl, .csv or "
-            ".tsv with a label (or target) column, or --task teacher, which needs none."
+            ".tsv with a label (or target) column, or a .jsonl with tokens and tags, or --task "
+            "teacher, which needs none."
         )
     return windows
+
+
+def _check_skipping(spec: str, options: DataOptions) -> None:
+    if options.skip_broken and (spec == SELF or source_kind(spec) not in FOLDERS):
+        raise InputError(
+            f"--skip-broken leaves out files of a folder of class folders; {spec} is none. Leave "
+            "the option away."
+        )
+
+
+def _tell_skipped(folder: Path, found: ClassFolder) -> None:
+    """Name and count on stderr what was left out."""
+    for message in found.skipped:
+        print(f"skipped: {message}", file=sys.stderr)
+    if found.skipped:
+        count = len(found.skipped)
+        print(f"skipped {count} of {count + len(found)} files of {folder}", file=sys.stderr)
 
 
 def _records(
@@ -254,6 +300,8 @@ def _records(
             "text": options.text_column,
             "label": options.label_column,
             "target": options.target_column,
+            "tokens": options.tokens_column,
+            "tags": options.tags_column,
         },
         label_ids=getattr(config, "label2id", None),
         seed=options.seed,

@@ -4,15 +4,21 @@ Readers only open and check; nothing here knows of models or tasks.
 """
 
 from rankfold.sources.arrays import read_npz
+from rankfold.sources.arrow import class_names
+from rankfold.sources.class_folders import ClassFolder
 from rankfold.sources.conversations import conversation_tokens
 from rankfold.sources.images import read_image_folder
 from rankfold.sources.kind import source_kind
 from rankfold.sources.python_object import is_spec, load_object
 from rankfold.sources.records import Record, column, numbers, read_records
+from rankfold.sources.registry import read_registered, register_source, registered_source
+from rankfold.sources.sounds import read_wav_folder
 from rankfold.sources.text import read_text, token_windows
 
 __all__ = [
+    "ClassFolder",
     "Record",
+    "class_names",
     "column",
     "conversation_tokens",
     "is_spec",
@@ -21,7 +27,11 @@ __all__ = [
     "read_image_folder",
     "read_npz",
     "read_records",
+    "read_registered",
     "read_text",
+    "read_wav_folder",
+    "register_source",
+    "registered_source",
     "source_kind",
     "token_windows",
 ]

@@ -9,33 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from rankfold.errors import InputError, require
+from rankfold.sources.class_folders import ClassFolder, class_files, without_broken
 from rankfold.sources.normalize import channel_values, normalize_images
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 DEFAULT_SIZE = 224
-
-
-class ImageFolder(Dataset[tuple[Tensor, int]]):
-    """Pairs of a ``(3, size, size)`` float32 image and its class, in the order of their paths."""
-
-    def __init__(
-        self,
-        files: Sequence[tuple[Path, int]],
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
-        size: int,
-    ) -> None:
-        self.files, self.mean, self.std, self.size = files, mean, std, size
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        file, label = self.files[index]
-        return normalize_images(_read(file, self.size), self.mean, self.std), label
 
 
 def read_image_folder(
@@ -43,7 +23,9 @@ def read_image_folder(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     size: int | None = None,
-) -> ImageFolder:
+    *,
+    skip_broken: bool = False,
+) -> ClassFolder:
     """Images whose class is the place of their folder's name among the sorted names.
 
     The shorter side is resized to ``size`` (224 if None), the middle square is cut out, values
@@ -54,6 +36,10 @@ def read_image_folder(
         mean: Subtracted, per channel (red, green, blue).
         std: Divided by, per channel.
         size: Side of the square, pixels.
+        skip_broken: Leave out images that can't be read; ``skipped`` of the result names them.
+
+    Returns:
+        Pairs of a ``(3, size, size)`` float32 image and its class.
 
     Raises:
         InputError: Fewer than two classes, a class without images, or Pillow isn't installed;
@@ -62,29 +48,15 @@ def read_image_folder(
     require("PIL", "images")
     if size is not None and size < 1:
         raise InputError(f"--image-size is {size}; expected 1 pixel or more.")
-    classes = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
-    if len(classes) < 2:
-        found = f"the one class folder {classes[0].name}" if classes else "no class folder"
-        raise InputError(
-            f"the image folder {folder} has {found}; expected two or more folders, one a class, "
-            "with the images of that class in it."
-        )
-    files: list[tuple[Path, int]] = []
-    for label, directory in enumerate(classes):
-        images = sorted(p for p in directory.rglob("*") if p.suffix.lower() in SUFFIXES)
-        if not images:
-            raise InputError(
-                f"the class folder {directory} holds no image; expected {', '.join(SUFFIXES)} "
-                "files. Remove the folder or add images."
-            )
-        files += [(image, label) for image in images]
+    files = class_files(folder, SUFFIXES, "image")
     channels = 3
-    return ImageFolder(
-        files,
-        channel_values("--mean", mean, channels),
-        channel_values("--std", std, channels),
-        size or DEFAULT_SIZE,
-    )
+    means = channel_values("--mean", mean, channels)
+    stds = channel_values("--std", std, channels)
+
+    def read(file: Path) -> Tensor:
+        return normalize_images(_read(file, size or DEFAULT_SIZE), means, stds)
+
+    return without_broken(files, read) if skip_broken else ClassFolder(files, read)
 
 
 def _read(file: Path, size: int) -> Tensor:

@@ -6,20 +6,26 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from rankfold.errors import InputError
+from rankfold.sources.arrow import is_dataset_folder
+from rankfold.sources.class_folders import holds_files
+from rankfold.sources.images import SUFFIXES as IMAGES
 from rankfold.sources.python_object import is_spec
 from rankfold.sources.records import SUFFIXES
+from rankfold.sources.registry import registered_source
+from rankfold.sources.sounds import SUFFIXES as SOUNDS
 
-Kind: TypeAlias = Literal["python", "npz", "images", "records", "text"]
+Kind: TypeAlias = Literal["python", "registered", "npz", "images", "sounds", "records", "text"]
 
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".joblib")
 EXPECTED = (
-    "expected a UTF-8 text file, a .jsonl, .csv or .tsv, an .npz with x and y, a folder of class "
-    "folders of images, or file.py:function giving a data set"
+    "expected a UTF-8 text file, a .jsonl, .csv, .tsv or .parquet, an .npz with x and y, a folder "
+    "of class folders of images or wav files, a folder that datasets saved (save_to_disk), or "
+    "file.py:function giving a data set"
 )
 
 
 def source_kind(spec: str) -> Kind:
-    """Decide by form, suffix and first bytes.
+    """Decide by form, suffix and first bytes; a registered suffix comes first.
 
     Raises:
         InputError: Missing, empty, a pickle, or binary.
@@ -27,8 +33,11 @@ def source_kind(spec: str) -> Kind:
     if is_spec(spec):
         return "python"
     path = Path(spec)
+    own = registered_source(path) if path.exists() else None
+    if own is not None:
+        return "records" if own.records else "registered"
     if path.is_dir():
-        return "images"
+        return _folder_kind(path)
     if not path.exists():
         raise InputError(f"the data {spec} does not exist; {EXPECTED}.")
     if not path.is_file():
@@ -46,3 +55,16 @@ def source_kind(spec: str) -> Kind:
     if binary:
         raise InputError(f"the data {spec} is a binary file; {EXPECTED}.")
     return "text"
+
+
+def _folder_kind(folder: Path) -> Kind:
+    if is_dataset_folder(folder):
+        return "records"
+    if not holds_files(folder, SOUNDS):
+        return "images"
+    if holds_files(folder, IMAGES):
+        raise InputError(
+            f"the folder {folder} holds both images and wav files; expected class folders of one "
+            "of them. Put them in two folders."
+        )
+    return "sounds"

@@ -1,4 +1,4 @@
-"""Records of named columns: ``.jsonl`` (one JSON object a line), ``.csv`` and ``.tsv``."""
+"""Records of named columns: ``.jsonl`` (a JSON object a line), ``.csv``, ``.tsv``, and Arrow's."""
 
 from __future__ import annotations
 
@@ -9,28 +9,37 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from rankfold.errors import InputError
+from rankfold.sources.arrow import SUFFIXES as ARROW_SUFFIXES
+from rankfold.sources.arrow import read_arrow
 
 Record: TypeAlias = dict[str, Any]
-SUFFIXES = (".jsonl", ".csv", ".tsv")
+SUFFIXES = (".jsonl", ".csv", ".tsv", *ARROW_SUFFIXES)
 
 
 def read_records(file: Path) -> list[Record]:
-    """All records of a file, each with the same columns.
+    """All records of a file or of a ``save_to_disk`` folder, each with the same columns.
 
     A ``.csv`` or ``.tsv`` names its columns in the first line; its values are texts.
 
     Raises:
         InputError: Unreadable, not UTF-8, empty, or a line that is no record; the line is named.
     """
+    if file.is_dir() or file.suffix.lower() in ARROW_SUFFIXES:
+        records = read_arrow(file)
+    else:
+        records = _written(file)
+    if not records:
+        raise InputError(f"the data {file} holds no record.")
+    return records
+
+
+def _written(file: Path) -> list[Record]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the data {file} can't be read as UTF-8: {error}.") from error
     suffix = file.suffix.lower()
-    records = _json_lines(file, text) if suffix == ".jsonl" else _table(file, text, suffix)
-    if not records:
-        raise InputError(f"the data {file} holds no record.")
-    return records
+    return _json_lines(file, text) if suffix == ".jsonl" else _table(file, text, suffix)
 
 
 def _json_lines(file: Path, text: str) -> list[Record]:

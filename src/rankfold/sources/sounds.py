@@ -1,0 +1,89 @@
+"""A folder of class folders of wav files, read when they are used."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.io import wavfile
+from torch import Tensor
+
+from rankfold.errors import InputError
+from rankfold.sources.class_folders import ClassFolder, class_files, refused, without_broken
+
+SUFFIXES = (".wav",)
+# What scipy raises where it says what is wrong, and where it trips over a damaged header.
+SAID = (OSError, ValueError, wavfile.WavFileWarning)
+DAMAGED = (struct.error, ZeroDivisionError, UnboundLocalError)
+
+
+def read_wav_folder(folder: Path, *, skip_broken: bool = False) -> ClassFolder:
+    """Sounds whose class is the place of their folder's name among the sorted names.
+
+    Every file is read once here, to compare the sample rates, and not kept. Lengths may differ.
+
+    Args:
+        folder: Holds one folder per class.
+        skip_broken: Leave out files that can't be read; ``skipped`` of the result names them. One
+            of another sample rate is not broken: it is refused all the same.
+
+    Returns:
+        Pairs of ``(channels, samples)`` float32 in -1..1 and the class.
+
+    Raises:
+        InputError: Fewer than two classes, a class without wav files, a file that can't be read or
+            is empty, or sample rates or numbers of channels that differ.
+    """
+
+    def read(file: Path) -> Tensor:
+        return _read(file)[0]
+
+    files = class_files(folder, SUFFIXES, "wav file")
+    found = without_broken(files, read) if skip_broken else ClassFolder(files, read)
+    _refuse_mixtures([file for file, _ in found.files])
+    return found
+
+
+def _refuse_mixtures(files: Sequence[Path]) -> None:
+    wanted: tuple[int, int] | None = None
+    for file in files:
+        try:
+            sound, rate = _read(file)
+        except InputError as error:
+            raise refused(error) from error
+        wanted = wanted or (rate, len(sound))
+        if (rate, len(sound)) != wanted:
+            raise InputError(
+                f"the wav file {file} has {rate} samples a second and {len(sound)} channels; "
+                f"{files[0]} has {wanted[0]} and {wanted[1]}. Expected the same in all, as the "
+                "model was trained with: resample the one or remove it."
+            )
+
+
+def _read(file: Path) -> tuple[Tensor, int]:
+    """``(channels, samples)`` and the samples a second."""
+    try:
+        with warnings.catch_warnings():
+            # Chunks beside the sound, such as tags, are no harm; a file cut short is broken.
+            warnings.simplefilter("ignore", wavfile.WavFileWarning)
+            warnings.filterwarnings("error", "Reached EOF", wavfile.WavFileWarning)
+            rate, samples = wavfile.read(file)
+    except (*SAID, *DAMAGED) as error:
+        reason = str(error).rstrip(".") if isinstance(error, SAID) else "its header is damaged"
+        raise InputError(
+            f"the wav file {file} can't be read: {reason}. Expected PCM or float samples; replace "
+            "or remove it."
+        ) from error
+    if samples.size == 0 or not np.isfinite(samples).all():
+        what = "NaN or infinite samples" if samples.size else "no sample"
+        raise InputError(f"the wav file {file} holds {what}. Replace or remove it.")
+    if samples.dtype == np.uint8:  # 8 bits are unsigned, the middle is 128
+        samples = (samples.astype(np.float32) - 128) / 128
+    elif samples.dtype.kind == "i":  # 24 bits come as the upper ones of 32
+        samples = samples.astype(np.float64) / -float(np.iinfo(samples.dtype).min)
+    columns = samples.reshape(len(samples), -1).T  # (channels, samples)
+    return torch.from_numpy(np.ascontiguousarray(columns, dtype=np.float32)), rate
