@@ -65,6 +65,7 @@ from rankfold.interactions import (
     LARGEST_CORRECTION,
     OTHER_SHARE_EXAMPLES,
     SHARE_EXAMPLES,
+    SHARE_OF_CALIBRATION,
     corrections,
     measured_shares,
 )
@@ -398,7 +399,8 @@ class Preparation:
     earlier: list[Round] = field(default_factory=list)
     start: RankPlan | None = None
     factors: dict[str, float] | None = None
-    _control: Evaluation | None = None
+    # A list, so that copies with other curves or another form share what was evaluated once.
+    _control: list[Evaluation] = field(default_factory=list)
 
     @property
     def objective(self) -> Objective:
@@ -435,6 +437,7 @@ class Preparation:
             stage = stage.next_round(budget, left + 1)
             tried.append(stage.measure(stage.plan(budget)))
         if self.corrects:
+            tried = [replace(candidate, model=None) for candidate in tried]  # room for two copies
             stage = _lowest(tried).stage.corrected(_lowest(tried))
             tried.append(stage.measure(stage.plan(budget)))
         best = _lowest(tried)
@@ -495,8 +498,8 @@ class Preparation:
         stage = self
         seen: list[Candidate] = []
         if self.corrects:
-            first = self.measure(self._plan_for(margin))
-            stage, seen = self.corrected(first), [replace(first, model=None)]
+            seen = [replace(self.measure(self._plan_for(margin)), model=None)]
+            stage = self.corrected(seen[0])
         tried = stage._search(margin, float(self.total), seen)
         for _ in range(self.settings.rounds - 1):
             best = self._smallest_passing(tried, margin)
@@ -795,8 +798,9 @@ class Preparation:
         after = with_replaced(
             collected.base, {}, {n: self.weight(n, choice) for n, choice in measured.plan.items()}
         )
-        few = SHARE_EXAMPLES.get(collected.task.name, OTHER_SHARE_EXAMPLES)
         calibration = collected.parts["calibration"]
+        most = SHARE_EXAMPLES.get(collected.task.name, OTHER_SHARE_EXAMPLES)
+        few = max(1, min(most, round(SHARE_OF_CALIBRATION * len(calibration.examples))))
         shares = measured_shares(
             before,
             after,
@@ -840,11 +844,11 @@ class Preparation:
 
     def control_held_out(self) -> Evaluation | None:
         """Losses of the control on the held-out examples, None where there is no step."""
-        if self._control is None:
+        if not self._control:
             moved = self.control()
             if moved is not None:
-                self._control = self.held_out(moved, "control on held-out data")
-        return self._control
+                self._control.append(self.held_out(moved, "control on held-out data"))
+        return self._control[0] if self._control else None
 
     @property
     def original_sizes(self) -> dict[str, int]:
@@ -1008,7 +1012,7 @@ class Preparation:
         saved = sum(entry["flops"] - entry["factorized_flops"] for entry in layers)
         after["flops"] = before["flops"] - saved
         original, factorized = evidence.original, evidence.factorized
-        control = None if self._control is None else self._control.first(len(original.losses))
+        control = self._control[0].first(len(original.losses)) if self._control else None
         collected = self.collected
         return {
             "algorithm": algorithm,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from statistics import median
 from typing import cast
 
@@ -25,10 +26,12 @@ from rankfold.modes import evaluation_mode
 from rankfold.progress import Progress, SilentProgress
 from rankfold.tasks import BatchLoss, Task, on_device
 
-# Examples that the shares are measured on. The divergence is 0 at the original whatever the
-# sample, so its gradient is far less noisy than that of the loss, and few examples suffice.
+# Most examples that the shares are measured on, and the share of the calibration examples that
+# they are. The divergence is 0 at the original whatever the sample, so its gradient is far less
+# noisy than that of the loss, and few examples suffice.
 SHARE_EXAMPLES = {"causal-lm": 8}
 OTHER_SHARE_EXAMPLES = 512
+SHARE_OF_CALIBRATION = 0.25
 # A correction never changes a prediction by more than this, either way.
 LARGEST_CORRECTION = 3.0
 # Predictions below this part of the mean one are too small to be compared with.
@@ -52,8 +55,9 @@ def measured_shares(
     order part of the loss itself, ``1/2 <G' - G, Delta>``.
 
     Args:
-        original: The model before; its weights are only read.
-        changed: The model after, of the same architecture.
+        original: The model before. Gradients pass through the ``grad`` of its layers and are
+            dropped, so give a copy of a user's model.
+        changed: The model after, of the same architecture; likewise.
         task: Gives the logits, or the losses.
         part: Examples.
         names: Layers with a ``weight`` that differs.
@@ -65,7 +69,6 @@ def measured_shares(
     """
     progress = progress or SilentProgress()
     before, after = _weights(original, names), _weights(changed, names)
-    deltas = [new.detach() - old.detach() for old, new in zip(before, after, strict=True)]
     sums = torch.zeros(len(names), dtype=torch.float64)
     terms = 0.0
     batches = part.batches(batch_size)
@@ -76,9 +79,9 @@ def measured_shares(
         terms += float(reference.terms.sum())
         with evaluation_mode(changed, trainable=after):
             found = task.batch_loss(changed, batch)
-            sums += _slopes(_divergence(reference, found), after, deltas)
+            sums += _slopes(_divergence(reference, found), after, before, after)
         if reference.logits is None:
-            sums -= _own_slopes(original, task, batch, before, deltas)
+            sums -= _own_slopes(original, task, batch, before, after)
     return {name: 0.5 * float(slope) / terms for name, slope in zip(names, sums, strict=True)}
 
 
@@ -122,21 +125,32 @@ def _divergence(reference: BatchLoss, found: BatchLoss) -> Tensor:
 
 
 def _own_slopes(
-    model: nn.Module, task: Task, batch: Batch, weights: list[Tensor], deltas: list[Tensor]
+    model: nn.Module, task: Task, batch: Batch, before: list[Tensor], after: list[Tensor]
 ) -> Tensor:
-    with evaluation_mode(model, trainable=weights):
+    with evaluation_mode(model, trainable=before):
         found = task.batch_loss(model, batch)
-        return _slopes((found.losses * found.terms).sum(), weights, deltas)
+        return _slopes((found.losses * found.terms).sum(), before, before, after)
 
 
-def _slopes(loss: Tensor, weights: list[Tensor], deltas: list[Tensor]) -> Tensor:
-    """``<dloss/dW, Delta>`` of each weight, float64."""
-    found = torch.autograd.grad(loss, weights, allow_unused=True)
-    gradients = cast("tuple[Tensor | None, ...]", found)  # None for a layer that was not called
-    return torch.tensor(
-        [
-            0.0 if gradient is None else float((gradient * delta).sum(dtype=torch.float64))
-            for gradient, delta in zip(gradients, deltas, strict=True)
-        ],
-        dtype=torch.float64,
-    )
+def _slopes(
+    loss: Tensor, weights: list[Tensor], before: list[Tensor], after: list[Tensor]
+) -> Tensor:
+    """``<dloss/dW, after - before>`` of each weight, float64.
+
+    Each gradient is used and dropped as soon as it is there: together they are as large as the
+    model.
+    """
+    slopes = torch.zeros(len(weights), dtype=torch.float64)
+    with ExitStack() as stack:
+        for place, weight in enumerate(weights):
+
+            def use(weight: Tensor, place: int = place) -> None:
+                gradient = cast("Tensor", weight.grad)
+                with torch.no_grad():
+                    delta = after[place] - before[place]
+                    slopes[place] += (gradient * delta).sum(dtype=torch.float64).cpu()
+                weight.grad = None
+
+            stack.callback(weight.register_post_accumulate_grad_hook(use).remove)
+        loss.backward()
+    return slopes
