@@ -320,8 +320,11 @@ def _panel(panel: Any, rows: list[Row], variants: list[str], size: float) -> Non
             )
             if row.control is not None:
                 panel.plot(row.control, place, "x", color="C1")
-    # Beyond 0.1 the scale is logarithmic: what destroys a model would hide all else.
-    panel.set_xscale("symlog", linthresh=0.1)
+    if max(abs(row.change) for row in rows) > 1:
+        # Logarithmic beyond 0.1: what destroys a model would hide all else.
+        panel.set_xscale("symlog", linthresh=0.1)
+    else:
+        panel.locator_params(axis="x", nbins=4)
     panel.axvline(0, color="grey", linewidth=0.8)
     panel.set_yticks(range(len(variants)), variants)
     panel.set_title(f"{size:g} kept (x: control)")
