@@ -374,6 +374,7 @@ def test_verify_says_what_it_lacks(work: Path) -> None:
     ("content", "message"),
     [
         ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
         ("[]", "format_version None"),
         ('{"format_version": 99}', "format_version 99"),
         ('{"format_version": 1}', "is damaged"),

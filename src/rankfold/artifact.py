@@ -25,6 +25,7 @@ from rankfold.certify import Verdict
 from rankfold.conv_modules import CONV_FORMS, ConvForm, empty_conv
 from rankfold.errors import InputError
 from rankfold.integrations import transformers as hf
+from rankfold.json_file import read_json
 from rankfold.layer_matrix import MatrixLayer
 from rankfold.modules import FORMS, Form, LowRankConv2d, LowRankLinear, left_rows
 from rankfold.replace import put_modules
@@ -207,10 +208,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} is no rankfold artifact: it has no {MANIFEST_FILE}. What transformers has "
             "saved again is opened by its from_pretrained."
         )
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # also: not UTF-8, a number of 5,000 digits
-        raise InputError(f"{file} is not valid JSON: {error}") from error
+    manifest = read_json(file)
     if not isinstance(manifest, dict):
         raise InputError(f"{file} holds a {type(manifest).__name__}; expected a JSON object.")
     manifest.setdefault("unpacked", [])  # not written before there was anything to unpack

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from rankfold.certify import Certificate, Statement, certify
 from rankfold.data import Part, content_digest
 from rankfold.errors import InputError
+from rankfold.json_file import read_json
 from rankfold.sizes import stored_tensors
 from rankfold.tasks import Evaluation
 
@@ -200,10 +201,7 @@ def read_document(folder: Path) -> Document:
             f"{folder} has no {JSON_FILE}: it was made without a certificate that can be checked, "
             "or the file was removed. Certify the model again."
         )
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is not valid JSON: {error}") from error
+    document = read_json(file)
     version = document.get("format_version") if isinstance(document, dict) else None
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         raise InputError(
