@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rankfold.factored_weight import FactoredWeight
-from rankfold.modules import conv_part, mixing_conv, stock_conv, with_identity_rows
+from rankfold.modules import ConvStandIn, conv_part, mixing_conv, stock_conv, with_identity_rows
 
 ConvForm: TypeAlias = Literal["vertical", "horizontal", "tucker"]
 CONV_FORMS: tuple[ConvForm, ...] = ("vertical", "horizontal", "tucker")
@@ -73,26 +73,15 @@ def _short(order: Tensor | None) -> Tensor | None:
     return None if order is None else order.to(torch.int32)
 
 
-class _FactorizedConv2d(nn.Module):
+class _FactorizedConv2d(ConvStandIn):
     """Geometry and bias of the conv that is replaced, and the way back to it."""
-
-    bias: nn.Parameter | None
 
     def __init__(self, in_channels: int, out_channels: int, like: nn.Conv2d, bias: Tensor | None):
         super().__init__()
         if like.groups != 1:
             raise ValueError(f"a conv with {like.groups} groups has no such factorization")
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.kernel_size = like.kernel_size
-        self.stride = like.stride
-        self.padding = like.padding
-        self.dilation = like.dilation
-        self.padding_mode = like.padding_mode
-        self.groups = like.groups
-        # (left, right, top, bottom), also for padding="same".
-        self._margins = list(like._reversed_padding_repeated_twice)
+        self._stand_for(like, in_channels, out_channels)
 
     @property
     def weight(self) -> Tensor:
@@ -275,13 +264,9 @@ class TuckerConv2d(_FactorizedConv2d):
         if self.first is not None:
             mix = with_identity_rows(self.first, self.first_order).T
             hidden = functional.conv2d(hidden, mix[:, :, None, None])
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            # A 1x1 conv without bias commutes with padding.
-            hidden = functional.pad(hidden, self._margins, mode=self.padding_mode)
-            padding = (0, 0)
         bias = self.bias if self.last is None else None
-        hidden = functional.conv2d(hidden, self.core, bias, self.stride, padding, self.dilation)
+        # Padded only here: a 1x1 conv without bias commutes with padding.
+        hidden = self._convolve(hidden, self.core, bias)
         if self.last is None:
             return hidden
         mix = with_identity_rows(self.last, self.last_order)

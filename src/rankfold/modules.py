@@ -13,13 +13,14 @@ Both hold a rank-k matrix W' in one of two forms:
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from rankfold.factored_weight import FactoredWeight
+from rankfold.stock_layers import conv2d, linear
 
 Form: TypeAlias = Literal["pair", "pivoted"]
 FORMS: tuple[Form, ...] = ("pair", "pivoted")
@@ -122,13 +123,13 @@ class LowRankLinear(_LowRank):
 
     def to_dense(self) -> nn.Linear:
         """The same layer as one ``nn.Linear``, factors multiplied out."""
-        return _stock_linear(self.dense_matrix().detach(), self.bias)
+        return linear(self.dense_matrix().detach(), self.bias)
 
     def to_stock(self) -> nn.Sequential:
         """The same layer as two ``nn.Linear``, one after the other."""
         return nn.Sequential(
-            _stock_linear(self.right.detach(), None),
-            _stock_linear(self.full_left().detach(), self.bias),
+            linear(self.right.detach(), None),
+            linear(self.full_left().detach(), self.bias),
         )
 
     def extra_repr(self) -> str:
@@ -139,7 +140,41 @@ class LowRankLinear(_LowRank):
         )
 
 
-class LowRankConv2d(_LowRank):
+class ConvStandIn(nn.Module):
+    """What stands for a Conv2d keeps its geometry: a model may ask for it, to foresee sizes."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding_mode: str
+    groups: int
+    bias: nn.Parameter | None
+
+    def _stand_for(self, conv: nn.Conv2d, in_channels: int, out_channels: int) -> None:
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = conv.kernel_size
+        self.stride = conv.stride
+        self.padding = conv.padding
+        self.dilation = conv.dilation
+        self.padding_mode = conv.padding_mode
+        self.groups = conv.groups
+        # (left, right, top, bottom), also for padding="same".
+        self._margins = list(conv._reversed_padding_repeated_twice)
+
+    def _convolve(self, images: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply a kernel with the conv's own stride, padding and dilation."""
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            images = functional.pad(images, self._margins, mode=self.padding_mode)
+            padding = (0, 0)
+        return functional.conv2d(images, kernel, bias, self.stride, padding, self.dilation)
+
+
+class LowRankConv2d(_LowRank, ConvStandIn):
     """A Conv2d whose matrix has low rank: a conv to ``rank`` channels, then a 1x1 conv.
 
     Args:
@@ -159,23 +194,12 @@ class LowRankConv2d(_LowRank):
         order: Tensor | None = None,
     ):
         super().__init__(left, right, bias, order)
-        self.in_channels = right.shape[1]
-        self.out_channels = left.shape[0] if order is None else len(order)
-        self.kernel_size = like.kernel_size
-        self.stride = like.stride
-        self.padding = like.padding
-        self.dilation = like.dilation
-        self.padding_mode = like.padding_mode
-        self.groups = like.groups
-        self._margins = list(like._reversed_padding_repeated_twice)
+        rows = left.shape[0] if order is None else len(order)
+        self._stand_for(like, right.shape[1], rows)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map ``(n, in, h, w)`` or ``(in, h, w)`` to the conv's output."""
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            images = functional.pad(images, self._margins, mode=self.padding_mode)
-            padding = (0, 0)
-        hidden = functional.conv2d(images, self.right, None, self.stride, padding, self.dilation)
+        hidden = self._convolve(images, self.right, None)
         mix = self.left[:, :, None, None]
         if self.order is None:
             return functional.conv2d(hidden, mix, self.bias)
@@ -203,38 +227,14 @@ class LowRankConv2d(_LowRank):
         )
 
 
-_Dense = TypeVar("_Dense", nn.Linear, nn.Conv2d)
-
-
-def _filled(dense: _Dense, weight: Tensor, bias: Tensor | None) -> _Dense:
-    with torch.no_grad():
-        dense.weight.copy_(weight)
-        if bias is not None and dense.bias is not None:
-            dense.bias.copy_(bias)
-    return dense
-
-
-class ConvGeometry(Protocol):
-    """What a factorized conv keeps of the conv that it replaces."""
-
-    in_channels: int
-    out_channels: int
-    kernel_size: Any
-    stride: Any
-    padding: Any
-    dilation: Any
-    padding_mode: Any
-    bias: nn.Parameter | None
-
-
-def stock_conv(like: ConvGeometry, weight: Tensor) -> nn.Conv2d:
+def stock_conv(like: ConvStandIn, weight: Tensor) -> nn.Conv2d:
     """An ``nn.Conv2d`` of the same geometry and bias with this weight, of as many values."""
     shape = (like.out_channels, like.in_channels, *like.kernel_size)
     return conv_part(like, weight.view(shape), like.bias)
 
 
 def conv_part(
-    like: ConvGeometry, weight: Tensor, bias: Tensor | None = None, **geometry: Any
+    like: ConvStandIn, weight: Tensor, bias: Tensor | None = None, **geometry: Any
 ) -> nn.Conv2d:
     """An ``nn.Conv2d`` with this weight ``(out, in, kh, kw)``.
 
@@ -244,37 +244,10 @@ def conv_part(
         bias: ``(out,)`` or None; copied.
         geometry: What differs: ``stride``, ``padding``, ``dilation``.
     """
-    out, in_, *kernel = weight.shape
     own = {name: getattr(like, name) for name in ("stride", "padding", "dilation", "padding_mode")}
-    dense: nn.Conv2d = nn.utils.skip_init(
-        nn.Conv2d,
-        in_,
-        out,
-        tuple(kernel),
-        bias=bias is not None,
-        device=weight.device,
-        dtype=weight.dtype,
-        **{**own, **geometry},
-    )
-    return _filled(dense, weight, bias)
+    return conv2d(weight, bias, **{**own, **geometry})
 
 
 def mixing_conv(matrix: Tensor, bias: Tensor | None) -> nn.Conv2d:
     """A 1x1 ``nn.Conv2d`` of this ``(out, in)`` matrix."""
-    out, in_ = matrix.shape
-    dense: nn.Conv2d = nn.utils.skip_init(
-        nn.Conv2d, in_, out, 1, bias=bias is not None, device=matrix.device, dtype=matrix.dtype
-    )
-    return _filled(dense, matrix[:, :, None, None], bias)
-
-
-def _stock_linear(matrix: Tensor, bias: Tensor | None) -> nn.Linear:
-    dense: nn.Linear = nn.utils.skip_init(  # drawing weights would move the user's random state
-        nn.Linear,
-        matrix.shape[1],
-        matrix.shape[0],
-        bias=bias is not None,
-        device=matrix.device,
-        dtype=matrix.dtype,
-    )
-    return _filled(dense, matrix, bias)
+    return conv2d(matrix[:, :, None, None], bias)

@@ -22,6 +22,7 @@ from rankfold.integrations.transformers_layers import unpack_transformers_layer
 from rankfold.layers import groups_reason, plain_kind
 from rankfold.modes import evaluation_mode
 from rankfold.replace import put_modules
+from rankfold.stock_layers import empty
 from rankfold.unpacked_modules import (
     RedirectedCall,
     UnpackedAttention,
@@ -245,8 +246,9 @@ def _with_own_rule(module: nn.Linear | nn.Conv2d) -> nn.Module | None:
     if isinstance(module, nn.Conv2d):
         defaults: tuple[Any, ...] = (1, 0, 1, 1)
         stride, padding, dilation, groups = call + defaults[len(call) :]
-        matrix: nn.Module = nn.utils.skip_init(
+        matrix: nn.Module = empty(
             nn.Conv2d,
+            weight,
             module.in_channels,
             module.out_channels,
             module.kernel_size,
@@ -255,8 +257,6 @@ def _with_own_rule(module: nn.Linear | nn.Conv2d) -> nn.Module | None:
             dilation,
             groups,
             bias=module.bias is not None,
-            device=weight.device,
-            dtype=weight.dtype,
         )
     else:
         matrix = linear(weight, module.bias)

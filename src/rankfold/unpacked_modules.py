@@ -9,47 +9,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+from rankfold import stock_layers
+from rankfold.stock_layers import StockLayer, conv2d, empty, filled
+
 _Transposed: TypeAlias = nn.ConvTranspose1d | nn.ConvTranspose2d
-_Layer = TypeVar("_Layer", bound="nn.Linear | _ConvNd")
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A Linear with a copy of this weight ``(out, in)`` and bias ``(out,)``."""
-    out, in_ = weight.shape
-    layer: nn.Linear = _empty(nn.Linear, weight, in_, out, bias=bias is not None)
-    return _filled(layer, weight, bias)
+    """``stock_layers.linear``, trainable where the given ones are."""
+    return _as_trainable(stock_layers.linear(weight, bias), weight, bias)
 
 
-def conv2d(weight: Tensor, bias: Tensor | None, **geometry: Any) -> nn.Conv2d:
-    """A Conv2d without groups with a copy of this weight ``(out, in, kh, kw)`` and bias."""
-    out, in_, *kernel = weight.shape
-    layer: nn.Conv2d = _empty(
-        nn.Conv2d, weight, in_, out, tuple(kernel), bias=bias is not None, **geometry
-    )  # fmt: skip
-    return _filled(layer, weight, bias)
-
-
-def _empty(kind: Any, like: Tensor, *args: Any, **options: Any) -> Any:
-    """A layer whose parameters are not initialised: torch's random state stays as it was."""
-    return nn.utils.skip_init(kind, *args, device=like.device, dtype=like.dtype, **options)
-
-
-def _filled(layer: _Layer, weight: Tensor, bias: Tensor | None) -> _Layer:
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-        layer.weight.requires_grad_(weight.requires_grad)
-        if bias is not None and layer.bias is not None:
-            layer.bias.copy_(bias)
-            layer.bias.requires_grad_(bias.requires_grad)
+def _as_trainable(layer: StockLayer, weight: Tensor, bias: Tensor | None) -> StockLayer:
+    """The layer, its parameters requiring gradients where these do."""
+    layer.weight.requires_grad_(weight.requires_grad)
+    if bias is not None and layer.bias is not None:
+        layer.bias.requires_grad_(bias.requires_grad)
     return layer
 
 
@@ -88,11 +71,11 @@ class UnpackedGroups(nn.Module):
         parts = []
         for weight, bias in zip(weights, biases, strict=True):
             out = conv.out_channels // groups
-            part = _empty(
+            part = empty(
                 kind, weight, self.channels, out, conv.kernel_size,
                 bias=bias is not None, **options,
             )  # fmt: skip
-            parts.append(_filled(part, weight, bias))
+            parts.append(_as_trainable(filled(part, weight, bias), weight, bias))
         self.groups_of = nn.ModuleList(parts)
         self.spatial = conv.weight.dim() - 2
         _keep_geometry(self, conv)
@@ -127,11 +110,12 @@ class UnpackedConv1d(nn.Module):
             kind = nn.ConvTranspose2d
             options["output_padding"] = (0, *conv.output_padding)
         kernel = (1, *conv.kernel_size)
-        inner = _empty(
+        inner = empty(
             kind, conv.weight, conv.in_channels, conv.out_channels, kernel,
             bias=conv.bias is not None, **options,
         )  # fmt: skip
-        self.image_conv = _filled(inner, conv.weight.unsqueeze(-2), conv.bias)
+        filled(inner, conv.weight.unsqueeze(-2), conv.bias)
+        self.image_conv = _as_trainable(inner, conv.weight, conv.bias)
         _keep_geometry(self, conv)
 
     def forward(self, signals: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
@@ -160,7 +144,7 @@ class UnpackedConvTranspose2d(nn.Module):
     def __init__(self, conv: nn.ConvTranspose2d) -> None:
         super().__init__()
         matrix = conv.weight.flatten(1).T
-        self.columns = conv2d(matrix[:, :, None, None], None)
+        self.columns = _as_trainable(conv2d(matrix[:, :, None, None], None), matrix, None)
         bias = conv.bias
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         if self.bias is not None and bias is not None:
