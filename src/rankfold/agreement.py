@@ -12,9 +12,11 @@ from torch.nn import functional
 from rankfold.data import Batch
 from rankfold.losses import (
     BatchLoss,
+    divergence,
     field_of,
     labels_of,
     logits_of,
+    loss_of_terms,
     one_term,
     output_of,
     values_of,
@@ -119,13 +121,10 @@ def _divergence(found: Tensor, original: Tensor, mask: Tensor | None) -> BatchLo
     kept = torch.ones(found.shape[:-1], dtype=torch.bool, device=found.device)
     if mask is not None and mask.shape == kept.shape:
         kept = mask != 0
-    log_found, log_original = (t[kept].float().log_softmax(-1) for t in (found, original))
-    each = (log_original.exp() * (log_original - log_found)).sum(-1)  # (terms,)
-    rows, terms = kept.nonzero()[:, 0], kept.flatten(1).sum(1) if kept.dim() > 1 else kept.long()
-    losses = each.new_zeros(len(found)).index_add(0, rows, each) / terms.clamp(min=1)
-    hits = (log_found.argmax(-1) == log_original.argmax(-1)).to(each.dtype)
-    correct = hits.new_zeros(len(found)).index_add(0, rows, hits) / terms.clamp(min=1)
-    return BatchLoss(losses, terms, found[kept], correct)
+    found, original = found[kept], original[kept]
+    each = divergence(found, original)
+    hits = (found.argmax(-1) == original.argmax(-1)).to(each.dtype)
+    return loss_of_terms(each, found, hits, kept)
 
 
 def _relative_distance(found: Tensor, original: Tensor, mask: Tensor | None) -> BatchLoss:

@@ -18,10 +18,10 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from rankfold.data import Batch, Part
 from rankfold.layer_matrix import MatrixLayer
+from rankfold.losses import divergence
 from rankfold.modes import evaluation_mode
 from rankfold.progress import Progress, SilentProgress
 from rankfold.tasks import BatchLoss, Task, on_device
@@ -119,9 +119,7 @@ def _divergence(reference: BatchLoss, found: BatchLoss) -> Tensor:
     """Summed over the terms."""
     if reference.logits is None or found.logits is None:
         return (found.losses * found.terms).sum()
-    target = reference.logits.float().log_softmax(-1)
-    predictions = found.logits.float().log_softmax(-1)
-    return functional.kl_div(predictions, target, log_target=True, reduction="sum")
+    return divergence(found.logits, reference.logits).sum()
 
 
 def _own_slopes(

@@ -76,12 +76,38 @@ def token_losses(logits: Tensor, labels: Tensor) -> BatchLoss:
     check_labels(labels[kept], logits.shape[-1])
     flat = logits[kept]  # (terms, classes)
     nll = functional.cross_entropy(flat.float(), labels[kept], reduction="none")
-    rows = kept.nonzero()[:, 0]
-    terms = kept.sum(1)
-    losses = nll.new_zeros(len(labels)).index_add(0, rows, nll) / terms.clamp(min=1)
     hits = (flat.argmax(-1) == labels[kept]).to(nll.dtype)
-    correct = hits.new_zeros(len(labels)).index_add(0, rows, hits) / terms.clamp(min=1)
-    return BatchLoss(losses, terms, flat, correct)
+    return loss_of_terms(nll, flat, hits, kept)
+
+
+def loss_of_terms(each: Tensor, logits: Tensor, hits: Tensor, kept: Tensor) -> BatchLoss:
+    """Losses of terms as the means over the examples that they belong to.
+
+    Args:
+        each: ``(terms,)`` loss of each term.
+        logits: ``(terms, classes)``.
+        hits: ``(terms,)`` 1 where the term is predicted right, else 0.
+        kept: ``(n,)`` or ``(n, length)`` bool, True where there is a term.
+    """
+    rows = kept.nonzero()[:, 0]
+    terms = kept.flatten(1).sum(1) if kept.dim() > 1 else kept.long()
+
+    def mean(values: Tensor) -> Tensor:
+        return values.new_zeros(len(kept)).index_add(0, rows, values) / terms.clamp(min=1)
+
+    return BatchLoss(mean(each), terms, logits, mean(hits))
+
+
+def divergence(found: Tensor, original: Tensor) -> Tensor:
+    """``KL(original || found)`` of the predictions of each term, ``(terms,)`` float32 nats.
+
+    Args:
+        found: ``(terms, classes)`` logits.
+        original: ``(terms, classes)`` logits.
+    """
+    log_found, log_original = (logits.float().log_softmax(-1) for logits in (found, original))
+    each = functional.kl_div(log_found, log_original, log_target=True, reduction="none")
+    return each.sum(-1)
 
 
 def field_of(output: Any, name: str) -> Tensor | None:
