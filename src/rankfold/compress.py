@@ -320,7 +320,7 @@ def analyse(
     curves: dict[str, Curve] = {}
     for name, layer in progress.track(layers.items(), "spectra", len(layers)):
         statistics = collected.statistics.get(name)
-        weight = step.moved(name, layer) if step else weight_matrix(layer)
+        weight = _moved(step, name, layer)
         spectra[name] = layer_spectrum(objective, weight, statistics, settings.dampings)
         curves[name] = layer_curve(
             objective,
@@ -358,9 +358,14 @@ def choose_damping(
         prepared = analyse(collected, trial, progress=progress)
         candidate = prepared.measure(prepared.plan(DAMPING_SIZE * prepared.factorizable))
         collected.damping_trials.append((damping, candidate.change.mean))
-    finite = [(d, change) for d, change in collected.damping_trials if math.isfinite(change)]
-    best = min(finite, key=lambda trial: trial[1])[0] if finite else DAMPINGS[0]
+    known = [(d, change) for d, change in collected.damping_trials if math.isfinite(change)]
+    best = min(known, key=lambda trial: trial[1])[0] if known else DAMPINGS[0]
     return replace(settings, damping=best.input, output_damping=best.output)
+
+
+def _moved(step: Step | None, name: str, layer: MatrixLayer) -> Tensor:
+    """The layer's weight after the step, if there is one, ``(out, in)``."""
+    return step.moved(name, layer) if step else weight_matrix(layer)
 
 
 def _has_conv_forms(layer: nn.Module, settings: Settings) -> bool:
@@ -606,8 +611,7 @@ class Preparation:
         return replace(self, curves=curves)
 
     def _moved(self, name: str) -> Tensor:
-        layer = self.collected.layers[name]
-        return self.step.moved(name, layer) if self.step else weight_matrix(layer)
+        return _moved(self.step, name, self.collected.layers[name])
 
     def module(self, name: str, choice: Choice) -> nn.Module:
         """The module that a choice of a rank puts in the layer's place."""
