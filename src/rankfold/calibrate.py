@@ -196,10 +196,7 @@ def collect_statistics(
     """
     progress = progress or SilentProgress()
     middle = len(part.examples) // 2
-    halves = [
-        Part(part.name, part.examples[cut], part.collate, part.digests[cut])
-        for cut in (slice(0, middle), slice(middle, None))
-    ]
+    halves = [part.take(range(middle)), part.take(range(middle, len(part.examples)))]
     sources: list[tuple[int | None, Part]] = [*enumerate(halves)]
     sources += [] if prior is None else [(None, prior)]
     schedule = [(half, b) for half, source in sources for b in source.batches(batch_size)]

@@ -19,6 +19,7 @@ from rankfold.integrations import transformers as hf
 from rankfold.progress import Progress, TerminalProgress
 from rankfold.sources import (
     ClassFolder,
+    Kind,
     is_spec,
     load_object,
     read_image_folder,
@@ -170,15 +171,14 @@ def open_data(spec: str, opened: OpenedModel, options: DataOptions) -> Data:
     Raises:
         InputError: Names what is wrong with it.
     """
-    _check_skipping(spec, options)
-    if spec == SELF:
+    kind = _kind(spec, options)
+    if kind is None:
         first, second, third = (_own_text(opened, options, part) for part in range(len(PARTS)))
         return Data(first, second, third)
-    if source_kind(spec) != "text":
-        own = source_kind(spec) in OWN
-        found = _own_data(spec) if own else _examples(spec, opened, options)
+    if kind != "text":
+        found = _own_data(spec) if kind in OWN else _examples(spec, kind, opened, options)
         return found if isinstance(found, Data) else split(found, options.seed)
-    windows = _examples(spec, opened, options)
+    windows = _examples(spec, kind, opened, options)
     block = max(1, len(windows) // TEXT_BLOCKS)
     needed = 3 * FEWEST
     if len(windows) < needed:
@@ -212,13 +212,13 @@ def open_examples(spec: str, opened: OpenedModel, options: DataOptions, part: in
     Raises:
         InputError: Names what is wrong with it.
     """
-    _check_skipping(spec, options)
-    if spec == SELF:
+    kind = _kind(spec, options)
+    if kind is None:
         return _own_text(opened, options, part)
-    if source_kind(spec) in OWN:
+    if kind in OWN:
         found = _own_data(spec)
         return as_examples(getattr(found, PARTS[part]) if isinstance(found, Data) else found)[0]
-    return _examples(spec, opened, options)
+    return _examples(spec, kind, opened, options)
 
 
 def _own_data(spec: str) -> object:
@@ -234,8 +234,8 @@ def _own_text(opened: OpenedModel, options: DataOptions, part: int) -> Examples:
     return hf.own_text(opened.model, count, length, seed << 20, TerminalProgress())
 
 
-def _examples(spec: str, opened: OpenedModel, options: DataOptions) -> Examples:
-    kind, path = source_kind(spec), Path(spec)
+def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) -> Examples:
+    path = Path(spec)
     if kind == "npz":
         return cast("Examples", read_npz(path, options.mean, options.std))
     if kind == "images":
@@ -270,12 +270,15 @@ def _examples(spec: str, opened: OpenedModel, options: DataOptions) -> Examples:
     return windows
 
 
-def _check_skipping(spec: str, options: DataOptions) -> None:
-    if options.skip_broken and (spec == SELF or source_kind(spec) not in FOLDERS):
+def _kind(spec: str, options: DataOptions) -> Kind | None:
+    """The kind of source, None for ``self``; looked at once, since it may walk through a folder."""
+    kind = None if spec == SELF else source_kind(spec)
+    if options.skip_broken and kind not in FOLDERS:
         raise InputError(
             f"--skip-broken leaves out files of a folder of class folders; {spec} is none. Leave "
             "the option away."
         )
+    return kind
 
 
 def _tell_skipped(folder: Path, found: ClassFolder) -> None:

@@ -8,7 +8,7 @@ from rankfold.sources.arrow import class_names
 from rankfold.sources.class_folders import ClassFolder
 from rankfold.sources.conversations import conversation_tokens
 from rankfold.sources.images import read_image_folder
-from rankfold.sources.kind import source_kind
+from rankfold.sources.kind import Kind, source_kind
 from rankfold.sources.python_object import is_spec, load_object
 from rankfold.sources.records import Record, column, numbers, read_records
 from rankfold.sources.registry import read_registered, register_source, registered_source
@@ -17,6 +17,7 @@ from rankfold.sources.text import read_text, token_windows
 
 __all__ = [
     "ClassFolder",
+    "Kind",
     "Record",
     "class_names",
     "column",
