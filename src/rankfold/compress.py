@@ -645,6 +645,10 @@ class Preparation:
         """What a choice makes of a layer's weight, ``(out, in)``, in the layer's dtype."""
         if choice.rank is None:
             return self._moved(name)
+        if choice.form is None or choice.form in FORMS:
+            # The product itself: choosing pivots for it would take six times as long.
+            like = self.collected.layers[name].weight
+            return self.spectra[name].truncated(choice.rank).to(like.device, like.dtype)
         dense = cast("MatrixLayer", cast("Any", self.module(name, choice)).to_dense())
         return weight_matrix(dense)
 
@@ -798,9 +802,12 @@ class Preparation:
         if not math.isfinite(measured.change.mean):
             return self
         collected = self.collected
-        before = with_replaced(collected.base, {}, {n: self._moved(n) for n in collected.layers})
-        after = with_replaced(
-            collected.base, {}, {n: self.weight(n, choice) for n, choice in measured.plan.items()}
+        before, after = (
+            with_replaced(collected.base, {}, weights, share=True)
+            for weights in (
+                {name: self._moved(name) for name in collected.layers},
+                {name: self.weight(name, choice) for name, choice in measured.plan.items()},
+            )
         )
         calibration = collected.parts["calibration"]
         most = SHARE_EXAMPLES.get(collected.task.name, OTHER_SHARE_EXAMPLES)

@@ -77,10 +77,12 @@ def measured_shares(
         with evaluation_mode(original):
             reference = task.batch_loss(original, batch)
         terms += float(reference.terms.sum())
+        without_logits = reference.logits is None
         with evaluation_mode(changed, trainable=after):
-            found = task.batch_loss(changed, batch)
-            sums += _slopes(_divergence(reference, found), after, before, after)
-        if reference.logits is None:
+            loss = _divergence(reference, task.batch_loss(changed, batch))
+            del reference  # logits of a large vocabulary, not needed to go back
+            sums += _slopes(loss, after, before, after)
+        if without_logits:
             sums -= _own_slopes(original, task, batch, before, after)
     return {name: 0.5 * float(slope) / terms for name, slope in zip(names, sums, strict=True)}
 

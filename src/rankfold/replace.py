@@ -14,6 +14,8 @@ def with_replaced(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     weights: Mapping[str, Tensor] | None = None,
+    *,
+    share: bool = False,
 ) -> nn.Module:
     """A copy of the model with some modules exchanged and some weights moved.
 
@@ -24,9 +26,15 @@ def with_replaced(
         model: The model.
         modules: New modules by the name of the one that they replace.
         weights: New weights by the name of the module that holds them.
+        share: Leave all other parameters the model's own, for a copy that is only looked at.
     """
-    old = {id(model.get_submodule(name)): module for name, module in modules.items()}
-    twin = copy.deepcopy(model, memo=cast("dict[int, object]", dict(old)))
+    memo: dict[int, object] = {
+        id(model.get_submodule(name)): module for name, module in modules.items()
+    }
+    if share:
+        moved = {id(model.get_submodule(name).weight) for name in weights or {}}
+        memo |= {id(p): p for p in model.parameters() if id(p) not in moved}
+    twin = copy.deepcopy(model, memo)
     for name, weight in (weights or {}).items():
         parameter = cast("nn.Parameter", twin.get_submodule(name).weight)
         with torch.no_grad():

@@ -36,6 +36,10 @@ class Spectrum:
     left: Tensor
     right: Tensor
 
+    def truncated(self, rank: int) -> Tensor:
+        """The best weight of a rank, ``(out, in)`` float64."""
+        return self.left[:, :rank] @ self.right[:rank]
+
     def truncation_changes(self) -> Tensor:
         """Predicted loss change of every rank 0..r, ``(r + 1,)``: half the tail's energy."""
         return 0.5 * tail_energies(self.singular_values)
