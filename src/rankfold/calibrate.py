@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rankfold.backward import each_gradient
 from rankfold.data import Batch, Part
 from rankfold.errors import InputError
 from rankfold.layer_matrix import MatrixLayer, input_rows, matrix_shape, output_rows
@@ -260,30 +261,34 @@ class _Recorder:
         self.terms[half] += float(result.terms.sum())
         if self.curvature is None:
             return
-        weights = [layer.weight for layer in self.layers.values()]
         if self.curvature == "sampled":
-            self._gradients(
-                self._sampled_loss(result), weights, listening=True, keep=half is not None
-            )
+            more = half is not None
+            self._backward(self._sampled_loss(result), listening=True, half=None, more=more)
+            if not more:
+                return
         loss = (result.losses * result.terms).sum()
-        if half is None and self.curvature == "sampled":
-            return
-        gradients = self._gradients(loss, weights, listening=self.curvature == "empirical")
-        if half is None:
-            return
-        for name, gradient in zip(self.layers, gradients, strict=True):
-            # A weight may be read without its layer being called: then nothing else is known of it.
-            if gradient is not None and name in self.sums:
-                self.sums[name].gradients[half].add_(gradient.flatten(1))
+        self._backward(loss, listening=self.curvature == "empirical", half=half)
 
-    def _gradients(
-        self, loss: Tensor, weights: list[Tensor], *, listening: bool, keep: bool = False
-    ) -> tuple[Tensor | None, ...]:
-        if not loss.requires_grad:  # no watched layer had a part in it
-            return (None,) * len(weights)
+    def _backward(
+        self, loss: Tensor, *, listening: bool, half: int | None, more: bool = False
+    ) -> None:
+        """Go back from a loss that is summed over the batch's terms.
+
+        ``listening`` says whether the gradients at the layers' outputs belong to the curvature,
+        ``half`` to which gradients those of the weights belong, if to any, and ``more`` whether
+        another backward pass follows.
+        """
+        names = list(self.layers)
+
+        def add(place: int, gradient: Tensor) -> None:
+            # A weight may be read without its layer being called: then nothing else is known of it.
+            if half is not None and names[place] in self.sums:
+                self.sums[names[place]].gradients[half].add_(gradient.flatten(1))
+
+        weights = [layer.weight for layer in self.layers.values()]
         self.listening = listening
         try:
-            return torch.autograd.grad(loss, weights, retain_graph=keep, allow_unused=True)
+            each_gradient(loss, weights, add, retain_graph=more)
         finally:
             self.listening = False
 

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from statistics import median
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from rankfold.backward import each_gradient
 from rankfold.data import Batch, Part
 from rankfold.layer_matrix import MatrixLayer
 from rankfold.losses import divergence
@@ -55,9 +54,8 @@ def measured_shares(
     order part of the loss itself, ``1/2 <G' - G, Delta>``.
 
     Args:
-        original: The model before. Gradients pass through the ``grad`` of its layers and are
-            dropped, so give a copy of a user's model.
-        changed: The model after, of the same architecture; likewise.
+        original: The model before.
+        changed: The model after, of the same architecture.
         task: Gives the logits, or the losses.
         part: Examples.
         names: Layers with a ``weight`` that differs.
@@ -135,22 +133,13 @@ def _own_slopes(
 def _slopes(
     loss: Tensor, weights: list[Tensor], before: list[Tensor], after: list[Tensor]
 ) -> Tensor:
-    """``<dloss/dW, after - before>`` of each weight, float64.
-
-    Each gradient is used and dropped as soon as it is there: together they are as large as the
-    model.
-    """
+    """``<dloss/dW, after - before>`` of each weight, float64."""
     slopes = torch.zeros(len(weights), dtype=torch.float64)
-    with ExitStack() as stack:
-        for place, weight in enumerate(weights):
 
-            def use(weight: Tensor, place: int = place) -> None:
-                gradient = cast("Tensor", weight.grad)
-                with torch.no_grad():
-                    delta = after[place] - before[place]
-                    slopes[place] += (gradient * delta).sum(dtype=torch.float64).cpu()
-                weight.grad = None
+    @torch.no_grad()
+    def add(place: int, gradient: Tensor) -> None:
+        delta = after[place] - before[place]
+        slopes[place] += (gradient * delta).sum(dtype=torch.float64).cpu()
 
-            stack.callback(weight.register_post_accumulate_grad_hook(use).remove)
-        loss.backward()
+    each_gradient(loss, weights, add)
     return slopes
