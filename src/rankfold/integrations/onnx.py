@@ -18,7 +18,7 @@ from rankfold.integrations.example_inputs import ExampleInputs
 from rankfold.integrations.torch_export import Traced
 
 EXTRA = "onnx"
-LARGEST_CONSTANT = 1024  # bytes that the exporter may compute once and store
+LARGEST_CONSTANT = 64  # bytes that the exporter may compute once and store
 
 
 def check_onnx() -> None:
