@@ -3,10 +3,10 @@
     python -m benchmarks.formats run resnet20 smollm2
     python -m benchmarks.formats table
 
-``run`` factorizes a model at 90 %, writes every form of it and of the dense model, and opens each
-pair in a process of its own, which runs both in turn and appends one JSON line to
-``benchmarks/out/formats.jsonl``; what is there already is not run again. ``table`` prints the
-tables from those lines.
+``run`` factorizes a model at 90 %, writes every form of it and of the dense model, and opens both
+with each tool, which runs them in turn and appends one JSON line to
+``benchmarks/out/formats.jsonl``; what is there already is not run again. Each step is a process of
+its own. ``table`` prints the tables from those lines.
 
 How good the factorized model is doesn't matter here: it is made by the objective ``activation``
 from few examples.
@@ -93,7 +93,7 @@ class Row:
 # The two models
 
 
-def make_smollm2(folder: Path) -> nn.Module:
+def factorize_smollm2(folder: Path) -> None:
     from benchmarks.language_models import load_smollm2, wikitext2  # needs transformers
 
     model, tokenizer = load_smollm2()
@@ -107,10 +107,9 @@ def make_smollm2(folder: Path) -> nn.Module:
     with torch.no_grad():
         logits = result(test[:, :TOKENS]).logits
     _write_examples(folder, inputs=test, labels=test, output=logits, prompt=prompt, text=text)
-    return cast("nn.Module", model)
 
 
-def make_resnet20(folder: Path) -> nn.Module:
+def factorize_resnet20(folder: Path) -> None:
     model, mean, std = load_cifar_net("akamaster_resnet20")
     images, labels = cifar10_test(mean, std)
 
@@ -123,12 +122,11 @@ def make_resnet20(folder: Path) -> nn.Module:
     with torch.no_grad():
         output = result(test[:WINDOWS])
     _write_examples(folder, inputs=test, labels=labels[600:], output=output)
-    return model
 
 
-MODELS: dict[str, Callable[[Path], nn.Module]] = {
-    "resnet20": make_resnet20,
-    "smollm2": make_smollm2,
+MODELS: dict[str, Callable[[Path], None]] = {
+    "resnet20": factorize_resnet20,
+    "smollm2": factorize_smollm2,
 }
 
 
@@ -144,24 +142,22 @@ def _write_examples(folder: Path, **tensors: Tensor) -> None:
     )
 
 
-def write_every_form(name: str) -> None:
-    """Factorize and export; the programs of the dense model lie beside, for comparison."""
+def write(name: str, form: str) -> None:
+    """The artifact, or an export of it; beside a program lies that of the dense model."""
     folder = OUT / "formats" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    dense = MODELS[name](folder)
-    own = name == "resnet20"
-    shape = (3, 32, 32) if own else None
-    for program in PROGRAMS:
-        write_program(dense, folder / f"dense.{program}", program, shape)
-    del dense
-    for to in TARGETS:
-        model = akamaster_resnet20() if own else None
-        given = shape if to in PROGRAMS else None
-        done = rankfold.export(
-            folder / "artifact", folder / to, to=to, model=model, inputs=given, overwrite=True
+    if form == "artifact":
+        folder.mkdir(parents=True, exist_ok=True)
+        MODELS[name](folder)
+    else:
+        model = akamaster_resnet20() if _own(folder) else None
+        given = (3, 32, 32) if _own(folder) and form in PROGRAMS else None
+        to: Any = form
+        rankfold.export(
+            folder / "artifact", folder / form, to=to, model=model, inputs=given, overwrite=True
         )
-        print(f"{name} {to}: {done.bytes:,} bytes, difference {done.difference}", flush=True)
-    print(f"{name} written, peak {peak():,} bytes", flush=True)
+        if form in PROGRAMS:
+            write_program(open_dense(folder), folder / f"dense.{form}", to, given)
+    print(f"{name} {form} written, peak memory {peak():,} bytes", flush=True)
 
 
 # The tools: each opens the factorized and the dense model of a folder
@@ -404,20 +400,21 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run")
     run.add_argument("models", nargs="+", choices=[*MODELS])
-    write = commands.add_parser("write")
-    write.add_argument("model", choices=[*MODELS])
+    writing = commands.add_parser("write")
+    writing.add_argument("model", choices=[*MODELS])
+    writing.add_argument("form", choices=["artifact", *TARGETS])
     one = commands.add_parser("open")
     one.add_argument("model", choices=[*MODELS])
     one.add_argument("tool", choices=[*TOOLS])
     for command in (run, one):
         command.add_argument("--repeats", type=int, default=5)
-    for command in (run, one, write, commands.add_parser("table")):
+    for command in (run, one, writing, commands.add_parser("table")):
         command.add_argument("--results", type=Path, default=RESULTS)
         command.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.command == "write":
-        write_every_form(options.model)
+        write(options.model, options.form)
     elif options.command == "open":
         measure(options.model, options.tool, options.repeats, options.results)
     else:
@@ -434,8 +431,8 @@ def _run(options: argparse.Namespace) -> None:
     common = ["--results", str(options.results), "--threads", str(options.threads)]
     for name in options.models:
         wanted = [t for t in TOOLS if (name, t) not in done | LEFT_OUT]
-        if wanted:
-            subprocess.run([*command, "write", name, *common], check=True)
+        for form in ("artifact", *TARGETS) if wanted else ():
+            subprocess.run([*command, "write", name, form, *common], check=True)
         for tool in wanted:
             repeats = ["--repeats", str(options.repeats)]
             subprocess.run([*command, "open", name, tool, *repeats, *common], check=True)
