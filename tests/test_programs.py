@@ -167,6 +167,26 @@ def test_a_program_that_computes_something_else_is_not_kept(
     assert told["inputs"] == {"images": {"dtype": "bfloat16", "shape": ["batch", 3, 8, 8]}}
 
 
+def test_large_weights_lie_beside_the_onnx_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = rankfold.lossless(trained_cnn(), image_data(40), size=0.5)
+    result.save(tmp_path / "a")
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)
+    monkeypatch.setattr(programs, "has_onnxruntime", lambda: False)
+    done = rankfold.export(
+        tmp_path / "a", tmp_path / "b", to="onnx", model=SmallCNN(), inputs=(3, 8, 8)
+    )
+    assert done.difference is None
+    weights = (done.folder / "model.onnx.data").stat().st_size
+    assert weights > 0.8 * 4 * done.parameters  # small ones stay in the graph
+    assert done.bytes == weights + (done.folder / "model.onnx").stat().st_size
+    session = onnxruntime.InferenceSession(str(done.folder / "model.onnx"))
+    images = torch.randn(5, 3, 8, 8)
+    found = session.run(None, {"images": images.numpy()})[0]
+    assert largest_difference([torch.from_numpy(found)], [result.model(images)]) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -159,7 +159,7 @@ def _of_transformers(model: nn.Module, shape: tuple[int, ...] | None) -> Example
                 f"{main} is. {HOW}."
             )
         tensors[main] = torch.randn(BATCH, *shape, generator=_seeded())
-    if held.config.is_encoder_decoder:
+    if getattr(held.config, "is_encoder_decoder", False):
         tokens("decoder_input_ids", "decoder_sequence", DECODER_LENGTH)
     return ExampleInputs(tensors, True, lengths, given=False)
 

@@ -53,9 +53,14 @@ def trace(model: nn.Module, inputs: ExampleInputs, *, plain: bool = False) -> Tr
     Raises:
         InputError: Its code can't be traced, or fixes an axis that must be of any length.
     """
+    dim: Any = torch.export.Dim
+    if not hasattr(dim, "DYNAMIC"):
+        raise InputError(
+            f"torch {torch.__version__} can't trace axes of any length; install torch 2.6 or newer."
+        )
     _prepare(model, plain)
-    any_length = torch.export.Dim.DYNAMIC
-    if_possible = torch.export.Dim.AUTO if inputs.given else any_length
+    any_length = dim.DYNAMIC
+    if_possible = dim.AUTO if inputs.given else any_length
     dynamic = {
         name: {0: any_length} | ({1: if_possible} if name in inputs.lengths else {})
         for name in inputs.tensors
