@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -49,6 +49,7 @@ BATCHES = (1, 8, 32)
 TOKENS = 16  # a sequence, where time is measured
 WINDOWS, LENGTH = 4, 256  # of WikiText-2 test, for the loss
 WRITTEN_TOKENS = 24
+ENOUGH_SECONDS, MOST_REPEATS = 5.0, 100
 PROMPT = "The history of the railway begins"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -269,6 +270,10 @@ def measure(name: str, tool: str, repeats: int, file: Path) -> None:
     folder = OUT / "formats" / name
     examples = load_file(folder / "examples.safetensors")
     form, opening = TOOLS[tool]
+    stock = tool == "from_pretrained"
+    # First: these open models of their own, one at a time.
+    same_text = writes_the_same(folder, examples) if stock else None
+    saved = saved_again(folder) if stock else {}
     dense, factorized = opening(folder)
     inputs = examples["inputs"]
     few = inputs[: len(examples["output"])]
@@ -283,8 +288,8 @@ def measure(name: str, tool: str, repeats: int, file: Path) -> None:
         difference=largest_difference([factorized(few)], [examples["output"]]),
         loss=loss_of(factorized, inputs, examples["labels"]),
         seconds={str(b): time_in_turn((dense, factorized), inputs, b, repeats) for b in BATCHES},
-        same_text=writes_the_same(folder, examples) if tool == "from_pretrained" else None,
-        saved=saved_again(folder) if tool == "from_pretrained" else {},
+        same_text=same_text,
+        saved=saved,
         peak=peak(),
     )
     append_row(file, row)
@@ -308,13 +313,17 @@ def loss_of(compute: Compute, inputs: Tensor, labels: Tensor) -> float:
 def time_in_turn(
     computes: Sequence[Compute], inputs: Tensor, batch: int, repeats: int
 ) -> list[tuple[float, float]]:
-    """Seconds of a pass of each, one after the other, so that what else runs slows both."""
+    """Seconds of a pass of each, one after the other, so that what else runs slows both.
+
+    At least ``repeats`` times, and more often where a pass is short.
+    """
     whole = inputs if inputs.dim() != 2 else inputs.flatten().view(-1, TOKENS)
     part = whole[:batch].contiguous()
     for compute in computes:
         compute(part)  # the first pass allocates
-    times = []
-    for _ in range(repeats):
+    times: list[tuple[float, float]] = []
+    end = time.perf_counter() + ENOUGH_SECONDS
+    while len(times) < repeats or (time.perf_counter() < end and len(times) < MOST_REPEATS):
         taken = []
         for compute in computes:
             start = time.perf_counter()
@@ -347,6 +356,7 @@ def saved_again(folder: Path) -> dict[str, tuple[int, int, int]]:
             model: Any = AutoModelForCausalLM.from_pretrained(folder / form, dtype=dtype)
             account = safetensors_bytes(stored_tensors(model)[0], {"format": "pt"})
             model.save_pretrained(folder / "again")
+            del model  # before the next is opened
             sizes += [(folder / "again" / "model.safetensors").stat().st_size, account]
         found[str(dtype).removeprefix("torch.")] = (sizes[0], sizes[1], sizes[2])
     return found
@@ -388,11 +398,10 @@ def _shown(name: str, loss: float) -> str:
 
 
 def _ratio(times: Sequence[Sequence[float]]) -> str:
-    ratios = sorted(factorized / dense for dense, factorized in times)
-    return (
-        f"{median(ratios):.2f} ({ratios[0]:.2f} – {ratios[-1]:.2f}) of "
-        f"{1000 * median(dense for dense, _ in times):.3g} ms"
-    )
+    """Median and quartiles of factorized / dense, and the dense model's median."""
+    low, middle, high = quantiles((b / a for a, b in times), n=4, method="inclusive")
+    milliseconds = 1000 * median(dense for dense, _ in times)
+    return f"{middle:.2f} ({low:.2f} – {high:.2f}) of {milliseconds:,.1f} ms"
 
 
 def main() -> None:
