@@ -61,5 +61,5 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
-	$(PIP) --editable '.[transformers,dev]'
+	$(PIP) --editable '.[transformers,onnx,dev]'
 	@touch $@

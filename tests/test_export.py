@@ -25,6 +25,7 @@ from transformers import (
 import rankfold
 from rankfold import InputError
 from rankfold.export import packed
+from rankfold.inputs import open_inputs
 from rankfold.unpack import unpack
 from tests.command_line import environment, make_project
 from tests.command_line import rankfold as command
@@ -256,10 +257,42 @@ def test_the_command_writes_prints_and_overwrites(project: Path, tmp_path: Path,
     assert (project / "out" / "rankfold.json").is_file()
 
 
+def test_the_command_writes_programs(project: Path, tmp_path: Path) -> None:
+    export = ("export", project / "out", "--model", "net.py:net", "--out", tmp_path / "new")
+    done = command(*export, "--to", "onnx", "--input-shape", "1x8x8", cwd=project)
+    size = (tmp_path / "new" / "model.onnx").stat().st_size
+    assert f"{size:,} bytes" in done.stdout and "of any length: batch\n" in done.stdout
+    assert re.search(r"largest relative difference from the model: \d\.\de-0[67]", done.stdout)
+    assert not done.stderr
+    with (project / "net.py").open("a") as code:
+        code.write("\n\ndef batch():\n    return {'x': torch.randn(2, 1, 8, 8)}\n")
+    pt2 = (*export, "--to", "pt2", "--overwrite")
+    told = command(*pt2, "--inputs", "net.py:batch", "--json", cwd=project).stdout
+    assert json.loads(told)["dynamic"] == ["batch"] and json.loads(told)["difference"] < 1e-5
+    assert [f.name for f in sorted((tmp_path / "new").iterdir())] == ["export.json", "model.pt2"]
+    unknown = command(*pt2, cwd=project, expect=2)
+    assert "nothing is known of the inputs of Net" in unknown.stderr
+    assert (tmp_path / "new" / "model.pt2").is_file()
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec", "message"),
+    [
+        ("3x8", "net.py:batch", "say the same"),
+        ("3,8", None, "'3,8'; expected numbers with x"),
+        (None, "net.py", "--inputs is net.py; expected file.py:function"),
+        (None, "os:getcwd", "gave a str; expected a batch"),
+    ],
+)
+def test_inputs_that_mean_nothing(shape: str | None, spec: str | None, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        open_inputs(shape, spec)
+
+
 def test_the_command_names_what_is_wrong(project: Path, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "x")
     unknown = command("export", "out", "--to", "onyx", *out, cwd=project, expect=2)
-    assert "expected dense or pairs" in unknown.stderr
+    assert "expected dense, pairs, onnx, pt2" in unknown.stderr
     needs = command("export", "out", "--to", "dense", *out, cwd=project, expect=2)
     assert "--model" in needs.stderr
     missing = command("export", "none", "--to", "dense", *out, cwd=project, expect=2)

@@ -14,6 +14,9 @@ OPTIONAL = (
     "timm",
     "PIL",
     "pyarrow",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
 )
 
 CORE = f"""
@@ -40,6 +43,7 @@ for call in (
     lambda: rankfold.inputs.open_model(sys.argv[2]),
     lambda: rankfold.sources.read_image_folder(sys.argv[2]),
     lambda: rankfold.sources.read_records(pathlib.Path(sys.argv[2])),
+    lambda: rankfold.export(sys.argv[1], sys.argv[1] + "2", to="onnx", model=model, inputs=(6,)),
 ):
     try:
         call()
@@ -58,7 +62,8 @@ def test_core_without_extras(tmp_path) -> None:
         encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
-    transformers, pillow, arrow = done.stdout.splitlines()
+    transformers, pillow, arrow, onnx = done.stdout.splitlines()
     assert "pip install 'rankfold[transformers]'" in transformers
     assert "pip install 'rankfold[images]'" in pillow
     assert "pip install 'rankfold[arrow]'" in arrow
+    assert "pip install 'rankfold[onnx]'" in onnx

@@ -32,7 +32,7 @@ from rankfold.compress import lossless as lossless_model
 from rankfold.data import PARTS, Data
 from rankfold.demo import run_demo
 from rankfold.errors import InputError
-from rankfold.export import TARGETS
+from rankfold.export import DTYPES, TARGETS
 from rankfold.export import export as export_artifact
 from rankfold.inputs import (
     DataOptions,
@@ -41,11 +41,13 @@ from rankfold.inputs import (
     open_artifact,
     open_data,
     open_examples,
+    open_inputs,
     open_model,
     open_parts,
 )
 from rankfold.modules import FORMS
 from rankfold.objectives import OBJECTIVES
+from rankfold.programs import PROGRAMS
 from rankfold.progress import TerminalProgress
 from rankfold.settings import Settings, check_size
 from rankfold.sources import is_spec
@@ -550,8 +552,9 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help=f"{' or '.join(TARGETS)}. dense: the original architecture, factors multiplied "
-            "out; pairs: two stock layers for each factorized one."
+            help=f"{', '.join(TARGETS)}. dense: the original architecture, factors multiplied out; "
+            "pairs: two stock layers for each factorized one; onnx: for onnxruntime; pt2: a "
+            "program of torch.export."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder that it is written to.")],
@@ -561,18 +564,39 @@ def export(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier export in --out.")
     ] = False,
+    input_shape: Annotated[
+        str | None,
+        typer.Option(
+            help="For onnx and pt2: 3x224x224 of one image, or the number of tokens. (default: as "
+            "the model's configuration says)"
+        ),
+    ] = None,
+    inputs: Annotated[
+        str | None,
+        typer.Option(
+            help="For the same, file.py:function giving a batch: a tensor, or a mapping of the "
+            "model's inputs by name."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help=f"For the same: {', '.join(DTYPES)}. (default: the artifact's)"),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = (
         False
     ),
 ) -> int:
     """Write a factorized model in a form that is opened without rankfold."""
     if to not in TARGETS:
-        raise InputError(f"--to is {to!r}; expected {' or '.join(TARGETS)}.")
+        raise InputError(f"--to is {to!r}; expected {', '.join(TARGETS)}.")
     if model is not None and not is_spec(model):
         raise InputError(f"--model is {model}; expected file.py:function.")
     with redirect_stdout(sys.stderr):
         own = None if model is None else open_model(model).model
-        done = export_artifact(folder, out, to=to, model=own, overwrite=overwrite)
+        done = export_artifact(
+            folder, out, to=to, model=own, overwrite=overwrite,
+            inputs=open_inputs(input_shape, inputs), dtype=dtype,
+        )  # fmt: skip
     if json:
         _print_json({**asdict(done), "folder": str(done.folder)})
     else:
@@ -581,6 +605,13 @@ def export(
             (to, done.parameters, done.bytes),
         ):
             typer.echo(f"{name}: {parameters:,} parameters, {size:,} bytes")
+        if to in PROGRAMS:
+            typer.echo(f"of any length: {', '.join(done.dynamic)}")
+            typer.echo(
+                "not compared with the model: onnxruntime isn't installed"
+                if done.difference is None
+                else f"largest relative difference from the model: {done.difference:.1e}"
+            )
         typer.echo(f"saved: {out}")
     return DONE
 

@@ -2,7 +2,9 @@
 
 ``dense`` is the original architecture under its original names, factors multiplied out: as large as
 the original, opened as the original is. ``pairs`` keeps the saving: each factorized layer becomes
-two (or three) stock ``nn.Linear`` or ``nn.Conv2d`` in an ``nn.Sequential``.
+two (or three) stock ``nn.Linear`` or ``nn.Conv2d`` in an ``nn.Sequential``. ``onnx`` and ``pt2``
+are traced programs that keep the factors; each is run again from its file, and refused where its
+outputs differ from the model's.
 """
 
 from __future__ import annotations
@@ -31,13 +33,22 @@ from rankfold.artifact import (
 from rankfold.conv_modules import SpatialConv2d, TuckerConv2d
 from rankfold.errors import InputError
 from rankfold.integrations import transformers as hf
+from rankfold.integrations.example_inputs import Given
 from rankfold.modules import LowRankConv2d, LowRankLinear
+from rankfold.programs import PROGRAMS, Program, write_program
 from rankfold.replace import put_modules
 from rankfold.sizes import model_parameters, stored_tensors
 from rankfold.unpack import unpack_named, unwrapped
 
-Target: TypeAlias = Literal["dense", "pairs"]
+Target: TypeAlias = Literal["dense", "pairs", "onnx", "pt2"]
 TARGETS: tuple[Target, ...] = get_args(Target)
+FILES: dict[Target, str] = {
+    "dense": "*.safetensors",
+    "pairs": "*.safetensors",
+    "onnx": "model.onnx*",  # a large model's weights are in model.onnx.data
+    "pt2": "model.pt2",
+}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 EXPORT_FILE = "export.json"  # says what the folder is, and that it may be overwritten
 PAIRS_FILE = "pairs.safetensors"  # not the usual name: from_pretrained can't open it
 _FACTORIZED = (LowRankLinear, LowRankConv2d, SpatialConv2d, TuckerConv2d)
@@ -58,9 +69,13 @@ class Exported:
         folder: Where.
         to: The form.
         parameters: Of the exported model, tied ones once.
-        bytes: Of its safetensors files.
+        bytes: Of the files that hold its weights.
         factorized_parameters: Of the artifact.
         factorized_bytes: Of its safetensors file.
+        difference: Of ``onnx`` and ``pt2``: the largest difference of an output from the model's,
+            as a share of the largest output, over inputs of other sizes than those traced with.
+            None where nothing could run the file.
+        dynamic: Of ``onnx`` and ``pt2``: the axes of any length.
     """
 
     folder: Path
@@ -69,6 +84,8 @@ class Exported:
     bytes: int
     factorized_parameters: int
     factorized_bytes: int
+    difference: float | None = None
+    dynamic: tuple[str, ...] = ()
 
 
 def export(
@@ -78,22 +95,28 @@ def export(
     to: Target,
     model: nn.Module | None = None,
     overwrite: bool = False,
+    inputs: Given | None = None,
+    dtype: str | None = None,
 ) -> Exported:
     """Write an artifact in a form that needs no rankfold to be opened.
 
     Args:
         folder: The artifact.
         out: Where to; appears complete or not at all.
-        to: ``dense`` or ``pairs``.
+        to: ``dense``, ``pairs``, ``onnx`` or ``pt2`` (a program of ``torch.export``).
         model: For a model of the user's own class, an instance of it; it stays as it is.
         overwrite: Replace an earlier export that stands there.
+        inputs: Of ``onnx`` and ``pt2``, where the configuration doesn't tell what the model is
+            called with: a batch, a tensor or a mapping of the parameters of ``forward``; or the
+            shape of one input without the batch, ``(3, 224, 224)``, or ``(length,)`` of tokens.
+        dtype: Of ``onnx`` and ``pt2``: ``float32``, ``float16`` or ``bfloat16``; None for the
+            artifact's own.
 
     Raises:
-        InputError: Not an artifact, or not of this model; a layer has no such form; ``out`` can't
-            be written.
+        InputError: Not an artifact, or not of this model; a layer has no such form; the model
+            can't be traced, or its program computes something else; ``out`` can't be written.
     """
-    if to not in TARGETS:
-        raise InputError(f"to is {to!r}; expected {' or '.join(TARGETS)}.")
+    _check_options(to, inputs, dtype)
     source, target = Path(folder), Path(out)
     check_output(target, overwrite, EXPORT_FILE)
     manifest = read_manifest(source)
@@ -101,7 +124,10 @@ def export(
     if model is not None:
         model = unwrapped(model)
     factorized = load(source, model=copy.deepcopy(model))
+    if dtype is not None:
+        factorized = factorized.to(DTYPES[dtype])
     parameters = model_parameters(factorized)
+    program: Program | None = None
     unpacked: list[str] = manifest["unpacked"]
     about = {
         "made_by": "rankfold",
@@ -112,6 +138,12 @@ def export(
     with folder_in_one_step(target) as draft:
         if to == "pairs":
             plain = _write_pairs(draft, factorized, unpacked, about, source, transformers)
+        elif to == "onnx" or to == "pt2":
+            plain = factorized
+            if transformers:
+                hf.write_configuration_alone(plain, draft, source, hf.IN_A_PROGRAM)
+            program = write_program(plain, draft / f"model.{to}", to, inputs)
+            _write_json(draft / EXPORT_FILE, {**about, **program.described()})
         else:
             empty = hf.skeleton(source) if model is None else copy.deepcopy(model)
             plain = _write_dense(draft, to_dense(factorized), empty, unpacked, source)
@@ -122,10 +154,22 @@ def export(
         target,
         to,
         model_parameters(plain),
-        sum(file.stat().st_size for file in target.glob("*.safetensors")),
+        sum(file.stat().st_size for file in target.glob(FILES[to])),
         parameters,
         (source / WEIGHTS_FILE).stat().st_size,
+        program.difference if program else None,
+        program.any_length if program else (),
     )
+
+
+def _check_options(to: str, inputs: Given | None, dtype: str | None) -> None:
+    if to not in TARGETS:
+        raise InputError(f"to is {to!r}; expected {', '.join(TARGETS[:-1])} or {TARGETS[-1]}.")
+    if to not in PROGRAMS and (inputs is not None or dtype is not None):
+        option = "dtype" if inputs is None else "inputs"
+        raise InputError(f"{option} goes with {' and '.join(PROGRAMS)}; {to} keeps what is stored.")
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}.")
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -267,7 +311,7 @@ def _write_pairs(
     text = _README + opening.format(kind=kind) + "```\n"
     (draft / "README.md").write_text(text, encoding="utf-8")
     if transformers:
-        hf.write_configuration_alone(model, draft, source)
+        hf.write_configuration_alone(model, draft, source, hf.IN_PAIRS)
     return model
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from rankfold.artifact import MANIFEST_FILE, load, load_weights
@@ -16,6 +17,7 @@ from rankfold.data import FEWEST, PARTS, SHARES, Data, Examples, as_examples, as
 from rankfold.errors import InputError
 from rankfold.examples import hidden_words, record_examples
 from rankfold.integrations import transformers as hf
+from rankfold.integrations.example_inputs import Given
 from rankfold.progress import Progress, TerminalProgress
 from rankfold.sources import (
     ClassFolder,
@@ -327,6 +329,33 @@ def _length(opened: OpenedModel, options: DataOptions) -> int:
             )
         return options.length
     return min(512, longest) if isinstance(longest, int) else 512
+
+
+def open_inputs(shape: str | None, spec: str | None) -> Given | None:
+    """``--input-shape`` or ``--inputs`` of an export: a shape, or the batch that a function gives.
+
+    Raises:
+        InputError: Both, or one that means nothing.
+    """
+    if shape is not None and spec is not None:
+        raise InputError("--input-shape and --inputs say the same; give one of them.")
+    if shape is not None:
+        if not all(side.isdecimal() for side in shape.split("x")):
+            raise InputError(
+                f"--input-shape is {shape!r}; expected numbers with x between them, 3x224x224."
+            )
+        return tuple(map(int, shape.split("x")))
+    if spec is None:
+        return None
+    if not is_spec(spec):
+        raise InputError(f"--inputs is {spec}; expected file.py:function.")
+    batch = _called(spec)
+    if not (torch.is_tensor(batch) or isinstance(batch, Mapping)):
+        raise InputError(
+            f"{spec} gave a {type(batch).__name__}; expected a batch, a tensor or a mapping of "
+            "tensors by the names of the model's inputs."
+        )
+    return batch
 
 
 def evaluate_examples(

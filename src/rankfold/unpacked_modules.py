@@ -349,6 +349,31 @@ class UnpackedExperts(nn.Module):
         return outputs
 
 
+class EveryExpert(nn.Module):
+    """The same as ``UnpackedExperts``, with every expert computed for every token.
+
+    Which experts a token needs is known only with its values; a program that is traced once can't
+    depend on them.
+
+    Args:
+        experts: Taken apart, not copied.
+    """
+
+    def __init__(self, experts: UnpackedExperts) -> None:
+        super().__init__()
+        self.first, self.second = experts.first, experts.second
+        self.between, self.after = experts.between, experts.after
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Weighted sum of the experts; arguments as those of ``UnpackedExperts``."""
+        outputs = torch.zeros_like(hidden_states)
+        for expert, (first, second) in enumerate(zip(self.first, self.second, strict=True)):
+            found = self.after(second(self.between(first(hidden_states))))
+            share = (top_k_weights * (top_k_index == expert)).sum(-1, keepdim=True)
+            outputs = outputs + (found * share).to(outputs.dtype)
+        return outputs
+
+
 class UnpackedRule(nn.Module):
     """A layer whose own ``forward`` prepares its input for one Linear or conv, kept apart from it.
 

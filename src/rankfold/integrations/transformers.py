@@ -33,6 +33,10 @@ IN_PAIRS = (
     "this folder was written by rankfold export --to pairs, and its README.md opens it; "
     "from_pretrained opens what --to dense writes"
 )
+IN_A_PROGRAM = (
+    "this folder was written by rankfold export --to onnx or pt2: onnxruntime or torch.export.load "
+    "opens its model file; from_pretrained opens what --to dense writes"
+)
 # Beside the weights and their configuration: what turns data into inputs.
 _PROCESSING_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
@@ -286,11 +290,11 @@ def write_plain_folder(model: nn.Module, folder: Path, source: Path) -> None:
     _copy_generation_settings(source, folder)
 
 
-def write_configuration_alone(model: nn.Module, folder: Path, source: Path) -> None:
-    """Write the configuration of a model whose weights ``from_pretrained`` can't open."""
+def write_configuration_alone(model: nn.Module, folder: Path, source: Path, why: str) -> None:
+    """Write the configuration of a model whose weights ``from_pretrained`` can't open, and why."""
     config = cast("Any", model).config
     config.save_pretrained(folder)
-    _name_no_weights(folder, IN_PAIRS)
+    _name_no_weights(folder, why)
     _copy_generation_settings(source, folder)
 
 
