@@ -455,3 +455,9 @@ def test_load_weights_refuses_what_it_cannot_read(
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         load_weights(mlp(), tmp_path / name)
+
+
+def test_whoever_may_enter_the_folder_may_read_its_files(tmp_path: Path) -> None:
+    cnn_result().save(tmp_path / "artifact")
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "artifact").iterdir()}
+    assert set(modes.values()) == {0o644}, modes

@@ -138,6 +138,8 @@ def folder_in_one_step(target: Path) -> Iterator[Path]:
         draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         draft.chmod(0o755)
         yield draft
+        for file in draft.rglob("*"):  # safetensors writes files that only their owner can read
+            file.chmod(0o755 if file.is_dir() else 0o644)
         if target.exists():
             backup = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             target.replace(backup / "old")
