@@ -499,7 +499,8 @@ def verify(
         own = model if model is not None and is_spec(model) else None
         if model is None and weights is not None:
             raise InputError("--weights goes with --model; give both, or none of them.")
-        opened = open_artifact(folder, own)
+        # Other weights than the certified ones are what it is to find and name.
+        opened = open_artifact(folder, own, as_saved=False)
         original = None if model is None else open_model(model, weights).model
         if own is not None and weights is None and original is not None:
             # Without its weights a function may give any: only certified ones are an original.

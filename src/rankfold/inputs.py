@@ -122,8 +122,13 @@ def open_model(spec: str, weights: Path | None = None) -> OpenedModel:
     )
 
 
-def open_artifact(folder: Path, spec: str | None) -> OpenedModel:
+def open_artifact(folder: Path, spec: str | None, *, as_saved: bool = True) -> OpenedModel:
     """A factorized model, with an instance of the user's own class where it needs one.
+
+    Args:
+        folder: The artifact.
+        spec: ``file.py:function`` giving an instance of the user's own class, or None.
+        as_saved: As of ``rankfold.load``.
 
     Raises:
         InputError: Not an artifact, or not of this model.
@@ -131,7 +136,7 @@ def open_artifact(folder: Path, spec: str | None) -> OpenedModel:
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}; expected the --out folder of an earlier run.")
     skeleton = _own_model(spec, None) if spec is not None else None
-    model = load(folder, model=skeleton)
+    model = load(folder, model=skeleton, as_saved=as_saved)
     has_tokenizer = skeleton is None and any(folder.glob("tokenizer*"))
     return OpenedModel(model, hf.load_tokenizer(folder) if has_tokenizer else None, folder)
 

@@ -8,16 +8,20 @@ from __future__ import annotations
 import copy
 import io
 import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from threading import get_ident
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from rankfold.errors import InputError, require
+from rankfold.json_file import read_json
 from rankfold.modes import evaluation_mode
 from rankfold.progress import Progress, SilentProgress
 
@@ -162,14 +166,91 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def skeleton(folder: Path) -> nn.Module:
-    """A model of the folder's configuration with weights that are still to be loaded."""
-    config = _config(folder)
-    for name in ("quantization_config", "transformers_weights"):
-        if hasattr(config, name):
-            delattr(config, name)
-    model_class = _model_class(config, folder)
-    return cast("nn.Module", model_class(config).eval())
+def skeleton(folder: Path, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """A model of the folder's configuration with weights that are still to be loaded.
+
+    Args:
+        folder: Holds ``config.json``.
+        tensors: The weights. A configuration that asks for far more than these is refused before
+            it takes time or memory.
+
+    Raises:
+        InputError: The configuration is damaged, or of no model of transformers.
+    """
+    _check_counts(folder)
+    try:
+        config = _config(folder)
+        for name in ("quantization_config", "transformers_weights"):
+            if hasattr(config, name):
+                delattr(config, name)
+        model_class = _model_class(config, folder)
+        if tensors is not None:
+            _check_size(model_class, config, tensors, folder)
+        return cast("nn.Module", model_class(config).eval())
+    except InputError:
+        raise
+    except Exception as error:  # a damaged configuration makes transformers fail in any way
+        raise InputError(
+            f"the config.json in {folder} makes no model: {type(error).__name__}: {error}"
+        ) from error
+
+
+# What transformers makes as many of as config.json says, at once: layers, labels, experts.
+_COUNT = re.compile(r"^(num|n)_|_layers?$|^depths?$")
+LARGEST_COUNT = 1_000_000
+# Far from any real model, near enough that nothing breaks.
+MODULES_A_TENSOR = 100
+NUMBERS_A_NUMBER = 1000
+SMALL_MODEL = 10_000_000  # numbers, which any machine has room for
+
+
+def _check_counts(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        return  # _config says so
+    parts = [read_json(folder / "config.json", constants=True)]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list):
+            parts += part
+        elif isinstance(part, dict):
+            for name, value in part.items():
+                parts += [value] if isinstance(value, dict | list) else []
+                large = isinstance(value, int) and abs(value) > LARGEST_COUNT
+                if large and _COUNT.search(name):
+                    raise InputError(
+                        f"the config.json in {folder} has {name} {value}; expected at most "
+                        f"{LARGEST_COUNT}."
+                    )
+
+
+def _check_size(model_class: Any, config: Any, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Build the model without memory, no further than its weights allow."""
+    most = 1000 + MODULES_A_TENSOR * len(tensors)
+    made = 0
+    here = get_ident()
+
+    def count(*_: object) -> None:
+        nonlocal made
+        made += get_ident() == here
+        if made > most:
+            raise InputError(
+                f"the config.json in {folder} asks for more than {most} modules, and the weights "
+                f"are {len(tensors)} tensors: the folder is damaged."
+            )
+
+    handle = register_module_module_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            model = model_class(copy.deepcopy(config))
+    finally:
+        handle.remove()
+    asked = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    stored = sum(tensor.numel() for tensor in tensors.values())
+    if asked > max(SMALL_MODEL, NUMBERS_A_NUMBER * stored):
+        raise InputError(
+            f"the config.json in {folder} asks for {asked} numbers, and the weights are {stored}: "
+            "the folder is damaged."
+        )
 
 
 def writes_text(model: nn.Module) -> bool:
@@ -258,8 +339,7 @@ def write_configuration(
     config = hf.config.__class__.from_dict(hf.config.to_dict())
     config.architectures = [type(model).__name__]
     config.dtype = hf.dtype
-    dtype = str(hf.dtype)
-    config.quantization_config = {"quant_method": QUANT_METHOD, "dtype": dtype, **structure}
+    config.quantization_config = {"quant_method": QUANT_METHOD, **structure}
     config.save_pretrained(folder)
     _name_no_weights(folder, WITHOUT_RANKFOLD)
     if getattr(hf, "generation_config", None) is not None and hf.can_generate():
