@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import rankfold
-from rankfold import InputError
+from rankfold import ArtifactError, InputError
 from rankfold.inputs import DataOptions, open_data, open_model
 from rankfold.integrations.transformers import load_folder
 from rankfold.modules import LowRankLinear
@@ -283,6 +283,29 @@ def test_a_truncated_file_of_weights_is_refused(length: int, saved: Path, tmp_pa
     file.write_bytes(file.read_bytes()[:length])
     with pytest.raises(InputError, match=r"model\.safetensors can't be read"):
         AutoModelForCausalLM.from_pretrained(damaged)
+
+
+def test_other_weights_than_were_saved_are_refused(saved: Path, tmp_path: Path) -> None:
+    damaged = copied(saved, tmp_path / "damaged")
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match="not those that were saved"):
+        AutoModelForCausalLM.from_pretrained(damaged)
+
+
+def test_trained_further_and_saved_in_the_same_folder_it_opens_again(
+    saved: Path, tmp_path: Path
+) -> None:
+    folder = copied(saved, tmp_path / "trained")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.norm.weight += 1
+    model.save_pretrained(folder)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(model))
+    with pytest.raises(ArtifactError, match="is not the file that was saved"):
+        rankfold.load(folder)  # its certificate is of other weights
+    assert torch.equal(logits(rankfold.load(folder, as_saved=False)), logits(model))
 
 
 def test_loading_twice_gives_two_models(saved: Path) -> None:

@@ -27,7 +27,7 @@ from rankfold.certify import Verdict
 from rankfold.conv_modules import CONV_FORMS, ConvForm, empty_conv
 from rankfold.errors import InputError, opening_an_artifact
 from rankfold.integrations import transformers as hf
-from rankfold.json_file import read_json
+from rankfold.json_file import read_bytes, read_json
 from rankfold.layer_matrix import MatrixLayer
 from rankfold.modules import FORMS, Form, LowRankConv2d, LowRankLinear, left_rows
 from rankfold.replace import put_modules
@@ -159,8 +159,6 @@ def check_digest(manifest: Manifest, tensors: Mapping[str, Tensor], where: str) 
 
 def _check_config_digest(folder: Path, manifest: Manifest) -> None:
     file, stated = folder / CONFIG_FILE, manifest.get("config_digest")
-    if not file.is_file():
-        raise InputError(f"{folder} is damaged: it has no {CONFIG_FILE}.")
     if stated is not None and stated != _file_digest(file):
         raise InputError(
             f"{file} is not the file that was saved: its digest is not the one in {MANIFEST_FILE}. "
@@ -172,11 +170,7 @@ _ON_PURPOSE = "If it was changed on purpose: rankfold.load(folder, as_saved=Fals
 
 
 def _file_digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(read_bytes(file)).hexdigest()
 
 
 @contextmanager
@@ -406,7 +400,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (OSError, MemoryError, SafetensorError) as error:
         raise InputError(f"{file} can't be read: {error}") from error
 
 

@@ -204,7 +204,7 @@ def _check_stored(
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118
                     stored[name.removeprefix(prefix)] = tuple(opened.get_slice(name).get_shape())
-        except (OSError, SafetensorError) as error:
+        except (OSError, MemoryError, SafetensorError) as error:
             raise InputError(f"{file} can't be read: {error}") from error
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     wanted = {

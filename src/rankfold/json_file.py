@@ -22,19 +22,30 @@ def read_json(file: Path, *, constants: bool = False) -> Any:
         InputError: It is missing, no UTF-8, no JSON, nested too deeply, too long, says one thing
             twice, or holds a number that is too long to read.
     """
+    content = read_bytes(file)
+    refuse = None if constants else _refuse_constant
     try:
-        size = file.stat().st_size
-        if size > LARGEST:
-            raise InputError(f"{file} has {size} bytes; expected at most {LARGEST}.")
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        what = "can't be read" if isinstance(error, OSError) else "is not valid JSON"
-        raise InputError(f"{file} {what}: {error}") from error
-    try:
-        refuse = None if constants else _refuse_constant
+        text = content.decode("utf-8")
         return json.loads(text, object_pairs_hook=_object, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not valid JSON: {error}") from error
+
+
+def read_bytes(file: Path) -> bytes:
+    """The bytes of a file, unless it is far too long.
+
+    Raises:
+        InputError: It is too long, no file, or can't be read.
+    """
+    try:
+        if not file.is_file():  # a pipe or device would never end
+            raise InputError(f"{file} can't be read: there is no such file.")
+        size = file.stat().st_size
+        if size > LARGEST:
+            raise InputError(f"{file} has {size} bytes; expected at most {LARGEST}.")
+        return file.read_bytes()
+    except OSError as error:
+        raise InputError(f"{file} can't be read: {error}") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
