@@ -134,6 +134,7 @@ def test_a_new_folder_is_made_with_its_parents_and_an_empty_one_is_used(tmp_path
     result.save(tmp_path / "empty")
     for folder in (tmp_path / "new" / "deeper", tmp_path / "empty"):
         assert sorted(p.name for p in folder.iterdir()) == [
+            "README.md",
             "certificate.json",
             "certificate.txt",
             "model.safetensors",

@@ -113,8 +113,9 @@ def test_a_dtype_can_be_asked_for(result: rankfold.Result, saved: Path) -> None:
     torch.testing.assert_close(logits(model).float(), logits(result.model), atol=0.05, rtol=0.05)
 
 
-def test_a_device_can_be_asked_for(result: rankfold.Result, saved: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(saved, device_map="cpu")
+@pytest.mark.parametrize("where", ["cpu", "auto", {"": "cpu"}])
+def test_a_device_can_be_asked_for(where: Any, result: rankfold.Result, saved: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(saved, device_map=where)
     assert torch.equal(logits(model), logits(result.model))
 
 
@@ -133,8 +134,25 @@ def test_what_stood_beside_the_model_is_kept(folder: Path, saved: Path) -> None:
     message = [{"role": "user", "content": "hello"}]
     assert tokenizer.apply_chat_template(message, tokenize=False) == "hello!"
     assert (saved / "preprocessor_config.json").read_text() == '{"do_resize": true}'
-    assert AutoModelForCausalLM.from_pretrained(saved).generation_config.max_new_tokens == 7
+    for model in (AutoModelForCausalLM.from_pretrained(saved), rankfold.load(saved)):
+        assert model.generation_config.max_new_tokens == 7
     assert not (saved / "text.txt").exists()
+
+
+def test_the_folder_is_what_a_hub_takes(saved: Path) -> None:
+    assert sorted(str(p.relative_to(saved)) for p in saved.rglob("*")) == [
+        "README.md",
+        "certificate.json",
+        "certificate.txt",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "rankfold.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
 
 
 def test_a_pipeline_opens_it(saved: Path) -> None:

@@ -61,6 +61,7 @@ from rankfold.data import (
 )
 from rankfold.errors import InputError
 from rankfold.factorize import low_rank_module, truncate
+from rankfold.integrations import transformers as hf
 from rankfold.interactions import (
     LARGEST_CORRECTION,
     OTHER_SHARE_EXAMPLES,
@@ -71,6 +72,7 @@ from rankfold.interactions import (
 )
 from rankfold.layer_matrix import MatrixLayer, weight_matrix
 from rankfold.linalg import Damping
+from rankfold.model_card import CARD_FILE, model_card
 from rankfold.modules import FORMS, Form
 from rankfold.objectives import (
     OBJECTIVES,
@@ -1201,7 +1203,17 @@ class Result:
             self.report,
             tokenizer=tokenizer,
             overwrite=overwrite,
-            files=files(self.document),
+            files={**files(self.document), CARD_FILE: self._card()},
+        )
+
+    def _card(self) -> str:
+        of_transformers = hf.is_transformers_model(self.model)
+        return model_card(
+            self.report,
+            library_versions(),
+            type(self.model).__name__,
+            of_transformers=of_transformers,
+            original=hf.opened_as(self.model) if of_transformers else "",
         )
 
 

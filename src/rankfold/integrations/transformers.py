@@ -37,6 +37,7 @@ IN_PAIRS = (
     "this folder was written by rankfold export --to pairs, and its README.md opens it; "
     "from_pretrained opens what --to dense writes"
 )
+GENERATION_FILE = "generation_config.json"
 # Beside the weights and their configuration: what turns data into inputs.
 _PROCESSING_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
@@ -52,6 +53,12 @@ def is_transformers_model(model: nn.Module) -> bool:
         base.__module__.startswith("transformers.") and base.__name__ == "PreTrainedModel"
         for base in type(model).__mro__
     )
+
+
+def opened_as(model: nn.Module) -> str:
+    """The name on a hub or the absolute folder that a model was opened from, or nothing."""
+    name = str(cast("Any", model).config.name_or_path or "")
+    return str(Path(name).resolve()) if name and Path(name).exists() else name
 
 
 # What the name of a class of transformers ends in says what it is made for.
@@ -186,12 +193,20 @@ def skeleton(folder: Path, tensors: Mapping[str, Tensor] | None = None) -> nn.Mo
         model_class = _model_class(config, folder)
         if tensors is not None:
             _check_size(model_class, config, tensors, folder)
-        return cast("nn.Module", model_class(config).eval())
+        model = model_class(config).eval()
+        settings = folder / GENERATION_FILE
+        if model.can_generate() and settings.is_file():
+            read_json(settings)  # which names the file where it is damaged
+            transformers = require("transformers", "transformers")
+            model.generation_config = transformers.GenerationConfig.from_pretrained(
+                str(folder), local_files_only=True
+            )
+        return cast("nn.Module", model)
     except InputError:
         raise
     except Exception as error:  # a damaged configuration makes transformers fail in any way
         raise InputError(
-            f"the config.json in {folder} makes no model: {type(error).__name__}: {error}"
+            f"the configuration in {folder} makes no model: {type(error).__name__}: {error}"
         ) from error
 
 
@@ -346,7 +361,7 @@ def write_configuration(
         hf.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    copy_processing_files(Path(hf.config.name_or_path), folder)
+    copy_processing_files(Path(opened_as(model)), folder)
 
 
 def _name_no_weights(folder: Path, why: str) -> None:
@@ -375,8 +390,8 @@ def write_configuration_alone(model: nn.Module, folder: Path, source: Path) -> N
 
 
 def _copy_generation_settings(source: Path, target: Path) -> None:
-    if (source / "generation_config.json").is_file():
-        shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
+    if (source / GENERATION_FILE).is_file():
+        shutil.copyfile(source / GENERATION_FILE, target / GENERATION_FILE)
 
 
 def copy_processing_files(source: Path, target: Path) -> None:
