@@ -1,7 +1,7 @@
 """Folders that released versions have written open for ever, and compute what they did.
 
-``python -c "import tests.test_released_versions as t; t.write()"`` writes those of the present version, once: before it is
-released. They are never written again.
+Before a version is released, its folders are written, once and never again, by
+``python -c "import tests.test_released_versions as t; t.write()"``.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def test_a_folder_of_a_newer_version_says_so(tmp_path: Path) -> None:
         key: value for key, value in manifest.items() if key == "versions"
     }
     (tmp_path / "rankfold.json").write_text(json.dumps(manifest))
-    with pytest.raises(ArtifactError, match="format_version 7.*Install a newer rankfold"):
+    with pytest.raises(ArtifactError, match=r"format_version 7.*Install a newer rankfold"):
         rankfold.load(tmp_path, Own())
 
 
