@@ -27,6 +27,7 @@ from rankfold.certify import Verdict
 from rankfold.conv_modules import CONV_FORMS, ConvForm, empty_conv
 from rankfold.errors import InputError, opening_an_artifact
 from rankfold.integrations import transformers as hf
+from rankfold.integrations.vision import NamedModel, make_named
 from rankfold.json_file import read_bytes, read_json
 from rankfold.layer_matrix import MatrixLayer
 from rankfold.modules import FORMS, Form, LowRankConv2d, LowRankLinear, left_rows
@@ -77,6 +78,7 @@ def save_artifact(
     tokenizer: Any = None,
     overwrite: bool = False,
     files: Mapping[str, str] | None = None,
+    source: NamedModel | None = None,
 ) -> Path:
     """Write a factorized model; the folder appears complete or not at all.
 
@@ -87,6 +89,7 @@ def save_artifact(
         tokenizer: Saved beside a transformers model.
         overwrite: Replace an artifact that stands there.
         files: Texts to write beside, by file name.
+        source: What makes a model like the original, where a library does.
 
     Raises:
         InputError: The folder can't be written.
@@ -104,6 +107,7 @@ def save_artifact(
             "shared_tensors": aliases,
             "computed_buffers": _computed_buffers(model),
             **({"dtype": str(cast("Any", model).dtype)} if of_transformers else {}),
+            **({} if source is None else {"source": source.as_dict()}),
         },
         **manifest,
     }
@@ -218,7 +222,8 @@ def load(folder: str | Path, model: nn.Module | None = None, *, as_saved: bool =
     Args:
         folder: An artifact folder.
         model: For a model of the user's own class, an instance of it: its factorized layers are
-            exchanged and all its weights loaded, in place. A transformers model needs none. Of a
+            exchanged and all its weights loaded, in place. A transformers model needs none, nor
+            does one that was saved with what makes it (``Result.save``, ``source``). Of a
             compiled or data-parallel model the model inside is filled and returned.
         as_saved: Refuse a folder whose layers, weights or configuration are not those that were
             saved; False opens one where they were changed on purpose, as long as they fit.
@@ -237,14 +242,34 @@ def load(folder: str | Path, model: nn.Module | None = None, *, as_saved: bool =
         _check_config_digest(path, manifest)
     tensors = read_tensors(path / WEIGHTS_FILE)
     if model is None:
-        if not of_transformers:
-            raise InputError(
-                f"{path} holds a {manifest['model']['class']}, a class of your own: pass an "
-                "instance, rankfold.load(folder, model=YourClass(...)) or --model file.py:function."
-            )
-        model = hf.skeleton(path, tensors)
+        model = skeleton(path, manifest, tensors)
     model = unwrapped(model)
     return fill(model, manifest, tensors, where=str(path), as_saved=as_saved).eval()
+
+
+def skeleton(
+    folder: Path, manifest: Manifest, tensors: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """A model like the original, with weights that are still to be loaded.
+
+    Args:
+        folder: The artifact.
+        manifest: Its own.
+        tensors: Its weights; what asks for far more than these is refused.
+
+    Raises:
+        InputError: The model is of the user's own class, its library isn't installed or has no
+            such model.
+    """
+    if manifest["model"]["kind"] == "transformers":
+        return hf.skeleton(folder, tensors)
+    source = manifest["model"].get("source")
+    if source is None:
+        raise InputError(
+            f"{folder} holds a {manifest['model']['class']}, a class of your own: pass an "
+            "instance, rankfold.load(folder, model=YourClass(...)) or --model file.py:function."
+        )
+    return make_named(NamedModel(**source), tensors)
 
 
 @opening_an_artifact()
@@ -356,6 +381,17 @@ def check_structure(manifest: Mapping[str, Any], where: str) -> None:
     assert isinstance(model, dict)  # for the type checker
     expect(model.get("kind") in ("transformers", "module"), "model.kind transformers or module")
     expect(isinstance(model.get("class"), str), "a text model.class")
+    source = model.get("source")
+    if source is not None:
+        fields = {"library", "name", "options"}
+        expect(
+            isinstance(source, dict) and source.keys() == fields,
+            "an object model.source of library, name and options",
+        )
+        try:
+            NamedModel(**source)
+        except InputError as error:
+            raise InputError(f"{where} is damaged: in model.source, {error}") from error
     aliases = model.get("shared_tensors")
     expect(
         isinstance(aliases, dict) and all(isinstance(v, str) for v in aliases.values()),

@@ -32,6 +32,7 @@ def model_card(
     *,
     of_transformers: bool,
     original: str = "",
+    source: str | None = None,
 ) -> str:
     """The text of the card; its front matter is what model hubs read.
 
@@ -42,8 +43,9 @@ def model_card(
         of_transformers: Whether ``from_pretrained`` opens it.
         original: What it was opened as: ``owner/name`` on a hub, a folder's path, or nothing.
             Of a path only the last part is told.
+        source: ``library:name,option=value`` where a library makes it.
     """
-    name = original.rstrip("/").rpartition("/")[2]
+    name = source or original.rstrip("/").rpartition("/")[2]
     parts = [
         _front_matter(report, of_transformers, original),
         f"# {name or class_name}, factorized to low rank",
@@ -56,7 +58,7 @@ def model_card(
         "## How it was made",
         _how(report, versions),
         "## How to open it",
-        _opening(class_name, of_transformers),
+        _opening(class_name, of_transformers, source),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -139,7 +141,7 @@ def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _opening(class_name: str, of_transformers: bool) -> str:
+def _opening(class_name: str, of_transformers: bool, source: str | None) -> str:
     if of_transformers:
         install, lines = "pip install 'rankfold[transformers]'", [
             "import rankfold  # tells transformers how",
@@ -147,6 +149,9 @@ def _opening(class_name: str, of_transformers: bool) -> str:
             "",
             f'model = {class_name}.from_pretrained("FOLDER")',
         ]  # fmt: skip
+    elif source is not None:
+        install = "pip install 'rankfold[vision]'"
+        lines = ["import rankfold", "", 'model = rankfold.load("FOLDER")']
     else:
         install, lines = "pip install rankfold", [
             "import rankfold",

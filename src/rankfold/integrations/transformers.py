@@ -13,16 +13,15 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from threading import get_ident
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
 
 from rankfold.errors import InputError, require
 from rankfold.json_file import read_json
 from rankfold.modes import evaluation_mode
+from rankfold.modest import check_modest
 from rankfold.progress import Progress, SilentProgress
 
 QUANT_METHOD = "rankfold"  # how config.json calls what opens the folder
@@ -192,7 +191,8 @@ def skeleton(folder: Path, tensors: Mapping[str, Tensor] | None = None) -> nn.Mo
                 delattr(config, name)
         model_class = _model_class(config, folder)
         if tensors is not None:
-            _check_size(model_class, config, tensors, folder)
+            where = f"the config.json in {folder}"
+            check_modest(lambda: model_class(copy.deepcopy(config)), tensors, where)
         model = model_class(config).eval()
         settings = folder / GENERATION_FILE
         if model.can_generate() and settings.is_file():
@@ -213,10 +213,6 @@ def skeleton(folder: Path, tensors: Mapping[str, Tensor] | None = None) -> nn.Mo
 # What transformers makes as many of as config.json says, at once: layers, labels, experts.
 _COUNT = re.compile(r"^(num|n)_|_layers?$|^depths?$")
 LARGEST_COUNT = 1_000_000
-# Far from any real model, near enough that nothing breaks.
-MODULES_A_TENSOR = 100
-NUMBERS_A_NUMBER = 1000
-SMALL_MODEL = 10_000_000  # numbers, which any machine has room for
 
 
 def _check_counts(folder: Path) -> None:
@@ -236,36 +232,6 @@ def _check_counts(folder: Path) -> None:
                         f"the config.json in {folder} has {name} {value}; expected at most "
                         f"{LARGEST_COUNT}."
                     )
-
-
-def _check_size(model_class: Any, config: Any, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Build the model without memory, no further than its weights allow."""
-    most = 1000 + MODULES_A_TENSOR * len(tensors)
-    made = 0
-    here = get_ident()
-
-    def count(*_: object) -> None:
-        nonlocal made
-        made += get_ident() == here
-        if made > most:
-            raise InputError(
-                f"the config.json in {folder} asks for more than {most} modules, and the weights "
-                f"are {len(tensors)} tensors: the folder is damaged."
-            )
-
-    handle = register_module_module_registration_hook(count)
-    try:
-        with torch.device("meta"):
-            model = model_class(copy.deepcopy(config))
-    finally:
-        handle.remove()
-    asked = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-    stored = sum(tensor.numel() for tensor in tensors.values())
-    if asked > max(SMALL_MODEL, NUMBERS_A_NUMBER * stored):
-        raise InputError(
-            f"the config.json in {folder} asks for {asked} numbers, and the weights are {stored}: "
-            "the folder is damaged."
-        )
 
 
 def writes_text(model: nn.Module) -> bool:
