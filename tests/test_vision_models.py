@@ -53,7 +53,16 @@ MODELS = {
     "torchvision:mobilenet_v2,num_classes=4,width_mult=0.5": 32,
     "torchvision:shufflenet_v2_x0_5,num_classes=4": 32,
     "torchvision:efficientnet_b0,num_classes=4": 32,
+    "torchvision:convnext_tiny,num_classes=4": 32,
     "torchvision:vit_b_16,num_classes=4,image_size=32": 32,
+    "torchvision:swin_t,num_classes=4": 32,
+}
+# Of those that come in large sizes only, the first blocks.
+INCLUDED = {
+    "timm:resnext50_32x4d,num_classes=4": ("layer1.*",),
+    "torchvision:convnext_tiny,num_classes=4": ("features.1.*",),
+    "torchvision:vit_b_16,num_classes=4,image_size=32": ("encoder.layers.encoder_layer_0.*",),
+    "torchvision:swin_t,num_classes=4": ("features.1.*",),
 }
 
 
@@ -90,10 +99,11 @@ def test_factorized_saved_and_made_again_it_computes_the_same(spec: str, tmp_pat
     side = MODELS[spec]
     model = made(spec)
     result = rankfold.lossless(
-        model, data(side), size=0.8, curvature="empirical", gradient_step=False, interactions=False,
+        model, data(side), size=0.8, size_of="factorizable", include=INCLUDED.get(spec, ()),
+        curvature="empirical", gradient_step=False, interactions=False,
         conv_forms=False,
     )  # fmt: skip
-    assert result.ratio < 0.81
+    assert any(layer["rank"] is not None for layer in result.report["layers"])
     folder = result.save(tmp_path / "a", source=spec)
     again = rankfold.load(folder)
     assert type(again) is type(model)
