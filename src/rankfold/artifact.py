@@ -207,7 +207,9 @@ def folder_in_one_step(target: Path) -> Iterator[Path]:
 def library_versions() -> dict[str, str]:
     """Versions of rankfold and of the libraries that its numbers depend on."""
     found: dict[str, str] = {}
-    for name in ("rankfold", "torch", "numpy", "scipy", "safetensors", "transformers"):
+    for name in (
+        "rankfold", "torch", "numpy", "scipy", "safetensors", "transformers", "timm", "torchvision",
+    ):  # fmt: skip
         try:
             found[name] = version(name)
         except PackageNotFoundError:

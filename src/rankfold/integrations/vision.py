@@ -10,8 +10,10 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from types import ModuleType
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from rankfold.errors import InputError, require
@@ -106,6 +108,18 @@ def _value(text: str) -> object:
         return text
 
 
+def _imported(library: str) -> ModuleType:
+    try:
+        return require(library, "vision")
+    except InputError:
+        raise
+    except Exception as error:  # torchvision beside a torch that it wasn't built for
+        raise InputError(
+            f"{library} can't be imported beside torch {torch.__version__}: {error}. Install the "
+            "torchvision that goes with it."
+        ) from error
+
+
 def make_named(named: NamedModel, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
     """A model with random weights, in eval mode.
 
@@ -117,12 +131,12 @@ def make_named(named: NamedModel, tensors: Mapping[str, Tensor] | None = None) -
     Raises:
         InputError: The library isn't installed, knows no such model, or not with such options.
     """
+    library: Any = _imported(named.library)
     if named.library == "timm":
-        library = require("timm", "vision")
         names, create = library.list_models(), library.create_model
         options = {**named.options, "pretrained": False}
     else:
-        library = require("torchvision", "vision").models
+        library = library.models
         # Those of this module alone: others download weights of a backbone.
         names, create = library.list_models(module=library), library.get_model
         options = {**named.options, "weights": None}
