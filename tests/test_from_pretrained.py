@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import rankfold
-from rankfold import InputError
+from rankfold import ArtifactError, InputError
 from rankfold.inputs import DataOptions, open_data, open_model
 from rankfold.integrations.transformers import load_folder
 from rankfold.modules import LowRankLinear
@@ -113,8 +113,9 @@ def test_a_dtype_can_be_asked_for(result: rankfold.Result, saved: Path) -> None:
     torch.testing.assert_close(logits(model).float(), logits(result.model), atol=0.05, rtol=0.05)
 
 
-def test_a_device_can_be_asked_for(result: rankfold.Result, saved: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(saved, device_map="cpu")
+@pytest.mark.parametrize("where", ["cpu", "auto", {"": "cpu"}])
+def test_a_device_can_be_asked_for(where: Any, result: rankfold.Result, saved: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(saved, device_map=where)
     assert torch.equal(logits(model), logits(result.model))
 
 
@@ -133,8 +134,25 @@ def test_what_stood_beside_the_model_is_kept(folder: Path, saved: Path) -> None:
     message = [{"role": "user", "content": "hello"}]
     assert tokenizer.apply_chat_template(message, tokenize=False) == "hello!"
     assert (saved / "preprocessor_config.json").read_text() == '{"do_resize": true}'
-    assert AutoModelForCausalLM.from_pretrained(saved).generation_config.max_new_tokens == 7
+    for model in (AutoModelForCausalLM.from_pretrained(saved), rankfold.load(saved)):
+        assert model.generation_config.max_new_tokens == 7
     assert not (saved / "text.txt").exists()
+
+
+def test_the_folder_is_what_a_hub_takes(saved: Path) -> None:
+    assert sorted(str(p.relative_to(saved)) for p in saved.rglob("*")) == [
+        "README.md",
+        "certificate.json",
+        "certificate.txt",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "rankfold.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
 
 
 def test_a_pipeline_opens_it(saved: Path) -> None:
@@ -283,6 +301,29 @@ def test_a_truncated_file_of_weights_is_refused(length: int, saved: Path, tmp_pa
     file.write_bytes(file.read_bytes()[:length])
     with pytest.raises(InputError, match=r"model\.safetensors can't be read"):
         AutoModelForCausalLM.from_pretrained(damaged)
+
+
+def test_other_weights_than_were_saved_are_refused(saved: Path, tmp_path: Path) -> None:
+    damaged = copied(saved, tmp_path / "damaged")
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match="not those that were saved"):
+        AutoModelForCausalLM.from_pretrained(damaged)
+
+
+def test_trained_further_and_saved_in_the_same_folder_it_opens_again(
+    saved: Path, tmp_path: Path
+) -> None:
+    folder = copied(saved, tmp_path / "trained")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.norm.weight += 1
+    model.save_pretrained(folder)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(model))
+    with pytest.raises(ArtifactError, match="is not the file that was saved"):
+        rankfold.load(folder)  # its certificate is of other weights
+    assert torch.equal(logits(rankfold.load(folder, as_saved=False)), logits(model))
 
 
 def test_loading_twice_gives_two_models(saved: Path) -> None:

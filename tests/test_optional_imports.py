@@ -41,6 +41,8 @@ assert torch.equal(again(x), result.model(x))
 assert not set(sys.modules) & set({OPTIONAL!r})
 for call in (
     lambda: rankfold.inputs.open_model(sys.argv[2]),
+    lambda: rankfold.inputs.open_model("timm:resnet18,num_classes=10"),
+    lambda: rankfold.inputs.open_model("torchvision:resnet18"),
     lambda: rankfold.sources.read_image_folder(sys.argv[2]),
     lambda: rankfold.sources.read_records(pathlib.Path(sys.argv[2])),
     lambda: rankfold.export(sys.argv[1], sys.argv[1] + "2", to="onnx", model=model, inputs=(6,)),
@@ -62,7 +64,9 @@ def test_core_without_extras(tmp_path) -> None:
         encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
-    transformers, pillow, arrow, onnx = done.stdout.splitlines()
+    transformers, timm, torchvision, pillow, arrow, onnx = done.stdout.splitlines()
+    assert "this needs timm" in timm and "this needs torchvision" in torchvision
+    assert "pip install 'rankfold[vision]'" in timm
     assert "pip install 'rankfold[transformers]'" in transformers
     assert "pip install 'rankfold[images]'" in pillow
     assert "pip install 'rankfold[arrow]'" in arrow

@@ -12,7 +12,7 @@ from rankfold.compress import (
     prepare,
 )
 from rankfold.data import Data
-from rankfold.errors import InputError
+from rankfold.errors import ArtifactError, InputError
 from rankfold.export import Exported, export
 from rankfold.hf_registration import register_with_transformers
 from rankfold.modules import LowRankConv2d, LowRankLinear
@@ -27,6 +27,7 @@ __version__ = version("rankfold")
 register_with_transformers()
 
 __all__ = [
+    "ArtifactError",
     "Certificate",
     "Data",
     "Exported",

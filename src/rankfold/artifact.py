@@ -7,6 +7,7 @@ tokenizer stand beside them. Writing is atomic; reading executes no code and ope
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -21,11 +22,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rankfold.certificate_file import json_digest, tensors_digest
 from rankfold.certify import Verdict
 from rankfold.conv_modules import CONV_FORMS, ConvForm, empty_conv
-from rankfold.errors import InputError
+from rankfold.errors import InputError, opening_an_artifact
 from rankfold.integrations import transformers as hf
-from rankfold.json_file import read_json
+from rankfold.integrations.vision import NamedModel, make_named
+from rankfold.json_file import read_bytes, read_json
 from rankfold.layer_matrix import MatrixLayer
 from rankfold.modules import FORMS, Form, LowRankConv2d, LowRankLinear, left_rows
 from rankfold.replace import put_modules
@@ -35,6 +38,7 @@ from rankfold.unpack import put_back, unpack_named, unwrapped
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
 MANIFEST_FILE = "rankfold.json"
+CONFIG_FILE = "config.json"
 METADATA = {"format": "pt"}
 _FLOATS = {str(t): t for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
@@ -74,6 +78,7 @@ def save_artifact(
     tokenizer: Any = None,
     overwrite: bool = False,
     files: Mapping[str, str] | None = None,
+    source: NamedModel | None = None,
 ) -> Path:
     """Write a factorized model; the folder appears complete or not at all.
 
@@ -84,6 +89,7 @@ def save_artifact(
         tokenizer: Saved beside a transformers model.
         overwrite: Replace an artifact that stands there.
         files: Texts to write beside, by file name.
+        source: What makes a model like the original, where a library does.
 
     Raises:
         InputError: The folder can't be written.
@@ -91,26 +97,31 @@ def save_artifact(
     target = Path(folder)
     check_output(target, overwrite)
     tensors, aliases = stored_tensors(model)
+    of_transformers = hf.is_transformers_model(model)
     complete: Manifest = {
         "format_version": FORMAT_VERSION,
         "versions": library_versions(),
         "model": {
-            "kind": "transformers" if hf.is_transformers_model(model) else "module",
+            "kind": "transformers" if of_transformers else "module",
             "class": f"{type(model).__module__}.{type(model).__qualname__}",
             "shared_tensors": aliases,
             "computed_buffers": _computed_buffers(model),
+            **({"dtype": str(cast("Any", model).dtype)} if of_transformers else {}),
+            **({} if source is None else {"source": source.as_dict()}),
         },
         **manifest,
     }
     with folder_in_one_step(target) as draft:
         stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         save_file(stored, draft / WEIGHTS_FILE, metadata=METADATA)
-        text = json.dumps(complete, indent=1, allow_nan=False, ensure_ascii=False)
-        (draft / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+        complete["digest"] = artifact_digest(complete, stored)
         for name, content in (files or {}).items():
             (draft / name).write_text(content, encoding="utf-8")
-        if complete["model"]["kind"] == "transformers":
+        if of_transformers:
             hf.write_configuration(model, draft, structure(complete), tokenizer)
+            complete["config_digest"] = _file_digest(draft / CONFIG_FILE)
+        text = json.dumps(complete, indent=1, allow_nan=False, ensure_ascii=False)
+        (draft / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
     return target
 
 
@@ -119,6 +130,7 @@ def structure(manifest: Manifest) -> Manifest:
     keys = ("name", "rank", "second_rank", "form", "pivoted")
     return {
         "format_version": manifest["format_version"],
+        "digest": manifest.get("digest"),
         "model": manifest["model"],
         "unpacked": manifest.get("unpacked", []),
         "layers": [
@@ -127,6 +139,42 @@ def structure(manifest: Manifest) -> Manifest:
             if entry["rank"] is not None
         ],
     }
+
+
+def artifact_digest(manifest: Manifest, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of all that decides what a model computes, but for what its own class does."""
+    said = {**structure(manifest), "digest": None}
+    return json_digest({"structure": said, "tensors": tensors_digest(tensors)})
+
+
+def check_digest(manifest: Manifest, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse layers or weights that are not those that were saved.
+
+    Raises:
+        InputError: Their digest is another. Artifacts of earlier versions have none.
+    """
+    stated = manifest.get("digest")
+    if stated is not None and stated != artifact_digest(manifest, tensors):
+        raise InputError(
+            f"the layers or weights in {where} are not those that were saved: their digest is not "
+            f"the one stated. The folder is damaged: save or copy it again. {_ON_PURPOSE}"
+        )
+
+
+def _check_config_digest(folder: Path, manifest: Manifest) -> None:
+    file, stated = folder / CONFIG_FILE, manifest.get("config_digest")
+    if stated is not None and stated != _file_digest(file):
+        raise InputError(
+            f"{file} is not the file that was saved: its digest is not the one in {MANIFEST_FILE}. "
+            f"{_ON_PURPOSE}"
+        )
+
+
+_ON_PURPOSE = "If it was changed on purpose: rankfold.load(folder, as_saved=False)."
+
+
+def _file_digest(file: Path) -> str:
+    return hashlib.sha256(read_bytes(file)).hexdigest()
 
 
 @contextmanager
@@ -161,7 +209,9 @@ def folder_in_one_step(target: Path) -> Iterator[Path]:
 def library_versions() -> dict[str, str]:
     """Versions of rankfold and of the libraries that its numbers depend on."""
     found: dict[str, str] = {}
-    for name in ("rankfold", "torch", "numpy", "scipy", "safetensors", "transformers"):
+    for name in (
+        "rankfold", "torch", "numpy", "scipy", "safetensors", "transformers", "timm", "torchvision",
+    ):  # fmt: skip
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -169,40 +219,69 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+@opening_an_artifact()
+def load(folder: str | Path, model: nn.Module | None = None, *, as_saved: bool = True) -> nn.Module:
     """Open a saved model.
 
     Args:
         folder: An artifact folder.
         model: For a model of the user's own class, an instance of it: its factorized layers are
-            exchanged and all its weights loaded, in place. A transformers model needs none. Of a
+            exchanged and all its weights loaded, in place. A transformers model needs none, nor
+            does one that was saved with what makes it (``Result.save``, ``source``). Of a
             compiled or data-parallel model the model inside is filled and returned.
+        as_saved: Refuse a folder whose layers, weights or configuration are not those that were
+            saved; False opens one where they were changed on purpose, as long as they fit.
 
     Returns:
         The model, in eval mode.
 
     Raises:
-        InputError: Not an artifact, made by a newer version, damaged, or not of this model.
+        ArtifactError: Not an artifact, made by a newer version, damaged, or not of this model. A
+            model that was given is as it was.
     """
     path = Path(folder)
     manifest = read_manifest(path)
-    if model is None:
-        if manifest["model"]["kind"] != "transformers":
-            raise InputError(
-                f"{path} holds a {manifest['model']['class']}, a class of your own: pass an "
-                "instance, rankfold.load(folder, model=YourClass(...)) or --model file.py:function."
-            )
-        model = hf.skeleton(path)
-    model = unwrapped(model)
+    of_transformers = manifest["model"]["kind"] == "transformers"
+    if as_saved and of_transformers:
+        _check_config_digest(path, manifest)
     tensors = read_tensors(path / WEIGHTS_FILE)
-    return fill(model, manifest, tensors, where=str(path)).eval()
+    if model is None:
+        model = skeleton(path, manifest, tensors)
+    model = unwrapped(model)
+    return fill(model, manifest, tensors, where=str(path), as_saved=as_saved).eval()
 
 
+def skeleton(
+    folder: Path, manifest: Manifest, tensors: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """A model like the original, with weights that are still to be loaded.
+
+    Args:
+        folder: The artifact.
+        manifest: Its own.
+        tensors: Its weights; what asks for far more than these is refused.
+
+    Raises:
+        InputError: The model is of the user's own class, its library isn't installed or has no
+            such model.
+    """
+    if manifest["model"]["kind"] == "transformers":
+        return hf.skeleton(folder, tensors)
+    source = manifest["model"].get("source")
+    if source is None:
+        raise InputError(
+            f"{folder} holds a {manifest['model']['class']}, a class of your own: pass an "
+            "instance, rankfold.load(folder, model=YourClass(...)) or --model file.py:function."
+        )
+    return make_named(NamedModel(**source), tensors)
+
+
+@opening_an_artifact()
 def read_manifest(folder: Path) -> Manifest:
     """The checked content of ``rankfold.json``.
 
     Raises:
-        InputError: Missing, not JSON, of a newer format, or with fields of the wrong type.
+        ArtifactError: Missing, not JSON, of a newer format, or with fields of the wrong type.
     """
     file = folder / MANIFEST_FILE
     if not file.is_file():
@@ -229,11 +308,12 @@ REPORT_TEXTS = {"loss": ("unit",), "certificate": ("unit", "verdict"), "model": 
 LAYER_NUMBERS = ("full_rank", "parameters", "factorized_parameters")
 
 
+@opening_an_artifact()
 def read_report(folder: Path) -> Manifest:
     """The manifest, with everything that a table of it shows.
 
     Raises:
-        InputError: As ``read_manifest``, or a field is missing.
+        ArtifactError: As ``read_manifest``, or a field is missing.
     """
     manifest = read_manifest(folder)
     problems = [
@@ -305,6 +385,17 @@ def check_structure(manifest: Mapping[str, Any], where: str) -> None:
     assert isinstance(model, dict)  # for the type checker
     expect(model.get("kind") in ("transformers", "module"), "model.kind transformers or module")
     expect(isinstance(model.get("class"), str), "a text model.class")
+    source = model.get("source")
+    if source is not None:
+        fields = {"library", "name", "options"}
+        expect(
+            isinstance(source, dict) and source.keys() == fields,
+            "an object model.source of library, name and options",
+        )
+        try:
+            NamedModel(**source)
+        except InputError as error:
+            raise InputError(f"{where} is damaged: in model.source, {error}") from error
     aliases = model.get("shared_tensors")
     expect(
         isinstance(aliases, dict) and all(isinstance(v, str) for v in aliases.values()),
@@ -320,6 +411,9 @@ def check_structure(manifest: Mapping[str, Any], where: str) -> None:
         isinstance(names, list) and all(isinstance(name, str) for name in names),
         "a list of names 'unpacked'",
     )
+    for key in ("digest", "config_digest"):
+        stated = manifest.get(key)
+        expect(stated is None or isinstance(stated, str), f"a text {key!r}")
     expect(isinstance(layers, list), "a list 'layers'")
     for layer in cast("list[Any]", layers):
         expect(isinstance(layer, dict) and isinstance(layer.get("name"), str), "named layers")
@@ -341,20 +435,27 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     Raises:
         InputError: It can't be read.
     """
+    if not file.is_file():  # a pipe or device would never end
+        raise InputError(f"{file} can't be read: there is no such file.")
     try:
         with safe_open(file, framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (OSError, MemoryError, SafetensorError) as error:
         raise InputError(f"{file} can't be read: {error}") from error
 
 
 def fill(
-    model: nn.Module, manifest: Manifest, tensors: Mapping[str, Tensor], where: str
+    model: nn.Module,
+    manifest: Manifest,
+    tensors: Mapping[str, Tensor],
+    where: str,
+    as_saved: bool = True,
 ) -> nn.Module:
     """Exchange the manifest's layers in ``model`` and load all tensors, in place.
 
     Raises:
-        InputError: A layer, a name or a shape does not match; each is named with both shapes.
+        InputError: A layer, a name or a shape does not match; each is named with both shapes. With
+            ``as_saved``, also where the digest does not.
     """
     packed = unpack_named(model, manifest.get("unpacked", []), where)
     before: dict[str, nn.Module] = {}
@@ -365,7 +466,11 @@ def fill(
             if entry["rank"] is not None
         }
         before = put_modules(model, modules)
-        load_tensors(model, tensors, manifest["model"]["shared_tensors"], where)
+        aliases = manifest["model"]["shared_tensors"]
+        check_fit(model, tensors, aliases, where)
+        if as_saved:
+            check_digest(manifest, tensors, where)
+        _put_tensors(model, tensors, aliases)
     except InputError:
         put_modules(model, before)
         put_back(model, packed)
@@ -451,11 +556,16 @@ def load_tensors(
     Raises:
         InputError: Names or shapes don't match, all of them named.
     """
+    check_fit(model, tensors, aliases, where)
+    _put_tensors(model, tensors, aliases)
+
+
+def check_fit(
+    model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], where: str
+) -> None:
+    """Whether ``load_tensors`` can load them; arguments and errors are its own."""
     wanted = model.state_dict(keep_vars=True)
-    offered = dict(tensors)
-    for alias, name in aliases.items():
-        if name in tensors:
-            offered[alias] = tensors[name]
+    offered = _under_all_names(tensors, aliases)
     problems = [f"{name}: missing" for name in wanted if name not in offered]
     problems += [f"{name}: not in the model" for name in offered if name not in wanted]
     problems += [
@@ -478,6 +588,20 @@ def load_tensors(
         listed = "\n  ".join(problems[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise InputError(f"the weights in {where} don't fit the model:\n  {listed}{more}")
+
+
+def _under_all_names(
+    tensors: Mapping[str, Tensor], aliases: Mapping[str, str]
+) -> dict[str, Tensor]:
+    shared = {alias: tensors[name] for alias, name in aliases.items() if name in tensors}
+    return {**tensors, **shared}
+
+
+def _put_tensors(
+    model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]
+) -> None:
+    wanted = model.state_dict(keep_vars=True)
+    offered = _under_all_names(tensors, aliases)
     # Tensors that the model shares, or the file stores once, are one object: filled once each.
     with torch.no_grad():
         for name, tensor in wanted.items():

@@ -170,15 +170,16 @@ def make_document(
 
 def document_digest(document: Mapping[str, Any]) -> str:
     """SHA-256 over everything in it but the digest itself."""
-    return _digest({key: value for key, value in document.items() if key != "digest"})
+    return json_digest({key: value for key, value in document.items() if key != "digest"})
 
 
 def evidence_digest(plain: Mapping[str, Any]) -> str:
     """SHA-256 over the numbers of all examples."""
-    return _digest(dict(plain))
+    return json_digest(dict(plain))
 
 
-def _digest(value: object) -> str:
+def json_digest(value: object) -> str:
+    """SHA-256 of a value of JSON."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -38,6 +38,7 @@ from rankfold.inputs import (
     DataOptions,
     OpenedModel,
     evaluate_examples,
+    gives_module,
     open_artifact,
     open_data,
     open_examples,
@@ -50,7 +51,6 @@ from rankfold.objectives import OBJECTIVES
 from rankfold.programs import PROGRAMS
 from rankfold.progress import TerminalProgress
 from rankfold.settings import Settings, check_size
-from rankfold.sources import is_spec
 from rankfold.spectrum import STEP_ESTIMATORS
 from rankfold.tables import (
     curve_table,
@@ -68,7 +68,8 @@ LARGE_BLOCK = 2_000_000  # bytes
 DONE, BAD_INPUT, NOT_FOUND, DIFFERS, INTERRUPTED = 0, 2, 3, 4, 130
 
 MODEL_HELP = (
-    "A transformers folder, a .gguf file, or file.py:function (package.module:function) giving an "
+    "A transformers folder, a .gguf file, timm:NAME or torchvision:NAME (options after commas: "
+    "timm:resnet18,num_classes=10), or file.py:function (package.module:function) giving an "
     "nn.Module."
 )
 DATA_HELP = (
@@ -498,10 +499,11 @@ def verify(
     """Recompute an artifact's certificate from its weights and the held-out data."""
     with redirect_stdout(sys.stderr):
         # A class of the user's own is needed to open the artifact at all.
-        own = model if model is not None and is_spec(model) else None
+        own = model if model is not None and gives_module(model) else None
         if model is None and weights is not None:
             raise InputError("--weights goes with --model; give both, or none of them.")
-        opened = open_artifact(folder, own)
+        # Other weights than the certified ones are what it is to find and name.
+        opened = open_artifact(folder, own, as_saved=False)
         original = None if model is None else open_model(model, weights).model
         if own is not None and weights is None and original is not None:
             # Without its weights a function may give any: only certified ones are an original.
@@ -589,7 +591,7 @@ def export(
     """Write a factorized model in a form that is opened without rankfold."""
     if to not in TARGETS:
         raise InputError(f"--to is {to!r}; expected {', '.join(TARGETS)}.")
-    if model is not None and not is_spec(model):
+    if model is not None and not gives_module(model):
         raise InputError(f"--model is {model}; expected file.py:function.")
     with redirect_stdout(sys.stderr):
         own = None if model is None else open_model(model).model
@@ -680,7 +682,7 @@ def _open(options: Factorizing, model: str) -> tuple[OpenedModel, Data]:
 
 
 def _save(result: Result, out: Path, opened: OpenedModel, options: Factorizing) -> None:
-    result.save(out, tokenizer=opened.tokenizer, overwrite=options.overwrite)
+    result.save(out, tokenizer=opened.tokenizer, overwrite=options.overwrite, source=opened.source)
 
 
 def _print(result: Result, model: str, out: Path | None, options: Factorizing) -> None:

@@ -61,6 +61,8 @@ from rankfold.data import (
 )
 from rankfold.errors import InputError
 from rankfold.factorize import low_rank_module, truncate
+from rankfold.integrations import transformers as hf
+from rankfold.integrations.vision import NamedModel, make_named, parse_named
 from rankfold.interactions import (
     LARGEST_CORRECTION,
     OTHER_SHARE_EXAMPLES,
@@ -71,6 +73,7 @@ from rankfold.interactions import (
 )
 from rankfold.layer_matrix import MatrixLayer, weight_matrix
 from rankfold.linalg import Damping
+from rankfold.model_card import CARD_FILE, model_card
 from rankfold.modules import FORMS, Form
 from rankfold.objectives import (
     OBJECTIVES,
@@ -1184,24 +1187,59 @@ class Result:
         """Parameters kept / original, of the whole model."""
         return float(self.report["ratio"])
 
-    def save(self, folder: str | Path, *, tokenizer: Any = None, overwrite: bool = False) -> Path:
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        tokenizer: Any = None,
+        overwrite: bool = False,
+        source: str | None = None,
+    ) -> Path:
         """Write the artifact; ``rankfold.load(folder)`` opens it.
 
         Args:
             folder: New or empty, or an artifact with ``overwrite``.
             tokenizer: Saved beside a transformers model.
             overwrite: Replace an artifact that stands there.
+            source: What makes a model of timm or torchvision, with all options that it was made
+                with: ``timm:resnet18,num_classes=10``. Then it opens without ``model=``.
 
         Raises:
-            InputError: The folder can't be written.
+            InputError: The folder can't be written, or ``source`` makes another model.
         """
+        named = None if source is None else parse_named(source)
+        if named is not None:
+            self._check_made_by(named)
         return save_artifact(
             folder,
             self.model,
             self.report,
             tokenizer=tokenizer,
             overwrite=overwrite,
-            files=files(self.document),
+            files={**files(self.document), CARD_FILE: self._card(named)},
+            source=named,
+        )
+
+    def _check_made_by(self, named: NamedModel) -> None:
+        made = make_named(named)
+        stated = self.report["original"]["parameters"]
+        found = model_parameters(made)
+        if type(made) is not type(self.model) or found != stated:
+            raise InputError(
+                f"source {named} makes a {type(made).__name__} of {found} parameters; the original "
+                f"was a {type(self.model).__name__} of {stated}. Name all options that it was made "
+                "with."
+            )
+
+    def _card(self, named: NamedModel | None) -> str:
+        of_transformers = hf.is_transformers_model(self.model)
+        return model_card(
+            self.report,
+            library_versions(),
+            type(self.model).__name__,
+            of_transformers=of_transformers,
+            original=hf.opened_as(self.model) if of_transformers else "",
+            source=None if named is None else str(named),
         )
 
 

@@ -1,8 +1,10 @@
-"""The one error for input that rankfold can't work with, and optional imports."""
+"""The error for input that rankfold can't work with, and optional imports."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 
@@ -11,6 +13,24 @@ class InputError(ValueError):
 
     The message names the input, says what was expected, and what to do.
     """
+
+
+class ArtifactError(InputError):
+    """A saved model can't be opened: it is damaged, of a newer version, or of another model.
+
+    The message names the file or the field.
+    """
+
+
+@contextmanager
+def opening_an_artifact() -> Iterator[None]:
+    """Whatever is wrong with the input in here is wrong with an artifact; also a decorator."""
+    try:
+        yield
+    except ArtifactError:
+        raise
+    except InputError as error:
+        raise ArtifactError(str(error)) from error
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -29,6 +29,7 @@ from rankfold.artifact import (
     load,
     load_tensors,
     read_manifest,
+    skeleton,
 )
 from rankfold.conv_modules import SpatialConv2d, TuckerConv2d
 from rankfold.errors import InputError
@@ -145,7 +146,7 @@ def export(
             program = write_program(plain, draft / f"model.{to}", to, inputs)
             _write_json(draft / EXPORT_FILE, {**about, **program.described()})
         else:
-            empty = hf.skeleton(source) if model is None else copy.deepcopy(model)
+            empty = skeleton(source, manifest) if model is None else copy.deepcopy(model)
             plain = _write_dense(draft, to_dense(factorized), empty, unpacked, source)
             _write_json(draft / EXPORT_FILE, about)
         if transformers:

@@ -8,6 +8,7 @@ transformers is.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +17,14 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from rankfold.artifact import check_structure, empty_low_rank, restore_computed_buffers
-from rankfold.errors import InputError
+from rankfold.artifact import (
+    check_digest,
+    check_structure,
+    empty_low_rank,
+    read_tensors,
+    restore_computed_buffers,
+)
+from rankfold.errors import InputError, opening_an_artifact
 from rankfold.integrations.transformers import QUANT_METHOD, is_transformers_model
 from rankfold.replace import put_modules
 from rankfold.unpack import unpack_named
@@ -37,9 +44,10 @@ class RankfoldConfig(QuantizationConfigMixin):  # type: ignore[misc, unused-igno
         fields: As ``rankfold.artifact.structure`` gives them.
 
     Raises:
-        InputError: They are damaged, or of a newer version.
+        ArtifactError: They are damaged, or of a newer version.
     """
 
+    @opening_an_artifact()
     def __init__(self, **fields: Any) -> None:
         fields.pop("quant_method", None)
         check_structure(fields, _WHERE)
@@ -58,7 +66,9 @@ class RankfoldQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
 
         The configuration names no file of weights but tells whoever has no rankfold to install it.
         """
-        if hasattr(config, "transformers_weights"):
+        # save_pretrained drops the field: what it has saved again may be trained further.
+        self.as_saved = hasattr(config, "transformers_weights")
+        if self.as_saved:
             del config.transformers_weights
         return config
 
@@ -71,6 +81,7 @@ class RankfoldQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         """None: artifacts name tensors as the model does, not as older checkpoints did."""
         return []
 
+    @opening_an_artifact()
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
@@ -104,10 +115,14 @@ class RankfoldQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
                 tied[alias] = name
         if checkpoint_files:
             _check_stored(model, None if same else modules, checkpoint_files)
+            if self.as_saved:
+                files = [read_tensors(Path(file)) for file in checkpoint_files]
+                tensors = {name: tensor for file in files for name, tensor in file.items()}
+                check_digest(structure, tensors, str(Path(checkpoint_files[0]).parent))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         structure = self.quantization_config.__dict__
-        if structure["dtype"] == str(self.dtype):
+        if structure["model"].get("dtype") == str(self.dtype):
             here = _Names(model, strict=False)
             buffers = structure["model"]["computed_buffers"]
             restore_computed_buffers(
@@ -189,7 +204,7 @@ def _check_stored(
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118
                     stored[name.removeprefix(prefix)] = tuple(opened.get_slice(name).get_shape())
-        except (OSError, SafetensorError) as error:
+        except (OSError, MemoryError, SafetensorError) as error:
             raise InputError(f"{file} can't be read: {error}") from error
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     wanted = {

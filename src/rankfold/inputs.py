@@ -18,6 +18,7 @@ from rankfold.errors import InputError
 from rankfold.examples import hidden_words, record_examples
 from rankfold.integrations import transformers as hf
 from rankfold.integrations.example_inputs import Given
+from rankfold.integrations.vision import is_named, make_named, parse_named
 from rankfold.progress import Progress, TerminalProgress
 from rankfold.sources import (
     ClassFolder,
@@ -51,11 +52,13 @@ class OpenedModel:
         model: In eval mode.
         tokenizer: Of a transformers folder that has one, else None.
         folder: The transformers folder, for messages, or None.
+        source: ``timm:NAME`` or ``torchvision:NAME`` where that made it, else None.
     """
 
     model: nn.Module
     tokenizer: Any
     folder: Path | None
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,17 +97,20 @@ class DataOptions:
 
 
 def open_model(spec: str, weights: Path | None = None) -> OpenedModel:
-    """MODEL: a transformers folder, a ``.gguf`` file, or ``file.py:function`` of the user's own.
+    """MODEL: a folder, a ``.gguf`` file, ``timm:NAME``, or ``file.py:function`` of the user's own.
 
     Raises:
         InputError: Names what is wrong with it.
     """
+    if is_named(spec):
+        return OpenedModel(_own_model(spec, weights), None, None, spec)
     if is_spec(spec):
         return OpenedModel(_own_model(spec, weights), None, None)
     path = Path(spec)
     if weights is not None:
         raise InputError(
-            f"--weights goes with a model given as file.py:function; {spec} holds its own weights."
+            f"--weights goes with a model given as file.py:function or timm:NAME; {spec} holds its "
+            "own weights."
         )
     if path.suffix == ".gguf":
         model, tokenizer = hf.load_gguf(path)
@@ -119,13 +125,19 @@ def open_model(spec: str, weights: Path | None = None) -> OpenedModel:
         return OpenedModel(model, hf.load_tokenizer(path) if has_tokenizer else None, path)
     what = "is a file" if path.exists() else "does not exist"
     raise InputError(
-        f"the model {spec} {what}; expected a transformers folder, a .gguf file, or "
-        "file.py:function (with --weights FILE.safetensors) giving an nn.Module."
+        f"the model {spec} {what}; expected a transformers folder, a .gguf file, or, with "
+        "--weights FILE.safetensors, timm:NAME, torchvision:NAME or file.py:function giving an "
+        "nn.Module."
     )
 
 
-def open_artifact(folder: Path, spec: str | None) -> OpenedModel:
+def open_artifact(folder: Path, spec: str | None, *, as_saved: bool = True) -> OpenedModel:
     """A factorized model, with an instance of the user's own class where it needs one.
+
+    Args:
+        folder: The artifact.
+        spec: ``file.py:function`` giving an instance of the user's own class, or None.
+        as_saved: As of ``rankfold.load``.
 
     Raises:
         InputError: Not an artifact, or not of this model.
@@ -133,23 +145,31 @@ def open_artifact(folder: Path, spec: str | None) -> OpenedModel:
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}; expected the --out folder of an earlier run.")
     skeleton = _own_model(spec, None) if spec is not None else None
-    model = load(folder, model=skeleton)
+    model = load(folder, model=skeleton, as_saved=as_saved)
     has_tokenizer = skeleton is None and any(folder.glob("tokenizer*"))
     return OpenedModel(model, hf.load_tokenizer(folder) if has_tokenizer else None, folder)
 
 
+def gives_module(spec: str) -> bool:
+    """Whether MODEL is made by a function, the user's own or a library's."""
+    return is_named(spec) or is_spec(spec)
+
+
 def _own_model(spec: str, weights: Path | None) -> nn.Module:
+    if is_named(spec):
+        model = make_named(parse_named(spec))
+        return load_weights(model, weights) if weights is not None else model
     if not is_spec(spec):
         raise InputError(
             f"--model is {spec}; expected file.py:function or package.module:function."
         )
-    model = _called(spec)
-    if not isinstance(model, nn.Module):
+    called = _called(spec)
+    if not isinstance(called, nn.Module):
         raise InputError(
-            f"{spec} gave a {type(model).__name__}; expected a function without arguments that "
+            f"{spec} gave a {type(called).__name__}; expected a function without arguments that "
             "returns an nn.Module."
         )
-    return load_weights(model, weights) if weights is not None else model
+    return load_weights(called, weights) if weights is not None else called
 
 
 def _called(spec: str) -> object:

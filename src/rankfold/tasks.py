@@ -393,9 +393,11 @@ def running(batch: Batch) -> Iterator[None]:
 
 def on_device(batch: Batch, model: nn.Module) -> Batch:
     """The batch with its tensors on the model's device, floating ones in the model's dtype."""
-    parameter = next(model.parameters(), None)
-    if parameter is None:
+    parameters = list(model.parameters())
+    if not parameters:
         return batch
+    # Weights may be stored in int8 beside their scales; inputs are of the type computed with.
+    parameter = next((p for p in parameters if p.is_floating_point()), parameters[0])
 
     def move(value: Any) -> Any:
         if torch.is_tensor(value):

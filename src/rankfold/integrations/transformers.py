@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 import io
 import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.errors import InputError, require
+from rankfold.json_file import read_json
 from rankfold.modes import evaluation_mode
+from rankfold.modest import check_modest
 from rankfold.progress import Progress, SilentProgress
 
 QUANT_METHOD = "rankfold"  # how config.json calls what opens the folder
@@ -37,6 +40,7 @@ IN_A_PROGRAM = (
     "this folder was written by rankfold export --to onnx or pt2: onnxruntime or torch.export.load "
     "opens its model file; from_pretrained opens what --to dense writes"
 )
+GENERATION_FILE = "generation_config.json"
 # Beside the weights and their configuration: what turns data into inputs.
 _PROCESSING_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
@@ -52,6 +56,12 @@ def is_transformers_model(model: nn.Module) -> bool:
         base.__module__.startswith("transformers.") and base.__name__ == "PreTrainedModel"
         for base in type(model).__mro__
     )
+
+
+def opened_as(model: nn.Module) -> str:
+    """The name on a hub or the absolute folder that a model was opened from, or nothing."""
+    name = str(cast("Any", model).config.name_or_path or "")
+    return str(Path(name).resolve()) if name and Path(name).exists() else name
 
 
 # What the name of a class of transformers ends in says what it is made for.
@@ -166,14 +176,66 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def skeleton(folder: Path) -> nn.Module:
-    """A model of the folder's configuration with weights that are still to be loaded."""
-    config = _config(folder)
-    for name in ("quantization_config", "transformers_weights"):
-        if hasattr(config, name):
-            delattr(config, name)
-    model_class = _model_class(config, folder)
-    return cast("nn.Module", model_class(config).eval())
+def skeleton(folder: Path, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """A model of the folder's configuration with weights that are still to be loaded.
+
+    Args:
+        folder: Holds ``config.json``.
+        tensors: The weights. A configuration that asks for far more than these is refused before
+            it takes time or memory.
+
+    Raises:
+        InputError: The configuration is damaged, or of no model of transformers.
+    """
+    _check_counts(folder)
+    try:
+        config = _config(folder)
+        for name in ("quantization_config", "transformers_weights"):
+            if hasattr(config, name):
+                delattr(config, name)
+        model_class = _model_class(config, folder)
+        if tensors is not None:
+            where = f"the config.json in {folder}"
+            check_modest(lambda: model_class(copy.deepcopy(config)), tensors, where)
+        model = model_class(config).eval()
+        settings = folder / GENERATION_FILE
+        if model.can_generate() and settings.is_file():
+            read_json(settings)  # which names the file where it is damaged
+            transformers = require("transformers", "transformers")
+            model.generation_config = transformers.GenerationConfig.from_pretrained(
+                str(folder), local_files_only=True
+            )
+        return cast("nn.Module", model)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged configuration makes transformers fail in any way
+        raise InputError(
+            f"the configuration in {folder} makes no model: {type(error).__name__}: {error}"
+        ) from error
+
+
+# What transformers makes as many of as config.json says, at once: layers, labels, experts.
+_COUNT = re.compile(r"^(num|n)_|_layers?$|^depths?$")
+LARGEST_COUNT = 1_000_000
+
+
+def _check_counts(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        return  # _config says so
+    parts = [read_json(folder / "config.json", constants=True)]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list):
+            parts += part
+        elif isinstance(part, dict):
+            for name, value in part.items():
+                parts += [value] if isinstance(value, dict | list) else []
+                large = isinstance(value, int) and abs(value) > LARGEST_COUNT
+                if large and _COUNT.search(name):
+                    raise InputError(
+                        f"the config.json in {folder} has {name} {value}; expected at most "
+                        f"{LARGEST_COUNT}."
+                    )
 
 
 def writes_text(model: nn.Module) -> bool:
@@ -262,15 +324,14 @@ def write_configuration(
     config = hf.config.__class__.from_dict(hf.config.to_dict())
     config.architectures = [type(model).__name__]
     config.dtype = hf.dtype
-    dtype = str(hf.dtype)
-    config.quantization_config = {"quant_method": QUANT_METHOD, "dtype": dtype, **structure}
+    config.quantization_config = {"quant_method": QUANT_METHOD, **structure}
     config.save_pretrained(folder)
     _name_no_weights(folder, WITHOUT_RANKFOLD)
     if getattr(hf, "generation_config", None) is not None and hf.can_generate():
         hf.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    copy_processing_files(Path(hf.config.name_or_path), folder)
+    copy_processing_files(Path(opened_as(model)), folder)
 
 
 def _name_no_weights(folder: Path, why: str) -> None:
@@ -299,8 +360,8 @@ def write_configuration_alone(model: nn.Module, folder: Path, source: Path, why:
 
 
 def _copy_generation_settings(source: Path, target: Path) -> None:
-    if (source / "generation_config.json").is_file():
-        shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
+    if (source / GENERATION_FILE).is_file():
+        shutil.copyfile(source / GENERATION_FILE, target / GENERATION_FILE)
 
 
 def copy_processing_files(source: Path, target: Path) -> None:

@@ -1,0 +1,165 @@
+"""The README.md of a saved model: sizes, certificate, how it was made, how it is opened."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from rankfold.settings import Settings
+
+CARD_FILE = "README.md"
+_ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
+_PIPELINES = {
+    "causal-lm": "text-generation",
+    "masked-lm": "fill-mask",
+    "token-classification": "token-classification",
+    "embedding": "feature-extraction",
+}
+_VERDICTS = {
+    "better": "it is better than the original on data like these",
+    "lossless": "it is no worse than the original by more than the margin",
+    "worse": "it is worse than the original by more than the margin",
+    "not shown": "it is not shown to be within the margin; more held-out examples would decide it",
+}
+
+
+def model_card(
+    report: Mapping[str, Any],
+    versions: Mapping[str, str],
+    class_name: str,
+    *,
+    of_transformers: bool,
+    original: str = "",
+    source: str | None = None,
+) -> str:
+    """The text of the card; its front matter is what model hubs read.
+
+    Args:
+        report: The content of ``rankfold.json``.
+        versions: Of the libraries.
+        class_name: Of the model, without its module.
+        of_transformers: Whether ``from_pretrained`` opens it.
+        original: What it was opened as: ``owner/name`` on a hub, a folder's path, or nothing.
+            Of a path only the last part is told.
+        source: ``library:name,option=value`` where a library makes it.
+    """
+    name = source or original.rstrip("/").rpartition("/")[2]
+    parts = [
+        _front_matter(report, of_transformers, original),
+        f"# {name or class_name}, factorized to low rank",
+        f"{report['ratio']:.1%} of the original's parameters. Made without fine-tuning by "
+        f"rankfold {versions.get('rankfold', '')} and tested on held-out data.",
+        "## Sizes",
+        _sizes(report),
+        "## Certificate",
+        _certificate(report),
+        "## How it was made",
+        _how(report, versions),
+        "## How to open it",
+        _opening(class_name, of_transformers, source),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(report: Mapping[str, Any], of_transformers: bool, original: str) -> str:
+    lines = [f"library_name: {'transformers' if of_transformers else 'rankfold'}"]
+    if _ON_HUB.fullmatch(original):
+        lines.append(f"base_model: {original}")
+    pipeline = _PIPELINES.get(report["task"])
+    if of_transformers and pipeline is not None:
+        lines.append(f"pipeline_tag: {pipeline}")
+    lines += ["tags:", "- rankfold", "- low-rank", "- model-compression"]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _sizes(report: Mapping[str, Any]) -> str:
+    before, after = report["original"], report["factorized"]
+    rows = [
+        f"| {label} | {before[key]:,} | {after[key]:,} | "
+        f"{after[key] / before[key] if before[key] else 1:.4f} |"
+        for label, key in (
+            ("parameters, whole model", "parameters"),
+            ("parameters, factorizable layers", "factorizable_parameters"),
+            ("bytes of model.safetensors", "bytes"),
+            ("FLOPs of weighted layers, one example", "flops"),
+        )
+    ]
+    return "\n".join(["| | original | this model | kept |", "| --- | --- | --- | --- |", *rows])
+
+
+def _certificate(report: Mapping[str, Any]) -> str:
+    c, loss = report["certificate"], report["loss"]
+    sure = f"{c['confidence']:.0%}"
+    text = (
+        f"On {c['examples']} held-out examples that nothing was tuned on, the mean loss went from "
+        f"{loss['original']:.4f} to {loss['factorized']:.4f}, a change of {c['change']:+.4f} ± "
+        f"{c['standard_error']:.4f} (standard error) {c['unit']}. With {sure} confidence the "
+        f"change is at most {c['upper_bound']:+.4f}; the margin was {c['margin']:g}.\n\n"
+        f"Verdict: **{c['verdict']}**: {_VERDICTS[c['verdict']]}."
+    )
+    if loss["control_change"] is not None:
+        text += (
+            f" The dense original, moved by the same gradient step, changes by "
+            f"{loss['control_change']:+.4f}: that part is adaptation to the calibration data."
+        )
+    if report["agreement"]:
+        text += (
+            " No labels were used: the loss is the distance from the original model's outputs, so "
+            "the verdict speaks of agreement with the original, not of being right."
+        )
+    return text + (
+        "\n\nIt holds for data like the held-out part. `certificate.txt` says all of it; "
+        "`rankfold verify FOLDER --data HELDOUT` computes it again."
+    )
+
+
+def _how(report: Mapping[str, Any], versions: Mapping[str, str]) -> str:
+    default = asdict(Settings())
+    asked = {**report["target"]}
+    asked |= {k: v for k, v in report["settings"].items() if v != _plain(default[k])}
+    call = ", ".join(f"{name}={value!r}" for name, value in asked.items())
+    low_rank = [layer for layer in report["layers"] if layer["rank"] is not None]
+    lines = [
+        f"- call: `rankfold.{report['algorithm']}(model, data, {call})`; `rankfold.json` has every "
+        "setting",
+        f"- task: {report['task']}; seed {report['settings']['seed']}",
+        f"- layers: {len(low_rank)} factorized, {len(report['layers']) - len(low_rank)} left dense "
+        f"by the plan, {len(report['not_factorized'])} that can't be factorized",
+        *(
+            f"- {name.replace('_', '-')} part: {part['examples']} examples, SHA-256 "
+            f"{part['digest'][:16]}…"
+            for name, part in report["data"].items()
+        ),
+        "- versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _opening(class_name: str, of_transformers: bool, source: str | None) -> str:
+    if of_transformers:
+        install, lines = "pip install 'rankfold[transformers]'", [
+            "import rankfold  # tells transformers how",
+            f"from transformers import {class_name}",
+            "",
+            f'model = {class_name}.from_pretrained("FOLDER")',
+        ]  # fmt: skip
+    elif source is not None:
+        install = "pip install 'rankfold[vision]'"
+        lines = ["import rankfold", "", 'model = rankfold.load("FOLDER")']
+    else:
+        install, lines = "pip install rankfold", [
+            "import rankfold",
+            "",
+            f'model = rankfold.load("FOLDER", model={class_name}(...))  # your own class',
+        ]  # fmt: skip
+    code = "\n".join(["```python", *lines, "```"])
+    return (
+        f"`{install}`, then\n\n{code}\n\nNo code of this folder is executed. `rankfold export "
+        "FOLDER --to dense` (or `pairs`) writes a form that needs no rankfold."
+    )
