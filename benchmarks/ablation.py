@@ -5,12 +5,12 @@
     python -m benchmarks.ablation plot
 
 ``run`` appends one JSON line a result to ``benchmarks/out/ablation.jsonl`` and leaves out what is
-there already; ``table`` prints the tables of docs/ablation.md, ``plot`` draws their figures into
-docs/figures. Every result goes through ``Preparation.lossless``, as a user's would: the plan is
-made on selection data, the test examples are evaluated once. A seed draws the calibration and
-selection examples; the test examples stay the same. Size is the share kept of the weights in the
-layers that can be factorized. A language model is also tested on text of another kind
-(``pydoc_data.topics``), none of which is in its calibration.
+there already (statistics are kept beside it, in ``statistics``); ``table`` prints the tables of
+docs/ablation.md, ``plot`` draws their figures into docs/figures. Every result goes through
+``Preparation.lossless``, as a user's would: the plan is made on selection data, the test examples
+are evaluated once. A seed draws the calibration and selection examples; the test examples stay the
+same. Size is the share kept of the weights in the layers that can be factorized. A language model
+is also tested on text of another kind (``pydoc_data.topics``), none of which is in its calibration.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.kept_statistics import collect_or_read
 from benchmarks.quality import MODELS
 from benchmarks.rows import append_row, read_rows
 from rankfold.certify import paired_change
-from rankfold.collected import Collected, collect
+from rankfold.collected import Collected
 from rankfold.compress import analyse
 from rankfold.data import Data, Part, as_part
 from rankfold.progress import TerminalProgress
@@ -78,6 +79,8 @@ VARIANTS: dict[str, Variant] = {
     "damping 0.01 of A, 0.3 of B": Variant({"damping": 0.01, "output_damping": 0.3}),
     "half the calibration data": Variant({}, share_of_data=0.5),
     "twice the calibration data": Variant({}, share_of_data=2.0),
+    "twice the calibration data, no step": Variant({"gradient_step": False}, share_of_data=2.0),
+    "twice the calibration data, two rounds": Variant({"rounds": 2}, share_of_data=2.0),
     "two rounds": Variant({"rounds": 2}),
     "two rounds, no step": Variant({"rounds": 2, "gradient_step": False}),
     "sampled curvature": Variant({}, "language", {"curvature": "sampled"}),
@@ -152,9 +155,9 @@ class Runner:
         model, data = build(seed, count)
         other = other_text(data) if name == "smollm2" else None
         common = {"seed": seed, "limit": count, **first.statistics}
-        start = time.perf_counter()
-        collected = collect(model, data, Settings(**common), progress=self.progress)
-        spent = time.perf_counter() - start
+        collected, spent = collect_or_read(
+            model, data, Settings(**common), self._kept(name, seed, first), self.progress
+        )
         dense_other = None if other is None else self._other(model, collected, other)
         for variant in variants:
             settings = Settings(**{**common, **VARIANTS[variant].settings})
@@ -199,6 +202,12 @@ class Runner:
                         seconds=seconds,
                     )
                 )
+
+    def _kept(self, name: str, seed: int, variant: Variant) -> Path:
+        """Where the statistics of a variant are kept."""
+        parts = [name, f"seed{seed}", f"share{variant.share_of_data:g}"]
+        parts += [f"{key}-{value}" for key, value in sorted(variant.statistics.items())]
+        return self.file.parent / "statistics" / ("_".join(parts) + ".safetensors")
 
     def _other(self, model: nn.Module, collected: Collected, part: Part) -> Evaluation:
         return evaluate(

@@ -1,0 +1,90 @@
+"""Statistics kept in a file, so that a run that was interrupted doesn't pass over the data again.
+
+For SmolLM2 the pass over 128 windows takes longer than all that follows it. Grams are kept in
+float32: the blocks that they were summed from are float32, too.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rankfold.calibrate import Curvature, LayerStatistics
+from rankfold.collected import Collected, collect
+from rankfold.data import Data
+from rankfold.progress import Progress
+from rankfold.settings import Settings
+
+
+def collect_or_read(
+    model: nn.Module, data: Data, settings: Settings, file: Path, progress: Progress
+) -> tuple[Collected, float]:
+    """What ``collect`` gives, and the seconds of its pass; from the file where there is one."""
+    if file.exists():
+        # An objective without statistics finds layers and parts, and makes no pass.
+        collected = collect(model, data, replace(settings, objective="svd"), progress=progress)
+        return collected, _read(collected, file)
+    started = time.perf_counter()
+    collected = collect(model, data, settings, progress=progress)
+    seconds = time.perf_counter() - started
+    _write(collected, seconds, file)
+    return collected, seconds
+
+
+def _write(collected: Collected, seconds: float, file: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+    leaders: dict[str, str | None] = {}
+    for name, stats in collected.statistics.items():
+        leaders[name] = stats.shares_input_with
+        if stats.shares_input_with is None:
+            tensors[f"{name} A"] = stats.input_gram.float()
+        if stats.output_gram is not None and stats.gradients is not None:
+            tensors[f"{name} B"] = stats.output_gram.float()
+            tensors |= {f"{name} G{half}": g.float() for half, g in enumerate(stats.gradients)}
+    about = {
+        "leaders": leaders,
+        "curvature": collected.curvature,
+        "calibration_loss": collected.calibration_loss,
+        "seconds": seconds,
+        "calibration": collected.parts["calibration"].digest,
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(".draft")
+    save_file(tensors, draft, metadata={"about": json.dumps(about)})
+    draft.replace(file)
+
+
+def _read(collected: Collected, file: Path) -> float:
+    """Put the file's statistics into ``collected``; returns the seconds that they took."""
+    with safe_open(file, framework="pt") as opened:
+        about = json.loads(opened.metadata()["about"])
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    if about["calibration"] != collected.parts["calibration"].digest:
+        raise ValueError(f"{file} holds statistics of other examples; delete it")
+    collected.curvature = cast("Curvature | None", about["curvature"])
+    collected.calibration_loss = about["calibration_loss"]
+    grams = {
+        key.removesuffix(" A"): tensors.pop(key).to(torch.float64)
+        for key in [*tensors]
+        if key.endswith(" A")
+    }
+    for name, leader in about["leaders"].items():
+        back = tensors.pop(f"{name} B", None)
+        halves = (
+            (tensors.pop(f"{name} G0"), tensors.pop(f"{name} G1")) if back is not None else None
+        )
+        collected.statistics[name] = LayerStatistics(
+            input_gram=grams[leader or name],
+            output_gram=None if back is None else back.to(torch.float64),
+            gradients=halves,
+            shares_input_with=leader,
+        )
+    return float(about["seconds"])
