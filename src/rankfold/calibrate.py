@@ -165,6 +165,35 @@ def choose_curvature(calibration_loss: float, classes: int | None) -> Curvature:
     return "sampled"
 
 
+def sampled_loss(result: BatchLoss, generator: torch.Generator) -> Tensor:
+    """A loss at labels drawn from what the model itself predicts, summed over the terms.
+
+    Cross-entropy with labels from its smoothed predictions; or the squared error from its own
+    values plus noise. The mean Gram of their gradients is the curvature of the loss.
+
+    Args:
+        result: What the model gave, with its graph.
+        generator: Draws the labels, on the CPU.
+
+    Raises:
+        InputError: The loss shows neither logits nor squared values.
+    """
+    if result.squared is not None:
+        # |f - y|^2 has the Hessian 2 I in f; e ~ N(0, I) gives E[(sqrt 2 e)(sqrt 2 e)^T] = 2 I.
+        noise = torch.randn(result.squared.shape, generator=generator)
+        return math.sqrt(2) * (result.squared * noise.to(result.squared)).sum()
+    if result.logits is None:
+        raise InputError(
+            "the sampled curvature needs logits, which a loss of your own does not show; "
+            "use curvature='empirical'."
+        )
+    logits = result.logits.float()
+    smooth = (1 - SMOOTHING) * logits.detach().softmax(-1) + SMOOTHING / logits.shape[-1]
+    uniform = torch.rand(len(logits), 1, generator=generator).to(logits.device)
+    drawn = (smooth.cumsum(-1) < uniform).sum(-1).clamp(max=logits.shape[-1] - 1)
+    return functional.cross_entropy(logits, drawn, reduction="sum")
+
+
 def collect_statistics(
     model: nn.Module,
     task: Task,
@@ -263,7 +292,7 @@ class _Recorder:
         weights = [layer.weight for layer in self.layers.values()]
         if self.curvature == "sampled":
             self._gradients(
-                self._sampled_loss(result), weights, listening=True, keep=half is not None
+                sampled_loss(result, self.generator), weights, listening=True, keep=half is not None
             )
         loss = (result.losses * result.terms).sum()
         if half is None and self.curvature == "sampled":
@@ -286,27 +315,6 @@ class _Recorder:
             return torch.autograd.grad(loss, weights, retain_graph=keep, allow_unused=True)
         finally:
             self.listening = False
-
-    def _sampled_loss(self, result: BatchLoss) -> Tensor:
-        """A loss at labels drawn from what the model itself predicts.
-
-        Cross-entropy with labels from its smoothed predictions; or the squared error from its own
-        values plus noise. The mean Gram of their gradients is the curvature of the loss.
-        """
-        if result.squared is not None:
-            # |f - y|^2 has the Hessian 2 I in f; e ~ N(0, I) gives E[(sqrt 2 e)(sqrt 2 e)^T] = 2 I.
-            noise = torch.randn(result.squared.shape, generator=self.generator)
-            return math.sqrt(2) * (result.squared * noise.to(result.squared)).sum()
-        if result.logits is None:
-            raise InputError(
-                "the sampled curvature needs logits, which a loss of your own does not show; "
-                "use curvature='empirical'."
-            )
-        logits = result.logits.float()
-        smooth = (1 - SMOOTHING) * logits.detach().softmax(-1) + SMOOTHING / logits.shape[-1]
-        uniform = torch.rand(len(logits), 1, generator=self.generator).to(logits.device)
-        drawn = (smooth.cumsum(-1) < uniform).sum(-1).clamp(max=logits.shape[-1] - 1)
-        return functional.cross_entropy(logits, drawn, reduction="sum")
 
     def _saw_call(
         self, name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor
