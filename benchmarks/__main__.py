@@ -7,11 +7,11 @@
     python -m benchmarks table
     python -m benchmarks plot
 
-``run`` appends one JSON line a result to ``benchmarks/out/field*.jsonl`` and leaves out what is there
-already. ``quality`` measures loss, accuracy and sizes, ``vision`` the same on all image models,
-``speed`` latencies beside the dense model's in one run, ``memory`` the peak of a process that
-compresses; ``all`` is quality, speed and memory. ``table`` writes the tables between the markers of
-docs/field.md, ``plot`` the figures of docs/figures, from those lines and nothing else.
+``run`` appends one JSON line a result to ``benchmarks/out/field*.jsonl`` and leaves out what is
+there already. ``quality`` measures loss, accuracy and sizes, ``vision`` the same on all image
+models, ``speed`` latencies beside the dense model's in one run, ``memory`` the peak of a process
+that compresses; ``all`` is quality, speed and memory. ``table`` writes the tables between the
+markers of docs/field.md, ``plot`` the figures of docs/figures, from those lines and nothing else.
 """
 
 from __future__ import annotations

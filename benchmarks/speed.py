@@ -1,10 +1,11 @@
 """Latency beside the dense model's, and the peak memory of a process: ``run speed`` and ``memory``.
 
-Latency: the dense model and all others are built first and then run in turn, batch by batch, so that
-whatever else the machine does meets them alike. A round's ratio is a model's time over the dense
-model's in the same round; the median over rounds is reported, with its quartiles. Peak memory is
-the largest resident set of a process of its own that does nothing but open the model, pass over
-the data and make one compressed model; ``dense`` opens the model and evaluates a few examples.
+Latency: the dense model and all others are built first and then run in turn, batch by batch, so
+that whatever else the machine does meets them alike. A round's ratio is a model's time over the
+dense model's in the same round; the median over rounds is reported, with its quartiles. Peak
+memory is the largest resident set of a process of its own that does nothing but open the model,
+pass over the data and make one compressed model; ``dense`` opens the model and evaluates a few
+examples.
 """
 
 from __future__ import annotations
