@@ -24,7 +24,7 @@ from benchmarks.methods.method import AtSize, Method, Study
 from benchmarks.methods.sensitivity import Sensitivity, threshold_search
 
 MOST_ITERATIONS = 50
-CONVERGED = 1e-6  # relative change of the singular value
+CONVERGED = 1e-5  # relative change of the singular value
 SHRINKAGE = 0.1
 RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 

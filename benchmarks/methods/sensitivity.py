@@ -16,8 +16,16 @@ from rankfold.modes import evaluation_mode
 from rankfold.replace import with_replaced
 from rankfold.tasks import evaluate, on_device
 
-EXAMPLES = 128
+IMAGES = 128
+SENTENCES = 32
 WINDOWS = 4  # of a language model: hundreds of terms each
+
+
+def few_examples(study: Study) -> int:
+    """How many examples a layer alone is measured on."""
+    if study.language:
+        return WINDOWS
+    return IMAGES if study.vision else SENTENCES
 
 
 class Sensitivity:
@@ -36,7 +44,7 @@ class Sensitivity:
     @classmethod
     def few(cls, study: Study) -> Sensitivity:
         """On the first calibration examples."""
-        return cls(study, study.calibration(WINDOWS if study.language else EXAMPLES))
+        return cls(study, study.calibration(few_examples(study)))
 
     def _detached(self, batch: Batch) -> BatchLoss:
         return self.task.batch_loss(self.model, batch)
@@ -114,6 +122,5 @@ def threshold_search(
 def selection_part(study: Study) -> Part:
     """The selection examples, for a method whose authors choose by validation loss."""
     part = study.collected.parts["selection"]
-    most = WINDOWS if study.language else EXAMPLES
     order = torch.randperm(len(part.examples), generator=torch.Generator().manual_seed(study.seed))
-    return part.take(order[:most].tolist())
+    return part.take(order[: few_examples(study)].tolist())
