@@ -101,7 +101,7 @@ def open_study(name: str, seed: int, progress: Progress, calibration: int | None
     count = calibration or default
     model, data = build(seed, count)
     settings = Settings(
-        objective="kronecker" if name in TASKS else "joint",
+        objective="joint",
         task=TASKS.get(name),
         seed=seed,
         limit=count,
