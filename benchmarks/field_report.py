@@ -33,7 +33,7 @@ STYLES = {
     "svd": (GREY, "x", ":"),
     "asvd": (ORANGE, "v", ":"),
     "svd-llm": (SKY, "^", "-"),
-    "pifa-update": (SKY, "D", "--"),
+    "pifa": (SKY, "D", "--"),
     "balf": (BLUE, "P", "-"),
     "gfwsvd-search": (GREEN, "<", "--"),
     "kfac-svd-lems": (RED, "X", "-"),

@@ -3,8 +3,9 @@
 As ``Preparation.lossless`` does it in one round: the plan is made on selection data, made again
 with measured interactions, and the better of the two on selection data is the result. Held-out
 data is left to the common evaluation. ``first-order`` in pairs is the publication that the
-project implements (arXiv 2412.06867 as summarised; docs/theory.md, 6). ``control`` is the dense
-model moved by the step of ``joint``.
+project implements (arXiv 2412.06867 as summarised; docs/theory.md, 6). Without conv forms a conv
+is one matrix, as in the peers: what is left of the difference is not theirs. ``control`` is the
+dense model moved by the step of ``joint``.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ from rankfold.objectives import OBJECTIVES, ObjectiveName
 from rankfold.settings import Settings
 
 
-def _prepared(study: Study, objective: ObjectiveName, form: Form) -> Preparation:
-    settings = Settings(objective=objective, form=form, seed=study.seed)
+def _prepared(
+    study: Study, objective: ObjectiveName, form: Form, conv_forms: bool = True
+) -> Preparation:
+    settings = Settings(objective=objective, form=form, seed=study.seed, conv_forms=conv_forms)
     return analyse(study.collected, settings, progress=study.progress)
 
 
-def compressed(study: Study, objective: ObjectiveName, form: Form) -> AtSize:
-    prepared = _prepared(study, objective, form)
+def compressed(
+    study: Study, objective: ObjectiveName, form: Form, conv_forms: bool = True
+) -> AtSize:
+    prepared = _prepared(study, objective, form, conv_forms)
     return lambda size: Compressed.of(best_on_selection(prepared, size))
 
 
@@ -69,6 +74,16 @@ METHODS = {
     for objective in OBJECTIVES
     for form in FORMS
     if (objective, form) not in (("svd", "pair"), ("first-order", "pair"))
+}
+METHODS |= {
+    f"kronecker-{form}-matrices": Method(
+        f"rankfold kronecker, {form}, no conv forms",
+        _source("kronecker"),
+        partial(compressed, objective="kronecker", form=form, conv_forms=False),
+        "ours",
+        models="vision",
+    )
+    for form in FORMS
 }
 _PEER: Kind = "peer"
 METHODS |= {
