@@ -1,16 +1,15 @@
 """Methods that need no more than a diagonal weighting: plain SVD, FWSVD, ASVD, LASER.
 
 - SVD: Eckart and Young 1936; one ratio for all layers.
-- FWSVD: Hsu et al. 2022, arXiv 2207.00112: rows weighted by the root of the sum of
-  their weights' Fisher information, from labels' gradients. One ratio for all layers.
-- ASVD: Yuan et al. 2023, arXiv 2312.05821: columns scaled by mean |x| to the
-  power alpha = 0.5 (the authors' value); ranks by the threshold search (STRS) on the loss
-  of calibration examples over the ratios .4 to .9. The published list begins at .4; .1 to .3 are
-  added so that every size can be reached.
-- LASER: Sharma et al. 2023, arXiv 2312.13558: plain SVD of chosen layers at chosen
-  ranks, picked by validation loss (here: selection examples). It is published as a way to higher
-  accuracy without a target size; here layers and ranks are taken in the order of their loss until
-  the size is reached.
+- FWSVD: Hsu et al. 2022, arXiv 2207.00112: rows weighted by the root of the sum of their weights'
+  Fisher information, from labels' gradients. One ratio for all layers.
+- ASVD: Yuan et al. 2023, arXiv 2312.05821: columns scaled by mean |x| to the power alpha = 0.5
+  (the authors' value); ranks by the threshold search (STRS) on the loss of few examples
+  (``sensitivity``) over the ratios .4 to .9. The published list begins at .4; .1 to .3 are added
+  so that every size can be reached.
+- LASER: Sharma et al. 2023, arXiv 2312.13558: plain SVD of chosen layers at chosen ranks, picked
+  by validation loss. It is published as a way to higher accuracy without a target size; here
+  layers and ranks are taken in the order of their loss until the size is reached.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from benchmarks.methods.fisher import Fisher, fishers
 from benchmarks.methods.low_rank import spectra, uniform
 from benchmarks.methods.method import AtSize, Method, Study
-from benchmarks.methods.sensitivity import Sensitivity, selection_part, threshold_search
+from benchmarks.methods.sensitivity import Sensitivity, threshold_search
 from rankfold.layer_matrix import MatrixLayer, input_rows
 from rankfold.modes import evaluation_mode
 from rankfold.tasks import on_device
@@ -57,8 +56,7 @@ def asvd(study: Study) -> AtSize:
 
 def laser(study: Study) -> AtSize:
     found = spectra(study, lambda name: (None, None))
-    sensitivity = Sensitivity(study, selection_part(study))
-    return threshold_search(study, found, sensitivity, LASER_RATIOS)
+    return threshold_search(study, found, Sensitivity.few(study), LASER_RATIOS)
 
 
 def mean_absolute_inputs(study: Study) -> dict[str, Tensor]:

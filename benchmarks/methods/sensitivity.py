@@ -1,4 +1,9 @@
-"""How much a model changes when some of its weights do, on a few examples; and a search by it."""
+"""How much a model changes when some of its weights do, on a few examples; and a search by it.
+
+The examples are of the selection part, which rankfold's own plans see too. The authors measure on
+calibration examples; a net that has memorised them shows no change there, and the ranks that follow
+destroy it (ResNet-56 with KFAC-SVD + LEMS at .7: +2.8 nats, for -.003 by selection examples).
+"""
 
 from __future__ import annotations
 
@@ -43,8 +48,11 @@ class Sensitivity:
 
     @classmethod
     def few(cls, study: Study) -> Sensitivity:
-        """On the first calibration examples."""
-        return cls(study, study.calibration(few_examples(study)))
+        """On some selection examples."""
+        part = study.collected.parts["selection"]
+        generator = torch.Generator().manual_seed(study.seed)
+        order = torch.randperm(len(part.examples), generator=generator)
+        return cls(study, part.take(order[: few_examples(study)].tolist()))
 
     def _detached(self, batch: Batch) -> BatchLoss:
         return self.task.batch_loss(self.model, batch)
@@ -117,10 +125,3 @@ def threshold_search(
         return chosen
 
     return lambda size: build(study, found, plan(size * study.factorizable), "pair")
-
-
-def selection_part(study: Study) -> Part:
-    """The selection examples, for a method whose authors choose by validation loss."""
-    part = study.collected.parts["selection"]
-    order = torch.randperm(len(part.examples), generator=torch.Generator().manual_seed(study.seed))
-    return part.take(order[: few_examples(study)].tolist())
