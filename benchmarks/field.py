@@ -1,9 +1,9 @@
 """Every method of the field on the same examples, evaluated in the same way: ``run quality``.
 
-For each model and seed one pass over the calibration examples gives the statistics that all methods
-share; a method may pass over them again for what is its own. Methods that measure
-layers or plans use selection examples, rankfold's included. The held-out examples are evaluated once for each
-model that a method made, and by nothing else.
+For each model and seed one pass over the calibration examples gives the statistics that all
+methods share; a method may pass over them again for what is its own. Methods that measure layers
+or plans use selection examples, rankfold's included. The held-out examples are evaluated once for
+each model that a method made, and by nothing else.
 
 A size is the share kept of the weights in the layers that can be factorized, a pair of factors
 counted whole. Beside it stand the parameters and the bytes of the whole model and the FLOPs of one
