@@ -309,7 +309,7 @@ def test_ratios_of_one_are_the_uniform_plan(study: Study) -> None:
 
 
 def test_sensitivity_of_the_original_is_nothing(study: Study) -> None:
-    sensitivity = Sensitivity.few(study)
+    sensitivity = Sensitivity.on(study, "selection")
     assert sensitivity.divergence({"head": study.weights["head"]}) == pytest.approx(0, abs=1e-7)
     halved = {"head": 0.5 * study.weights["head"]}
     assert sensitivity.divergence(halved) > 0

@@ -95,7 +95,7 @@ def gfwsvd(study: Study) -> AtSize:
 
 
 def gfwsvd_search(study: Study) -> AtSize:
-    return threshold_search(study, _spectra(study), Sensitivity.few(study), RATIOS)
+    return threshold_search(study, _spectra(study), Sensitivity.on(study, "selection"), RATIOS)
 
 
 SOURCE = "Chekalina et al. 2025, arXiv 2505.17974"

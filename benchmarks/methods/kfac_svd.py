@@ -15,6 +15,7 @@ solved exactly.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -57,15 +58,19 @@ def kfac_svd(study: Study) -> AtSize:
 
 
 def kfac_svd_lems(study: Study) -> AtSize:
-    return _lems(study, two_sided(study, Gradients.of(study)))
+    return _lems(study, two_sided(study, Gradients.of(study)), "selection")
+
+
+def kfac_svd_lems_calibration(study: Study) -> AtSize:
+    return _lems(study, two_sided(study, Gradients.of(study)), "calibration")
 
 
 def kfac_svd_lems_labels(study: Study) -> AtSize:
-    return _lems(study, two_sided(study, Gradients(sampled=False, seed=study.seed)))
+    return _lems(study, two_sided(study, Gradients(sampled=False, seed=study.seed)), "selection")
 
 
-def _lems(study: Study, found: Spectra) -> AtSize:
-    sensitivity = Sensitivity.few(study)
+def _lems(study: Study, found: Spectra, part: Literal["calibration", "selection"]) -> AtSize:
+    sensitivity = Sensitivity.on(study, part)
     depths = [name for block in study.blocks for name in block]
     level = {name: place for place, block in enumerate(study.blocks) for name in block}
     curves: dict[str, Curve] = {}
@@ -122,6 +127,9 @@ SOURCE = "ICML 2026, github.com/lems-svd/lems"
 METHODS = {
     "kfac-svd": Method("KFAC-SVD", SOURCE, kfac_svd),
     "kfac-svd-lems": Method("KFAC-SVD + LEMS", SOURCE, kfac_svd_lems),
+    "kfac-svd-lems-calibration": Method(
+        "KFAC-SVD + LEMS, ranks by calibration", SOURCE, kfac_svd_lems_calibration
+    ),
     "kfac-svd-lems-labels": Method(
         "KFAC-SVD + LEMS, Fisher of the labels", SOURCE, kfac_svd_lems_labels, needs_labels=True
     ),

@@ -49,14 +49,22 @@ def row_weights(fisher: Fisher) -> Tensor:
 
 
 def asvd(study: Study) -> AtSize:
+    return _asvd(study, Sensitivity.on(study, "calibration"))
+
+
+def asvd_selection(study: Study) -> AtSize:
+    return _asvd(study, Sensitivity.on(study, "selection"))
+
+
+def _asvd(study: Study, sensitivity: Sensitivity) -> AtSize:
     scales = mean_absolute_inputs(study)
     found = spectra(study, lambda name: (torch.diag(scales[name] ** (2 * ALPHA)), None))
-    return threshold_search(study, found, Sensitivity.few(study), ASVD_RATIOS)
+    return threshold_search(study, found, sensitivity, ASVD_RATIOS)
 
 
 def laser(study: Study) -> AtSize:
     found = spectra(study, lambda name: (None, None))
-    return threshold_search(study, found, Sensitivity.few(study), LASER_RATIOS)
+    return threshold_search(study, found, Sensitivity.on(study, "selection"), LASER_RATIOS)
 
 
 def mean_absolute_inputs(study: Study) -> dict[str, Tensor]:
@@ -91,5 +99,8 @@ METHODS = {
     "svd": Method("SVD", "Eckart and Young 1936", svd),
     "fwsvd": Method("FWSVD", "Hsu et al. 2022, arXiv 2207.00112", fwsvd),
     "asvd": Method("ASVD", "Yuan et al. 2023, arXiv 2312.05821", asvd),
+    "asvd-selection": Method(
+        "ASVD, ranks by selection", "Yuan et al. 2023, arXiv 2312.05821", asvd_selection
+    ),
     "laser": Method("LASER, to a size", "Sharma et al. 2023, arXiv 2312.13558", laser),
 }
