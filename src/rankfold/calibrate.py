@@ -166,6 +166,35 @@ def choose_curvature(calibration_loss: float, classes: int | None) -> Curvature:
     return "sampled"
 
 
+def sampled_loss(result: BatchLoss, generator: torch.Generator) -> Tensor:
+    """A loss at labels drawn from what the model itself predicts, summed over the terms.
+
+    Cross-entropy with labels from its smoothed predictions; or the squared error from its own
+    values plus noise. The mean Gram of their gradients is the curvature of the loss.
+
+    Args:
+        result: What the model gave, with its graph.
+        generator: Draws the labels, on the CPU.
+
+    Raises:
+        InputError: The loss shows neither logits nor squared values.
+    """
+    if result.squared is not None:
+        # |f - y|^2 has the Hessian 2 I in f; e ~ N(0, I) gives E[(sqrt 2 e)(sqrt 2 e)^T] = 2 I.
+        noise = torch.randn(result.squared.shape, generator=generator)
+        return math.sqrt(2) * (result.squared * noise.to(result.squared)).sum()
+    if result.logits is None:
+        raise InputError(
+            "the sampled curvature needs logits, which a loss of your own does not show; "
+            "use curvature='empirical'."
+        )
+    logits = result.logits.float()
+    smooth = (1 - SMOOTHING) * logits.detach().softmax(-1) + SMOOTHING / logits.shape[-1]
+    uniform = torch.rand(len(logits), 1, generator=generator).to(logits.device)
+    drawn = (smooth.cumsum(-1) < uniform).sum(-1).clamp(max=logits.shape[-1] - 1)
+    return functional.cross_entropy(logits, drawn, reduction="sum")
+
+
 def collect_statistics(
     model: nn.Module,
     task: Task,
@@ -262,8 +291,8 @@ class _Recorder:
         if self.curvature is None:
             return
         if self.curvature == "sampled":
-            more = half is not None
-            self._backward(self._sampled_loss(result), listening=True, half=None, more=more)
+            sampled, more = sampled_loss(result, self.generator), half is not None
+            self._backward(sampled, listening=True, half=None, more=more)
             if not more:
                 return
         loss = (result.losses * result.terms).sum()
@@ -291,27 +320,6 @@ class _Recorder:
             each_gradient(loss, weights, add, retain_graph=more)
         finally:
             self.listening = False
-
-    def _sampled_loss(self, result: BatchLoss) -> Tensor:
-        """A loss at labels drawn from what the model itself predicts.
-
-        Cross-entropy with labels from its smoothed predictions; or the squared error from its own
-        values plus noise. The mean Gram of their gradients is the curvature of the loss.
-        """
-        if result.squared is not None:
-            # |f - y|^2 has the Hessian 2 I in f; e ~ N(0, I) gives E[(sqrt 2 e)(sqrt 2 e)^T] = 2 I.
-            noise = torch.randn(result.squared.shape, generator=self.generator)
-            return math.sqrt(2) * (result.squared * noise.to(result.squared)).sum()
-        if result.logits is None:
-            raise InputError(
-                "the sampled curvature needs logits, which a loss of your own does not show; "
-                "use curvature='empirical'."
-            )
-        logits = result.logits.float()
-        smooth = (1 - SMOOTHING) * logits.detach().softmax(-1) + SMOOTHING / logits.shape[-1]
-        uniform = torch.rand(len(logits), 1, generator=self.generator).to(logits.device)
-        drawn = (smooth.cumsum(-1) < uniform).sum(-1).clamp(max=logits.shape[-1] - 1)
-        return functional.cross_entropy(logits, drawn, reduction="sum")
 
     def _saw_call(
         self, name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor

@@ -1,0 +1,86 @@
+"""The field's benchmark: every method on the same data, and what a user gives up with each.
+
+    python -m benchmarks run quality --models resnet20 minilm --sizes 0.9 0.7 0.5 --seeds 0 1
+    python -m benchmarks run vision
+    python -m benchmarks run speed --models resnet20 --sizes 0.5
+    python -m benchmarks run memory --models resnet20 --sizes 0.5
+    python -m benchmarks table
+    python -m benchmarks plot
+
+``run`` appends one JSON line a result to ``benchmarks/out/field*.jsonl`` and leaves out what is
+there already. ``quality`` measures loss, accuracy and sizes, ``vision`` the same on all image
+models, ``speed`` latencies beside the dense model's in one run, ``memory`` the peak of a process
+that compresses; ``all`` is quality, speed and memory. ``table`` writes the tables between the
+markers of docs/field.md, ``plot`` the figures of docs/figures, from those lines and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from benchmarks.field import RESULTS, Row, Runner
+from benchmarks.field_models import FIELD_MODELS, VISION
+from benchmarks.field_report import DOCUMENT, FIGURES, draw, write_tables
+from benchmarks.methods import METHODS
+from benchmarks.rows import read_rows
+from benchmarks.speed import MemoryRow, SpeedRow, measure_memory, measure_speed, sibling
+
+AXES = ("quality", "vision", "speed", "memory", "all")
+
+
+def main() -> None:
+    """Run, write the tables, or draw."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=(__doc__ or "").partition("\n")[0]
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument("axis", choices=AXES)
+    run.add_argument("--models", nargs="+", choices=[*FIELD_MODELS])
+    run.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS])
+    run.add_argument("--sizes", nargs="+", type=float, default=[0.9, 0.7, 0.5])
+    run.add_argument("--seeds", nargs="+", type=int, default=[0])
+    run.add_argument("--calibration", type=int, help="examples, in place of the model's own number")
+    run.add_argument("--test", type=int, help="held-out examples, for a quick look")
+    run.add_argument("--threads", type=int, default=1)
+    for command in (run, commands.add_parser("table"), commands.add_parser("plot")):
+        command.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.command == "run":
+        torch.set_num_threads(options.threads)
+        _run(options)
+        return
+    rows = read_rows(options.results, Row)
+    if options.command == "table":
+        speed = read_rows(sibling(options.results, "speed"), SpeedRow)
+        memory = read_rows(sibling(options.results, "memory"), MemoryRow)
+        write_tables(DOCUMENT, rows, speed, memory)
+        print(DOCUMENT)
+    else:
+        for file in draw(rows, FIGURES):
+            print(file)
+
+
+def _run(options: argparse.Namespace) -> None:
+    models = options.models or (VISION if options.axis == "vision" else ["resnet20"])
+    quality = options.axis in ("quality", "vision", "all")
+    runner = Runner(options.results) if quality else None
+    for name in models:
+        for seed in options.seeds:
+            if runner is not None:
+                runner.run(
+                    name, seed, options.methods, options.sizes, options.calibration, options.test
+                )
+            if options.axis in ("speed", "all"):
+                measure_speed(options.results, name, seed, options.methods, options.sizes)
+            if options.axis in ("memory", "all"):
+                measure_memory(
+                    options.results, name, seed, options.methods, options.sizes, options.threads
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""Every method of the field on the same examples, evaluated in the same way: ``run quality``.
+
+For each model and seed one pass over the calibration examples gives the statistics that all
+methods share; a method may pass over them again for what is its own. Methods that measure layers
+or plans use selection examples, rankfold's included. The held-out examples are evaluated once for
+each model that a method made, and by nothing else.
+
+A size is the share kept of the weights in the layers that can be factorized, a pair of factors
+counted whole. Beside it stand the parameters and the bytes of the whole model and the FLOPs of one
+example, as shares of the dense model's.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.ablation import other_text
+from benchmarks.field_models import FIELD_MODELS, TASKS
+from benchmarks.methods import METHODS
+from benchmarks.methods.method import Compressed, Study
+from benchmarks.rows import append_row, read_rows
+from rankfold.certify import paired_change
+from rankfold.collected import Collected, collect
+from rankfold.data import Part
+from rankfold.errors import InputError
+from rankfold.losses import output_of, without_labels
+from rankfold.modes import evaluation_mode
+from rankfold.progress import Progress, TerminalProgress
+from rankfold.report import model_sizes
+from rankfold.settings import Settings
+from rankfold.tasks import Evaluation, evaluate, on_device
+
+RESULTS = Path(__file__).parent / "out" / "field.jsonl"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model that a method made, on the held-out examples.
+
+    Attributes:
+        size: Share asked for of the factorizable weights, None where there is none to choose.
+        kept: Share of the factorizable weights that is stored.
+        parameters: Share of the whole model's parameters.
+        bytes: Share of the bytes of the whole model's file.
+        flops: Share of the FLOPs of one example.
+        change: Change of the mean loss; None where it is not finite, or no model was made.
+        other_change: The same on text of another kind.
+        seconds: What the method took beyond the shared statistics, for this size.
+        statistics_seconds: What the shared statistics took.
+        note: Why there is no model.
+    """
+
+    model: str
+    seed: int
+    method: str
+    size: float | None
+    calibration: int
+    kept: float | None = None
+    parameters: float | None = None
+    bytes: float | None = None
+    flops: float | None = None
+    dense_loss: float | None = None
+    change: float | None = None
+    standard_error: float | None = None
+    dense_accuracy: float | None = None
+    accuracy: float | None = None
+    accuracy_change: float | None = None
+    accuracy_standard_error: float | None = None
+    other_change: float | None = None
+    other_standard_error: float | None = None
+    seconds: float | None = None
+    statistics_seconds: float | None = None
+    unit: str = ""
+    note: str = ""
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (self.model, self.seed, self.method, self.size)
+
+
+class Opened(NamedTuple):
+    """A study, text of another kind for a language model, and what the statistics took."""
+
+    study: Study
+    other: Part | None
+    seconds: float
+
+
+def open_study(name: str, seed: int, progress: Progress, calibration: int | None = None) -> Opened:
+    """Build a model and pass over its calibration examples."""
+    build, default = FIELD_MODELS[name]
+    count = calibration or default
+    model, data = build(seed, count)
+    settings = Settings(
+        objective="joint",
+        task=TASKS.get(name),
+        seed=seed,
+        limit=count,
+        selection_limit=len(data.selection),
+        held_out_limit=len(data.held_out),
+    )
+    start = time.perf_counter()
+    collected = collect(model, data, settings, progress=progress)
+    study = Study(collected, seed, progress)
+    seconds = time.perf_counter() - start
+    return Opened(study, other_text(data) if study.language else None, seconds)
+
+
+def sizes_of(methods: Sequence[str], sizes: Sequence[float]) -> list[tuple[str, float | None]]:
+    """Every method with every size, or with None where it has no size to choose."""
+    return [
+        (method, size)
+        for method in methods
+        for size in (sizes if METHODS[method].sized else (None,))
+    ]
+
+
+class Runner:
+    """Measures what is not measured yet, and writes each result as it comes."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.done = {row.key for row in read_rows(file, Row)}
+        self.progress = TerminalProgress()
+
+    def run(
+        self,
+        name: str,
+        seed: int,
+        methods: Sequence[str],
+        sizes: Sequence[float],
+        calibration: int | None = None,
+        test: int | None = None,
+    ) -> None:
+        """All rows of one model and seed, from one pass over the calibration examples."""
+        wanted = sizes_of(methods, sizes)
+        if all((name, seed, method, size) in self.done for method, size in wanted):
+            return
+        opened = open_study(name, seed, self.progress, calibration)
+        study = opened.study
+        if test is not None:
+            collected = study.collected
+            collected.parts["held_out"] = collected.parts["held_out"].take(range(test))
+        dense = Dense.of(study, opened.other)
+        for method in methods:
+            missing = [
+                size
+                for one, size in wanted
+                if one == method and (name, seed, method, size) not in self.done
+            ]
+            if missing and METHODS[method].fits(study):
+                self._method(name, study, dense, method, missing, opened.seconds)
+
+    def _method(
+        self,
+        name: str,
+        study: Study,
+        dense: Dense,
+        method: str,
+        sizes: Sequence[float | None],
+        spent: float,
+    ) -> None:
+        start = time.perf_counter()
+        at = METHODS[method].prepare(study)
+        prepared = time.perf_counter() - start
+        for size in sizes:
+            row: dict[str, Any] = {
+                "model": name,
+                "seed": study.seed,
+                "method": method,
+                "size": size,
+                "calibration": len(study.collected.parts["calibration"].examples),
+                "unit": study.collected.task.unit,
+                "statistics_seconds": spent,
+            }
+            start = time.perf_counter()
+            try:
+                made = at(1.0 if size is None else size)
+            except (ValueError, InputError) as error:  # the method does not reach this size
+                self._record(Row(**row, note=str(error)))
+                continue
+            row["seconds"] = prepared + time.perf_counter() - start
+            self._record(Row(**row, **dense.compare(study, made)))
+
+    def _record(self, row: Row) -> None:
+        self.done.add(row.key)
+        append_row(self.file, row)
+        what = row.note or f"kept {row.kept:.4f}, bytes {row.bytes:.4f}: {_change(row)}"
+        took = "" if row.seconds is None else f" in {row.seconds:.0f} s"
+        print(f"{row.model} seed {row.seed} {row.method} {row.size}: {what}{took}", flush=True)
+
+
+def _change(row: Row) -> str:
+    if row.change is None:
+        return "the loss is not finite"
+    accuracy = "" if row.accuracy is None else f", accuracy {row.accuracy:.4f}"
+    return f"{row.change:+.4f} ± {row.standard_error:.4f}{accuracy}"
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The dense model, which every method is compared with."""
+
+    evaluation: Evaluation
+    other: Part | None
+    other_evaluation: Evaluation | None
+    parameters: int
+    bytes: int
+    flops: int
+
+    @classmethod
+    def of(cls, study: Study, other: Part | None) -> Dense:
+        collected = study.collected
+        given = collected.unpacked.given
+        sizes = model_sizes(given)
+        return cls(
+            evaluation=_evaluated(study, given, collected.parts["held_out"]),
+            other=other,
+            other_evaluation=None if other is None else _evaluated(study, given, other),
+            parameters=sizes["parameters"],
+            bytes=sizes["bytes"],
+            flops=flops_of_one(collected, given),
+        )
+
+    def compare(self, study: Study, made: Compressed) -> dict[str, Any]:
+        """The fields of a row that say what a model weighs and what it lost."""
+        model = made.model
+        found = _evaluated(study, model, study.collected.parts["held_out"])
+        outside = self.parameters - study.factorizable
+        row: dict[str, Any] = {
+            "kept": (made.parameters - outside) / study.factorizable,
+            "parameters": made.parameters / self.parameters,
+            "bytes": made.bytes / self.bytes,
+            "flops": flops_of_one(study.collected, model) / self.flops,
+            "dense_loss": self.evaluation.mean,
+            "dense_accuracy": self.evaluation.accuracy,
+            "accuracy": found.accuracy,
+        }
+        row |= _paired("", self.evaluation, found)
+        if self.evaluation.correct is not None and found.correct is not None:
+            before = Evaluation(self.evaluation.correct, self.evaluation.terms, None)
+            after = Evaluation(found.correct, found.terms, None)
+            row |= _paired("accuracy_", before, after)
+        if self.other is not None and self.other_evaluation is not None:
+            there = _evaluated(study, model, self.other)
+            row |= _paired("other_", self.other_evaluation, there)
+        return row
+
+
+def _paired(prefix: str, before: Evaluation, after: Evaluation) -> dict[str, float]:
+    change = paired_change(before, after)
+    if not math.isfinite(change.mean):
+        return {}
+    return {f"{prefix}change": change.mean, f"{prefix}standard_error": change.standard_error}
+
+
+def _evaluated(study: Study, model: nn.Module, part: Part) -> Evaluation:
+    return evaluate(
+        model,
+        study.collected.task,
+        part,
+        progress=study.progress,
+        stage=f"on {part.name.replace('_', '-')} data",
+        finite=False,
+    )
+
+
+def flops_of_one(collected: Collected, model: nn.Module) -> int:
+    """Floating-point operations of one calibration example, as PyTorch counts them."""
+    part = collected.parts["calibration"]
+    batch = on_device(part.collate(part.examples[:1]), model)
+    counter = FlopCounterMode(display=False)
+    with evaluation_mode(model), torch.no_grad(), counter:
+        output_of(model, without_labels(batch))
+    total: int = counter.get_total_flops()
+    return total

