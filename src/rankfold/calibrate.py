@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rankfold.data import Batch, Part
+from rankfold.embedding_statistics import EmbeddingRecorder
 from rankfold.errors import InputError
 from rankfold.layer_matrix import MatrixLayer, input_rows, matrix_shape, output_rows
 from rankfold.modes import evaluation_mode
@@ -74,7 +75,8 @@ class Trace:
     """What one example's forward pass shows.
 
     Attributes:
-        rows: For every module with a weight that was called: the rows that its matrix multiplies.
+        rows: For every module with a weight that was called: the rows that its matrix multiplies,
+            of an embedding those that are looked up.
         flops: Floating-point operations (2 a multiply-add) of all weighted modules, one example.
         image_sizes: Height and width of the input of every call of a Conv2d.
     """
@@ -96,7 +98,7 @@ def trace(model: nn.Module, task: Task, part: Part) -> Trace:
     with ExitStack() as stack:
         for name, module in model.named_modules():
             weight = module._parameters.get("weight")
-            if weight is None or weight.dim() < 2 or isinstance(module, nn.Embedding):
+            if weight is None or weight.dim() < 2:
                 continue
 
             def count(
@@ -106,7 +108,11 @@ def trace(model: nn.Module, task: Task, part: Part) -> Trace:
                 name: str = name,
                 weight: Tensor = weight,
             ) -> None:
-                if torch.is_tensor(output):
+                if not torch.is_tensor(output):
+                    return
+                if isinstance(module, nn.Embedding):  # rows are fetched, nothing is computed
+                    rows[name] = rows.get(name, 0) + output.numel() // weight.shape[1]
+                else:
                     if isinstance(module, nn.Conv2d):
                         height, width = args[0].shape[-2:]
                         image_sizes.setdefault(name, []).append((height, width))
@@ -176,6 +182,7 @@ def collect_statistics(
     prior: Part | None = None,
     batch_size: int | None = None,
     progress: Progress | None = None,
+    embeddings: EmbeddingRecorder | None = None,
 ) -> dict[str, LayerStatistics]:
     """One pass over the calibration examples; the model comes back as it was.
 
@@ -190,6 +197,7 @@ def collect_statistics(
             like the others, and not for the gradients, which are those of the user's task.
         batch_size: Examples a batch; the statistics do not depend on it.
         progress: Shows the batches.
+        embeddings: Sees the same passes.
 
     Raises:
         InputError: The loss is not finite.
@@ -200,8 +208,8 @@ def collect_statistics(
     sources: list[tuple[int | None, Part]] = [*enumerate(halves)]
     sources += [] if prior is None else [(None, prior)]
     schedule = [(half, b) for half, source in sources for b in source.batches(batch_size)]
-    weights = [layer.weight for layer in layers.values()] if curvature else []
-    recorder = _Recorder(layers, curvature, seed)
+    recorder = _Recorder(layers, curvature, seed, embeddings or EmbeddingRecorder({}))
+    weights = recorder.weights if curvature else []
     with recorder.attached(), evaluation_mode(model, trainable=weights):
         for half, examples in progress.track(schedule, "collect statistics", len(schedule)):
             recorder.observe(model, task, on_device(part.collate(examples), model), half)
@@ -223,21 +231,38 @@ class _Sums:
 class _Recorder:
     """Owns the hooks, and the sums that they feed."""
 
-    def __init__(self, layers: Mapping[str, MatrixLayer], curvature: Curvature | None, seed: int):
+    def __init__(
+        self,
+        layers: Mapping[str, MatrixLayer],
+        curvature: Curvature | None,
+        seed: int,
+        embeddings: EmbeddingRecorder,
+    ):
         self.layers = layers
+        self.embeddings = embeddings
         self.curvature = curvature
         self.generator = torch.Generator().manual_seed(seed)
         self.sums: dict[str, _Sums] = {}
         self.terms: dict[int | None, float] = {0: 0.0, 1: 0.0, None: 0.0}
         self.passes = 0
-        self.listening = False  # whether gradients that arrive now belong to the curvature
+        self._listens(False)
         # The inputs of this pass and who saw each first; the references keep addresses unique.
         self._inputs: dict[tuple[object, ...], tuple[str, Tensor]] = {}
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """Of the layers in their order, then of the embeddings."""
+        return [*(layer.weight for layer in self.layers.values()), *self.embeddings.weights]
+
+    def _listens(self, listening: bool) -> None:
+        """Whether gradients that arrive now belong to the curvature."""
+        self.listening = self.embeddings.listening = listening
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Hooks on, and off again whatever happens."""
         with ExitStack() as stack:
+            stack.enter_context(self.embeddings.attached())
             for name, layer in self.layers.items():
                 hook = partial(self._saw_call, name)
                 stack.callback(layer.register_forward_hook(hook).remove)
@@ -260,18 +285,18 @@ class _Recorder:
         self.terms[half] += float(result.terms.sum())
         if self.curvature is None:
             return
-        weights = [layer.weight for layer in self.layers.values()]
         if self.curvature == "sampled":
             self._gradients(
-                self._sampled_loss(result), weights, listening=True, keep=half is not None
+                self._sampled_loss(result), self.weights, listening=True, keep=half is not None
             )
         loss = (result.losses * result.terms).sum()
         if half is None and self.curvature == "sampled":
             return
-        gradients = self._gradients(loss, weights, listening=self.curvature == "empirical")
+        empirical = self.curvature == "empirical"
+        gradients = self._gradients(loss, self.weights, listening=empirical)
         if half is None:
             return
-        for name, gradient in zip(self.layers, gradients, strict=True):
+        for name, gradient in zip(self.layers, gradients, strict=False):  # then the embeddings'
             # A weight may be read without its layer being called: then nothing else is known of it.
             if gradient is not None and name in self.sums:
                 self.sums[name].gradients[half].add_(gradient.flatten(1))
@@ -281,11 +306,11 @@ class _Recorder:
     ) -> tuple[Tensor | None, ...]:
         if not loss.requires_grad:  # no watched layer had a part in it
             return (None,) * len(weights)
-        self.listening = listening
+        self._listens(listening)
         try:
             return torch.autograd.grad(loss, weights, retain_graph=keep, allow_unused=True)
         finally:
-            self.listening = False
+            self._listens(False)
 
     def _sampled_loss(self, result: BatchLoss) -> Tensor:
         """A loss at labels drawn from what the model itself predicts.
@@ -362,6 +387,7 @@ class _Recorder:
     def statistics(self) -> dict[str, LayerStatistics]:
         """Sums to means."""
         terms = sum(self.terms.values())
+        self.embeddings.terms = terms
         for sums in self.sums.values():
             sums.input_gram /= max(1, sums.rows)
             sums.output_gram /= terms
