@@ -56,12 +56,14 @@ def test_both_uses_compute_what_the_truncated_matrix_does(
     best = (u[:, :rank] * sigma[:rank]) @ v[:rank]
     ids, hidden = torch.tensor([[0, 1], [2, 0]]), normal(seed, 2, 3, dim)
     expected = (functional.embedding(ids, best), functional.linear(hidden, best, model.head.bias))
-    for module in (made, {n: m.to_dense() for n, m in made.items()}, 
+    for module in (made, {n: m.to_dense() for n, m in made.items()},
                    {n: m.to_stock() for n, m in made.items()}):  # fmt: skip
         close(module["embed"](ids), expected[0], atol=1e-9, rtol=1e-9)
         close(module["head"](hidden), expected[1], atol=1e-9, rtol=1e-9)
     shape = tuple(model.embed.weight.shape)
-    stored = {id(p): p.numel() for m in made.values() for n, p in m.named_parameters() if n != "bias"}
+    stored = {
+        id(p): p.numel() for m in made.values() for n, p in m.named_parameters() if n != "bias"
+    }
     assert sum(stored.values()) == factor_parameters(*shape, rank, form)
     assert made["embed"].rank == made["head"].rank == rank and made["head"].form == form
 

@@ -32,7 +32,17 @@ WORDS, DIM = 11, 5
 def windows(count: int = 6, words: int = 8) -> Part:
     """Windows of tokens, the last words of the vocabulary never among them."""
     generator = torch.Generator().manual_seed(3)
-    return as_part("calibration", list(torch.cat([torch.randint(words, (count, 7), generator=generator), torch.arange(8, 1, -1)[None]])))
+    return as_part(
+        "calibration",
+        list(
+            torch.cat(
+                [
+                    torch.randint(words, (count, 7), generator=generator),
+                    torch.arange(8, 1, -1)[None],
+                ]
+            )
+        ),
+    )
 
 
 def statistics(model: nn.Module, part: Part, curvature: str) -> EmbeddingStatistics:
@@ -45,7 +55,7 @@ def statistics(model: nn.Module, part: Part, curvature: str) -> EmbeddingStatist
 
 
 @pytest.mark.parametrize("curvature", ["empirical", "sampled"])
-def test_statistics_are_the_partial_traces_of_the_sums_over_tokens(curvature: str) -> None:
+def test_statistics_are_those_of_the_sums_over_tokens(curvature: str) -> None:
     model, part = Tied(WORDS, DIM).eval(), windows()
     before, flags_before = state(model), flags(model)
     found = statistics(model, part, curvature)
@@ -53,21 +63,27 @@ def test_statistics_are_the_partial_traces_of_the_sums_over_tokens(curvature: st
 
     # One sum of (words x words) Kronecker (dim x dim), token by token, at labels or without any.
     head = torch.zeros(WORDS, DIM, DIM, dtype=torch.float64)
+    first, chances = torch.zeros(WORDS, DIM).double(), torch.zeros(WORDS).double()
     terms = 0
     for window in part.examples:
         hidden = torch.tanh(model.embed.weight[window]).detach()
         p = model.head(hidden).softmax(-1).detach()
         for h, q in zip(hidden[:-1], (p * (1 - p))[:-1], strict=True):
             head += torch.einsum("w,a,b->wab", q, h, h)
+            first += torch.outer(q, h)
+            chances += q
             terms += 1
     use = found.uses["head"]
-    assert not use.looks_up
-    traces = head.diagonal(dim1=1, dim2=2).sum(1)
-    close(use.words, traces / traces.sum(), atol=1e-7, rtol=1e-5)
-    close(use.gram, head.sum(0) / terms, atol=1e-7, rtol=1e-5)
+    shares, total = chances / chances.sum(), chances.sum() / terms
+    close(use.words, shares, atol=1e-9, rtol=1e-6)
+    means = first / chances[:, None]
+    close(use.means, total.sqrt() * means, atol=1e-9, rtol=1e-6)
+    scatters = head / chances[:, None, None] - torch.einsum("wa,wb->wab", means, means)
+    within = torch.einsum("w,wab->ab", shares, scatters)
+    close(use.gram, total * within, atol=1e-9, rtol=1e-6)
 
     lookup = found.uses["embed"]
-    assert lookup.looks_up and float(lookup.words.sum()) == pytest.approx(1)
+    assert lookup.means is None and float(lookup.words.sum()) == pytest.approx(1)
     assert bool((lookup.words[8:] > 0).all())  # never seen, and not thrown away
     if curvature == "empirical":
         table = torch.zeros(WORDS, DIM, DIM, dtype=torch.float64)
@@ -145,7 +161,11 @@ def test_the_marginal_product_has_the_partial_traces_of_the_sum(seed: int) -> No
 def test_a_rank_costs_the_sum_of_what_it_costs_each_use(seed: int) -> None:
     weight = normal(seed, 9, 4)
     uses = {
-        str(i): UseStatistics(normal(seed + i, 9).square(), gram(seed + 5 + i, 4), i < 2)
+        str(i): UseStatistics(
+            normal(seed + i, 9).square(),
+            gram(seed + 5 + i, 4),
+            normal(seed + 9 + i, 9, 4) if i else None,
+        )
         for i in range(3)
     }
     found = EmbeddingStatistics(uses)
@@ -154,6 +174,9 @@ def test_a_rank_costs_the_sum_of_what_it_costs_each_use(seed: int) -> None:
     for rank in range(1, 5):
         delta = (spectrum.truncated(rank) - weight).flatten()
         hessian = sum(torch.kron(torch.diag(u.words), u.gram) for u in uses.values())
+        for use in list(uses.values())[1:]:
+            blocks = use.words[:, None, None] * torch.einsum("wa,wb->wab", use.means, use.means)
+            hessian = hessian + torch.block_diag(*blocks)
         close(curve.changes[rank - 1], 0.5 * delta @ hessian @ delta, atol=1e-8, rtol=1e-6)
 
 

@@ -1,16 +1,17 @@
 """The curvature of the loss in an embedding matrix E ``(words, dim)``, from hooks on its uses.
 
-Each use gives a sum over rows (tokens) of a Kronecker product ``D_t x M_t``, D_t diagonal over the
-words:
+Each use gives a Gram over the dimensions for each word, summed over rows (tokens):
 
-- a lookup of word w with the gradient g at its output: ``D_t = e_w e_w^T``, ``M_t = g g^T``;
-- a head, ``y = E h``: ``D_t`` the expected squares of the gradient at y, ``M_t = h h^T``. For a
-  cross-entropy of y itself the expectation over labels drawn from the predictions p is
-  ``p (1 - p)``, known without drawing: a word that no label names has its curvature, too. For any
-  other loss it is the square of the gradient that came.
+- a lookup of word w with the gradient g at its output adds ``g g^T`` to that of w;
+- a head, ``y = E h``, adds ``q_w h h^T`` to that of every word, q the expected squares of the
+  gradient at y. For a cross-entropy of y itself the expectation over labels drawn from the
+  predictions p is ``q = p (1 - p)``, known without drawing: a word that no label names has its
+  curvature, too. For any other loss q is the square of the gradient that came.
 
-A sum of products is replaced by the one product that has its partial traces: the share of each word
-in the curvature, and the Gram over the dimensions.
+As many Grams as words are too many. For a lookup they are replaced by the one product ``D x M`` of
+their traces and their sum. For a head that would be far too optimistic: where a word is likely, h
+points its way, and so at the error of its row. There M is the scatter of h around the mean of each
+word, and these means are kept.
 """
 
 from __future__ import annotations
@@ -26,32 +27,45 @@ from torch import Tensor, nn
 from rankfold.layer_matrix import BLOCK_VALUES
 from rankfold.layers import EmbeddingMatrix
 from rankfold.linalg import Damping, damped
+from rankfold.spectrum import Spectrum
 
 # Of the curvature in a lookup, at most this share is taken for that of words that were not seen.
 MOST_UNSEEN = 0.5
+# A word that the data hardly showed may yet be met: when directions are chosen, each word gets at
+# least this share of the mean curvature of all words beside its own.
+LEAST_WORD_DAMPING = 1.0
 # How far a row of gradients may be from ``p - e_label`` to be that of a cross-entropy.
 ONE_HOT = 1e-3
 
 
 @dataclass(frozen=True)
 class UseStatistics:
-    """One use of an embedding matrix; ``1/2 tr(D E M E^T)`` is its model of the mean loss.
+    """One use of an embedding matrix, and its model of the mean loss.
+
+    For a perturbation with the rows Delta_w it is
+    ``1/2 sum_w D_w (Delta_w M Delta_w^T + (Delta_w m_w)^2)``.
 
     Attributes:
-        words: ``(words,)`` float64, the diagonal of D; its sum is 1.
+        words: ``(words,)`` float64, D; its sum is 1.
         gram: M, ``(dim, dim)`` float64.
-        looks_up: Whether the use is a lookup; otherwise a head.
+        means: m, ``(words, dim)``; None for a lookup.
     """
 
     words: Tensor
     gram: Tensor
-    looks_up: bool
+    means: Tensor | None = None
 
     def damped(self, damping: Damping) -> tuple[Tensor, Tensor]:
         """D and M, damped as the Grams of inputs and of gradients that they are."""
-        if self.looks_up:
-            return damped(self.words, damping.input), damped(self.gram, damping.output)
-        return damped(self.words, damping.output), damped(self.gram, damping.input)
+        of_words, of_gram = damping if self.means is None else reversed(damping)
+        return damped(self.words, max(of_words, LEAST_WORD_DAMPING)), damped(self.gram, of_gram)
+
+    def changes(self, spectrum: Spectrum) -> Tensor:
+        """Predicted loss change of every rank 0..r of the matrix's spectrum, ``(r + 1,)``."""
+        changes = spectrum.changes_under(self.gram, self.words)
+        if self.means is None:
+            return changes
+        return changes + spectrum.changes_along(self.means, self.words)
 
 
 @dataclass(frozen=True)
@@ -89,12 +103,27 @@ def word_shares(energies: Tensor, counts: Tensor) -> Tensor:
 
 @dataclass
 class _Sums:
-    """Running sums of one use."""
+    """Running sums of one use: a lookup counts words, a head adds up what it sees for each."""
 
     energies: Tensor
-    counts: Tensor
     gram: Tensor
-    looks_up: bool
+    counts: Tensor | None
+    means: Tensor | None
+
+    def statistics(self, terms: float) -> UseStatistics | None:
+        """Sums to means over this many terms of the loss; None where nothing was seen."""
+        total = self.energies.sum()
+        if float(total) == 0:
+            return None
+        gram = self.gram / terms
+        if self.counts is not None:
+            return UseStatistics(word_shares(self.energies, self.counts), gram)
+        assert self.means is not None
+        words = self.energies / total
+        # Scaled, so that D sums to 1 for a head as it does for a lookup.
+        scales = (total / terms).sqrt() / self.energies.where(self.energies > 0, torch.inf)
+        means = self.means * scales[:, None].to(self.means.dtype)
+        return UseStatistics(words, gram - scatter(means, words), means)
 
 
 class EmbeddingRecorder:
@@ -128,19 +157,10 @@ class EmbeddingRecorder:
 
     def statistics(self) -> dict[str, EmbeddingStatistics]:
         """Sums to means."""
+        found = {use: sums.statistics(self.terms) for use, sums in self._sums.items()}
         return {
             name: EmbeddingStatistics(
-                {
-                    use: UseStatistics(
-                        word_shares(sums.energies, sums.counts)
-                        if sums.looks_up
-                        else sums.energies / sums.energies.sum(),
-                        sums.gram / self.terms,
-                        sums.looks_up,
-                    )
-                    for use in matrix.uses
-                    if (sums := self._sums.get(use)) is not None and float(sums.energies.sum()) > 0
-                }
+                {use: seen for use in matrix.uses if (seen := found.get(use)) is not None}
             )
             for name, matrix in self.embeddings.items()
         }
@@ -156,12 +176,14 @@ class EmbeddingRecorder:
         if not output.requires_grad:
             return
         if name not in self._sums:
-            (words, dim), device = matrix.weight.shape, output.device
+            (words, dim), zeros = matrix.weight.shape, partial(torch.zeros, device=output.device)
+            dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
+            looks_up = name in matrix.lookups
             self._sums[name] = _Sums(
-                torch.zeros(words, dtype=torch.float64, device=device),
-                torch.zeros(words, dtype=torch.int64, device=device),
-                torch.zeros(dim, dim, dtype=torch.float64, device=device),
-                looks_up=name in matrix.lookups,
+                energies=zeros(words, dtype=torch.float64),
+                gram=zeros(dim, dim, dtype=torch.float64),
+                counts=zeros(words, dtype=torch.int64) if looks_up else None,
+                means=None if looks_up else zeros(words, dim, dtype=dtype),
             )
         inputs = args[0].detach()
         if name in matrix.lookups:
@@ -175,6 +197,7 @@ class EmbeddingRecorder:
         sums, rows = self._sums[name], _rows(gradient)
         found = words.flatten()
         sums.energies.index_add_(0, found, rows.square().sum(1).double())
+        assert sums.counts is not None
         sums.counts += torch.bincount(found, minlength=len(sums.counts))
         sums.gram += rows.T @ rows
 
@@ -182,12 +205,25 @@ class EmbeddingRecorder:
         if not self.listening:
             return
         sums = self._sums[name]
+        assert sums.means is not None
         block = max(1, BLOCK_VALUES // outputs.shape[-1])
         values = (_rows(tensor).split(block) for tensor in (inputs, outputs, gradient))
         for hidden, scores, slopes in zip(*values, strict=True):
             squares = expected_squares(scores, slopes)
-            sums.energies += (hidden.square().sum(1) @ squares).double()
+            sums.energies += squares.sum(0).double()
+            sums.means += squares.T @ hidden
             sums.gram += (hidden * squares.sum(1, keepdim=True)).T @ hidden
+
+
+def scatter(rows: Tensor, weights: Tensor) -> Tensor:
+    """``sum_i w_i r_i r_i^T`` of rows ``(n, dim)`` and weights ``(n,)``: ``(dim, dim)`` float64."""
+    dim = rows.shape[1]
+    total = torch.zeros(dim, dim, dtype=torch.float64, device=rows.device)
+    block = max(1, BLOCK_VALUES // dim)
+    for some, scales in zip(rows.split(block), weights.split(block), strict=True):
+        double = some.double()
+        total += (double.T * scales) @ double
+    return total
 
 
 def expected_squares(scores: Tensor, slopes: Tensor) -> Tensor:

@@ -329,6 +329,10 @@ def open_pairs(folder, model):
     tensors = load_file(Path(folder) / "pairs.safetensors")
     tensors |= {other: tensors[name] for other, name in told["shared"].items()}
     model.load_state_dict(tensors, assign=True)
+    for other, name in told["shared"].items():
+        owner, _, leaf = other.rpartition(".")
+        source, _, tensor = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, getattr(model.get_submodule(source), tensor))
     return model.eval()
 
 
@@ -338,7 +342,6 @@ from transformers import AutoConfig, {kind}
 
 folder = "."
 model = open_pairs(folder, {kind}(AutoConfig.from_pretrained(folder)))
-model.tie_weights()
 """
 _OPEN_OWN = """\
 folder = "."

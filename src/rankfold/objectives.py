@@ -172,8 +172,7 @@ def embedding_curve(
         costs: ``(r,)`` int64, of the ranks.
         dense_cost: Of the matrix left dense.
     """
-    each = [spectrum.changes_under(u.gram, u.words)[1:] for u in statistics.uses.values()]
-    changes = torch.stack(each).sum(0)
+    changes = torch.stack([use.changes(spectrum) for use in statistics.uses.values()]).sum(0)[1:]
     changes = changes.where(changes > NEGLIGIBLE * changes.max(), 0)
     return Curve(torch.arange(1, len(changes) + 1), costs, changes.cpu(), dense_cost)
 

@@ -25,6 +25,8 @@ from rankfold.linalg import (
 )
 
 StepEstimator: TypeAlias = Literal["cross-validated", "denoised", "raw"]
+ROWS_AT_ONCE = 8192  # of a vocabulary, in float64
+
 STEP_ESTIMATORS: tuple[StepEstimator, ...] = ("cross-validated", "denoised", "raw")
 
 
@@ -73,6 +75,26 @@ class Spectrum:
         right = self.right @ times(input_gram, self.right.T)
         blocks = (left * right).flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
         return 0.5 * torch.cat([blocks, blocks.new_zeros(1)]).clamp(min=0)
+
+    def changes_along(self, vectors: Tensor, weights: Tensor) -> Tensor:
+        """Predicted loss change of every rank 0..r by one direction in each row.
+
+        For ``E_k = sum_{i > k} l_i r_i^T`` it is half the weighted sum over the rows of
+        ``(E_k[row] . vector[row])^2``.
+
+        Args:
+            vectors: ``(out, in)``.
+            weights: ``(out,)`` float64, 0 or more.
+
+        Returns:
+            ``(r + 1,)`` float64; the last is 0.
+        """
+        changes = self.left.new_zeros(len(self.singular_values) + 1)
+        for rows in torch.arange(len(weights), device=weights.device).split(ROWS_AT_ONCE):
+            parts = self.left[rows] * (vectors[rows].to(torch.float64) @ self.right.T)
+            along = parts.flip(1).cumsum(1).flip(1)  # (rows, r), of E_0 .. E_{r - 1}
+            changes[:-1] += 0.5 * (weights[rows] @ along.square())
+        return changes
 
 
 def tail_energies(singular_values: Tensor) -> Tensor:
