@@ -128,7 +128,7 @@ def _embedding_reason(
     if "" in uses:
         return "the model is this one layer: wrap it in a module so that it can be replaced"
     for name, module in uses.items():
-        if isinstance(module, nn.Embedding) and type(module).forward is not nn.Embedding.forward:
+        if isinstance(module, nn.Embedding) and not _looks_up(module):
             return f"{name} ({type(module).__name__}) looks its rows up by a rule of its own"
         if name not in matrix.uses:
             return f"{name} ({type(module).__name__}) uses its matrix in another way"
@@ -217,8 +217,8 @@ def _reason(
         return "it holds no matrix"
     if isinstance(module, _CONVS) and (reason := groups_reason(module)) is not None:
         return reason
-    if isinstance(module, nn.Embedding):
-        return "embeddings are left out; embeddings=True (--embeddings) includes them"
+    if _looks_up(module):
+        return "embeddings are left out: --embeddings includes them"
     plain = plain_kind(module) in (nn.Linear, nn.Conv2d)
     if not (plain and isinstance(module, nn.Linear | nn.Conv2d)):
         if name == "":
@@ -245,6 +245,11 @@ def _reason(
     if max(out, in_) > LARGEST_SIDE:
         return f"a side of {max(out, in_)} features is above the limit of {LARGEST_SIDE}"
     return None
+
+
+def _looks_up(module: nn.Module) -> bool:
+    """Whether a module is an Embedding that does nothing but look rows up."""
+    return isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
 
 
 def plain_kind(module: nn.Module) -> type[nn.Module] | None:
