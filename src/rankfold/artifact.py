@@ -405,7 +405,7 @@ def empty_modules(model: nn.Module, entry: Mapping[str, Any], where: str) -> dic
     modules: dict[str, nn.Module] = {}
     shared: tuple[nn.Parameter, nn.Parameter] | None = None
     for name in entry["uses"]:
-        layer = _layer(model, name, (nn.Embedding, nn.Linear), where)
+        layer = _layer(model, name, (nn.Linear, nn.Embedding), where)
         words, dim = layer.weight.shape
         _check_rank(name, rank, layer.weight, where)
         if shared is None:
@@ -435,7 +435,7 @@ def _layer(model: nn.Module, name: str, kinds: tuple[type[nn.Module], ...], wher
         kind = "no such layer" if layer is None else f"a {type(layer).__name__}"
         raise InputError(
             f"{where} was made from another model: its layer {name} is {kind} in the given model; "
-            f"expected {' or '.join(kind.__name__ for kind in kinds)}."
+            f"expected a {' or '.join(kind.__name__ for kind in kinds)}."
         )
     return layer
 
