@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from rankfold.embedding_modules import LowRankEmbedding, LowRankHead
 from rankfold.layers import find_embeddings, find_layers
 from rankfold.modules import factor_parameters
 from rankfold.sizes import model_parameters
+from tests.command_line import rankfold as command
 from tests.small_models import seeded, tiny_llama, token_data
 from tests.test_families import FAMILIES, WORDS, _close, _model, _opened_by_its_readme, _outputs
+from tests.tiny_language_model import TEXT, save_tiny_llama
 
 # The matrix of each family, its uses, and how many parameters hold it.
 TIED = {
@@ -161,6 +164,10 @@ def test_embeddings_join_the_other_layers_in_one_plan_and_their_interactions() -
     assert embedding["harmless_range"] is None  # no step, so no range around it
     assert len(layers) > 10 and result.ratio <= 0.7
     assert not any("embed" in e["name"] for e in result.report["not_factorized"])
+    prepared = rankfold.prepare(model, token_data(), embeddings=True)
+    measured = prepared.measure(prepared.plan(0.5 * prepared.factorizable))
+    corrected = prepared.corrected(measured)
+    assert corrected.factors is not None and corrected.factors["model.embed_tokens"] > 0
     by_flops = rankfold.lossless(
         model, token_data(), size=0.8, embeddings=True, cost="flops", interactions=False
     )
@@ -248,3 +255,21 @@ def test_a_damaged_entry_is_refused_by_name(tmp_path: Path) -> None:
         (folder / "rankfold.json").write_text(damaged)
         with pytest.raises(InputError, match=message):
             rankfold.load(folder)
+
+
+def test_the_commands_on_a_tied_embedding(tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path / "llama")
+    (tmp_path / "text.txt").write_text(TEXT)
+    data = ("--data", "text.txt", "--length", "32")
+    made = command(
+        "lossless", "llama", *data, "--size", "0.7", "--size-of", "factorizable", "--embeddings",
+        "--include", "model.embed_tokens", "--out", "out", "--json", cwd=tmp_path,
+    )  # fmt: skip
+    (layer,) = json.loads(made.stdout)["layers"]
+    assert layer["uses"] == ["model.embed_tokens", "lm_head"] and layer["rank"] > 0
+    shown = command("inspect", "out", cwd=tmp_path).stdout
+    assert f"{layer['rank']} pivoted" in shown and "model.embed_tokens" in shown
+    checked = command("verify", "out", *data, "--model", "llama", "--json", cwd=tmp_path)
+    assert json.loads(checked.stdout)["agrees"]
+    found = json.loads(command("evaluate", "out", *data, "--json", cwd=tmp_path).stdout)
+    assert found["loss"]["mean"] > 0

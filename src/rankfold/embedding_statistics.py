@@ -34,8 +34,9 @@ MOST_UNSEEN = 0.5
 # A word that the data hardly showed may yet be met: when directions are chosen, each word gets at
 # least this share of the mean curvature of all words beside its own.
 LEAST_WORD_DAMPING = 1.0
-# How far a row of gradients may be from ``p - e_label`` to be that of a cross-entropy.
-ONE_HOT = 1e-3
+# How far a row of gradients may be from ``p - e_label``, as bfloat16 rounds it, to be that of a
+# cross-entropy.
+ONE_HOT = 0.03
 
 
 @dataclass(frozen=True)
