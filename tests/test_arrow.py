@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rankfold.errors import InputError
 from rankfold.examples import record_examples
-from rankfold.sources import class_names, read_records, source_kind
+from rankfold.sources import class_names, image_reader, read_records, source_kind
 from tests.command_line import rankfold
 
 pa = pytest.importorskip("pyarrow")
@@ -78,11 +80,82 @@ def test_what_cant_be_read_is_named(tmp_path: Path) -> None:
         read_records(tmp_path / "x.parquet")
 
 
-@pytest.mark.parametrize("image", [b"\x89PNG", {"bytes": b"\x89PNG", "path": "a.png"}])
-def test_images_in_a_table_are_refused(image: object, tmp_path: Path) -> None:
-    folder = _save_to_disk(tmp_path / "saved", [[{"image": image, "label": 0}]])
+@pytest.mark.parametrize("value", [b"\x89PNG", {"bytes": b"\x89PNG", "kind": "a.png"}])
+def test_bytes_of_unknown_meaning_are_refused(value: object, tmp_path: Path) -> None:
+    folder = _save_to_disk(tmp_path / "saved", [[{"image": value, "label": 0}]])
     with pytest.raises(InputError, match=r"the column 'image' of .* holds bytes"):
         read_records(folder)
+
+
+def _pictures(count: int) -> list[dict[str, Any]]:
+    """Rows as ``datasets`` keeps images, each of one colour that its label decides."""
+    pillow = pytest.importorskip("PIL.Image")
+    rows = []
+    for place in range(count):
+        written = BytesIO()
+        pillow.new("RGB", (12, 9), (place, 200 * (place % 2), 7)).save(written, "PNG")
+        rows.append({"image": {"bytes": written.getvalue(), "path": None}, "label": place % 2})
+    return rows
+
+
+def test_images_in_a_table_are_its_inputs(tmp_path: Path) -> None:
+    folder = _save_to_disk(tmp_path / "saved", [_pictures(5), _pictures(3)])
+    columns: dict[str, str | None] = {"text": None, "label": None}
+
+    def examples(task: str | None) -> Sequence[Any]:
+        return record_examples(
+            folder, None, 9, task=task, columns=columns,
+            images=lambda: image_reader([0.5], [0.25], 8),
+        )  # fmt: skip
+
+    found = examples("classification")
+    assert len(found) == 8
+    values, label = found[3]
+    assert label == 1 and values.shape == (3, 8, 8)
+    expected = (torch.tensor([3, 200, 7]) / 255 - 0.5) / 0.25
+    torch.testing.assert_close(values, expected[:, None, None].expand(3, 8, 8))
+    # Beside a text they are left alone.
+    rows = [{"text": "ab", **row} for row in _pictures(2)]
+    texts = record_examples(
+        _save_to_disk(tmp_path / "texts", [rows]), lambda text, **_: {"input_ids": [1, len(text)]},
+        9, task="causal-lm", columns=columns | {"target": None}, images=lambda: pytest.fail(),
+    )  # fmt: skip
+    assert [window.tolist() for window in texts] == [[1, 2]] * 2
+
+
+def test_broken_and_missing_images_of_a_table_are_named(tmp_path: Path) -> None:
+    rows = _pictures(3)
+    rows[1]["image"]["bytes"] = b"no image"
+    columns: dict[str, str | None] = {"text": None, "label": None}
+
+    def examples(name: str) -> Sequence[Any]:
+        folder = _save_to_disk(tmp_path / name, [rows])
+        return record_examples(
+            folder, None, 9, task=None, columns=columns, images=lambda: image_reader(None, None, 8)
+        )
+
+    with pytest.raises(InputError, match=r"image in record 1 of .*column 'image' can't be read"):
+        examples("broken")[1]
+    rows[2]["image"] = {"bytes": None, "path": "elsewhere.png"}
+    with pytest.raises(InputError, match=r"record 2 of .* only the path 'elsewhere\.png'"):
+        examples("missing")
+    columns["label"] = "kind"
+    rows[2]["image"] = rows[0]["image"]
+    with pytest.raises(InputError, match=r"no column 'kind'; it has 'image', 'label'"):
+        examples("other")
+
+
+def test_the_command_on_a_table_of_images(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n\n\ndef net():\n    return nn.Sequential("
+        "nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 2))\n"
+    )
+    _save_to_disk(tmp_path / "pictures", [_pictures(60)])
+    done = rankfold(
+        "lossless", "net.py:net", "--data", "pictures", "--image-size", "8", "--size", "0.9",
+        "--out", "out", "--json", cwd=tmp_path,
+    )  # fmt: skip
+    assert json.loads(done.stdout)["task"] == "classification"
 
 
 def test_numbers_of_labels_are_matched_by_name(tmp_path: Path) -> None:

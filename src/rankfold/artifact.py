@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from rankfold.certificate_file import json_digest, tensors_digest
 from rankfold.certify import Verdict
 from rankfold.conv_modules import CONV_FORMS, ConvForm, empty_conv
+from rankfold.embedding_modules import LowRankEmbedding, LowRankHead
 from rankfold.errors import InputError, opening_an_artifact
 from rankfold.integrations import transformers as hf
 from rankfold.integrations.vision import NamedModel, make_named
@@ -127,7 +128,7 @@ def save_artifact(
 
 def structure(manifest: Manifest) -> Manifest:
     """The part of a manifest that rebuilds the layers; config.json holds it, too."""
-    keys = ("name", "rank", "second_rank", "form", "pivoted")
+    keys = ("name", "rank", "second_rank", "form", "pivoted", "uses")
     return {
         "format_version": manifest["format_version"],
         "digest": manifest.get("digest"),
@@ -425,6 +426,13 @@ def check_structure(manifest: Mapping[str, Any], where: str) -> None:
             expect(layer.get("form") in forms, f"a form of {layer['name']} among {forms}")
             second = layer.get("second_rank")
             expect(second is None or _is_rank(second), f"a second rank of {layer['name']}, or null")
+            uses = layer.get("uses")
+            expect(
+                uses is None
+                or (isinstance(uses, list) and all(isinstance(use, str) for use in uses)),
+                f"a list of the names of the uses of {layer['name']}",
+            )
+            expect(uses is None or layer["form"] in FORMS, f"a form of {layer['name']} in {FORMS}")
             if layer["form"] in CONV_FORMS:
                 expect(isinstance(layer.get("pivoted"), bool), f"pivoted of {layer['name']}")
 
@@ -460,11 +468,10 @@ def fill(
     packed = unpack_named(model, manifest.get("unpacked", []), where)
     before: dict[str, nn.Module] = {}
     try:
-        modules = {
-            entry["name"]: empty_low_rank(model, entry, where)
-            for entry in manifest["layers"]
-            if entry["rank"] is not None
-        }
+        modules: dict[str, nn.Module] = {}
+        for entry in manifest["layers"]:
+            if entry["rank"] is not None:
+                modules |= empty_modules(model, entry, where)
         before = put_modules(model, modules)
         aliases = manifest["model"]["shared_tensors"]
         check_fit(model, tensors, aliases, where)
@@ -493,6 +500,61 @@ def restore_computed_buffers(model: nn.Module, dtypes: Mapping[str, str]) -> Non
             owner._buffers[leaf] = buffer.to(_FLOATS[dtype])
 
 
+def empty_modules(model: nn.Module, entry: Mapping[str, Any], where: str) -> dict[str, nn.Module]:
+    """The modules that an entry of the manifest puts into a model, still to be filled.
+
+    Raises:
+        InputError: The model has no such layer, or one that has no such ranks.
+    """
+    if entry.get("uses") is None:
+        return {entry["name"]: empty_low_rank(model, entry, where)}
+    rank, form = entry["rank"], cast("Form", entry["form"])
+    modules: dict[str, nn.Module] = {}
+    shared: tuple[nn.Parameter, nn.Parameter] | None = None
+    for name in entry["uses"]:
+        layer = _layer(model, name, (nn.Linear, nn.Embedding), where)
+        words, dim = layer.weight.shape
+        _check_rank(name, rank, layer.weight, where)
+        if shared is None:
+            shared = (
+                nn.Parameter(layer.weight.new_empty(words, rank)),
+                nn.Parameter(layer.weight.new_empty(left_rows(dim, rank, form), rank)),
+            )
+        if shared[0].shape[0] != words or shared[1].shape[0] != left_rows(dim, rank, form):
+            raise InputError(
+                f"{where} is damaged or of another model: {', '.join(entry['uses'])} share one "
+                "matrix, but have different shapes in the given model."
+            )
+        order = torch.arange(dim, device=layer.weight.device) if form == "pivoted" else None
+        if isinstance(layer, nn.Embedding):
+            modules[name] = LowRankEmbedding(*shared, order, layer.padding_idx)
+        else:
+            modules[name] = LowRankHead(*shared, order, layer.bias)
+    return modules
+
+
+def _layer(model: nn.Module, name: str, kinds: tuple[type[nn.Module], ...], where: str) -> Any:
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        layer = None
+    if not isinstance(layer, kinds):
+        kind = "no such layer" if layer is None else f"a {type(layer).__name__}"
+        raise InputError(
+            f"{where} was made from another model: its layer {name} is {kind} in the given model; "
+            f"expected a {' or '.join(kind.__name__ for kind in kinds)}."
+        )
+    return layer
+
+
+def _check_rank(name: str, rank: int, weight: Tensor, where: str) -> None:
+    if rank > min(weight.shape[0], weight[0].numel()):
+        raise InputError(
+            f"{where} is damaged or of another model: rank {rank} of {name} is above what a weight "
+            f"of shape {tuple(weight.shape)} has."
+        )
+
+
 def empty_low_rank(model: nn.Module, entry: Mapping[str, Any], where: str) -> nn.Module:
     """A factorized module for the layer that an entry of the manifest names, still to be filled.
 
@@ -500,25 +562,12 @@ def empty_low_rank(model: nn.Module, entry: Mapping[str, Any], where: str) -> nn
         InputError: The model has no such layer, or one that has no such ranks.
     """
     name, rank = entry["name"], entry["rank"]
-    try:
-        layer = model.get_submodule(name)
-    except AttributeError:
-        layer = None
-    if not isinstance(layer, nn.Linear | nn.Conv2d):
-        kind = "no such layer" if layer is None else f"a {type(layer).__name__}"
-        raise InputError(
-            f"{where} was made from another model: its layer {name} is {kind} in the given model; "
-            "expected a Linear or Conv2d."
-        )
+    layer: MatrixLayer = _layer(model, name, (nn.Linear, nn.Conv2d), where)
     weight = layer.weight
     if entry["form"] in CONV_FORMS:
         return _empty_conv(layer, entry, where)
     form = cast("Form", entry["form"])
-    if rank > min(weight.shape[0], weight[0].numel()):
-        raise InputError(
-            f"{where} is damaged or of another model: rank {rank} of {name} is above what a weight "
-            f"of shape {tuple(weight.shape)} has."
-        )
+    _check_rank(name, rank, weight, where)
     left = weight.new_empty(left_rows(weight.shape[0], rank, form), rank)
     right = weight.new_empty(rank, *weight.shape[1:])
     order = torch.arange(weight.shape[0], device=weight.device) if form == "pivoted" else None

@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from rankfold.backward import each_gradient
 from rankfold.data import Batch, Part
+from rankfold.embedding_statistics import EmbeddingRecorder
 from rankfold.errors import InputError
 from rankfold.layer_matrix import MatrixLayer, input_rows, matrix_shape, output_rows
 from rankfold.modes import evaluation_mode
@@ -75,7 +76,8 @@ class Trace:
     """What one example's forward pass shows.
 
     Attributes:
-        rows: For every module with a weight that was called: the rows that its matrix multiplies.
+        rows: For every module with a weight that was called: the rows that its matrix multiplies,
+            of an embedding those that are looked up.
         flops: Floating-point operations (2 a multiply-add) of all weighted modules, one example.
         image_sizes: Height and width of the input of every call of a Conv2d.
     """
@@ -97,7 +99,7 @@ def trace(model: nn.Module, task: Task, part: Part) -> Trace:
     with ExitStack() as stack:
         for name, module in model.named_modules():
             weight = module._parameters.get("weight")
-            if weight is None or weight.dim() < 2 or isinstance(module, nn.Embedding):
+            if weight is None or weight.dim() < 2:
                 continue
 
             def count(
@@ -107,7 +109,11 @@ def trace(model: nn.Module, task: Task, part: Part) -> Trace:
                 name: str = name,
                 weight: Tensor = weight,
             ) -> None:
-                if torch.is_tensor(output):
+                if not torch.is_tensor(output):
+                    return
+                if isinstance(module, nn.Embedding):  # rows are fetched, nothing is computed
+                    rows[name] = rows.get(name, 0) + output.numel() // weight.shape[1]
+                else:
                     if isinstance(module, nn.Conv2d):
                         height, width = args[0].shape[-2:]
                         image_sizes.setdefault(name, []).append((height, width))
@@ -206,6 +212,7 @@ def collect_statistics(
     prior: Part | None = None,
     batch_size: int | None = None,
     progress: Progress | None = None,
+    embeddings: EmbeddingRecorder | None = None,
 ) -> dict[str, LayerStatistics]:
     """One pass over the calibration examples; the model comes back as it was.
 
@@ -220,6 +227,7 @@ def collect_statistics(
             like the others, and not for the gradients, which are those of the user's task.
         batch_size: Examples a batch; the statistics do not depend on it.
         progress: Shows the batches.
+        embeddings: Sees the same passes.
 
     Raises:
         InputError: The loss is not finite.
@@ -230,8 +238,8 @@ def collect_statistics(
     sources: list[tuple[int | None, Part]] = [*enumerate(halves)]
     sources += [] if prior is None else [(None, prior)]
     schedule = [(half, b) for half, source in sources for b in source.batches(batch_size)]
-    weights = [layer.weight for layer in layers.values()] if curvature else []
-    recorder = _Recorder(layers, curvature, seed)
+    recorder = _Recorder(layers, curvature, seed, embeddings or EmbeddingRecorder({}))
+    weights = recorder.weights if curvature else []
     with recorder.attached(), evaluation_mode(model, trainable=weights):
         for half, examples in progress.track(schedule, "collect statistics", len(schedule)):
             recorder.observe(model, task, on_device(part.collate(examples), model), half)
@@ -253,21 +261,38 @@ class _Sums:
 class _Recorder:
     """Owns the hooks, and the sums that they feed."""
 
-    def __init__(self, layers: Mapping[str, MatrixLayer], curvature: Curvature | None, seed: int):
+    def __init__(
+        self,
+        layers: Mapping[str, MatrixLayer],
+        curvature: Curvature | None,
+        seed: int,
+        embeddings: EmbeddingRecorder,
+    ):
         self.layers = layers
+        self.embeddings = embeddings
         self.curvature = curvature
         self.generator = torch.Generator().manual_seed(seed)
         self.sums: dict[str, _Sums] = {}
         self.terms: dict[int | None, float] = {0: 0.0, 1: 0.0, None: 0.0}
         self.passes = 0
-        self.listening = False  # whether gradients that arrive now belong to the curvature
+        self._listens(False)
         # The inputs of this pass and who saw each first; the references keep addresses unique.
         self._inputs: dict[tuple[object, ...], tuple[str, Tensor]] = {}
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """Of the layers in their order, then of the embeddings."""
+        return [*(layer.weight for layer in self.layers.values()), *self.embeddings.weights]
+
+    def _listens(self, listening: bool) -> None:
+        """Whether gradients that arrive now belong to the curvature."""
+        self.listening = self.embeddings.listening = listening
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Hooks on, and off again whatever happens."""
         with ExitStack() as stack:
+            stack.enter_context(self.embeddings.attached())
             for name, layer in self.layers.items():
                 hook = partial(self._saw_call, name)
                 stack.callback(layer.register_forward_hook(hook).remove)
@@ -310,16 +335,16 @@ class _Recorder:
         names = list(self.layers)
 
         def add(place: int, gradient: Tensor) -> None:
-            # A weight may be read without its layer being called: then nothing else is known of it.
-            if half is not None and names[place] in self.sums:
+            # The weights of embeddings come after those of the layers, and take no step. A weight
+            # may be read without its layer being called: then nothing else is known of it.
+            if half is not None and place < len(names) and names[place] in self.sums:
                 self.sums[names[place]].gradients[half].add_(gradient.flatten(1))
 
-        weights = [layer.weight for layer in self.layers.values()]
-        self.listening = listening
+        self._listens(listening)
         try:
-            each_gradient(loss, weights, add, retain_graph=more)
+            each_gradient(loss, self.weights, add, retain_graph=more)
         finally:
-            self.listening = False
+            self._listens(False)
 
     def _saw_call(
         self, name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor
@@ -375,6 +400,7 @@ class _Recorder:
     def statistics(self) -> dict[str, LayerStatistics]:
         """Sums to means."""
         terms = sum(self.terms.values())
+        self.embeddings.terms = terms
         for sums in self.sums.values():
             sums.input_gram /= max(1, sums.rows)
             sums.output_gram /= terms

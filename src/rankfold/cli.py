@@ -207,6 +207,13 @@ class Factorizing(Reading):
             help="Let convs become two along one axis each, or a Tucker-2.",
         ),
     ] = Settings.conv_forms
+    embeddings: Annotated[
+        bool,
+        typer.Option(
+            "--embeddings/--no-embeddings",
+            help="Factorize embeddings and the output layers tied to them, too.",
+        ),
+    ] = Settings.embeddings
     cost: Annotated[str, typer.Option(help="What sizes count: parameters or flops.")] = (
         Settings.cost
     )

@@ -32,14 +32,18 @@ from rankfold.data import (
     select_part,
     split,
 )
+from rankfold.embedding_modules import embedding_flops
+from rankfold.embedding_statistics import EmbeddingRecorder, EmbeddingStatistics
 from rankfold.errors import InputError
 from rankfold.integrations.transformers import own_text, task_hint
 from rankfold.layer_matrix import MatrixLayer
-from rankfold.layers import Skipped, find_layers
+from rankfold.layers import EmbeddingMatrix, Skipped, find_embeddings, find_layers
 from rankfold.linalg import Damping
+from rankfold.modules import Form, factor_parameters
 from rankfold.objectives import (
     OBJECTIVES,
     Objective,
+    rank_costs,
 )
 from rankfold.openings import Opening
 from rankfold.overlap import refuse_copies, without_copies
@@ -75,6 +79,7 @@ class Collected:
         task: Gives the loss.
         parts: The examples used of each part.
         layers: Layers of ``base`` to factorize.
+        embeddings: Embedding matrices of ``base`` to factorize, by the name of their first use.
         skipped: Layers that stay as they are.
         seen: Calls and FLOPs of one example.
         statistics: By layer; empty for objectives that need none.
@@ -86,6 +91,7 @@ class Collected:
         original_metrics: Their values of the user's model on the held-out part, where known.
         openings: Of the held-out part, by this process.
         damping_trials: Dampings tried and the change on selection data that each gave.
+        embedding_statistics: By the names in ``embeddings``.
     """
 
     model: nn.Module
@@ -105,6 +111,13 @@ class Collected:
     original_metrics: dict[str, Tensor] = field(default_factory=dict)
     openings: list[Opening] = field(default_factory=list)
     damping_trials: list[tuple[Damping, float]] = field(default_factory=list)
+    embeddings: dict[str, EmbeddingMatrix] = field(default_factory=dict)
+    embedding_statistics: dict[str, EmbeddingStatistics] = field(default_factory=dict)
+
+    @property
+    def matrices(self) -> dict[str, MatrixLayer | EmbeddingMatrix]:
+        """All that can be factorized."""
+        return {**self.layers, **self.embeddings}
 
     def original_losses(self, part: str, batch_size: int | None, progress: Progress) -> Evaluation:
         """Losses of the user's model on a part, evaluated once."""
@@ -122,6 +135,7 @@ class Collected:
 
     def observe(self, settings: Settings, progress: Progress | None) -> None:
         """Pass over the calibration examples with ``base`` and keep its statistics."""
+        recorder = EmbeddingRecorder(self.embeddings)
         self.statistics = collect_statistics(
             self.base,
             self.task,
@@ -132,19 +146,54 @@ class Collected:
             prior=self.parts.get(OWN_TEXT),
             batch_size=settings.batch_size,
             progress=progress,
+            embeddings=recorder,
         )
+        self.embedding_statistics = recorder.statistics()
 
     def cost_per_parameter(self, name: str, cost: Cost) -> int:
         """1 for parameters; for FLOPs a multiply-add for each row of one example."""
         return 1 if cost == "parameters" else 2 * self.seen.rows.get(name, 0)
 
+    def rank_costs(self, name: str, form: Form, cost: Cost) -> Tensor:
+        """Cost of every rank of a layer or an embedding matrix in a form, ``(r,)`` int64."""
+        if name in self.layers:
+            return rank_costs(self.layers[name], form, self.cost_per_parameter(name, cost))
+        words, dim = self.embeddings[name].weight.shape
+        ranks = range(1, min(words, dim) + 1)
+        if cost == "parameters":
+            return torch.tensor([factor_parameters(words, dim, rank, form) for rank in ranks])
+        return torch.tensor([self.embedding_flops(name, rank, form) for rank in ranks])
+
+    def dense_cost(self, name: str, cost: Cost) -> int:
+        """Cost of a layer or an embedding matrix left dense."""
+        if name in self.embeddings and cost == "flops":
+            return self.embedding_flops(name, None, "pair")
+        per_parameter = 1 if name in self.embeddings else self.cost_per_parameter(name, cost)
+        return self.matrices[name].weight.numel() * per_parameter
+
+    def embedding_flops(self, name: str, rank: int | None, form: Form) -> int:
+        """Of all uses of an embedding matrix, for one example."""
+        matrix = self.embeddings[name]
+        words, dim = matrix.weight.shape
+        looked_up, scored = (
+            sum(self.seen.rows.get(use, 0) for use in uses)
+            for uses in (matrix.lookups, matrix.heads)
+        )
+        return embedding_flops((words, dim), rank, form, looked_up, scored)
+
     def leave_dense(self, reason: str, names: Iterable[str]) -> None:
         """Move layers to the skipped ones."""
         for name in list(names):
-            layer = self.layers.pop(name)
-            self.statistics.pop(name, None)
-            count = sum(parameter.numel() for parameter in layer.parameters())
-            self.skipped.append(Skipped(name, type(layer).__name__, count, reason))
+            uses: Mapping[str, nn.Module]
+            if name in self.embeddings:
+                uses = self.embeddings.pop(name).uses
+                self.embedding_statistics.pop(name, None)
+            else:
+                uses = {name: self.layers.pop(name)}
+                self.statistics.pop(name, None)
+            for use, layer in uses.items():
+                count = sum(parameter.numel() for parameter in layer.parameters())
+                self.skipped.append(Skipped(use, type(layer).__name__, count, reason))
 
 
 def collect(
@@ -163,7 +212,12 @@ def collect(
     """
     unpacked = unpack(model)
     model = unpacked.model
-    layers, skipped = find_layers(model, settings.include, settings.exclude)
+    embeddings: dict[str, EmbeddingMatrix] = {}
+    decided: dict[str, str | None] = {}
+    if settings.embeddings:
+        embeddings, reasons = find_embeddings(model, settings.include, settings.exclude)
+        decided = {use: None for matrix in embeddings.values() for use in matrix.uses} | reasons
+    layers, skipped = find_layers(model, settings.include, settings.exclude, decided)
     data = data if isinstance(data, Data) else split(data, settings.seed)
     sample = select_part(data, "calibration", 1, settings.seed)
     originals = (unpacked.given, model)
@@ -177,6 +231,7 @@ def collect(
         model, model, model, task, parts, layers, skipped, seen, {}, None, None, unpacked
     )
     collected.metrics = tuple(metrics)
+    collected.embeddings = embeddings
     objective = OBJECTIVES[settings.objective]
     _check_agreement(task, objective, settings)
     if not objective.needs_data:
@@ -196,6 +251,7 @@ def collect(
         unreached = [name for name in layers if name not in collected.statistics]
         collected.leave_dense("not called in a forward pass on the calibration data", unreached)
         silent = [name for name, stats in collected.statistics.items() if stats.is_silent]
+        silent += [name for name, s in collected.embedding_statistics.items() if not s.uses]
         collected.leave_dense("the calibration data gave it no input or no gradient", silent)
         _require_layers(collected)
     return collected
@@ -230,7 +286,7 @@ def _check_agreement(task: Task, objective: Objective, settings: Settings) -> No
 
 
 def _require_layers(collected: Collected) -> None:
-    if not collected.layers:
+    if not collected.matrices:
         raise InputError(
             f"none of the {len(collected.skipped)} weighted layers of "
             f"{type(collected.model).__name__} can be factorized: no forward pass calls them, or "

@@ -60,7 +60,7 @@ from rankfold.data import (
     split,
 )
 from rankfold.errors import InputError
-from rankfold.factorize import low_rank_module, truncate
+from rankfold.factorize import low_rank_module, low_rank_uses, truncate
 from rankfold.integrations import transformers as hf
 from rankfold.integrations.vision import NamedModel, make_named, parse_named
 from rankfold.interactions import (
@@ -80,11 +80,12 @@ from rankfold.objectives import (
     Objective,
     conv_curve,
     damped_grams,
+    embedding_curve,
+    embedding_spectrum,
     layer_curve,
     layer_spectrum,
     plan_for_budget,
     plan_for_change,
-    rank_costs,
 )
 from rankfold.openings import SHORT, Opening, history, record
 from rankfold.overlap import look_alikes
@@ -335,6 +336,17 @@ def analyse(
         )
         if release and not _has_conv_forms(layer, settings):
             collected.statistics.pop(name, None)
+    for name, matrix in collected.embeddings.items():
+        uses = collected.embedding_statistics[name]
+        spectra[name] = embedding_spectrum(matrix.weight, uses, settings.dampings)
+        curves[name] = embedding_curve(
+            spectra[name],
+            uses,
+            collected.rank_costs(name, settings.form, settings.cost),
+            collected.dense_cost(name, settings.cost),
+        )
+        if release:
+            collected.embedding_statistics.pop(name)
     offset = paired_change(original, start).mean
     prepared = Preparation(collected, settings, step, spectra, curves, curves, progress, offset)
     return prepared._with_conv_forms()
@@ -480,11 +492,13 @@ class Preparation:
             self.collected,
             base=base,
             dense=self.control() or self.collected.dense,
-            layers={name: cast("MatrixLayer", base.get_submodule(name)) for name in weights},
+            layers={n: cast("MatrixLayer", base.get_submodule(n)) for n in self.collected.layers},
+            embeddings={n: matrix.of(base) for n, matrix in self.collected.embeddings.items()},
             statistics={},
         )
         collected.observe(self.settings, self.progress)
         lost = [name for name in collected.layers if name not in collected.statistics]
+        lost += [name for name, s in collected.embedding_statistics.items() if not s.uses]
         if lost:
             raise InputError(
                 f"the model factorized in round {len(self.earlier) + 1} no longer calls {lost[0]} "
@@ -582,12 +596,7 @@ class Preparation:
         """The same spectra with factors in another form, and what they cost in it."""
         collected, settings = self.collected, replace(self.settings, form=form)
         ranked = {
-            name: replace(
-                curve,
-                costs=rank_costs(
-                    collected.layers[name], form, collected.cost_per_parameter(name, settings.cost)
-                ),
-            )
+            name: replace(curve, costs=collected.rank_costs(name, form, settings.cost))
             for name, curve in self.ranked.items()
         }
         return replace(self, settings=settings, ranked=ranked)._with_conv_forms()
@@ -614,7 +623,18 @@ class Preparation:
         return replace(self, curves=curves)
 
     def _moved(self, name: str) -> Tensor:
+        if name in self.collected.embeddings:  # the step leaves them where they are
+            return self.collected.embeddings[name].weight.detach()
         return _moved(self.step, name, self.collected.layers[name])
+
+    def modules(self, name: str, choice: Choice) -> Mapping[str, nn.Module]:
+        """The modules that a choice of a rank puts in the place of a layer, or of all uses."""
+        if name not in self.collected.embeddings:
+            return {name: self.module(name, choice)}
+        if choice.rank is None:
+            raise ValueError(f"the choice leaves {name} dense")
+        matrix, form = self.collected.embeddings[name], self.settings.form
+        return low_rank_uses(matrix, self.spectra[name], choice.rank, form)
 
     def module(self, name: str, choice: Choice) -> nn.Module:
         """The module that a choice of a rank puts in the layer's place."""
@@ -639,8 +659,8 @@ class Preparation:
         weights: dict[str, Tensor] = {}
         for name, choice in plan.items():
             if choice.rank is not None:
-                modules[name] = self.module(name, choice)
-            elif self.step and self.step.eta:
+                modules |= self.modules(name, choice)
+            elif self.step and self.step.eta and name in self.collected.layers:
                 weights[name] = self._moved(name)
         return with_replaced(self.collected.base, modules, weights)
 
@@ -650,7 +670,7 @@ class Preparation:
             return self._moved(name)
         if choice.form is None or choice.form in FORMS:
             # The product itself: choosing pivots for it would take six times as long.
-            like = self.collected.layers[name].weight
+            like = self.collected.matrices[name].weight
             return self.spectra[name].truncated(choice.rank).to(like.device, like.dtype)
         dense = cast("MatrixLayer", cast("Any", self.module(name, choice)).to_dense())
         return weight_matrix(dense)
@@ -808,7 +828,7 @@ class Preparation:
         before, after = (
             with_replaced(collected.base, {}, weights, share=True)
             for weights in (
-                {name: self._moved(name) for name in collected.layers},
+                {name: self._moved(name) for name in collected.matrices},
                 {name: self.weight(name, choice) for name, choice in measured.plan.items()},
             )
         )
@@ -820,7 +840,7 @@ class Preparation:
             after,
             collected.task,
             as_part("calibration", calibration.examples[:few], calibration.collate),
-            list(collected.layers),
+            list(collected.matrices),
             batch_size=self.settings.batch_size,
             progress=self.progress,
         )
@@ -867,10 +887,10 @@ class Preparation:
     @property
     def original_sizes(self) -> dict[str, int]:
         """Parameters, those of the layers that can be factorized, bytes, FLOPs of one example."""
-        layers = self.collected.layers.values()
+        matrices = self.collected.matrices.values()
         return {
             **model_sizes(self.collected.unpacked.given),
-            "factorizable_parameters": sum(layer.weight.numel() for layer in layers),
+            "factorizable_parameters": sum(matrix.weight.numel() for matrix in matrices),
             "flops": sum(self.collected.seen.flops.values()),
         }
 
@@ -1074,12 +1094,13 @@ class Preparation:
 
     def _layer_report(self, name: str, choice: Choice) -> dict[str, Any]:
         predicts = self.objective.predicts_loss
+        ranged = self.step is not None and name in self.collected.layers
         return {
             **layer_report(self.collected, self.settings.form, name, choice),
             "predicted_change": choice.change if predicts else None,
             "predicted_by_rank": predicted_by_rank(self.ranked[name]) if predicts else None,
             "interaction_factor": None if self.factors is None else self.factors[name],
-            "harmless_range": None if self.step is None else asdict(self.harmless_range(name)),
+            "harmless_range": asdict(self.harmless_range(name)) if ranged else None,
         }
 
 

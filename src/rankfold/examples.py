@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from rankfold.errors import InputError
 from rankfold.sources import (
+    ImageReader,
     Record,
+    TableImages,
     class_names,
     column,
     conversation_tokens,
@@ -70,13 +72,15 @@ def record_examples(
     columns: dict[str, str | None],
     label_ids: dict[str, int] | None = None,
     seed: int = 0,
-) -> list[Any]:
+    images: Callable[[], ImageReader] | None = None,
+) -> Sequence[Any]:
     """The examples that a file of records gives for a task.
 
     With a tokenizer: for token classification the columns of tokens and tags; conversations where
     there is a column ``messages``; else the text column, with its label or target where there is
     one, or where it is asked for. Without: the columns of numbers are the input, and the label
-    column the label.
+    column the label. Where a column holds images, and none the text of a model with a tokenizer,
+    they are the input.
 
     Args:
         file: A file or folder that ``read_records`` or a registered source of records reads.
@@ -87,6 +91,7 @@ def record_examples(
             for these names.
         label_ids: The model's number of each label, or None.
         seed: Seeds the tokens that are hidden for masked-lm.
+        images: Gives the function that reads images, where there are some.
 
     Raises:
         InputError: A column is missing, a label of the wrong type, or the tokenizer lacks what the
@@ -94,6 +99,10 @@ def record_examples(
     """
     source = registered_source(file)
     records = read_registered(source, file) if source else read_records(file)
+    texts_here = tokenizer is not None and (columns["text"] or TEXT) in records[0]
+    if images is not None and not texts_here and (picture := _image_column(records)) is not None:
+        classes = columns["label"] or LABEL
+        return _image_examples(file, records, picture, classes, task, label_ids, images())
     if tokenizer is None:
         return _table_examples(file, records, columns["label"] or LABEL, task)
     if task == "token-classification":
@@ -291,6 +300,39 @@ def _conversations(
             "conversation; allow more with --length."
         )
     return examples
+
+
+def _image_column(records: Sequence[Record]) -> str | None:
+    """The first column of files in memory, as ``datasets`` keeps images, or None."""
+    for name, value in records[0].items():
+        if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
+            return name
+    return None
+
+
+def _image_examples(
+    file: Path,
+    records: Sequence[Record],
+    name: str,
+    label: str,
+    task: str | None,
+    label_ids: dict[str, int] | None,
+    read: ImageReader,
+) -> Sequence[Any]:
+    where = f"{file}, column {name!r}"
+    held = [record[name] or {} for record in records]
+    for place, value in enumerate(held):
+        if not isinstance(value.get("bytes"), bytes):
+            raise InputError(
+                f"record {place} of {where} holds no image, only the path {value.get('path')!r}; "
+                "expected the file's bytes. Save the images as a folder of class folders."
+            )
+    found: list[int] | None = None
+    if task not in ("teacher", "embedding") or label in records[0]:
+        values = column(file, records, label, "--label-column")
+        found = _label_numbers(file, label, values, label_ids, "The model's config names them.")
+    images = TableImages([value["bytes"] for value in held], found, read, where)
+    return cast("Sequence[Any]", images)
 
 
 def _table_examples(

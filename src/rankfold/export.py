@@ -32,6 +32,7 @@ from rankfold.artifact import (
     skeleton,
 )
 from rankfold.conv_modules import SpatialConv2d, TuckerConv2d
+from rankfold.embedding_modules import LowRankEmbedding, LowRankHead
 from rankfold.errors import InputError
 from rankfold.integrations import transformers as hf
 from rankfold.integrations.example_inputs import Given
@@ -52,8 +53,11 @@ FILES: dict[Target, str] = {
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 EXPORT_FILE = "export.json"  # says what the folder is, and that it may be overwritten
 PAIRS_FILE = "pairs.safetensors"  # not the usual name: from_pretrained can't open it
-_FACTORIZED = (LowRankLinear, LowRankConv2d, SpatialConv2d, TuckerConv2d)
+_FACTORIZED = (
+    LowRankLinear, LowRankConv2d, SpatialConv2d, TuckerConv2d, LowRankEmbedding, LowRankHead,
+)  # fmt: skip
 _OPTIONS = {
+    nn.Embedding: ("num_embeddings", "embedding_dim", "padding_idx"),
     nn.Linear: ("in_features", "out_features"),
     nn.Conv2d: (
         "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation",
@@ -188,7 +192,15 @@ def to_dense(model: nn.Module) -> nn.Module:
 
 def to_pairs(model: nn.Module) -> nn.Module:
     """Make every factorized layer of ``model`` itself a sequence of stock layers."""
-    put_modules(model, {name: module.to_stock() for name, module in _factorized(model).items()})
+    factorized = _factorized(model)
+    stock = {name: module.to_stock() for name, module in factorized.items()}
+    # Uses of one embedding matrix go on sharing its large factor.
+    first: dict[int, nn.Parameter] = {}
+    for name, module in factorized.items():
+        if isinstance(module, LowRankEmbedding | LowRankHead):
+            large = stock[name][0 if isinstance(module, LowRankEmbedding) else 1]
+            large.weight = first.setdefault(id(module.weight), large.weight)
+    put_modules(model, stock)
     return model
 
 
@@ -321,9 +333,11 @@ def _parts(module: nn.Module) -> Iterable[nn.Module]:
 
 
 def _described(layer: nn.Module) -> dict[str, Any]:
-    kind = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
+    kind = next(kind for kind in _OPTIONS if isinstance(layer, kind))
     options = {name: getattr(layer, name) for name in _OPTIONS[kind]}
-    return {"kind": kind.__name__, "bias": layer.bias is not None, **options}
+    if kind is not nn.Embedding:
+        options["bias"] = layer.bias is not None
+    return {"kind": kind.__name__, **options}
 
 
 def _refuse_own_modules(model: nn.Module, unpacked: Iterable[str], source: Path) -> None:
@@ -360,6 +374,10 @@ def open_pairs(folder, model):
     tensors = load_file(Path(folder) / "pairs.safetensors")
     tensors |= {other: tensors[name] for other, name in told["shared"].items()}
     model.load_state_dict(tensors, assign=True)
+    for other, name in told["shared"].items():
+        owner, _, leaf = other.rpartition(".")
+        source, _, tensor = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, getattr(model.get_submodule(source), tensor))
     return model.eval()
 
 
@@ -369,7 +387,6 @@ from transformers import AutoConfig, {kind}
 
 folder = "."
 model = open_pairs(folder, {kind}(AutoConfig.from_pretrained(folder)))
-model.tie_weights()
 """
 _OPEN_OWN = """\
 folder = "."

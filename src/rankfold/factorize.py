@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rankfold.embedding_modules import LowRankEmbedding, LowRankHead
 from rankfold.layer_matrix import MatrixLayer
+from rankfold.layers import EmbeddingMatrix
 from rankfold.linalg import pivot_rows
 from rankfold.modules import Form, LowRankConv2d, LowRankLinear
 from rankfold.spectrum import Spectrum
@@ -69,6 +71,47 @@ def pivoted(left: Tensor, right: Tensor) -> Factors:
     order = torch.empty_like(basis.order)
     order[basis.order] = torch.arange(len(order), device=order.device)
     return Factors(basis.coefficients, left[basis.order[:rank]] @ right, order)
+
+
+def low_rank_uses(
+    matrix: EmbeddingMatrix, spectrum: Spectrum, rank: int, form: Form
+) -> dict[str, LowRankEmbedding | LowRankHead]:
+    """The modules that replace the uses of an embedding matrix; they share the factors.
+
+    Pivots are columns of the matrix, of which there are few, in place of rows.
+
+    Args:
+        matrix: The matrix ``(words, dim)``.
+        spectrum: Of it.
+        rank: The rank.
+        form: Of the factors.
+
+    Raises:
+        ValueError: ``rank`` is not in 1..min(words, dim).
+    """
+    factors = truncate(spectrum.transposed(), rank, form)
+    like = matrix.weight
+    weight, mix = (
+        nn.Parameter(factor.to(like.device, like.dtype).contiguous(), like.requires_grad)
+        for factor in (factors.right.T, factors.left)
+    )
+    order = factors.order
+    made: dict[str, LowRankEmbedding | LowRankHead] = {
+        name: LowRankEmbedding(weight, mix, order, lookup.padding_idx)
+        for name, lookup in matrix.lookups.items()
+    }
+    made |= {
+        name: LowRankHead(weight, mix, order, copied(head.bias))
+        for name, head in matrix.heads.items()
+    }
+    for name, module in matrix.uses.items():
+        made[name].train(module.training)
+    return made
+
+
+def copied(bias: nn.Parameter | None) -> nn.Parameter | None:
+    """A copy of a bias, if there is one."""
+    return None if bias is None else nn.Parameter(bias.detach().clone(), bias.requires_grad)
 
 
 def low_rank_module(layer: MatrixLayer, factors: Factors) -> LowRankLinear | LowRankConv2d:

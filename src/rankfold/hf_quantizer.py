@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -20,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from rankfold.artifact import (
     check_digest,
     check_structure,
-    empty_low_rank,
+    empty_modules,
     read_tensors,
     restore_computed_buffers,
 )
@@ -97,15 +98,13 @@ class RankfoldQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
                     # It would initialise weights that are not there any more.
                     part._is_hf_initialized = True  # type: ignore[assignment]
         here = _Names(model, same)
-        entries = {
-            found: entry
-            for entry in structure["layers"]
-            if entry["rank"] is not None and (found := here.of_module(entry["name"])) is not None
-        }
-        modules = {
-            name: empty_low_rank(model, {**entry, "name": name}, _WHERE)
-            for name, entry in entries.items()
-        }
+        modules: dict[str, nn.Module] = {}
+        for entry in structure["layers"]:
+            # Of an embedding matrix, the uses that this model has.
+            uses = here.of_uses(entry.get("uses") or [entry["name"]])
+            if entry["rank"] is not None and uses:
+                named = {"name": uses[0], "uses": uses if entry.get("uses") else None}
+                modules |= empty_modules(model, {**entry, **named}, _WHERE)
         put_modules(model, modules)
         # Tensors that rankfold stores once: without this the other name would count as missing.
         names = model.state_dict().keys()
@@ -170,6 +169,10 @@ class _Names:
                 "the folder is damaged or of another version of transformers."
             )
         return None
+
+    def of_uses(self, names: list[str]) -> list[str]:
+        """The names here of those modules that are here."""
+        return [found for name in names if (found := self.of_module(name)) is not None]
 
     def of_modules(self, names: list[str]) -> list[str]:
         # One module may be unpacked several times, and what stands in a packed one comes later.

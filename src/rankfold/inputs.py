@@ -23,6 +23,7 @@ from rankfold.progress import Progress, TerminalProgress
 from rankfold.sources import (
     ClassFolder,
     Kind,
+    image_reader,
     is_spec,
     load_object,
     read_image_folder,
@@ -330,6 +331,7 @@ def _records(
         },
         label_ids=getattr(config, "label2id", None),
         seed=options.seed,
+        images=lambda: image_reader(options.mean, options.std, options.image_size),
     )
 
 

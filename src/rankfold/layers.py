@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import nn
@@ -44,8 +44,117 @@ class Skipped:
     reason: str
 
 
-def find_layers(
+@dataclass(frozen=True)
+class EmbeddingMatrix:
+    """A matrix ``(words, dim)`` whose rows are looked up, or score words at the output, or both.
+
+    Attributes:
+        lookups: The modules that look rows up, by name.
+        heads: The modules whose outputs are the products with all rows, by name.
+    """
+
+    lookups: dict[str, nn.Embedding]
+    heads: dict[str, nn.Linear]
+
+    @property
+    def uses(self) -> dict[str, nn.Embedding | nn.Linear]:
+        """All modules that hold the matrix."""
+        return {**self.lookups, **self.heads}
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The matrix, one for all uses."""
+        return cast("nn.Parameter", next(iter(self.uses.values())).weight)
+
+    def of(self, model: nn.Module) -> EmbeddingMatrix:
+        """The same uses in a copy of the model."""
+        return EmbeddingMatrix(
+            {name: cast("nn.Embedding", model.get_submodule(name)) for name in self.lookups},
+            {name: cast("nn.Linear", model.get_submodule(name)) for name in self.heads},
+        )
+
+
+def find_embeddings(
     model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> tuple[dict[str, EmbeddingMatrix], dict[str, str]]:
+    """Matrices that are looked up, and those of Linears that score many words.
+
+    A Linear counts when its matrix is looked up elsewhere, too, or has more rows than a Gram can
+    have (``LARGEST_SIDE``); any other one is an ordinary layer.
+
+    Args:
+        model: The model, unpacked.
+        include: Glob patterns; when given, a matrix counts if one of its uses matches.
+        exclude: Glob patterns; a matrix stays as it is if one of its uses matches.
+
+    Returns:
+        ``(matrices by the name of their first use, {use: why its matrix stays as it is})``.
+    """
+    holders: dict[int, dict[str, nn.Module]] = defaultdict(dict)
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.dim() == 2:
+            holders[id(weight)][name] = module
+    found: dict[str, EmbeddingMatrix] = {}
+    reasons: dict[str, str] = {}
+    for uses in holders.values():
+        lookups = {n: m for n, m in uses.items() if isinstance(m, nn.Embedding)}
+        first = cast("nn.Linear", next(iter(uses.values())))
+        alone = len(uses) == 1 and plain_kind(first) is nn.Linear
+        if not lookups and not (alone and max(matrix_shape(first)) > LARGEST_SIDE):
+            continue
+        heads = {n: m for n, m in uses.items() if plain_kind(m) is nn.Linear}
+        matrix = EmbeddingMatrix(lookups, cast("dict[str, nn.Linear]", heads))
+        reason = _embedding_reason(model, uses, matrix, include, exclude)
+        if reason is None:
+            found[next(iter(uses))] = matrix
+        else:
+            reasons |= dict.fromkeys(uses, reason)
+    return found, reasons
+
+
+def _embedding_reason(
+    model: nn.Module,
+    uses: Mapping[str, nn.Module],
+    matrix: EmbeddingMatrix,
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> str | None:
+    """Why a matrix with these uses stays as it is, or None."""
+    if include and not any(_matches(name, pattern) for name in uses for pattern in include):
+        return "not included"
+    if any(_matches(name, pattern) for name in uses for pattern in exclude):
+        return "excluded"
+    if "" in uses:
+        return "the model is this one layer: wrap it in a module so that it can be replaced"
+    for name, module in uses.items():
+        if isinstance(module, nn.Embedding) and not _looks_up(module):
+            return f"{name} ({type(module).__name__}) looks its rows up by a rule of its own"
+        if name not in matrix.uses:
+            return f"{name} ({type(module).__name__}) uses its matrix in another way"
+    if any(lookup.max_norm is not None for lookup in matrix.lookups.values()):
+        return "it rescales its rows when they are looked up (max_norm)"
+    elsewhere = sum(
+        parameter is matrix.weight
+        for module in model.modules()
+        for parameter in module._parameters.values()
+    )
+    if elsewhere != len(uses):
+        return "its matrix is also a parameter of another name"
+    if not matrix.weight.is_floating_point():
+        return f"its weight is {matrix.weight.dtype}"
+    if min(matrix.weight.shape) < 2:
+        return "its matrix has rank 1 already"
+    if matrix.weight.shape[1] > LARGEST_SIDE:
+        return f"rows of {matrix.weight.shape[1]} values are above the limit of {LARGEST_SIDE}"
+    return None
+
+
+def find_layers(
+    model: nn.Module,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    embeddings: Mapping[str, str | None] | None = None,
 ) -> tuple[dict[str, MatrixLayer], list[Skipped]]:
     """Every layer with parameters of its own: to factorize, or skipped with a reason.
 
@@ -54,6 +163,8 @@ def find_layers(
         include: Glob patterns of names; when given, only matching layers are factorized. A pattern
             that matches the name of a module holds for what is inside it.
         exclude: Glob patterns of names left as they are, likewise.
+        embeddings: Modules that ``find_embeddings`` has decided about: None for those that are
+            factorized there, otherwise the reason.
 
     Raises:
         InputError: No layer is left to factorize, a pattern matches nothing, or a weight is not
@@ -66,18 +177,20 @@ def find_layers(
                 owners[id(parameter)].append(name)
     layers: dict[str, MatrixLayer] = {}
     skipped: list[Skipped] = []
+    decided = embeddings or {}
     for name, module in model.named_modules():
         own = [p for p in module._parameters.values() if p is not None]
-        if not own:
+        if not own or (name in decided and decided[name] is None):
             continue
-        reason = _reason(name, module, owners, include, exclude)
+        reason = decided.get(name) or _reason(name, module, owners, include, exclude)
         if reason is None:
             layers[name] = module
         else:
             count = sum(parameter.numel() for parameter in own)
             skipped.append(Skipped(name, type(module).__name__, count, reason))
-    _check_patterns([*layers, *(s.name for s in skipped)], [*include, *exclude])
-    if not layers:
+    known = [*layers, *(s.name for s in skipped), *decided]
+    _check_patterns(known, [*include, *exclude])
+    if not layers and None not in decided.values():
         listed = "".join(f"\n  {s.name} ({s.kind}): {s.reason}" for s in skipped[:20])
         raise InputError(
             f"the model {type(model).__name__} has no layer to factorize; expected at least one "
@@ -104,6 +217,8 @@ def _reason(
         return "it holds no matrix"
     if isinstance(module, _CONVS) and (reason := groups_reason(module)) is not None:
         return reason
+    if _looks_up(module):
+        return "embeddings are left out: --embeddings includes them"
     plain = plain_kind(module) in (nn.Linear, nn.Conv2d)
     if not (plain and isinstance(module, nn.Linear | nn.Conv2d)):
         if name == "":
@@ -130,6 +245,11 @@ def _reason(
     if max(out, in_) > LARGEST_SIDE:
         return f"a side of {max(out, in_)} features is above the limit of {LARGEST_SIDE}"
     return None
+
+
+def _looks_up(module: nn.Module) -> bool:
+    """Whether a module is an Embedding that does nothing but look rows up."""
+    return isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
 
 
 def plain_kind(module: nn.Module) -> type[nn.Module] | None:

@@ -5,6 +5,7 @@ Everything here is a pure function of tensors; nothing knows about layers or mod
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -45,13 +46,16 @@ def damped(gram: Tensor, damping: float) -> Tensor:
     """Add ``damping`` times the mean eigenvalue to the diagonal of a Gram.
 
     Args:
-        gram: ``(n, n)`` symmetric positive semi-definite.
+        gram: ``(n, n)`` symmetric positive semi-definite; or ``(n,)``, the diagonal of one that has
+            nothing beside it.
         damping: Share of the mean eigenvalue, 0 or more.
 
     Returns:
-        ``(n, n)`` float64.
+        Of the same shape, float64.
     """
     gram = gram.to(torch.float64)
+    if gram.dim() == 1:
+        return gram + damping * gram.mean()
     mean_eigenvalue = gram.diagonal().mean()
     return gram + damping * mean_eigenvalue * torch.eye(
         len(gram), dtype=torch.float64, device=gram.device
@@ -65,16 +69,51 @@ def symmetric_roots(gram: Tensor) -> tuple[Tensor, Tensor]:
     samples than dimensions) is a normal input.
 
     Args:
-        gram: ``(n, n)`` float64, symmetric positive semi-definite.
+        gram: ``(n, n)`` float64, symmetric positive semi-definite; or ``(n,)``, the diagonal of one
+            that has nothing beside it.
 
     Returns:
-        ``(root, inverse_root)``, both ``(n, n)`` float64, with ``root @ root == gram``.
+        ``(root, inverse_root)``, both of the same shape, float64, with ``root @ root == gram``.
     """
-    eigenvalues, vectors = torch.linalg.eigh(gram)
-    kept = eigenvalues > RELATIVE_CUTOFF * eigenvalues[-1].clamp(min=0)
+    eigenvalues, vectors = (gram, None) if gram.dim() == 1 else torch.linalg.eigh(gram)
+    kept = eigenvalues > RELATIVE_CUTOFF * eigenvalues.max().clamp(min=0)
     roots = torch.where(kept, eigenvalues, 0).sqrt()
     inverse = torch.where(kept, 1 / torch.where(kept, roots, 1), 0)
+    if vectors is None:
+        return roots, inverse
     return (vectors * roots) @ vectors.T, (vectors * inverse) @ vectors.T
+
+
+def times(gram: Tensor, matrix: Tensor) -> Tensor:
+    """``gram @ matrix`` for a Gram ``(n, n)``, or one given by its diagonal ``(n,)``."""
+    return gram[:, None] * matrix if gram.dim() == 1 else gram @ matrix
+
+
+def marginal_product(terms: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The Kronecker product ``D x M`` with the partial traces of a sum ``sum_i D_i x M_i``.
+
+    It is the sum itself where there is one term, or where all terms share a factor.
+
+    Args:
+        terms: Pairs ``(D_i, M_i)`` float64 of positive semi-definite matrices, all D_i of one shape
+            and all M_i of another; each may be given by its diagonal.
+
+    Returns:
+        ``(D, M)``, of these shapes; the trace of D is 1.
+    """
+    traces = [(trace(first), trace(second)) for first, second in terms]
+    total = sum((a * b for a, b in traces), start=traces[0][0].new_zeros(()))
+    total = total.clamp(min=torch.finfo(torch.float64).tiny)
+    d, m = (torch.zeros_like(matrix) for matrix in terms[0])
+    for (first, second), (of_first, of_second) in zip(terms, traces, strict=True):
+        d.add_(first * (of_second / total))
+        m.add_(second * of_first)
+    return d, m
+
+
+def trace(gram: Tensor) -> Tensor:
+    """The trace of a Gram ``(n, n)``, or of one given by its diagonal ``(n,)``; 0-dimensional."""
+    return gram.sum() if gram.dim() == 1 else gram.trace()
 
 
 def inverse_factor(gram: Tensor) -> Tensor:

@@ -21,8 +21,9 @@ from rankfold.allocate import (
 from rankfold.calibrate import LayerStatistics
 from rankfold.conv_forms import conv_candidates
 from rankfold.conv_modules import CONV_FORMS, conv_factor_flops
+from rankfold.embedding_statistics import EmbeddingStatistics
 from rankfold.layer_matrix import MatrixLayer, matrix_shape, weight_matrix
-from rankfold.linalg import Damping, damped
+from rankfold.linalg import Damping, damped, marginal_product
 from rankfold.modules import Form, factor_parameters
 from rankfold.spectrum import Spectrum, whitened_spectrum
 
@@ -147,6 +148,33 @@ def layer_curve(
         dense_cost=out * in_ * cost_per_parameter,
         errors=None if errors is None else errors.cpu(),
     )
+
+
+def embedding_spectrum(
+    weight: Tensor, statistics: EmbeddingStatistics, damping: Damping
+) -> Spectrum:
+    """Spectrum of an embedding matrix ``(words, dim)`` under all its uses together."""
+    words, gram = marginal_product([use.damped(damping) for use in statistics.uses.values()])
+    return whitened_spectrum(weight, gram, words)
+
+
+def embedding_curve(
+    spectrum: Spectrum, statistics: EmbeddingStatistics, costs: Tensor, dense_cost: int
+) -> Curve:
+    """Ranks 1..r of an embedding matrix; their changes are summed over its uses.
+
+    The spectrum's directions are those of one product in place of the uses' sum; the changes are
+    those of the sum itself, and not damped.
+
+    Args:
+        spectrum: From ``embedding_spectrum``.
+        statistics: Of the matrix.
+        costs: ``(r,)`` int64, of the ranks.
+        dense_cost: Of the matrix left dense.
+    """
+    changes = torch.stack([use.changes(spectrum) for use in statistics.uses.values()]).sum(0)[1:]
+    changes = changes.where(changes > NEGLIGIBLE * changes.max(), 0)
+    return Curve(torch.arange(1, len(changes) + 1), costs, changes.cpu(), dense_cost)
 
 
 def conv_curve(

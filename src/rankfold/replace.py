@@ -21,6 +21,7 @@ def with_replaced(
 
     The user's model is untouched; parameters that it shares between modules stay shared in the
     copy. The weights of exchanged modules are not copied.
+    A new module's bias becomes the copy's, where the old one's was shared.
 
     Args:
         model: The model.
@@ -35,6 +36,11 @@ def with_replaced(
         moved = {id(model.get_submodule(name).weight) for name in weights or {}}
         memo |= {id(p): p for p in model.parameters() if id(p) not in moved}
     twin = copy.deepcopy(model, memo)
+    for name, module in modules.items():
+        # A bias that stands in another module, too, as a masked language model's does.
+        bias = memo.get(id(getattr(model.get_submodule(name), "bias", None)))
+        if isinstance(bias, nn.Parameter) and getattr(module, "bias", None) is not None:
+            module.bias = bias
     for name, weight in (weights or {}).items():
         parameter = cast("nn.Parameter", twin.get_submodule(name).weight)
         with torch.no_grad():

@@ -44,6 +44,8 @@ def layer_report(collected: Collected, form: Form, name: str, choice: Choice) ->
         name: Of the layer.
         choice: Its choice in the plan.
     """
+    if name in collected.embeddings:
+        return _embedding_report(collected, form, name, choice)
     layer = collected.layers[name]
     out, in_ = matrix_shape(layer)
     dense, pivoted = out * in_, form == "pivoted"
@@ -74,6 +76,32 @@ def layer_report(collected: Collected, form: Form, name: str, choice: Choice) ->
         "factorized_parameters": kept,
         "flops": 2 * rows * dense,
         "factorized_flops": flops,
+    }
+
+
+def _embedding_report(
+    collected: Collected, form: Form, name: str, choice: Choice
+) -> dict[str, Any]:
+    matrix = collected.embeddings[name]
+    words, dim = matrix.weight.shape
+    kept, taken = words * dim, None
+    if choice.rank is not None:
+        kept, taken = factor_parameters(words, dim, choice.rank, form), form
+    return {
+        "name": name,
+        "kind": type(matrix.uses[name]).__name__,
+        "uses": list(matrix.uses),
+        "shape": [words, dim],
+        "rank": choice.rank,
+        "second_rank": None,
+        "full_rank": min(words, dim),
+        "form": taken,
+        "pivoted": None if taken is None else form == "pivoted",
+        "reason_dense": None if choice.rank is not None else "the plan leaves it dense",
+        "parameters": words * dim,
+        "factorized_parameters": kept,
+        "flops": collected.embedding_flops(name, None, form),
+        "factorized_flops": collected.embedding_flops(name, choice.rank, form),
     }
 
 

@@ -43,6 +43,8 @@ class Settings:
         form: ``pivoted`` (fewest parameters) or ``pair`` (two stock layers).
         conv_forms: Whether a conv with several taps may also become two convs along one axis
             each, or a Tucker-2 of three (``conv_modules``), where the objective predicts the loss.
+        embeddings: Whether embedding matrices are factorized, too, and output layers that share
+            them or have too many outputs for a Gram. They are factorizable parameters then.
         cost: What the size counts: ``parameters`` or ``flops``.
         curvature: ``empirical``, ``sampled``, or ``auto``: by what the calibration loss shows.
         damping: Added to A, as a share of its mean eigenvalue; ``auto`` chooses among ``DAMPINGS``
@@ -78,6 +80,7 @@ class Settings:
     objective: ObjectiveName = "joint"
     form: Form = "pivoted"
     conv_forms: bool = True
+    embeddings: bool = False
     cost: Cost = "parameters"
     curvature: Curvature | Literal["auto"] = "auto"
     damping: float | Literal["auto"] = 0.1
@@ -103,6 +106,11 @@ class Settings:
     def __post_init__(self) -> None:
         """Refuse values outside their ranges, by name."""
         check_choice("objective", self.objective, tuple(OBJECTIVES))
+        if self.embeddings and OBJECTIVES[self.objective].allocation != "multiplier":
+            raise InputError(
+                f"embeddings need an objective that predicts the loss by curvature (kronecker or "
+                f"joint), not {self.objective}; leave embeddings out."
+            )
         check_choice("form", self.form, FORMS)
         check_choice("cost", self.cost, get_args(Cost))
         check_choice("curvature", self.curvature, ("auto", "empirical", "sampled"))

@@ -16,9 +16,17 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from rankfold.linalg import descending_eigh, inverse_factor, symmetric_roots, thin_svd
+from rankfold.linalg import (
+    descending_eigh,
+    inverse_factor,
+    symmetric_roots,
+    thin_svd,
+    times,
+)
 
 StepEstimator: TypeAlias = Literal["cross-validated", "denoised", "raw"]
+ROWS_AT_ONCE = 8192  # of a vocabulary, in float64
+
 STEP_ESTIMATORS: tuple[StepEstimator, ...] = ("cross-validated", "denoised", "raw")
 
 
@@ -44,6 +52,10 @@ class Spectrum:
         """Predicted loss change of every rank 0..r, ``(r + 1,)``: half the tail's energy."""
         return 0.5 * tail_energies(self.singular_values)
 
+    def transposed(self) -> Spectrum:
+        """Of the transposed weight."""
+        return Spectrum(self.singular_values, self.right.T, self.left.T)
+
     def changes_under(self, input_gram: Tensor, output_gram: Tensor) -> Tensor:
         """Predicted loss change of every rank 0..r under other Grams than chose the directions.
 
@@ -53,16 +65,36 @@ class Spectrum:
         trailing block of ``(L^T B L) * (R A R^T)``, so all ranks cost no more than one.
 
         Args:
-            input_gram: A, ``(in, in)`` float64.
-            output_gram: B, ``(out, out)`` float64.
+            input_gram: A, ``(in, in)`` float64, or its diagonal ``(in,)``.
+            output_gram: B, ``(out, out)`` float64, or its diagonal ``(out,)``.
 
         Returns:
             ``(r + 1,)`` float64; the last is 0.
         """
-        left = self.left.T @ output_gram @ self.left
-        right = self.right @ input_gram @ self.right.T
+        left = self.left.T @ times(output_gram, self.left)
+        right = self.right @ times(input_gram, self.right.T)
         blocks = (left * right).flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
         return 0.5 * torch.cat([blocks, blocks.new_zeros(1)]).clamp(min=0)
+
+    def changes_along(self, vectors: Tensor, weights: Tensor) -> Tensor:
+        """Predicted loss change of every rank 0..r by one direction in each row.
+
+        For ``E_k = sum_{i > k} l_i r_i^T`` it is half the weighted sum over the rows of
+        ``(E_k[row] . vector[row])^2``.
+
+        Args:
+            vectors: ``(out, in)``.
+            weights: ``(out,)`` float64, 0 or more.
+
+        Returns:
+            ``(r + 1,)`` float64; the last is 0.
+        """
+        changes = self.left.new_zeros(len(self.singular_values) + 1)
+        for rows in torch.arange(len(weights), device=weights.device).split(ROWS_AT_ONCE):
+            parts = self.left[rows] * (vectors[rows].to(torch.float64) @ self.right.T)
+            along = parts.flip(1).cumsum(1).flip(1)  # (rows, r), of E_0 .. E_{r - 1}
+            changes[:-1] += 0.5 * (weights[rows] @ along.square())
+        return changes
 
 
 def tail_energies(singular_values: Tensor) -> Tensor:
@@ -97,22 +129,20 @@ def whitened_spectrum(
 
     Args:
         weight: ``(out, in)``.
-        input_gram: A, ``(in, in)``, damped as wanted; None for the identity.
-        output_gram: B, ``(out, out)``, likewise.
+        input_gram: A, ``(in, in)``, damped as wanted, or its diagonal ``(in,)``; None for the
+            identity.
+        output_gram: B, ``(out, out)`` or ``(out,)``, likewise.
     """
     w = weight.detach().to(torch.float64)
     if w.shape[1] > w.shape[0]:
-        flipped = whitened_spectrum(w.T, output_gram, input_gram)
-        return Spectrum(flipped.singular_values, flipped.right.T, flipped.left.T)
+        return whitened_spectrum(w.T, output_gram, input_gram).transposed()
     if input_gram is None:
-        identity = torch.eye(w.shape[1], dtype=w.dtype, device=w.device)
-        root, inverse_root = identity, identity
-    else:
-        root, inverse_root = symmetric_roots(input_gram)
-    coloured = w @ root  # (out, in)
-    weighted = coloured if output_gram is None else output_gram @ coloured
+        input_gram = torch.ones(w.shape[1], dtype=w.dtype, device=w.device)
+    root, inverse_root = symmetric_roots(input_gram)
+    coloured = times(root, w.T).T  # (out, in)
+    weighted = coloured if output_gram is None else times(output_gram, coloured)
     energies, v = descending_eigh(coloured.T @ weighted)
-    return Spectrum(energies.sqrt(), coloured @ v, v.T @ inverse_root)
+    return Spectrum(energies.sqrt(), coloured @ v, times(inverse_root, v).T)
 
 
 def quadratic_change(

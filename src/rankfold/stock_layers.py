@@ -11,6 +11,15 @@ from torch.nn.modules.conv import _ConvNd
 StockLayer = TypeVar("StockLayer", bound="nn.Linear | _ConvNd")
 
 
+def embedding(weight: Tensor, padding_idx: int | None = None) -> nn.Embedding:
+    """An Embedding with a copy of this weight ``(words, dim)``."""
+    words, dim = weight.shape
+    layer: nn.Embedding = empty(nn.Embedding, weight, words, dim, padding_idx=padding_idx)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    return layer
+
+
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A Linear with a copy of this weight ``(out, in)`` and bias ``(out,)``."""
     out, in_ = weight.shape

@@ -7,7 +7,7 @@ from rankfold.sources.arrays import read_npz
 from rankfold.sources.arrow import class_names
 from rankfold.sources.class_folders import ClassFolder
 from rankfold.sources.conversations import conversation_tokens
-from rankfold.sources.images import read_image_folder
+from rankfold.sources.images import ImageReader, TableImages, image_reader, read_image_folder
 from rankfold.sources.kind import Kind, source_kind
 from rankfold.sources.python_object import is_spec, load_object
 from rankfold.sources.records import Record, column, numbers, read_records
@@ -17,11 +17,14 @@ from rankfold.sources.text import read_text, token_windows
 
 __all__ = [
     "ClassFolder",
+    "ImageReader",
     "Kind",
     "Record",
+    "TableImages",
     "class_names",
     "column",
     "conversation_tokens",
+    "image_reader",
     "is_spec",
     "load_object",
     "numbers",

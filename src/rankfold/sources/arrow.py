@@ -25,7 +25,8 @@ def read_arrow(path: Path) -> list[dict[str, Any]]:
 
     Raises:
         InputError: pyarrow isn't installed, the folder holds several splits (they are listed), or
-            something in it can't be read or holds bytes, such as images.
+            something in it can't be read or holds bytes. (An image as ``datasets`` keeps it, a
+            structure of bytes and path, may stand there.)
     """
     pyarrow: Any = require("pyarrow", "arrow")
     records: list[dict[str, Any]] = []
@@ -98,13 +99,14 @@ def _table(pyarrow: Any, file: Path) -> Any:
 
 
 def _refuse_bytes(pyarrow: Any, file: Path, schema: Any) -> None:
-    """Images and sounds are bytes, alone or with a path beside them."""
+    """Bytes that nothing says the meaning of; beside a path they are a file, such as an image."""
     for column in schema:
         kind = column.type
-        parts = [part.type for part in kind] if pyarrow.types.is_struct(kind) else [kind]
-        if any(pyarrow.types.is_binary(part) for part in parts):
+        fields = {p.name: p.type for p in kind} if pyarrow.types.is_struct(kind) else {"": kind}
+        held = [name for name, part in fields.items() if pyarrow.types.is_binary(part)]
+        if held and not (held == ["bytes"] and fields.keys() == {"bytes", "path"}):
             raise InputError(
-                f"the column {column.name!r} of {file} holds bytes (images or sounds?), which "
-                "aren't read from there; expected texts, numbers and lists. Save them as a folder "
-                "of class folders, or give the data as file.py:function."
+                f"the column {column.name!r} of {file} holds bytes, which aren't read from there; "
+                "expected texts, numbers, lists, and images as datasets keeps them. Save them as a "
+                "folder of class folders, or give the data as file.py:function."
             )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from rankfold.errors import InputError, require
 from rankfold.sources.class_folders import ClassFolder, class_files, without_broken
@@ -16,6 +18,7 @@ from rankfold.sources.normalize import channel_values, normalize_images
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 DEFAULT_SIZE = 224
+ImageReader: TypeAlias = Callable[[Path | BytesIO, str], Tensor]
 
 
 def read_image_folder(
@@ -45,29 +48,72 @@ def read_image_folder(
         InputError: Fewer than two classes, a class without images, or Pillow isn't installed;
             when an image is used: it can't be read.
     """
-    require("PIL", "images")
-    if size is not None and size < 1:
-        raise InputError(f"--image-size is {size}; expected 1 pixel or more.")
+    read_image = image_reader(mean, std, size)
     files = class_files(folder, SUFFIXES, "image")
-    channels = 3
-    means = channel_values("--mean", mean, channels)
-    stds = channel_values("--std", std, channels)
 
     def read(file: Path) -> Tensor:
-        return normalize_images(_read(file, size or DEFAULT_SIZE), means, stds)
+        return read_image(file, f"the image {file}")
 
     return without_broken(files, read) if skip_broken else ClassFolder(files, read)
 
 
-def _read(file: Path, size: int) -> Tensor:
+def image_reader(
+    mean: Sequence[float] | None, std: Sequence[float] | None, size: int | None
+) -> ImageReader:
+    """A function of a file, or of one in memory, and of what messages call it: an image's values.
+
+    Args:
+        mean: As for ``read_image_folder``.
+        std: Likewise.
+        size: Likewise.
+
+    Raises:
+        InputError: A value is out of its range, or Pillow isn't installed.
+    """
+    require("PIL", "images")
+    if size is not None and size < 1:
+        raise InputError(f"--image-size is {size}; expected 1 pixel or more.")
+    channels = 3
+    means = channel_values("--mean", mean, channels)
+    stds = channel_values("--std", std, channels)
+    return lambda file, what: normalize_images(_read(file, what, size or DEFAULT_SIZE), means, stds)
+
+
+class TableImages(Dataset[Any]):
+    """Images that stand in a table, with their labels where there are some; opened when used.
+
+    Args:
+        images: What each image file holds.
+        labels: Of each, or None.
+        read: From ``image_reader``.
+        where: The table and its column, for messages.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[bytes],
+        labels: Sequence[int] | None,
+        read: ImageReader,
+        where: str,
+    ) -> None:
+        self.images, self.labels, self.read, self.where = images, labels, read, where
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Any:
+        what = f"the image in record {index} of {self.where}"
+        image = self.read(BytesIO(self.images[index]), what)
+        return image if self.labels is None else (image, self.labels[index])
+
+
+def _read(file: Path | BytesIO, what: str, size: int) -> Tensor:
     pillow: Any = require("PIL.Image", "images")
     try:
         with pillow.open(file) as opened:
             image = opened.convert("RGB")
     except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
-        raise InputError(
-            f"the image {file} can't be read: {error}. Replace or remove it."
-        ) from error
+        raise InputError(f"{what} can't be read: {error}. Replace or remove it.") from error
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     if (width, height) != image.size:
