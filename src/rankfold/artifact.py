@@ -128,14 +128,16 @@ def save_artifact(
 
 def structure(manifest: Manifest) -> Manifest:
     """The part of a manifest that rebuilds the layers; config.json holds it, too."""
-    keys = ("name", "rank", "second_rank", "form", "pivoted", "uses")
+    keys = ("name", "rank", "second_rank", "form", "pivoted")
     return {
         "format_version": manifest["format_version"],
         "digest": manifest.get("digest"),
         "model": manifest["model"],
         "unpacked": manifest.get("unpacked", []),
         "layers": [
+            # Only embeddings have uses; a key for all would change the digests of old folders.
             {key: entry.get(key) for key in keys}
+            | ({"uses": entry["uses"]} if entry.get("uses") else {})
             for entry in manifest["layers"]
             if entry["rank"] is not None
         ],
