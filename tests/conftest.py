@@ -3,11 +3,21 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 # The models are tiny: threads that wait for each other cost more than they bring.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_record_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fixtures of a module run before those of a test: they must not find the user's record."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANKFOLD_OPENINGS", str(tmp_path_factory.mktemp("openings") / "openings"))
+        yield
 
 
 @pytest.fixture(autouse=True)
