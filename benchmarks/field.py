@@ -20,15 +20,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.ablation import other_text
-from benchmarks.field_models import FIELD_MODELS, TASKS
+from benchmarks.choices import Questions, answered, make_questions
+from benchmarks.field_models import FIELD_MODELS, LANGUAGE, TASKS
+from benchmarks.kept_statistics import collect_or_read
 from benchmarks.methods import METHODS
 from benchmarks.methods.method import Compressed, Study
 from benchmarks.rows import append_row, read_rows
-from rankfold.certify import paired_change
+from rankfold.certify import DEFAULT_MARGIN, certify, paired_change, state
 from rankfold.collected import Collected, collect
 from rankfold.data import Part
 from rankfold.errors import InputError
@@ -54,6 +56,11 @@ class Row:
         flops: Share of the FLOPs of one example.
         change: Change of the mean loss; None where it is not finite, or no model was made.
         other_change: The same on text of another kind.
+        choices: Share of multiple-choice questions answered correctly (language models).
+        upper_bound: Of the change, by the certificate of rankfold's defaults with a statement from
+            selection data; None where the change itself is above the margin, so that no
+            certificate holds.
+        verdict: Of that certificate.
         seconds: What the method took beyond the shared statistics, for this size.
         statistics_seconds: What the shared statistics took.
         note: Why there is no model.
@@ -77,6 +84,12 @@ class Row:
     accuracy_standard_error: float | None = None
     other_change: float | None = None
     other_standard_error: float | None = None
+    choices: float | None = None
+    choices_change: float | None = None
+    choices_standard_error: float | None = None
+    dense_choices: float | None = None
+    upper_bound: float | None = None
+    verdict: str = ""
     seconds: float | None = None
     statistics_seconds: float | None = None
     unit: str = ""
@@ -88,15 +101,30 @@ class Row:
 
 
 class Opened(NamedTuple):
-    """A study, text of another kind for a language model, and what the statistics took."""
+    """A study, what a language model is tested on besides, and what the statistics took."""
 
     study: Study
     other: Part | None
+    questions: Questions | None
     seconds: float
 
 
-def open_study(name: str, seed: int, progress: Progress, calibration: int | None = None) -> Opened:
-    """Build a model and pass over its calibration examples."""
+def open_study(
+    name: str,
+    seed: int,
+    progress: Progress,
+    calibration: int | None = None,
+    kept: Path | None = None,
+) -> Opened:
+    """Build a model and pass over its calibration examples.
+
+    Args:
+        name: Of ``FIELD_MODELS``.
+        seed: Draws the examples.
+        progress: Shows the stages.
+        calibration: Number of calibration examples, in place of the model's own.
+        kept: Folder where statistics are kept between runs, for language models.
+    """
     build, default = FIELD_MODELS[name]
     count = calibration or default
     model, data = build(seed, count)
@@ -108,11 +136,20 @@ def open_study(name: str, seed: int, progress: Progress, calibration: int | None
         selection_limit=len(data.selection),
         held_out_limit=len(data.held_out),
     )
-    start = time.perf_counter()
-    collected = collect(model, data, settings, progress=progress)
+    if kept is not None and name in LANGUAGE:
+        file = kept / f"{name}_seed{seed}_{count}.safetensors"
+        collected, seconds = collect_or_read(model, data, settings, file, progress)
+    else:
+        start = time.perf_counter()
+        collected = collect(model, data, settings, progress=progress)
+        seconds = time.perf_counter() - start
     study = Study(collected, seed, progress)
-    seconds = time.perf_counter() - start
-    return Opened(study, other_text(data) if study.language else None, seconds)
+    if not study.language:
+        return Opened(study, None, None, seconds)
+    from benchmarks.language_models import load_tokenizer, wikitext2_tokens  # needs transformers
+
+    questions = make_questions(wikitext2_tokens("test", load_tokenizer()))
+    return Opened(study, other_text(data), questions, seconds)
 
 
 def sizes_of(methods: Sequence[str], sizes: Sequence[float]) -> list[tuple[str, float | None]]:
@@ -145,12 +182,13 @@ class Runner:
         wanted = sizes_of(methods, sizes)
         if all((name, seed, method, size) in self.done for method, size in wanted):
             return
-        opened = open_study(name, seed, self.progress, calibration)
+        kept = self.file.parent / "statistics"
+        opened = open_study(name, seed, self.progress, calibration, kept)
         study = opened.study
         if test is not None:
             collected = study.collected
             collected.parts["held_out"] = collected.parts["held_out"].take(range(test))
-        dense = Dense.of(study, opened.other)
+        dense = Dense.of(study, opened.other, opened.questions)
         for method in methods:
             missing = [
                 size
@@ -211,21 +249,27 @@ class Dense:
     """The dense model, which every method is compared with."""
 
     evaluation: Evaluation
+    selection: Evaluation
     other: Part | None
     other_evaluation: Evaluation | None
+    questions: Questions | None
+    answered: Evaluation | None
     parameters: int
     bytes: int
     flops: int
 
     @classmethod
-    def of(cls, study: Study, other: Part | None) -> Dense:
+    def of(cls, study: Study, other: Part | None, questions: Questions | None) -> Dense:
         collected = study.collected
         given = collected.unpacked.given
         sizes = model_sizes(given)
         return cls(
             evaluation=_evaluated(study, given, collected.parts["held_out"]),
+            selection=_evaluated(study, given, collected.parts["selection"]),
             other=other,
             other_evaluation=None if other is None else _evaluated(study, given, other),
+            questions=questions,
+            answered=None if questions is None else _shares(answered(given, questions)),
             parameters=sizes["parameters"],
             bytes=sizes["bytes"],
             flops=flops_of_one(collected, given),
@@ -250,10 +294,39 @@ class Dense:
             before = Evaluation(self.evaluation.correct, self.evaluation.terms, None)
             after = Evaluation(found.correct, found.terms, None)
             row |= _paired("accuracy_", before, after)
+        if row.get("change", math.inf) <= DEFAULT_MARGIN:
+            row |= self._certified(study, model, found)
         if self.other is not None and self.other_evaluation is not None:
             there = _evaluated(study, model, self.other)
             row |= _paired("other_", self.other_evaluation, there)
+        if self.questions is not None and self.answered is not None:
+            hits = _shares(answered(model, self.questions))
+            row |= {"choices": hits.mean, "dense_choices": self.answered.mean}
+            row |= _paired("choices_", self.answered, hits)
         return row
+
+    def _certified(self, study: Study, model: nn.Module, found: Evaluation) -> dict[str, Any]:
+        """What rankfold's certificate says of a model, whoever made it."""
+        selected = _evaluated(study, model, study.collected.parts["selection"])
+        defaults = Settings()
+        statement = state(
+            paired_change(self.selection, selected),
+            selected.losses - self.selection.losses,
+            len(found.losses),
+            margin=DEFAULT_MARGIN,
+            confidence=defaults.confidence,
+            test=defaults.test,
+            largest_change=None,
+            metric_margins={},
+        )
+        unit, digest = study.collected.task.unit, study.collected.parts["held_out"].digest
+        certificate = certify(self.evaluation, found, statement, unit=unit, data_digest=digest)
+        return {"upper_bound": certificate.upper_bound, "verdict": certificate.verdict}
+
+
+def _shares(hits: Tensor) -> Evaluation:
+    """Questions as examples of one term each."""
+    return Evaluation(hits, torch.ones_like(hits), None)
 
 
 def _paired(prefix: str, before: Evaluation, after: Evaluation) -> dict[str, float]:

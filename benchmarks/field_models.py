@@ -126,4 +126,5 @@ FIELD_MODELS: dict[str, tuple[Build, int]] = {
 }
 # Where neither labels nor the model say what the loss is.
 TASKS: dict[str, Any] = {"efficientnet_lite0": "teacher"}
-VISION = [name for name in FIELD_MODELS if name not in ("smollm2", "minilm")]
+LANGUAGE = ["smollm2"]
+VISION = [name for name in FIELD_MODELS if name not in (*LANGUAGE, "minilm")]

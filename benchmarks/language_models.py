@@ -68,15 +68,20 @@ def wikitext2(
     Raises:
         ValueError: The part has fewer windows.
     """
-    text = (shared_data() / "wikitext-2" / f"wiki.{part}.tokens").read_text(encoding="utf-8")
-    # verbose=False: no warning that the text is longer than the model's context.
-    encoded = tokenizer(text, add_special_tokens=False, verbose=False)
-    tokens = torch.tensor(encoded["input_ids"])
+    tokens = wikitext2_tokens(part, tokenizer)
     windows = tokens[: len(tokens) // length * length].view(-1, length)
     if not 0 < count <= len(windows):
         raise ValueError(f"count must be in 1..{len(windows)} for {part!r}, not {count}")
     drawn = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     return windows[drawn[:count]]
+
+
+def wikitext2_tokens(part: WikitextPart, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """A part of WikiText-2 tokenised as one string, (n,) int64."""
+    text = (shared_data() / "wikitext-2" / f"wiki.{part}.tokens").read_text(encoding="utf-8")
+    # verbose=False: no warning that the text is longer than the model's context.
+    encoded = tokenizer(text, add_special_tokens=False, verbose=False)
+    return torch.tensor(encoded["input_ids"])
 
 
 @torch.no_grad()
