@@ -21,9 +21,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import figures
 from benchmarks.field import RESULTS, Row, Runner
 from benchmarks.field_models import FIELD_MODELS, VISION
-from benchmarks.field_report import DOCUMENT, FIGURES, draw, write_tables
+from benchmarks.field_report import DOCUMENT, draw, write_tables
 from benchmarks.methods import METHODS
 from benchmarks.rows import read_rows
 from benchmarks.speed import MemoryRow, SpeedRow, measure_memory, measure_speed, sibling
@@ -60,7 +61,7 @@ def main() -> None:
         write_tables(DOCUMENT, rows, speed, memory)
         print(DOCUMENT)
     else:
-        for file in draw(rows, FIGURES):
+        for file in draw(rows, figures.FOLDER):
             print(file)
 
 

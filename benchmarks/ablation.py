@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks import figures
 from benchmarks.kept_statistics import collect_or_read
 from benchmarks.quality import MODELS
 from benchmarks.rows import append_row, read_rows
@@ -38,7 +39,6 @@ from rankfold.settings import Settings
 from rankfold.tasks import Evaluation, evaluate
 
 RESULTS = Path(__file__).parent / "out" / "ablation.jsonl"
-FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 OTHER_TEXT_WINDOWS = 16
 
 
@@ -164,7 +164,8 @@ class Runner:
             start = time.perf_counter()
             prepared = analyse(collected, settings, progress=self.progress)
             ready = spent + time.perf_counter() - start
-            moved = prepared.control()
+            # With rounds the control takes a step a round, which only the result's own stage knows.
+            moved = prepared.control() if settings.rounds == 1 else None
             other_control = None
             if other is not None and dense_other is not None and moved is not None:
                 other_control = self._other(moved, collected, other).mean - dense_other.mean
@@ -291,31 +292,22 @@ def _mean(values: Sequence[float | None]) -> str:
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     """One figure a model: change of the loss of every variant, a panel a size."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name in dict.fromkeys(row.model for row in rows):
         mine = [row for row in rows if row.model == name]
         sizes = sorted({row.size for row in mine}, reverse=True)
         variants = [v for v in reversed(VARIANTS) if any(row.variant == v for row in mine)]
-        figure, panels = pyplot.subplots(
-            1,
-            len(sizes),
+        file = folder / f"ablation_{name}.svg"
+        with figures.saved(
+            file,
+            ncols=len(sizes),
             sharey=True,
             squeeze=False,
             figsize=(3 + 3 * len(sizes), 1 + len(variants) / 3),
-        )
-        for panel, size in zip(panels[0], sizes, strict=True):
-            _panel(panel, [row for row in mine if row.size == size], variants, size)
-        figure.suptitle(f"{name}: change of the mean test loss (nats), every seed a point")
-        figure.tight_layout()
-        file = folder / f"ablation_{name}.svg"
-        figure.savefig(file, metadata={"Date": None})
-        pyplot.close(figure)
+        ) as (figure, panels):
+            for panel, size in zip(panels[0], sizes, strict=True):
+                _panel(panel, [row for row in mine if row.size == size], variants, size)
+            figure.suptitle(f"{name}: change of the mean test loss (nats), every seed a point")
         files.append(file)
     return files
 
@@ -360,7 +352,7 @@ def main() -> None:
                 runner.run(name, seed, options.variants, options.sizes)
     rows = read_rows(options.results, Row)
     if options.command == "plot":
-        for file in draw(rows, FIGURES):
+        for file in draw(rows, figures.FOLDER):
             print(file)
     else:
         print_tables(rows)

@@ -12,13 +12,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from benchmarks import figures
 from benchmarks.field import Row
 from benchmarks.methods import METHODS
 from benchmarks.speed import MemoryRow, SpeedRow
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "field.md"
-FIGURES = ROOT / "docs" / "figures"
 MARKED = re.compile(r"(<!-- begin: ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 OURS = "joint-pivoted"  # what a user gets who chooses nothing
@@ -289,26 +289,16 @@ def memory_table(rows: Sequence[MemoryRow]) -> str:
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     """One figure a model: change of the loss against the bytes of the whole model."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    folder.mkdir(parents=True, exist_ok=True)
     files = []
-    with mpl.rc_context({"svg.hashsalt": "rankfold", "font.size": 9}):
-        for name, mine in _by_model(rows):
-            figure, panel = pyplot.subplots(figsize=(8, 4.6))
+    for name, mine in _by_model(rows):
+        file = folder / f"field_{name}.svg"
+        with figures.saved(file, figsize=(8, 4.6)) as (_, panel):
             _pareto(panel, mine)
             unit = next(row.unit for row in mine)
             panel.set_title(f"{name}: what is lost at which size (error bars: ± 1 standard error)")
             panel.set_ylabel(f"change of the mean held-out loss\n({unit})")
             panel.set_xlabel("bytes of the whole model, as a share of the dense model's")
-            figure.tight_layout()
-            file = folder / f"field_{name}.svg"
-            figure.savefig(file, metadata={"Date": None})
-            pyplot.close(figure)
-            files.append(file)
+        files.append(file)
     return files
 
 
