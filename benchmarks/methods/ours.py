@@ -16,7 +16,7 @@ from torch import nn
 
 from benchmarks.methods.int8 import rounded
 from benchmarks.methods.method import AtSize, Compressed, Kind, Method, Study
-from rankfold.compress import Preparation, analyse
+from rankfold.compress import Preparation, analyse, lowest
 from rankfold.modules import FORMS, Form
 from rankfold.objectives import OBJECTIVES, ObjectiveName
 from rankfold.settings import Settings
@@ -37,15 +37,8 @@ def compressed(
 
 
 def best_on_selection(prepared: Preparation, size: float) -> nn.Module:
-    budget = size * prepared.factorizable
-    first = prepared.measure(prepared.plan(budget))
-    best = first
-    if prepared.corrects:
-        corrected = prepared.corrected(first)
-        second = corrected.measure(corrected.plan(budget))
-        best = second if second.change.mean < first.change.mean else first
-    assert best.model is not None  # measure has just built it
-    return best.model
+    best = lowest(prepared.candidates(size * prepared.factorizable))
+    return best.stage.build(best.plan) if best.model is None else best.model
 
 
 def control(study: Study) -> AtSize:

@@ -450,7 +450,20 @@ class Preparation:
         """The best model of a size; see ``rankfold.lossless``."""
         check_size(size)
         check_margin(margin)
-        budget = self._budget(size, size_of)
+        tried = self.candidates(self._budget(size, size_of))
+        best = lowest(tried)
+        target = {"size": size, "size_of": size_of}
+        return best.stage._result("lossless", best, margin, target, tried)
+
+    def candidates(self, budget: float) -> list[Candidate]:
+        """Plans for a cost of the factorizable layers, measured on selection data.
+
+        One a round, and one more with measured interactions. Models may have been dropped, to make
+        room.
+
+        Raises:
+            InputError: No plan is that small.
+        """
         tried = [self.measure(self.plan(budget))]
         stage = self
         for left in range(self.settings.rounds - 1, 0, -1):
@@ -458,11 +471,9 @@ class Preparation:
             tried.append(stage.measure(stage.plan(budget)))
         if self.corrects:
             tried = [replace(candidate, model=None) for candidate in tried]  # room for two copies
-            stage = _lowest(tried).stage.corrected(_lowest(tried))
+            stage = lowest(tried).stage.corrected(lowest(tried))
             tried.append(stage.measure(stage.plan(budget)))
-        best = _lowest(tried)
-        target = {"size": size, "size_of": size_of}
-        return best.stage._result("lossless", best, margin, target, tried)
+        return tried
 
     def next_round(self, budget: float, rounds_left: int) -> Preparation:
         """Factorize a part of the way, and collect statistics again on what came out.
@@ -1264,6 +1275,6 @@ class Result:
         )
 
 
-def _lowest(tried: Sequence[Candidate]) -> Candidate:
+def lowest(tried: Sequence[Candidate]) -> Candidate:
     """The candidate with the lowest measured loss."""
     return min(tried, key=lambda c: c.change.mean if math.isfinite(c.change.mean) else math.inf)
