@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from benchmarks.methods.int8 import row_scales
 from benchmarks.quality import MODELS
 from benchmarks.rows import append_row, read_rows
 from rankfold import prepare
@@ -31,7 +32,6 @@ from rankfold.conv_modules import SpatialConv2d, TuckerConv2d
 from rankfold.modules import LowRankConv2d, LowRankLinear
 
 RESULTS = Path(__file__).parent / "out" / "int8.jsonl"
-LARGEST = 127
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,8 @@ class Int8Rows(nn.Module):
         return values.to(scales.dtype) * scales
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The largest of each row becomes 127."""
-        largest = weight.abs().amax(dim=tuple(range(1, weight.dim())), keepdim=True)
-        scales = largest.clamp(min=torch.finfo(weight.dtype).tiny) / LARGEST
-        return (weight / scales).round().to(torch.int8), scales
+        """As ``methods.int8`` rounds."""
+        return row_scales(weight)
 
 
 def quantize_rows(model: nn.Module) -> None:

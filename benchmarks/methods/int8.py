@@ -19,11 +19,20 @@ from rankfold.report import model_sizes
 LEVELS = 127
 
 
+def row_scales(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight ``(rows, ...)`` as int8 values of its shape and a scale ``(rows, 1, ...)``.
+
+    The largest of each row becomes 127.
+    """
+    largest = weight.abs().amax(dim=tuple(range(1, weight.dim())), keepdim=True)
+    scales = largest.clamp(min=torch.finfo(weight.dtype).tiny) / LEVELS
+    return (weight / scales).round().clamp(-LEVELS, LEVELS).to(torch.int8), scales
+
+
 def round_rows(weight: Tensor) -> Tensor:
     """Each row at 255 evenly spaced values, symmetric about 0; the same shape and type."""
-    flat = weight.detach().flatten(1)
-    scale = flat.abs().amax(1, keepdim=True).clamp(min=torch.finfo(flat.dtype).tiny) / LEVELS
-    return ((flat / scale).round().clamp(-LEVELS, LEVELS) * scale).view_as(weight)
+    values, scales = row_scales(weight.detach())
+    return values.to(scales.dtype) * scales
 
 
 def rounded(model: nn.Module, names: Sequence[str]) -> Compressed:
