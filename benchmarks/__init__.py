@@ -7,6 +7,7 @@ repository, or under the folder that the environment variable ``RANKFOLD_SHARED`
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -23,3 +24,19 @@ def shared_data() -> Path:
             f"no benchmark data in {folder}: set RANKFOLD_SHARED to the folder that holds data/"
         )
     return folder
+
+
+def package_folder(package: str, install: str) -> Path:
+    """The folder of an installed package, found without running its code.
+
+    Args:
+        package: Its name.
+        install: What pip installs it by.
+
+    Raises:
+        FileNotFoundError: It isn't installed.
+    """
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f"pip install --no-deps {install}")
+    return Path(spec.submodule_search_locations[0])

