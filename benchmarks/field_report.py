@@ -13,9 +13,11 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks import figures
+from benchmarks.choices import QUESTIONS
 from benchmarks.field import Row
 from benchmarks.methods import METHODS
 from benchmarks.speed import MemoryRow, SpeedRow
+from rankfold.certify import DEFAULT_MARGIN
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "field.md"
@@ -56,6 +58,7 @@ def write_tables(
     tables = {f"quality {name}": quality_table(mine) for name, mine in _by_model(rows)}
     tables |= {f"weights {name}": weights_table(mine) for name, mine in _by_model(rows)}
     tables |= {"smallest": smallest_table(rows), "losses": losses_table(rows)}
+    tables["certified"] = certified_table(rows)
     tables |= {"speed": speed_table(speed), "memory": memory_table(memory)}
     document.write_text(filled(document.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
@@ -136,6 +139,17 @@ def quality_table(rows: Sequence[Row]) -> str:
                 for m in _methods(other)
             ),
         )
+    asked = [row for row in rows if row.choices is not None]
+    if asked:
+        dense = f"{asked[0].dense_choices:.2f}"
+        text += f"\nShare of {QUESTIONS} questions answered correctly (dense {dense}):\n\n"
+        text += _markdown(
+            ["method", *(f"{size:g}" for size in sizes)],
+            (
+                [METHODS[m].label, *(_choices_cell(_at(asked, m, size)) for size in sizes)]
+                for m in _methods(asked)
+            ),
+        )
     return text
 
 
@@ -175,6 +189,16 @@ def _other_cell(rows: Sequence[Row]) -> str:
         return ""
     changes = mean(row.other_change or 0.0 for row in rows)
     return f"{changes:+.4f} ± {mean(row.other_standard_error or 0.0 for row in rows):.4f}"
+
+
+def _choices_cell(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    error = mean(row.choices_standard_error or 0.0 for row in rows)
+    return (
+        f"{mean(row.choices or 0.0 for row in rows):.2f}, "
+        f"{mean(row.choices_change or 0.0 for row in rows):+.2f} ± {error:.2f}"
+    )
 
 
 def weights_table(rows: Sequence[Row]) -> str:
@@ -217,6 +241,39 @@ def smallest_table(rows: Sequence[Row]) -> str:
             cells.append(f"{shown[-1]:g}" if shown else ("none" if measured else ""))
         lines.append(cells)
     return _markdown(["method", *models], lines)
+
+
+def certified_table(rows: Sequence[Row]) -> str:
+    """The smallest size of each method that rankfold's certificate calls lossless or better.
+
+    In every seed, and so are all larger sizes. Models with rows from before certificates were
+    recorded are left out.
+    """
+    found = [(name, mine) for name, mine in _by_model(rows) if all(map(_tested, mine))]
+    lines = []
+    for method in (m for m in _methods(rows) if METHODS[m].sized):
+        cells = [METHODS[method].label]
+        for _, mine in found:
+            own = [row for row in mine if row.method == method]
+            shown = [
+                size
+                for size in _sizes(mine)
+                if all(
+                    row.verdict in ("better", "lossless")
+                    for row in own
+                    if row.size is not None and row.size >= size
+                )
+                and any(row.size == size for row in own)
+            ]
+            cells.append(f"{min(shown):g}" if shown else ("none" if own else ""))
+        if any(cells[1:]):
+            lines.append(cells)
+    return _markdown(["method", *(name for name, _ in found)], lines)
+
+
+def _tested(row: Row) -> bool:
+    """Whether it is known what the certificate says: a change above the margin needs none."""
+    return bool(row.verdict) or row.change is None or row.change > DEFAULT_MARGIN
 
 
 def _upper(row: Row) -> float:

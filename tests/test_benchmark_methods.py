@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,14 @@ from torch import Tensor, nn
 
 from benchmarks import field
 from benchmarks.field import Row, Runner
-from benchmarks.field_report import draw, filled, losses_table, quality_table, smallest_table
+from benchmarks.field_report import (
+    certified_table,
+    draw,
+    filled,
+    losses_table,
+    quality_table,
+    smallest_table,
+)
 from benchmarks.methods import METHODS
 from benchmarks.methods.fisher import Fisher, positive_definite
 from benchmarks.methods.gradients import Gradients, clip_norms, clipped_output_grams
@@ -384,6 +392,28 @@ def test_tables_say_where_others_are_better() -> None:
     table = quality_table(ROWS)
     assert "**+0.0100 ± 0.0100**" in table and "**+0.1000 ± 0.0100**" in table
     assert "| SVD-LLM | 0.9 |" in smallest_table(ROWS)
+
+
+def test_the_smallest_certified_size_has_only_certified_ones_above() -> None:
+    def row(method: str, size: float, verdict: str, change: float = 0.0) -> Row:
+        return replace(made_row(method, size, change), verdict=verdict)
+
+    rows = [
+        row("joint-pivoted", 0.9, "lossless"),
+        row("joint-pivoted", 0.7, "better"),
+        row("joint-pivoted", 0.5, "not shown"),
+        row("svd-llm", 0.9, "not shown"),
+        row("svd-llm", 0.7, "lossless"),
+        row("wanda", 0.9, "lossless"),
+        row("wanda", 0.7, "", change=0.2),
+    ]
+    table = certified_table(rows)
+    assert "| rankfold joint, pivoted | 0.7 |" in table
+    assert "| SVD-LLM | none |" in table
+    assert "| Wanda pruning | 0.9 |" in table
+    assert certified_table([*rows, row("balf", 0.9, "")]).splitlines()[0] == "| method |"
+    second = replace(row("joint-pivoted", 0.7, "not shown"), seed=1)
+    assert "| rankfold joint, pivoted | 0.9 |" in certified_table([*rows, second])
 
 
 def test_only_what_is_marked_is_written() -> None:
