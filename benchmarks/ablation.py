@@ -29,12 +29,11 @@ from torch import nn
 from benchmarks import figures
 from benchmarks.kept_statistics import collect_or_read
 from benchmarks.quality import MODELS
-from benchmarks.rows import append_row, read_rows
+from benchmarks.rows import Recorder, read_rows
 from rankfold.certify import paired_change
 from rankfold.collected import Collected
 from rankfold.compress import analyse
 from rankfold.data import Data, Part, as_part
-from rankfold.progress import TerminalProgress
 from rankfold.settings import Settings
 from rankfold.tasks import Evaluation, evaluate
 
@@ -124,13 +123,11 @@ class Row:
         return (self.model, self.seed, self.variant, self.size)
 
 
-class Runner:
+class Runner(Recorder[Row]):
     """Measures what is not measured yet, and writes each result as it comes."""
 
     def __init__(self, file: Path) -> None:
-        self.file = file
-        self.done = {row.key for row in read_rows(file, Row)}
-        self.progress = TerminalProgress()
+        super().__init__(file, Row)
 
     def run(self, name: str, seed: int, variants: Sequence[str], sizes: Sequence[float]) -> None:
         """All rows of one model and seed; variants with the same statistics share their pass."""
@@ -216,8 +213,7 @@ class Runner:
         )
 
     def _record(self, row: Row) -> None:
-        self.done.add(row.key)
-        append_row(self.file, row)
+        self.write(row)
         print(f"{row.model} seed {row.seed} {row.variant} {row.size}: {_change(row)}", flush=True)
 
 

@@ -29,14 +29,14 @@ from benchmarks.field_models import FIELD_MODELS, LANGUAGE, TASKS
 from benchmarks.kept_statistics import collect_or_read
 from benchmarks.methods import METHODS
 from benchmarks.methods.method import Compressed, Study
-from benchmarks.rows import append_row, read_rows
+from benchmarks.rows import Recorder
 from rankfold.certify import DEFAULT_MARGIN, certify, paired_change, state
 from rankfold.collected import Collected, collect
 from rankfold.data import Part
 from rankfold.errors import InputError
 from rankfold.losses import output_of, without_labels
 from rankfold.modes import evaluation_mode
-from rankfold.progress import Progress, TerminalProgress
+from rankfold.progress import Progress
 from rankfold.report import model_sizes
 from rankfold.settings import Settings
 from rankfold.tasks import Evaluation, evaluate, on_device
@@ -161,13 +161,11 @@ def sizes_of(methods: Sequence[str], sizes: Sequence[float]) -> list[tuple[str, 
     ]
 
 
-class Runner:
+class Runner(Recorder[Row]):
     """Measures what is not measured yet, and writes each result as it comes."""
 
     def __init__(self, file: Path) -> None:
-        self.file = file
-        self.done = {row.key for row in read_rows(file, Row)}
-        self.progress = TerminalProgress()
+        super().__init__(file, Row)
 
     def run(
         self,
@@ -230,8 +228,7 @@ class Runner:
             self._record(Row(**row, **dense.compare(study, made)))
 
     def _record(self, row: Row) -> None:
-        self.done.add(row.key)
-        append_row(self.file, row)
+        self.write(row)
         what = row.note or f"kept {row.kept:.4f}, bytes {row.bytes:.4f}: {_change(row)}"
         took = "" if row.seconds is None else f" in {row.seconds:.0f} s"
         print(f"{row.model} seed {row.seed} {row.method} {row.size}: {what}{took}", flush=True)

@@ -34,7 +34,7 @@ from torch.utils.data import TensorDataset
 
 from benchmarks.cifar_nets import cifar10_test
 from benchmarks.resnext import kept_images, load_resnext, normalised, training_images
-from benchmarks.rows import append_row, read_rows
+from benchmarks.rows import Recorder, read_rows
 from rankfold.certify import Change, weighted_mean
 from rankfold.collected import collect
 from rankfold.compress import Preparation, analyse
@@ -42,7 +42,6 @@ from rankfold.data import Data
 from rankfold.errors import InputError
 from rankfold.modules import Form
 from rankfold.objectives import ObjectiveName
-from rankfold.progress import TerminalProgress
 from rankfold.settings import Settings
 from rankfold.tasks import Evaluation
 
@@ -170,13 +169,11 @@ def load_data(setting: str, seed: int) -> tuple[nn.Module, Data]:
     return net, data
 
 
-class Runner:
+class Runner(Recorder[Row]):
     """Measures what is not measured yet, and writes each result as it comes."""
 
     def __init__(self, file: Path) -> None:
-        self.file = file
-        self.done = {row.key for row in read_rows(file, row_of)}
-        self.progress = TerminalProgress()
+        super().__init__(file, row_of)
 
     def run(
         self, setting: str, seed: int, variants: Sequence[Variant], sizes: Sequence[float]
@@ -306,8 +303,7 @@ class Runner:
             )
             if row.key in self.done:
                 continue
-            self.done.add(row.key)
-            append_row(self.file, row)
+            self.write(row)
             print(f"{setting} seed {row.seed} {test}: {model} {size} {_brief(row)}", flush=True)
 
 

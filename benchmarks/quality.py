@@ -27,14 +27,13 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from benchmarks.cifar_nets import cifar10_test, cifar10_train, load_cifar_net
-from benchmarks.rows import append_row, read_rows
+from benchmarks.rows import Recorder, read_rows
 from rankfold.certify import paired_change
 from rankfold.collected import collect
 from rankfold.compress import Preparation, analyse
 from rankfold.data import Data
 from rankfold.modules import FORMS, Form
 from rankfold.objectives import OBJECTIVES, ObjectiveName
-from rankfold.progress import TerminalProgress
 from rankfold.settings import Settings
 from rankfold.tasks import Evaluation
 
@@ -106,13 +105,11 @@ MODELS: dict[str, tuple[Callable[[int, int], tuple[nn.Module, Data]], int]] = {
 }
 
 
-class Runner:
+class Runner(Recorder[Row]):
     """Measures what is not measured yet, and writes each result as it comes."""
 
     def __init__(self, file: Path) -> None:
-        self.file = file
-        self.done = {row.key for row in read_rows(file, Row)}
-        self.progress = TerminalProgress()
+        super().__init__(file, Row)
 
     def run(
         self,
@@ -204,8 +201,7 @@ class Runner:
         )
         if row.key in self.done:
             return
-        self.done.add(row.key)
-        append_row(self.file, row)
+        self.write(row)
         print(
             f"{name} seed {row.seed} {objective} {form} damping {row.damping} size {size}: "
             f"{row.change:+.4f} ± {row.standard_error:.4f}, predicted {predicted}",

@@ -6,9 +6,41 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
+
+from rankfold.progress import TerminalProgress
 
 Row = TypeVar("Row")
+
+
+class Keyed(Protocol):
+    """A dataclass that knows what was measured."""
+
+    @property
+    def key(self) -> tuple[object, ...]: ...
+
+
+KeyedRow = TypeVar("KeyedRow", bound=Keyed)
+
+
+class Recorder(Generic[KeyedRow]):
+    """Writes each result as it comes, and knows those that are there already.
+
+    Attributes:
+        file: Of JSON lines.
+        done: Keys of the rows measured so far.
+        progress: Shows the stages.
+    """
+
+    def __init__(self, file: Path, make: Callable[..., KeyedRow]) -> None:
+        self.file = file
+        self.done = {row.key for row in read_rows(file, make)}
+        self.progress = TerminalProgress()
+
+    def write(self, row: KeyedRow) -> None:
+        """Append a row."""
+        self.done.add(row.key)
+        append_row(self.file, row)
 
 
 def read_rows(file: Path, make: Callable[..., Row]) -> list[Row]:
