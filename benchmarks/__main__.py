@@ -16,12 +16,10 @@ markers of docs/field.md, ``plot`` the figures of docs/figures, from those lines
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
-import torch
+from argparse import Namespace
 
 from benchmarks import figures
+from benchmarks.command_line import commands, parsed
 from benchmarks.field import RESULTS, Row, Runner
 from benchmarks.field_models import FIELD_MODELS, VISION
 from benchmarks.field_report import DOCUMENT, draw, write_tables
@@ -34,11 +32,9 @@ AXES = ("quality", "vision", "speed", "memory", "all")
 
 def main() -> None:
     """Run, write the tables, or draw."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=(__doc__ or "").partition("\n")[0]
+    parser, run = commands(
+        __doc__, RESULTS, "table", "plot", threads=1, prog="python -m benchmarks"
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run")
     run.add_argument("axis", choices=AXES)
     run.add_argument("--models", nargs="+", choices=[*FIELD_MODELS])
     run.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS])
@@ -46,12 +42,8 @@ def main() -> None:
     run.add_argument("--seeds", nargs="+", type=int, default=[0])
     run.add_argument("--calibration", type=int, help="examples, in place of the model's own number")
     run.add_argument("--test", type=int, help="held-out examples, for a quick look")
-    run.add_argument("--threads", type=int, default=1)
-    for command in (run, commands.add_parser("table"), commands.add_parser("plot")):
-        command.add_argument("--results", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    options = parsed(parser)
     if options.command == "run":
-        torch.set_num_threads(options.threads)
         _run(options)
         return
     rows = read_rows(options.results, Row)
@@ -65,7 +57,7 @@ def main() -> None:
             print(file)
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: Namespace) -> None:
     models = options.models or (VISION if options.axis == "vision" else ["resnet20"])
     quality = options.axis in ("quality", "vision", "all")
     runner = Runner(options.results) if quality else None

@@ -15,7 +15,6 @@ is also tested on text of another kind (``pydoc_data.topics``), none of which is
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ import torch
 from torch import nn
 
 from benchmarks import figures
+from benchmarks.command_line import commands, parsed
 from benchmarks.kept_statistics import collect_or_read
 from benchmarks.quality import MODELS
 from benchmarks.rows import Recorder, read_rows
@@ -329,19 +329,13 @@ def _panel(panel: Any, rows: list[Row], variants: list[str], size: float) -> Non
 
 def main() -> None:
     """Run, print or draw."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run")
+    parser, run = commands(__doc__, RESULTS, "table", "plot")
     run.add_argument("models", nargs="+", choices=[*MODELS])
     run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     run.add_argument("--variants", nargs="+", choices=[*VARIANTS], default=[*VARIANTS])
     run.add_argument("--sizes", nargs="+", type=float, default=[0.9, 0.8, 0.7, 0.5])
-    run.add_argument("--threads", type=int, default=2)
-    for command in (run, commands.add_parser("table"), commands.add_parser("plot")):
-        command.add_argument("--results", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    options = parsed(parser)
     if options.command == "run":
-        torch.set_num_threads(options.threads)
         runner = Runner(options.results)
         for name in options.models:
             for seed in options.seeds:

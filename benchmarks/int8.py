@@ -12,17 +12,16 @@ them, stay float32. Bytes are those of all stored tensors. The split is the one 
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from benchmarks.command_line import commands, parsed
 from benchmarks.methods.int8 import row_scales
 from benchmarks.quality import MODELS
 from benchmarks.rows import append_row, read_rows
@@ -151,18 +150,12 @@ def print_table(rows: Sequence[Row]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run")
+    parser, run = commands(__doc__, RESULTS, "table")
     run.add_argument("models", nargs="+", choices=[*MODELS])
     run.add_argument("--sizes", nargs="+", type=float, default=[0.9, 0.8])
     run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--threads", type=int, default=2)
-    for command in (run, commands.add_parser("table")):
-        command.add_argument("--results", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    options = parsed(parser)
     if options.command == "run":
-        torch.set_num_threads(options.threads)
         for name in options.models:
             measure(name, options.seed, options.sizes, options.results)
     print_table(read_rows(options.results, Row))

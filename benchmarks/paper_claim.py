@@ -20,7 +20,6 @@ there already is not measured again. ``table`` prints Markdown from those lines.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from benchmarks.cifar_nets import cifar10_test
+from benchmarks.command_line import commands, parsed
 from benchmarks.resnext import kept_images, load_resnext, normalised, training_images
 from benchmarks.rows import Recorder, read_rows
 from rankfold.certify import Change, weighted_mean
@@ -502,20 +502,14 @@ def _brief(row: Row) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run")
+    parser, run = commands(__doc__, RESULTS, "table")
     run.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS])
     run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     run.add_argument("--sizes", nargs="+", type=float, default=[*SIZES])
     objectives = [*dict.fromkeys(variant.objective for variant in VARIANTS)]
     run.add_argument("--objectives", nargs="+", choices=objectives, default=objectives)
-    run.add_argument("--threads", type=int, default=2)
-    for command in (run, commands.add_parser("table")):
-        command.add_argument("--results", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    options = parsed(parser)
     if options.command == "run":
-        torch.set_num_threads(options.threads)
         runner = Runner(options.results)
         variants = [v for v in VARIANTS if v.objective in options.objectives]
         for setting in options.settings:

@@ -14,7 +14,6 @@ kept of the weights in the layers that can be factorized.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from benchmarks.cifar_nets import cifar10_test, cifar10_train, load_cifar_net
+from benchmarks.command_line import commands, parsed
 from benchmarks.rows import Recorder, read_rows
 from rankfold.certify import paired_change
 from rankfold.collected import collect
@@ -246,21 +246,15 @@ def _cell(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run")
+    parser, run = commands(__doc__, RESULTS, "table")
     run.add_argument("models", nargs="+", choices=[*MODELS])
     run.add_argument("--seeds", nargs="+", type=int, default=[0])
     run.add_argument("--objectives", nargs="+", choices=[*OBJECTIVES], default=[*OBJECTIVES])
     run.add_argument("--forms", nargs="+", choices=get_args(Form), default=[*FORMS])
     run.add_argument("--sizes", nargs="+", type=float, default=[0.95, 0.9, 0.8, 0.7])
     run.add_argument("--damping", nargs="+", type=float, default=[Settings().damping])
-    run.add_argument("--threads", type=int, default=2)
-    for command in (run, commands.add_parser("table")):
-        command.add_argument("--results", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    options = parsed(parser)
     if options.command == "run":
-        torch.set_num_threads(options.threads)
         runner = Runner(options.results)
         for name in options.models:
             for seed in options.seeds:

@@ -7,7 +7,6 @@ Results go to stdout, everything else to stderr, also what a user's own model pr
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import inspect as python_inspect
 import json
@@ -34,6 +33,7 @@ from rankfold.demo import run_demo
 from rankfold.errors import InputError
 from rankfold.export import DTYPES, TARGETS
 from rankfold.export import export as export_artifact
+from rankfold.freed_memory import give_back_freed_memory
 from rankfold.inputs import (
     DataOptions,
     OpenedModel,
@@ -63,8 +63,6 @@ from rankfold.tasks import TASKS
 from rankfold.verify import verification_lines
 from rankfold.verify import verify as verify_artifact
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-LARGE_BLOCK = 2_000_000  # bytes
 DONE, BAD_INPUT, NOT_FOUND, DIFFERS, INTERRUPTED = 0, 2, 3, 4, 130
 
 MODEL_HELP = (
@@ -654,22 +652,8 @@ def main() -> None:
     """Entry point of ``rankfold``."""
     # A polite kill leaves as little behind as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    _give_back_freed_memory()
+    give_back_freed_memory()
     app()
-
-
-def _give_back_freed_memory() -> None:
-    """Let glibc return large freed blocks to the system at once.
-
-    By default it keeps what the statistics took for as long as the process runs: measured on
-    SmolLM2, 5.4 GB where 3.5 GB are in use. Elsewhere nothing is changed.
-    """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
-        mallopt(M_TRIM_THRESHOLD, 50 * LARGE_BLOCK)  # small blocks: rarely, it takes time
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:
