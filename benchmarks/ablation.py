@@ -308,6 +308,38 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     return files
 
 
+def draw_predictions(rows: Sequence[Row], folder: Path) -> Path:
+    """Predicted against measured change of every row that has a prediction, a panel a model."""
+    names = list(dict.fromkeys(row.model for row in rows))
+    file = folder / "ablation_predicted.svg"
+    layout = {"ncols": len(names), "squeeze": False, "figsize": (1 + 4.5 * len(names), 4.6)}
+    with figures.saved(file, **layout) as (figure, panels):
+        for panel, name in zip(panels[0], names, strict=True):
+            mine = [row for row in rows if row.model == name and row.predicted is not None]
+            # Okabe and Ito 2008: safe for the colour-blind.
+            for stepped, colour, marker in ((False, "#0072B2", "s"), (True, "#D55E00", "o")):
+                found = [row for row in mine if bool(row.eta) == stepped]
+                if found:
+                    panel.errorbar(
+                        [row.predicted for row in found],
+                        [row.change for row in found],
+                        yerr=[row.standard_error for row in found],
+                        fmt=marker,
+                        color=colour,
+                        capsize=2,
+                        ms=5,
+                        label="with the step" if stepped else "without a step",
+                    )
+            panel.axline((0, 0), slope=1, color="grey", linewidth=0.8)
+            panel.set_title(name)
+            panel.set_xlabel("predicted change of the loss (nats)")
+            panel.set_ylabel("measured (error bars: ± 1 standard error)")
+            panel.grid(alpha=0.3)
+            panel.legend(frameon=False)
+        figure.suptitle("On the line a prediction is right; below it the model is better")
+    return file
+
+
 def _panel(panel: Any, rows: list[Row], variants: list[str], size: float) -> None:
     for place, variant in enumerate(variants):
         for row in (row for row in rows if row.variant == variant):
@@ -342,7 +374,7 @@ def main() -> None:
                 runner.run(name, seed, options.variants, options.sizes)
     rows = read_rows(options.results, Row)
     if options.command == "plot":
-        for file in draw(rows, figures.FOLDER):
+        for file in [*draw(rows, figures.FOLDER), draw_predictions(rows, figures.FOLDER)]:
             print(file)
     else:
         print_tables(rows)

@@ -1,0 +1,45 @@
+"""Tables and figures of the ablation, from made rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.ablation import Row, draw, draw_predictions, print_tables
+
+FIRST = Row(
+    model="net", seed=0, variant="all parts", size=0.9, kept=0.91, bytes_kept=0.92, dense_loss=1.0,
+    change=-0.01, standard_error=0.002, accuracy=0.5, dense_accuracy=0.5, predicted=-0.02,
+    control=-0.03, other_change=None, other_standard_error=None, other_control=None, eta=0.001,
+    verdict="better", seconds=1.0,
+)  # fmt: skip
+ROWS = [
+    FIRST,
+    replace(FIRST, seed=1, change=-0.03),
+    replace(FIRST, variant="no gradient step", change=0.01, eta=None, control=None),
+]
+
+
+def test_a_line_has_the_mean_over_the_seeds_and_their_spread(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    print_tables(ROWS)
+    printed = capsys.readouterr().out
+    assert "| all parts | 2 | -0.0200 ± 0.0020, seeds ± 0.0141 | -0.0200 | -0.0300 |" in printed
+    assert "| no gradient step | 1 | +0.0100 ± 0.0020 | -0.0200 |  |" in printed
+
+
+def test_figures_are_the_same_for_the_same_rows(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+
+    def drawn() -> dict[str, bytes]:
+        files = [*draw(ROWS, tmp_path), draw_predictions(ROWS, tmp_path)]
+        return {file.name: file.read_bytes() for file in files}
+
+    first = drawn()
+    assert set(first) == {"ablation_net.svg", "ablation_predicted.svg"}
+    assert drawn() == first
+    draw_predictions(ROWS[:2], tmp_path)
+    assert (tmp_path / "ablation_predicted.svg").read_bytes() != first["ablation_predicted.svg"]
