@@ -7,7 +7,7 @@ stands between two markers is written anew, all else is left as it is.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -224,51 +224,35 @@ def weights_table(rows: Sequence[Row]) -> str:
 
 def smallest_table(rows: Sequence[Row]) -> str:
     """The smallest measured size of each method that is shown to lose no more than ``MARGIN``."""
-    models = list(dict.fromkeys(row.model for row in rows))
-    methods = [m for m in _methods(rows) if METHODS[m].sized]
+    return _smallest(rows, lambda row: _upper(row) <= MARGIN)
+
+
+def certified_table(rows: Sequence[Row]) -> str:
+    """The smallest measured size that rankfold's certificate calls lossless or better.
+
+    Models with rows from before certificates were recorded are left out.
+    """
+    known = [row for _, mine in _by_model(rows) if all(map(_tested, mine)) for row in mine]
+    return _smallest(known, lambda row: row.verdict in ("better", "lossless"))
+
+
+def _smallest(rows: Sequence[Row], passes: Callable[[Row], bool]) -> str:
+    """For each method and model the smallest size that passes in every seed, as all larger do."""
+    models = list(_by_model(rows))
     lines = []
-    for method in methods:
+    for method in (m for m in _methods(rows) if METHODS[m].sized):
         cells = [METHODS[method].label]
-        for name in models:
-            mine = [row for row in rows if row.model == name]
+        for _, mine in models:
             shown = []
             for size in _sizes(mine):
                 found = _at(mine, method, size)
-                if not _complete(found) or any(_upper(row) > MARGIN for row in found):
+                if not _complete(found) or not all(map(passes, found)):
                     break
                 shown.append(size)
             measured = any(row.method == method for row in mine)
             cells.append(f"{shown[-1]:g}" if shown else ("none" if measured else ""))
         lines.append(cells)
-    return _markdown(["method", *models], lines)
-
-
-def certified_table(rows: Sequence[Row]) -> str:
-    """The smallest size of each method that rankfold's certificate calls lossless or better.
-
-    In every seed, and so are all larger sizes. Models with rows from before certificates were
-    recorded are left out.
-    """
-    found = [(name, mine) for name, mine in _by_model(rows) if all(map(_tested, mine))]
-    lines = []
-    for method in (m for m in _methods(rows) if METHODS[m].sized):
-        cells = [METHODS[method].label]
-        for _, mine in found:
-            own = [row for row in mine if row.method == method]
-            shown = [
-                size
-                for size in _sizes(mine)
-                if all(
-                    row.verdict in ("better", "lossless")
-                    for row in own
-                    if row.size is not None and row.size >= size
-                )
-                and any(row.size == size for row in own)
-            ]
-            cells.append(f"{min(shown):g}" if shown else ("none" if own else ""))
-        if any(cells[1:]):
-            lines.append(cells)
-    return _markdown(["method", *(name for name, _ in found)], lines)
+    return _markdown(["method", *(name for name, _ in models)], lines)
 
 
 def _tested(row: Row) -> bool:
