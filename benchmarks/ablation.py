@@ -27,13 +27,13 @@ from torch import nn
 
 from benchmarks import figures
 from benchmarks.command_line import commands, parsed
-from benchmarks.kept_statistics import collect_or_read
+from benchmarks.kept_statistics import collect_or_read, kept_file
 from benchmarks.quality import MODELS
 from benchmarks.rows import Recorder, read_rows
 from rankfold.certify import paired_change
 from rankfold.collected import Collected
 from rankfold.compress import analyse
-from rankfold.data import Data, Part, as_part
+from rankfold.data import Part, as_part
 from rankfold.settings import Settings
 from rankfold.tasks import Evaluation, evaluate
 
@@ -150,10 +150,14 @@ class Runner(Recorder[Row]):
         build, calibration = MODELS[name]
         count = round(calibration * first.share_of_data)
         model, data = build(seed, count)
-        other = other_text(data) if name == "smollm2" else None
+        other = other_text(len(data.calibration[0])) if name == "smollm2" else None
         common = {"seed": seed, "limit": count, **first.statistics}
         collected, spent = collect_or_read(
-            model, data, Settings(**common), self._kept(name, seed, first), self.progress
+            model,
+            data,
+            Settings(**common),
+            kept_file(self.file, name, seed, count, first.statistics),
+            self.progress,
         )
         dense_other = None if other is None else self._other(model, collected, other)
         for variant in variants:
@@ -201,12 +205,6 @@ class Runner(Recorder[Row]):
                     )
                 )
 
-    def _kept(self, name: str, seed: int, variant: Variant) -> Path:
-        """Where the statistics of a variant are kept."""
-        parts = [name, f"seed{seed}", f"share{variant.share_of_data:g}"]
-        parts += [f"{key}-{value}" for key, value in sorted(variant.statistics.items())]
-        return self.file.parent / "statistics" / ("_".join(parts) + ".safetensors")
-
     def _other(self, model: nn.Module, collected: Collected, part: Part) -> Evaluation:
         return evaluate(
             model, collected.task, part, progress=self.progress, stage="text of another kind"
@@ -217,12 +215,11 @@ class Runner(Recorder[Row]):
         print(f"{row.model} seed {row.seed} {row.variant} {row.size}: {_change(row)}", flush=True)
 
 
-def other_text(data: Data) -> Part:
-    """Windows of Python's documentation, as long as those of the data."""
+def other_text(length: int) -> Part:
+    """Windows of Python's documentation of so many tokens."""
     from benchmarks.language_models import load_tokenizer  # needs transformers
     from rankfold.demo import topics_data
 
-    length = len(data.calibration[0])
     tokens = torch.cat([torch.as_tensor(w) for w in topics_data(load_tokenizer()).held_out])
     windows = tokens[: len(tokens) // length * length].view(-1, length)
     return as_part("other text", list(windows[:OTHER_TEXT_WINDOWS]))

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.ablation import other_text
 from benchmarks.choices import Questions, answered, make_questions
 from benchmarks.field_models import FIELD_MODELS, LANGUAGE, TASKS
-from benchmarks.kept_statistics import collect_or_read
+from benchmarks.kept_statistics import collect_or_read, kept_file
 from benchmarks.methods import METHODS
 from benchmarks.methods.method import Compressed, Study
 from benchmarks.rows import Recorder
@@ -100,30 +100,21 @@ class Row:
         return (self.model, self.seed, self.method, self.size)
 
 
-class Opened(NamedTuple):
-    """A study, what a language model is tested on besides, and what the statistics took."""
-
-    study: Study
-    other: Part | None
-    questions: Questions | None
-    seconds: float
-
-
 def open_study(
     name: str,
     seed: int,
     progress: Progress,
     calibration: int | None = None,
-    kept: Path | None = None,
-) -> Opened:
-    """Build a model and pass over its calibration examples.
+    results: Path | None = None,
+) -> tuple[Study, float]:
+    """Build a model and pass over its calibration examples; also the seconds of the pass.
 
     Args:
         name: Of ``FIELD_MODELS``.
         seed: Draws the examples.
         progress: Shows the stages.
         calibration: Number of calibration examples, in place of the model's own.
-        kept: Folder where statistics are kept between runs, for language models.
+        results: File beside which the statistics of language models are kept between runs.
     """
     build, default = FIELD_MODELS[name]
     count = calibration or default
@@ -136,20 +127,14 @@ def open_study(
         selection_limit=len(data.selection),
         held_out_limit=len(data.held_out),
     )
-    if kept is not None and name in LANGUAGE:
-        file = kept / f"{name}_seed{seed}_{count}.safetensors"
+    if results is not None and name in LANGUAGE:
+        file = kept_file(results, name, seed, count, {})
         collected, seconds = collect_or_read(model, data, settings, file, progress)
     else:
         start = time.perf_counter()
         collected = collect(model, data, settings, progress=progress)
         seconds = time.perf_counter() - start
-    study = Study(collected, seed, progress)
-    if not study.language:
-        return Opened(study, None, None, seconds)
-    from benchmarks.language_models import load_tokenizer, wikitext2_tokens  # needs transformers
-
-    questions = make_questions(wikitext2_tokens("test", load_tokenizer()))
-    return Opened(study, other_text(data), questions, seconds)
+    return Study(collected, seed, progress), seconds
 
 
 def sizes_of(methods: Sequence[str], sizes: Sequence[float]) -> list[tuple[str, float | None]]:
@@ -180,13 +165,11 @@ class Runner(Recorder[Row]):
         wanted = sizes_of(methods, sizes)
         if all((name, seed, method, size) in self.done for method, size in wanted):
             return
-        kept = self.file.parent / "statistics"
-        opened = open_study(name, seed, self.progress, calibration, kept)
-        study = opened.study
+        study, spent = open_study(name, seed, self.progress, calibration, self.file)
         if test is not None:
             collected = study.collected
             collected.parts["held_out"] = collected.parts["held_out"].take(range(test))
-        dense = Dense.of(study, opened.other, opened.questions)
+        dense = Dense.of(study)
         for method in methods:
             missing = [
                 size
@@ -194,7 +177,7 @@ class Runner(Recorder[Row]):
                 if one == method and (name, seed, method, size) not in self.done
             ]
             if missing and METHODS[method].fits(study):
-                self._method(name, study, dense, method, missing, opened.seconds)
+                self._method(name, study, dense, method, missing, spent)
 
     def _method(
         self,
@@ -256,13 +239,14 @@ class Dense:
     flops: int
 
     @classmethod
-    def of(cls, study: Study, other: Part | None, questions: Questions | None) -> Dense:
+    def of(cls, study: Study) -> Dense:
         collected = study.collected
+        other, questions = _asked_besides(study) if study.language else (None, None)
         given = collected.unpacked.given
         sizes = model_sizes(given)
         return cls(
             evaluation=_evaluated(study, given, collected.parts["held_out"]),
-            selection=_evaluated(study, given, collected.parts["selection"]),
+            selection=collected.original_losses("selection", None, study.progress),
             other=other,
             other_evaluation=None if other is None else _evaluated(study, given, other),
             questions=questions,
@@ -319,6 +303,14 @@ class Dense:
         unit, digest = study.collected.task.unit, study.collected.parts["held_out"].digest
         certificate = certify(self.evaluation, found, statement, unit=unit, data_digest=digest)
         return {"upper_bound": certificate.upper_bound, "verdict": certificate.verdict}
+
+
+def _asked_besides(study: Study) -> tuple[Part, Questions]:
+    """Text of another kind, and multiple-choice questions: what a language model is tested on."""
+    from benchmarks.language_models import load_tokenizer, wikitext2_tokens  # needs transformers
+
+    length = len(study.collected.parts["calibration"].examples[0])
+    return other_text(length), make_questions(wikitext2_tokens("test", load_tokenizer()))
 
 
 def _shares(hits: Tensor) -> Evaluation:

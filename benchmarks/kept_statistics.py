@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -22,6 +23,23 @@ from rankfold.collected import Collected, collect
 from rankfold.data import Data
 from rankfold.progress import Progress
 from rankfold.settings import Settings
+
+
+def kept_file(
+    results: Path, model: str, seed: int, calibration: int, settings: Mapping[str, Any]
+) -> Path:
+    """Where statistics are kept, beside the results.
+
+    Args:
+        results: File of the results.
+        model: Name of the model.
+        seed: Draws the examples.
+        calibration: Number of calibration examples.
+        settings: What else differs from the defaults.
+    """
+    parts = [model, f"seed{seed}", str(calibration)]
+    parts += [f"{key}-{value}" for key, value in sorted(settings.items())]
+    return results.parent / "statistics" / ("_".join(parts) + ".safetensors")
 
 
 def collect_or_read(

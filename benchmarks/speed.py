@@ -101,7 +101,7 @@ def measure_speed(
     ]
     if not wanted:
         return
-    study = open_study(name, seed, TerminalProgress()).study
+    study, _ = open_study(name, seed, TerminalProgress())
     dense = study.collected.unpacked.given
     models: dict[tuple[str, float | None], nn.Module] = {}
     for method in dict.fromkeys(method for method, _ in wanted):
@@ -189,7 +189,7 @@ def peak_of(name: str, seed: int, method: str, size: float) -> float:
         with evaluation_mode(model):
             output_of(model, without_labels(collate(examples)))
     else:
-        study = open_study(name, seed, SilentProgress()).study
+        study, _ = open_study(name, seed, SilentProgress())
         if not METHODS[method].fits(study):
             raise SystemExit(f"{method} is not for {name}")
         METHODS[method].prepare(study)(size)
