@@ -2,8 +2,8 @@
 
 As in HellaSwag (Zellers et al. 2019) a context has one true continuation and false ones beside it,
 and the model chooses the one that it gives the highest probability. Here the false ones are pieces
-of the same article, so topic and style don't tell them apart. Context, answers and their order are
-drawn once; every model gets the same questions.
+from nearby, mostly of the same article, so topic and style seldom tell them apart. Context, answers
+and their order are drawn once; every model gets the same questions.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ def make_questions(text: Tensor, count: int = QUESTIONS, seed: int = 0) -> Quest
 
     slots = drawn((len(text) - 2 * NEAR) // length, count)
     right = torch.randint(ANSWERS, (count,), generator=generator)
+    # Pieces that neither overlap the question nor each other.
+    pieces = [p for p in range(-NEAR, NEAR - length, CONTINUATION) if abs(p) >= length]
     rows = []
     for slot, place in zip(slots, right.tolist(), strict=True):
         start = NEAR + slot * length
         answer = start + CONTEXT
-        # Pieces that neither overlap the question nor each other.
-        pieces = [p for p in range(-NEAR, NEAR - length, CONTINUATION) if abs(p) >= length]
         others = [start + pieces[i] for i in drawn(len(pieces), ANSWERS - 1)]
         starts = [*others[:place], answer, *others[place:]]
         context = text[start:answer]

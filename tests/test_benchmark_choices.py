@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.choices import ANSWERS, CONTEXT, CONTINUATION, NEAR, answered, make_questions
+from benchmarks.choices import (
+    ANSWERS,
+    CONTEXT,
+    CONTINUATION,
+    NEAR,
+    Questions,
+    answered,
+    make_questions,
+)
 
 WORDS = 50
 TEXT = torch.randint(WORDS, (2 * NEAR + 3_000,), generator=torch.Generator().manual_seed(3))
@@ -56,7 +64,7 @@ def test_a_model_that_knows_the_text_answers_all_and_one_that_errs_none(
     # Every continuation in this text is a run; only those after the context are right.
     distinct = (questions.tokens[:, :, CONTEXT] == questions.tokens[:, :1, CONTEXT - 1] + 1).sum(1)
     alone = questions.tokens[distinct == 1], questions.right[distinct == 1]
-    found = answered(NextWord(sign), type(questions)(*alone))
+    found = answered(NextWord(sign), Questions(*alone))
     assert len(found) >= 10
     assert found.mean() == expected
 
