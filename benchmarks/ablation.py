@@ -80,6 +80,7 @@ VARIANTS: dict[str, Variant] = {
     "twice the calibration data": Variant({}, share_of_data=2.0),
     "twice the calibration data, no step": Variant({"gradient_step": False}, share_of_data=2.0),
     "twice the calibration data, two rounds": Variant({"rounds": 2}, share_of_data=2.0),
+    "twice the calibration data, three rounds": Variant({"rounds": 3}, share_of_data=2.0),
     "two rounds": Variant({"rounds": 2}),
     "two rounds, no step": Variant({"rounds": 2, "gradient_step": False}),
     "sampled curvature": Variant({}, "language", {"curvature": "sampled"}),
