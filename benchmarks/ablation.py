@@ -94,6 +94,12 @@ VARIANTS: dict[str, Variant] = {
     "first order (published)": Variant({"objective": "first-order"}),
 }
 
+# By whether a step is taken: the variants whose calibration has more and more own text.
+OWN_TEXT_CURVES = {
+    True: ("all parts", "half own text"),
+    False: ("no gradient step", "half own text, no step", "own text, no step"),
+}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -338,6 +344,59 @@ def draw_predictions(rows: Sequence[Row], folder: Path) -> Path:
     return file
 
 
+def draw_own_text(rows: Sequence[Row], folder: Path) -> Path | None:
+    """What text of the model's own costs on the calibration's kind and gains on another.
+
+    A curve a size, with the step and without, from no own text to nearly nothing else.
+
+    Returns:
+        None where no curve has two points.
+    """
+    tested = [row for row in rows if row.other_change is not None]
+    sizes = sorted({row.size for row in tested}, reverse=True)
+    curves: list[tuple[float, bool, list[Row]]] = []
+    for size in sizes:
+        for stepped, variants in OWN_TEXT_CURVES.items():
+            found = [
+                row for v in variants for row in tested if row.variant == v and row.size == size
+            ]
+            if len({row.variant for row in found}) > 1:
+                curves.append((size, stepped, found))
+    if not curves:
+        return None
+    file = folder / "ablation_own_text.svg"
+    # Okabe and Ito 2008: safe for the colour-blind.
+    colours = dict(zip(sizes, ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=False))
+    with figures.saved(file, figsize=(6, 4.6)) as (figure, panel):
+        for size, stepped, found in curves:
+            panel.errorbar(
+                [row.change for row in found],
+                [row.other_change for row in found],
+                xerr=[row.standard_error for row in found],
+                yerr=[row.other_standard_error for row in found],
+                fmt="-o" if stepped else "--s",
+                color=colours.get(size, "black"),
+                capsize=2,
+                ms=5,
+                label=f"{size:g}, {'with the step' if stepped else 'without a step'}",
+            )
+            for row in found:
+                share = VARIANTS[row.variant].statistics.get("self_share", 0.0)
+                panel.annotate(
+                    f"{share:g}",
+                    (row.change, row.other_change),
+                    xytext=(5, 5),
+                    textcoords="offset points",
+                )
+        panel.axvline(0, color="grey", linewidth=0.8)
+        panel.axhline(0, color="grey", linewidth=0.8)
+        panel.set_xlabel("change on text of the calibration's kind (nats)")
+        panel.set_ylabel("change on text of another kind (nats)")
+        panel.legend(frameon=False)
+        figure.suptitle("Beside each point: the share of calibration text that the model wrote")
+    return file
+
+
 def _panel(panel: Any, rows: list[Row], variants: list[str], size: float) -> None:
     for place, variant in enumerate(variants):
         for row in (row for row in rows if row.variant == variant):
@@ -372,7 +431,9 @@ def main() -> None:
                 runner.run(name, seed, options.variants, options.sizes)
     rows = read_rows(options.results, Row)
     if options.command == "plot":
-        for file in [*draw(rows, figures.FOLDER), draw_predictions(rows, figures.FOLDER)]:
+        drawn = [*draw(rows, figures.FOLDER), draw_predictions(rows, figures.FOLDER)]
+        own_text = draw_own_text(rows, figures.FOLDER)
+        for file in drawn if own_text is None else [*drawn, own_text]:
             print(file)
     else:
         print_tables(rows)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ablation import Row, draw, draw_predictions, print_tables
+from benchmarks.ablation import Row, draw, draw_own_text, draw_predictions, print_tables
 
 FIRST = Row(
     model="net", seed=0, variant="all parts", size=0.9, kept=0.91, bytes_kept=0.92, dense_loss=1.0,
@@ -43,3 +43,16 @@ def test_figures_are_the_same_for_the_same_rows(tmp_path: Path) -> None:
     assert drawn() == first
     draw_predictions(ROWS[:2], tmp_path)
     assert (tmp_path / "ablation_predicted.svg").read_bytes() != first["ablation_predicted.svg"]
+
+
+def test_own_text_is_drawn_where_a_curve_has_two_points(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    tested = replace(FIRST, other_change=0.1, other_standard_error=0.01)
+    assert draw_own_text([tested], tmp_path) is None
+    assert draw_own_text(ROWS, tmp_path) is None
+    mixed = replace(tested, variant="half own text", other_change=0.05)
+    file = draw_own_text([*ROWS, tested, mixed], tmp_path)
+    assert file is not None
+    first = file.read_bytes()
+    draw_own_text([tested, replace(mixed, other_change=0.2)], tmp_path)
+    assert file.read_bytes() != first
