@@ -22,7 +22,7 @@ from benchmarks import figures
 from benchmarks.command_line import commands, parsed
 from benchmarks.field import RESULTS, Row, Runner
 from benchmarks.field_models import FIELD_MODELS, VISION
-from benchmarks.field_report import DOCUMENT, draw, write_tables
+from benchmarks.field_report import DOCUMENT, draw, draw_ranks, write_tables
 from benchmarks.methods import METHODS
 from benchmarks.rows import read_rows
 from benchmarks.speed import MemoryRow, SpeedRow, measure_memory, measure_speed, sibling
@@ -53,7 +53,7 @@ def main() -> None:
         write_tables(DOCUMENT, rows, speed, memory)
         print(DOCUMENT)
     else:
-        for file in draw(rows, figures.FOLDER):
+        for file in [*draw(rows, figures.FOLDER), *draw_ranks(rows, figures.FOLDER)]:
             print(file)
 
 

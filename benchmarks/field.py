@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,8 @@ class Row:
             selection data; None where the change itself is above the margin, so that no
             certificate holds.
         verdict: Of that certificate.
+        layers: Share kept of each layer's weights, in the order of the calls; empty for
+            methods outside low rank.
         seconds: What the method took beyond the shared statistics, for this size.
         statistics_seconds: What the shared statistics took.
         note: Why there is no model.
@@ -90,6 +92,7 @@ class Row:
     dense_choices: float | None = None
     upper_bound: float | None = None
     verdict: str = ""
+    layers: dict[str, float] = field(default_factory=dict)
     seconds: float | None = None
     statistics_seconds: float | None = None
     unit: str = ""
@@ -208,7 +211,10 @@ class Runner(Recorder[Row]):
                 self._record(Row(**row, note=str(error)))
                 continue
             row["seconds"] = prepared + time.perf_counter() - start
-            self._record(Row(**row, **dense.compare(study, made)))
+            row |= dense.compare(study, made)
+            if METHODS[method].sized and METHODS[method].kind != "outside":
+                row["layers"] = layer_shares(study, made.model)
+            self._record(Row(**row))
 
     def _record(self, row: Row) -> None:
         self.write(row)
@@ -334,6 +340,19 @@ def _evaluated(study: Study, model: nn.Module, part: Part) -> Evaluation:
         stage=f"on {part.name.replace('_', '-')} data",
         finite=False,
     )
+
+
+def layer_shares(study: Study, model: nn.Module) -> dict[str, float]:
+    """Share kept of the weights of each layer, biases left out."""
+    return {
+        name: sum(
+            values.numel()
+            for key, values in model.get_submodule(name).named_parameters()
+            if key.rpartition(".")[2] != "bias"
+        )
+        / weight.numel()
+        for name, weight in study.weights.items()
+    }
 
 
 def flops_of_one(collected: Collected, model: nn.Module) -> int:

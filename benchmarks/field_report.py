@@ -26,6 +26,7 @@ MARKED = re.compile(r"(<!-- begin: ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 OURS = "joint-pivoted"  # what a user gets who chooses nothing
 ONE_SIDED = 1.645  # quantile of the normal distribution at 95 %
 MARGIN = 0.05
+MOST_NAMES = 60  # of layers that fit below a figure
 # The figures' methods: colour (Okabe and Ito 2008, safe for the colour-blind), marker, line.
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, RED, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"
@@ -60,6 +61,7 @@ def write_tables(
     tables |= {"smallest": smallest_table(rows), "losses": losses_table(rows)}
     tables["certified"] = certified_table(rows)
     tables |= {"speed": speed_table(speed), "memory": memory_table(memory)}
+    tables["forward"] = forward_table(speed)
     document.write_text(filled(document.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 
@@ -312,6 +314,21 @@ def speed_table(rows: Sequence[SpeedRow]) -> str:
     return _markdown(["model", "size", "method", *(f"batch {batch}" for batch in batches)], lines)
 
 
+def forward_table(rows: Sequence[SpeedRow]) -> str:
+    """Peak of weights and activations in a forward pass over the dense model's, where measured."""
+    known = [row for row in rows if row.memory is not None]
+    batches = sorted({row.batch for row in known})
+    lines = []
+    for name, size, method in dict.fromkeys((row.model, row.size, row.method) for row in known):
+        found = {r.batch: r for r in known if (r.model, r.size, r.method) == (name, size, method)}
+        weights = mean(row.weights or 0.0 for row in found.values())
+        cells = [name, "" if size is None else f"{size:g}", METHODS[method].label, f"{weights:.2f}"]
+        cells += [f"{found[batch].memory:.2f}" if batch in found else "" for batch in batches]
+        lines.append(cells)
+    columns = ["model", "size", "method", "weights alone"]
+    return _markdown([*columns, *(f"batch {batch}" for batch in batches)], lines)
+
+
 def memory_table(rows: Sequence[MemoryRow]) -> str:
     """Peak resident memory of a process that makes each model."""
     return _markdown(
@@ -326,6 +343,39 @@ def memory_table(rows: Sequence[MemoryRow]) -> str:
             for row in rows
         ),
     )
+
+
+def draw_ranks(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """One figure a model: what each method keeps of each layer, at a size in the middle."""
+    files = []
+    for name, mine in _by_model(rows):
+        known = [row for row in mine if row.layers]
+        sizes = _sizes(known)
+        if not sizes:
+            continue
+        size = sizes[len(sizes) // 2]
+        here = {row.method: row for row in reversed(known) if row.size == size}
+        maps = [here[method] for method in METHODS if method in here]
+        layers = list(maps[0].layers)
+        layout = (max(7.0, min(14.0, 3 + 0.12 * len(layers))), 2 + 0.28 * len(maps))
+        file = folder / f"field_ranks_{name}.svg"
+        with figures.saved(file, figsize=layout) as (figure, panel):
+            drawn = panel.imshow(
+                [[row.layers[layer] for layer in layers] for row in maps],
+                aspect="auto",
+                cmap="cividis",  # made for the colour-blind
+                vmin=0,
+                vmax=1,
+                interpolation="none",
+            )
+            panel.set_yticks(range(len(maps)), [METHODS[row.method].label for row in maps])
+            if len(layers) <= MOST_NAMES:
+                panel.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
+            panel.set_xlabel("layers in the order of their calls")
+            panel.set_title(f"{name}: what is kept of each layer at {size:g} of all of them")
+            figure.colorbar(drawn, label="share of the layer's weights")
+        files.append(file)
+    return files
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:

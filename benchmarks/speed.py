@@ -2,7 +2,9 @@
 
 Latency: the dense model and all others are built first and then run in turn, batch by batch, so
 that whatever else the machine does meets them alike. A round's ratio is a model's time over the
-dense model's in the same round; the median over rounds is reported, with its quartiles. Peak
+dense model's in the same round; the median over rounds is reported, with its quartiles. The
+peak of a forward pass is that of all tensors that PyTorch holds in it, weights and activations;
+what a kernel takes for itself is not in it. Peak
 memory is the largest resident set of a process of its own that does nothing but open the model,
 pass over the data and make one compressed model; ``dense`` opens the model and evaluates a few
 examples.
@@ -10,6 +12,7 @@ examples.
 
 from __future__ import annotations
 
+import copy
 import resource
 import statistics
 import subprocess
@@ -22,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed._tools.mem_tracker import MemTracker
 
 from benchmarks.field import open_study, sizes_of
 from benchmarks.field_models import FIELD_MODELS
@@ -49,6 +53,8 @@ class SpeedRow:
         high: Third quartile.
         milliseconds: Median of its time for a batch.
         dense_milliseconds: Median of the dense model's.
+        memory: Peak of weights and activations in a forward pass over the dense model's.
+        weights: Of the weights alone.
     """
 
     model: str
@@ -62,6 +68,8 @@ class SpeedRow:
     milliseconds: float
     dense_milliseconds: float
     threads: int
+    memory: float | None = None
+    weights: float | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -116,10 +124,13 @@ def measure_speed(
     part = study.collected.parts["calibration"]
     for batch_size in BATCHES:
         batch = on_device(part.collate(part.examples[:batch_size]), dense)
-        times = interleaved([dense, *models.values()], without_labels(batch))
+        inputs = without_labels(batch)
+        times = interleaved([dense, *models.values()], inputs)
+        most = forward_bytes(dense, inputs)
         for (method, size), own in zip(models, times[1:], strict=True):
             ratios = [mine / dense for mine, dense in zip(own, times[0], strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4)
+            peak = forward_bytes(models[method, size], inputs)
             row = SpeedRow(
                 model=name,
                 seed=seed,
@@ -132,9 +143,15 @@ def measure_speed(
                 milliseconds=1000 * statistics.median(own),
                 dense_milliseconds=1000 * statistics.median(times[0]),
                 threads=torch.get_num_threads(),
+                memory=peak.total / most.total,
+                weights=peak.weights / most.weights,
             )
             append_row(file, row)
-            print(f"{name} {method} {size} batch {batch_size}: {middle:.2f}x", flush=True)
+            print(
+                f"{name} {method} {size} batch {batch_size}: {middle:.2f}x the time, "
+                f"{row.memory:.2f}x the memory",
+                flush=True,
+            )
 
 
 def interleaved(
@@ -152,6 +169,27 @@ def interleaved(
                 if turn:
                     times[place].append(spent)
     return times
+
+
+@dataclass(frozen=True)
+class ForwardBytes:
+    """What PyTorch holds in a forward pass, at its peak."""
+
+    total: int
+    weights: int
+
+
+def forward_bytes(model: nn.Module, inputs: Any) -> ForwardBytes:
+    """Peak of the tensors of a forward pass without gradients: weights, buffers, activations."""
+    # The tracker hooks every parameter, and can only hook those that require a gradient.
+    twin = copy.deepcopy(model).eval().requires_grad_(True)
+    tracker = MemTracker()
+    tracker.track_external(twin)
+    with torch.no_grad(), tracker:
+        output_of(twin, inputs)
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    found = {getattr(kind, "value", kind): count for kind, count in peak.items()}
+    return ForwardBytes(found["Total"], found["Parameter"] + found["Buffer"])
 
 
 def measure_memory(

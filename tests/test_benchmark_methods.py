@@ -12,11 +12,13 @@ from scipy import optimize
 from torch import Tensor, nn
 
 from benchmarks import field
-from benchmarks.field import Row, Runner
+from benchmarks.field import Row, Runner, layer_shares
 from benchmarks.field_report import (
     certified_table,
     draw,
+    draw_ranks,
     filled,
+    forward_table,
     losses_table,
     quality_table,
     smallest_table,
@@ -40,7 +42,7 @@ from benchmarks.methods.svd_llm import (
 )
 from benchmarks.methods.zero_sum import projection, score_changes, zero_sum_ranks
 from benchmarks.rows import read_rows
-from benchmarks.speed import interleaved
+from benchmarks.speed import SpeedRow, forward_bytes, interleaved
 from rankfold.allocate import Curve, best_within_cost, total_cost, uniform_within_cost
 from rankfold.collected import collect
 from rankfold.data import Data
@@ -347,6 +349,16 @@ def test_low_rank_model_computes_the_product(study: Study) -> None:
     torch.testing.assert_close(head.dense_matrix(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_shares_of_the_layers_add_up_to_the_plan(study: Study) -> None:
+    curves = energy_curves(study, whitened(study), "pivoted")
+    plan = uniform_within_cost(curves, 0.6 * study.factorizable)
+    made = build(study, whitened(study), plan, "pivoted")
+    shares = layer_shares(study, made.model)
+    kept = sum(share * study.weights[name].numel() for name, share in shares.items())
+    assert kept == pytest.approx(total_cost(plan))
+    assert set(layer_shares(study, study.collected.model).values()) == {1.0}
+
+
 def test_results_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(field.FIELD_MODELS, "small", (small_net, 96))
     file = tmp_path / "field.jsonl"
@@ -359,6 +371,7 @@ def test_results_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.Monk
     for row in rows:
         assert row.change is not None and row.accuracy is not None and row.flops is not None
     assert rows[0].flops is not None and rows[0].flops < 1 == rows[3].flops
+    assert [bool(row.layers) for row in rows] == [True, True, False, False, False]
     Runner(file).run("small", 0, ["svd", "int8", "wanda"], [0.6, 0.5])
     assert file.read_text() == before
     Runner(file).run("small", 0, ["svd"], [0.0001])
@@ -431,6 +444,35 @@ def test_a_figure_a_model(tmp_path: Path) -> None:
     again = file.read_bytes()
     draw(ROWS, tmp_path)
     assert file.name == "field_net.svg" and file.read_bytes() == again
+
+
+def test_a_map_of_what_each_layer_keeps(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert draw_ranks(ROWS, tmp_path) == []
+    rows = [
+        replace(made_row(method, size, 0.0), layers={"a": size, "b": 1.0})
+        for method in ("svd-llm", "joint-pivoted")
+        for size in (0.9, 0.7, 0.5)
+    ]
+    (file,) = draw_ranks([*ROWS, *rows], tmp_path)
+    first = file.read_bytes()
+    assert file.name == "field_ranks_net.svg"
+    draw_ranks([row for row in rows if row.size != 0.9], tmp_path)
+    assert file.read_bytes() != first
+
+
+def test_the_peak_of_a_forward_pass_counts_weights_and_what_lives_at_once() -> None:
+    model = nn.Sequential(nn.Linear(10, 100, bias=False), nn.ReLU(), nn.Linear(100, 1, bias=False))
+    peak = forward_bytes(model, torch.zeros(8, 10))
+    assert peak.weights == 4 * (10 * 100 + 100)
+    assert peak.total == peak.weights + 4 * 8 * (100 + 100)  # both sides of the ReLU
+
+
+def test_what_was_not_measured_is_no_row_of_the_forward_table() -> None:
+    row = SpeedRow("net", 0, "svd-llm", 0.5, 8, 0.9, 0.8, 1.0, 1.0, 1.0, 1)
+    assert "SVD-LLM" not in forward_table([row])
+    measured = replace(row, memory=0.7, weights=0.5)
+    assert "| net | 0.5 | SVD-LLM | 0.50 | 0.70 |" in forward_table([measured])
 
 
 def test_models_are_timed_in_turn() -> None:
