@@ -73,6 +73,10 @@ VARIANTS: dict[str, Variant] = {
     "no spatial or Tucker forms": Variant({"conv_forms": False}, "vision"),
     "raw step": Variant({"step_estimator": "raw"}),
     "denoised step": Variant({"step_estimator": "denoised"}),
+    "step in three groups": Variant({"step_groups": 3}),
+    "twice the calibration data, step in three groups": Variant(
+        {"step_groups": 3}, share_of_data=2.0
+    ),
     "damping 0.01": Variant({"damping": 0.01}),
     "damping 1": Variant({"damping": 1.0}),
     "damping 0.01 of A, 0.3 of B": Variant({"damping": 0.01, "output_damping": 0.3}),

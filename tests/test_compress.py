@@ -464,6 +464,7 @@ def test_a_size_that_no_plan_reaches_is_refused_with_the_least_one() -> None:
         ("held_out_limit", -1),
         ("batch_size", 0),
         ("rounds", 0),
+        ("step_groups", 0),
         ("self_share", 0.95),
         ("step_estimator", "exact"),
         ("test", "z"),

@@ -10,7 +10,7 @@ from rankfold.calibrate import collect_statistics
 from rankfold.data import Part, as_part
 from rankfold.linalg import Damping
 from rankfold.progress import SilentProgress
-from rankfold.step import fit_step, moved_weight, search_step, step_directions
+from rankfold.step import fit_step, moved_weight, neighbours, search_step, step_directions
 from rankfold.tasks import Classification, evaluate
 from tests.small_models import mlp, same_state, seeded, state
 
@@ -24,7 +24,7 @@ def taught(count: int, seed: int, name: str) -> Part:
     return as_part(name, list(zip(x, y.tolist(), strict=True)))
 
 
-def search(calibration: Part, selection: Part):
+def search(calibration: Part, selection: Part, groups: int = 1):
     model = mlp()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     task = Classification()
@@ -41,6 +41,7 @@ def search(calibration: Part, selection: Part):
         directions,
         batch_size=None,
         progress=SilentProgress(),
+        groups=groups,
     )
     assert same_state(model, before)
     return model, layers, original, step
@@ -57,6 +58,26 @@ def test_the_step_lowers_the_loss_as_it_says() -> None:
             layer.weight.copy_(step.moved(name, layer))
     measured = evaluate(model, Classification(), selection).mean - original.mean
     assert measured == pytest.approx(step.gain, abs=1e-5)
+
+
+def test_groups_go_their_own_way_where_it_is_better() -> None:
+    selection = taught(200, 2, "selection")
+    calibration = taught(300, 1, "calibration")
+    together = search(calibration, selection)[3]
+    model, layers, original, step = search(calibration, selection, groups=2)
+    assert (step.eta, step.trials) == (together.eta, together.trials)
+    assert set(step.scales.values()) <= {2.0, 0.5} and step.scales
+    assert step.gain == min(change for _, _, change in step.group_trials) < together.gain
+    with torch.no_grad():
+        for name, layer in layers.items():
+            layer.weight.copy_(step.moved(name, layer))
+    measured = evaluate(model, Classification(), selection).mean - original.mean
+    assert measured == pytest.approx(step.gain, abs=1e-5)
+
+
+def test_groups_are_runs_of_nearly_the_same_length() -> None:
+    assert neighbours(list("abcdefg"), 3) == [["a", "b"], ["c", "d"], ["e", "f", "g"]]
+    assert neighbours(["a", "b"], 5) == [["a"], ["b"]]
 
 
 def test_labels_without_meaning_give_no_step() -> None:

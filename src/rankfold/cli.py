@@ -238,6 +238,9 @@ class Factorizing(Reading):
     step_estimator: Annotated[
         str, typer.Option(help=f"Of that term: {', '.join(STEP_ESTIMATORS)}.")
     ] = Settings.step_estimator
+    step_groups: Annotated[
+        int, typer.Option(help="Groups of neighbouring layers with a step length each.")
+    ] = Settings.step_groups
     self_share: Annotated[
         float,
         typer.Option(help="Share of the calibration text that the language model writes itself."),

@@ -319,6 +319,7 @@ def analyse(
             directions,
             batch_size=settings.batch_size,
             progress=progress,
+            groups=settings.step_groups,
         )
     spectra: dict[str, Spectrum] = {}
     curves: dict[str, Curve] = {}

@@ -124,6 +124,11 @@ def step_report(step: Step | None, settings: Settings) -> dict[str, Any] | None:
         "noise": step.directions.noise,
         "trials": [{"eta": eta, "change": finite(change)} for eta, change in step.trials],
         "fit": None if step.fit is None else asdict(step.fit),
+        "scales": dict(step.scales),
+        "group_trials": [
+            {"group": group, "factor": factor, "change": finite(change)}
+            for group, factor, change in step.group_trials
+        ],
     }
 
 

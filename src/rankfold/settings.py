@@ -52,6 +52,7 @@ class Settings:
         output_damping: The same for B; None for the value of ``damping``.
         gradient_step: Whether the joint objective moves the weights by its gradient term.
         step_estimator: How that term is estimated: ``cross-validated``, ``denoised`` or ``raw``.
+        step_groups: Groups of neighbouring layers that have a length each; 1 for one length.
         self_share: Share of the calibration examples that a language model writes itself, in
             place of the user's; see ``integrations.transformers.own_text``.
         rounds: Times that the statistics are collected: more than one compresses in parts.
@@ -87,6 +88,7 @@ class Settings:
     output_damping: float | None = None
     gradient_step: bool = True
     step_estimator: StepEstimator = "cross-validated"
+    step_groups: int = 1
     self_share: float = 0.0
     rounds: int = 1
     interactions: bool = True
@@ -125,8 +127,9 @@ class Settings:
             raise InputError(
                 "damping is auto, which chooses the output damping too; leave output_damping out."
             )
-        if self.rounds < 1:
-            raise InputError(f"rounds is {self.rounds}; expected 1 or more.")
+        for name in ("rounds", "step_groups"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; expected 1 or more.")
         if not 0 <= self.self_share <= 0.9:
             raise InputError(
                 f"self_share is {self.self_share}; expected a share of the calibration examples "

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import cast
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.calibrate import LayerStatistics
-from rankfold.certify import paired_change
+from rankfold.certify import Change, paired_change
 from rankfold.data import Part
 from rankfold.layer_matrix import MatrixLayer, weight_matrix
 from rankfold.linalg import Damping, damped
@@ -33,6 +34,8 @@ GAIN_CONFIDENCE = 0.95
 MOST_TRIALS = 6
 # A fitted length nearer than this factor to one that was measured is not worth an evaluation.
 SAME_LENGTH = 1.25
+# A group of layers goes this much further, or less far, than all layers together.
+GROUP_FACTOR = 2.0
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,8 @@ class Step:
         trials: ``(eta, measured change on selection data)`` of every length tried.
         gain: Measured change of the chosen step on selection data, 0 or negative.
         fit: What the trials taught, None where they show no parabola.
+        scales: Factor on the length of each layer whose group goes another way than all together.
+        group_trials: ``(group, factor, measured change)`` of every length tried for a group.
     """
 
     eta: float
@@ -131,10 +136,13 @@ class Step:
     trials: list[tuple[float, float]]
     gain: float
     fit: StepFit | None = None
+    scales: Mapping[str, float] = field(default_factory=dict)
+    group_trials: Sequence[tuple[int, float, float]] = ()
 
     def moved(self, name: str, layer: MatrixLayer) -> Tensor:
         """The layer's weight after the step, ``(out, in)``."""
-        return moved_weight(layer, self.directions.by_layer[name], self.eta)
+        eta = self.eta * self.scales.get(name, 1.0)
+        return moved_weight(layer, self.directions.by_layer[name], eta)
 
 
 def moved_weight(layer: MatrixLayer, direction: Tensor, eta: float) -> Tensor:
@@ -190,12 +198,16 @@ def search_step(
     *,
     batch_size: int | None,
     progress: Progress,
+    groups: int = 1,
 ) -> Step:
     """Choose the step's length on selection data.
 
     The search starts at ``spectrum.step_length`` of all layers together and walks by half decades
     to the side that improves; a parabola fitted to what was measured then proposes one more
     length. Without an improvement that the selection examples show, the step is 0.
+
+    With several groups, each in turn then goes ``GROUP_FACTOR`` further, or else less far, where
+    that is better with all other lengths as they are.
 
     Args:
         model: The model; its weights are moved in a copy.
@@ -206,27 +218,30 @@ def search_step(
         found: From ``step_directions``.
         batch_size: Examples a batch.
         progress: Shows the evaluations.
+        groups: Number of groups, of neighbouring layers and of nearly the same number.
     """
     trials: list[tuple[float, float]] = []
     bounds: dict[float, float] = {}
     scratch = copy.deepcopy(model)
 
-    def measure(eta: float) -> float:
+    def change_of(step: Step, stage: str) -> Change:
         with torch.no_grad():
             for name, layer in layers.items():
                 weight = cast("nn.Parameter", scratch.get_submodule(name).weight)
-                moved = moved_weight(layer, found.by_layer[name], eta)
-                weight.copy_(moved.view_as(weight))
+                weight.copy_(step.moved(name, layer).view_as(weight))
         evaluation = evaluate(
             scratch,
             task,
             part,
             batch_size=batch_size,
             progress=progress,
-            stage=f"step {eta:.1e} on selection data",
+            stage=f"{stage} on selection data",
             finite=False,
         )
-        change = paired_change(original, evaluation)
+        return paired_change(original, evaluation)
+
+    def measure(eta: float) -> float:
+        change = change_of(Step(eta, found, [], 0.0), f"step {eta:.1e}")
         trials.append((eta, change.mean))
         bounds[eta] = change.upper_bound(GAIN_CONFIDENCE)
         return change.mean
@@ -251,7 +266,28 @@ def search_step(
         fit = fit_step(trials)
     if not bounds[best] < 0:
         return Step(0.0, found, trials, 0.0, fit)
-    return Step(best, found, trials, lowest, fit)
+    step = Step(best, found, trials, lowest, fit)
+    if groups == 1:
+        return step
+    tried: list[tuple[int, float, float]] = []
+    found_groups = neighbours(list(layers), groups)
+    for place, group in enumerate(found_groups):
+        for factor in (GROUP_FACTOR, 1 / GROUP_FACTOR):
+            other = replace(step, scales={**step.scales, **dict.fromkeys(group, factor)})
+            stage = f"group {place + 1} of {len(found_groups)}, step x {factor:g}"
+            gain = change_of(other, stage).mean
+            tried.append((place, factor, gain))
+            if gain < step.gain:
+                step = replace(other, gain=gain)
+                break
+    return replace(step, group_trials=tried)
+
+
+def neighbours(names: Sequence[str], groups: int) -> list[Sequence[str]]:
+    """The names in so many runs of nearly the same length, at least one name each."""
+    groups = min(groups, len(names))
+    ends = [len(names) * place // groups for place in range(groups + 1)]
+    return [names[start:end] for start, end in pairwise(ends)]
 
 
 def _apart(first: float, second: float) -> bool:
