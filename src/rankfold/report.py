@@ -66,12 +66,8 @@ def layer_report(collected: Collected, form: Form, name: str, choice: Choice) ->
         "name": name,
         "kind": type(layer).__name__,
         "shape": list(layer.weight.shape),
-        "rank": choice.rank,
-        "second_rank": choice.second_rank,
+        **_of_choice(choice, taken, pivoted),
         "full_rank": min(out, in_),
-        "form": taken,
-        "pivoted": None if taken is None else pivoted,
-        "reason_dense": None if choice.rank is not None else "the plan leaves it dense",
         "parameters": dense,
         "factorized_parameters": kept,
         "flops": 2 * rows * dense,
@@ -84,24 +80,31 @@ def _embedding_report(
 ) -> dict[str, Any]:
     matrix = collected.embeddings[name]
     words, dim = matrix.weight.shape
-    kept, taken = words * dim, None
-    if choice.rank is not None:
-        kept, taken = factor_parameters(words, dim, choice.rank, form), form
+    dense = words * dim
+    factorized = choice.rank is not None
+    kept = factor_parameters(words, dim, choice.rank, form) if choice.rank is not None else dense
     return {
         "name": name,
         "kind": type(matrix.uses[name]).__name__,
         "uses": list(matrix.uses),
         "shape": [words, dim],
-        "rank": choice.rank,
-        "second_rank": None,
+        **_of_choice(choice, form if factorized else None, form == "pivoted"),
         "full_rank": min(words, dim),
-        "form": taken,
-        "pivoted": None if taken is None else form == "pivoted",
-        "reason_dense": None if choice.rank is not None else "the plan leaves it dense",
-        "parameters": words * dim,
+        "parameters": dense,
         "factorized_parameters": kept,
         "flops": collected.embedding_flops(name, None, form),
         "factorized_flops": collected.embedding_flops(name, choice.rank, form),
+    }
+
+
+def _of_choice(choice: Choice, taken: str | None, pivoted: bool) -> dict[str, Any]:
+    """Ranks and form of a choice; ``taken`` is the form's name, None for a dense layer."""
+    return {
+        "rank": choice.rank,
+        "second_rank": choice.second_rank,
+        "form": taken,
+        "pivoted": None if taken is None else pivoted,
+        "reason_dense": None if choice.rank is not None else "the plan leaves it dense",
     }
 
 
