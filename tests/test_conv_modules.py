@@ -251,19 +251,26 @@ def test_gradients_reach_every_factor(form, pivoted):
 
 
 @each_conv_and_form
+@pytest.mark.parametrize("pivoted", [True, False])
 @ignore_even_same
-def test_flops_are_those_of_the_convs_that_run(case, form):
+def test_flops_are_those_of_the_convs_that_run(case, form, pivoted):
     from torch.utils.flop_counter import FlopCounterMode
 
     layer = case.layer()
-    module = factorized(layer, form)
+    module = factorized(layer, form, pivoted)
     images = case.values()
     images = images if images.dim() == 4 else images[None]
     with FlopCounterMode(display=False) as counter:
         module(images)
     height, width = images.shape[2:]
-    found = conv_factor_flops(layer, form, module.ranks, height, width)
+    found = conv_factor_flops(layer, form, module.ranks, height, width, pivoted)
     assert found * len(images) == counter.get_total_flops()
+
+
+def test_a_pivoted_tucker_conv_multiplies_what_it_stores():
+    layer = nn.Conv2d(6, 8, 3, padding=1)
+    flops = conv_factor_flops(layer, "tucker", (4, 5), 7, 9)
+    assert flops == 2 * 7 * 9 * conv_factor_parameters((8, 6, 3, 3), "tucker", (4, 5))
 
 
 def test_repr_shows_form_and_ranks():

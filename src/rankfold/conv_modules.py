@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rankfold.factored_weight import FactoredWeight
-from rankfold.modules import ConvStandIn, conv_part, mixing_conv, stock_conv, with_identity_rows
+from rankfold.modules import (
+    ConvStandIn,
+    conv_part,
+    mixed_channels,
+    mixing_conv,
+    stock_conv,
+    with_identity_rows,
+)
 
 ConvForm: TypeAlias = Literal["vertical", "horizontal", "tucker"]
 CONV_FORMS: tuple[ConvForm, ...] = ("vertical", "horizontal", "tucker")
@@ -260,17 +267,23 @@ class TuckerConv2d(_FactorizedConv2d):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map ``(n, in, h, w)`` or ``(in, h, w)`` to the conv's output."""
-        hidden = images
-        if self.first is not None:
-            mix = with_identity_rows(self.first, self.first_order).T
-            hidden = functional.conv2d(hidden, mix[:, :, None, None])
+        hidden = images if self.first is None else self._mixed(images, self.first)
         bias = self.bias if self.last is None else None
         # Padded only here: a 1x1 conv without bias commutes with padding.
         hidden = self._convolve(hidden, self.core, bias)
         if self.last is None:
             return hidden
-        mix = with_identity_rows(self.last, self.last_order)
-        return functional.conv2d(hidden, mix[:, :, None, None], self.bias)
+        return mixed_channels(hidden, self.last, self.last_order, self.bias)
+
+    def _mixed(self, images: Tensor, first: Tensor) -> Tensor:
+        """The first conv; pivoted, it adds what the other channels give to the pivots."""
+        kernel = first.T[:, :, None, None]
+        if self.first_order is None:
+            return functional.conv2d(images, kernel)
+        # Pivots first, as in [identity; first].
+        channels = images.index_select(-3, torch.argsort(self.first_order))
+        pivots, others = torch.split(channels, [first.shape[1], len(first)], dim=-3)
+        return pivots + functional.conv2d(others, kernel)
 
     def to_stock(self) -> nn.Sequential:
         """The same layer as two or three ``nn.Conv2d``: 1x1, the kernel, 1x1."""
@@ -338,11 +351,17 @@ def empty_conv(
 
 
 def conv_factor_flops(
-    layer: nn.Conv2d, form: ConvForm, ranks: tuple[int, ...], height: int, width: int
+    layer: nn.Conv2d,
+    form: ConvForm,
+    ranks: tuple[int, ...],
+    height: int,
+    width: int,
+    pivoted: bool = True,
 ) -> int:
     """Floating-point operations of the convs that run, for one image; 2 a multiply-add.
 
-    Pivoted and plain factors run the same convs: identity rows are stored nowhere but multiplied.
+    The identity rows of a pivoted Tucker form are whole channels and are not multiplied. Those of
+    a spatial form are single taps of a kernel: they are stored nowhere but multiplied.
 
     Args:
         layer: The conv that is replaced.
@@ -350,10 +369,11 @@ def conv_factor_flops(
         ranks: Its ranks.
         height: Height of the layer's input.
         width: Width of the layer's input.
+        pivoted: Whether identity rows are left out.
     """
     shape = tuple(layer.weight.shape)
-    out, in_, *kernel = shape
-    shapes = conv_factor_shapes(shape, form, ranks, pivoted=False)
+    kernel = shape[2:]
+    shapes = conv_factor_shapes(shape, form, ranks, pivoted=pivoted and form == "tucker")
     left, right, top, bottom = layer._reversed_padding_repeated_twice
     sizes = (height, width)
     ends = tuple(
@@ -366,9 +386,9 @@ def conv_factor_flops(
     if form == "tucker":
         multiplied = torch.Size(shapes["core"]).numel() * outputs
         if "last" in shapes:
-            multiplied += ranks[1] * out * outputs
+            multiplied += torch.Size(shapes["last"]).numel() * outputs
         if "first" in shapes:
-            multiplied += ranks[0] * in_ * height * width
+            multiplied += torch.Size(shapes["first"]).numel() * height * width
         return 2 * multiplied
     between = ends[0] * width if form == "vertical" else height * ends[1]
     first, second = (torch.Size(shapes[name]).numel() for name in ("first", "second"))

@@ -200,12 +200,7 @@ class LowRankConv2d(_LowRank, ConvStandIn):
     def forward(self, images: Tensor) -> Tensor:
         """Map ``(n, in, h, w)`` or ``(in, h, w)`` to the conv's output."""
         hidden = self._convolve(images, self.right, None)
-        mix = self.left[:, :, None, None]
-        if self.order is None:
-            return functional.conv2d(hidden, mix, self.bias)
-        rest = functional.conv2d(hidden, mix)
-        outputs = torch.cat([hidden, rest], dim=-3).index_select(-3, self.order)
-        return outputs if self.bias is None else outputs + self.bias[:, None, None]
+        return mixed_channels(hidden, self.left, self.order, self.bias)
 
     def to_dense(self) -> nn.Conv2d:
         """The same layer as one ``nn.Conv2d``, factors multiplied out."""
@@ -225,6 +220,25 @@ class LowRankConv2d(_LowRank, ConvStandIn):
             f"stride={self.stride}, padding={self.padding}, rank={self.rank}, "
             f"form={self.form}, bias={self.bias is not None}"
         )
+
+
+def mixed_channels(
+    hidden: Tensor, left: Tensor, order: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """A 1x1 conv by a left factor; the identity rows of a pivoted one are not multiplied.
+
+    Args:
+        hidden: ``(n, rank, h, w)`` or ``(rank, h, w)``.
+        left: ``(out, rank)``, or ``(out - rank, rank)`` with an order.
+        order: ``(out,)``, which row of ``[identity; left]`` each output is; None: a plain factor.
+        bias: ``(out,)`` or None.
+    """
+    kernel = left[:, :, None, None]
+    if order is None:
+        return functional.conv2d(hidden, kernel, bias)
+    rest = functional.conv2d(hidden, kernel)
+    outputs = torch.cat([hidden, rest], dim=-3).index_select(-3, order)
+    return outputs if bias is None else outputs + bias[:, None, None]
 
 
 def stock_conv(like: ConvStandIn, weight: Tensor) -> nn.Conv2d:

@@ -204,7 +204,8 @@ def conv_curve(
         image_sizes: Sizes of the conv's inputs for a cost in FLOPs; None counts parameters.
     """
     a, b = damped_grams(statistics, damping)
-    found = conv_candidates(weight.view_as(layer.weight), a, b, pivot=form == "pivoted")
+    pivoted = form == "pivoted"
+    found = conv_candidates(weight.view_as(layer.weight), a, b, pivot=pivoted)
     regular = spectrum.truncation_changes()[1:-1].flip(0)  # rising
     measured = spectrum.changes_under(*undamped_grams(statistics))[1:-1].flip(0)
     changes = np.array([candidate.change for candidate in found])
@@ -214,7 +215,10 @@ def conv_curve(
     costs = [
         candidate.parameters
         if image_sizes is None
-        else sum(conv_factor_flops(layer, candidate.form, candidate.ranks, *s) for s in image_sizes)
+        else sum(
+            conv_factor_flops(layer, candidate.form, candidate.ranks, *size, pivoted)
+            for size in image_sizes
+        )
         for candidate in found
     ]
     return Curve(

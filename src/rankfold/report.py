@@ -61,7 +61,9 @@ def layer_report(collected: Collected, form: Form, name: str, choice: Choice) ->
         shape, of_conv = tuple(conv.weight.shape), cast("ConvForm", choice.form)
         kept = conv_factor_parameters(shape, of_conv, choice.ranks, pivoted)
         sizes = collected.seen.image_sizes.get(name, ())
-        flops = sum(conv_factor_flops(conv, of_conv, choice.ranks, *size) for size in sizes)
+        flops = sum(
+            conv_factor_flops(conv, of_conv, choice.ranks, *size, pivoted) for size in sizes
+        )
     return {
         "name": name,
         "kind": type(layer).__name__,
