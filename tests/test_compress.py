@@ -10,7 +10,7 @@ import rankfold
 from rankfold import Data, InputError, collected, compress
 from rankfold.compress import DAMPINGS
 from rankfold.conv_modules import CONV_FORMS
-from rankfold.modules import FORMS
+from rankfold.modules import FORMS, Form
 from rankfold.objectives import OBJECTIVES
 from rankfold.settings import Settings
 from rankfold.sizes import model_parameters
@@ -695,3 +695,17 @@ def test_near_copies_of_held_out_images_are_listed() -> None:
     result = rankfold.lossless(trained_cnn(), Data(calibration, data.selection, held_out), size=0.8)
     (pair,) = result.document["data"]["look_alikes"]
     assert pair == {"part": "calibration", "example": 40, "held_out": 40}
+
+
+@pytest.mark.parametrize("form", ["pivoted", "pair"])
+def test_no_form_of_a_conv_takes_longer_than_the_dense_one(form: Form) -> None:
+    prepared = rankfold.prepare(trained_cnn(), image_data(120), form=form)
+    spatial = 0
+    for name, curve in prepared.curves.items():
+        for choice in curve.choices():
+            if choice.form not in CONV_FORMS:
+                continue
+            spatial += 1
+            listed = prepared._layer_report(name, choice)
+            assert listed["factorized_flops"] <= listed["flops"]
+    assert spatial

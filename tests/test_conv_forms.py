@@ -290,3 +290,13 @@ def test_directions_without_an_output_gram_are_those_of_the_identity():
     w, a = normal(0, 4, 3, 2), gram(1, 6).view(3, 2, 3, 2)
     identity = torch.eye(4, dtype=torch.float64)
     assert torch.equal(shared_directions(w, a, None), shared_directions(w, a, identity))
+
+
+def test_forms_that_are_not_allowed_leave_room_for_others():
+    weight, a, b = normal(0, 6, 4, 3, 3), gram(1, 36), gram(2, 6)
+    found = conv_candidates(weight, a, b)
+    vertical = conv_candidates(weight, a, b, allowed=lambda form, ranks: form == "vertical")
+    assert {c.form for c in vertical} == {"vertical"}
+    # Some of them are beaten by what is not allowed here.
+    assert not {(c.form, c.ranks) for c in vertical} <= {(c.form, c.ranks) for c in found}
+    assert conv_candidates(weight, a, b, allowed=lambda form, ranks: False) == []

@@ -42,13 +42,14 @@ from rankfold.linalg import Damping
 from rankfold.modules import Form, factor_parameters
 from rankfold.objectives import (
     OBJECTIVES,
+    Cost,
     Objective,
     rank_costs,
 )
 from rankfold.openings import Opening
 from rankfold.overlap import refuse_copies, without_copies
 from rankfold.progress import Progress
-from rankfold.settings import Cost, Settings
+from rankfold.settings import Settings
 from rankfold.tasks import (
     Evaluation,
     LossFunction,

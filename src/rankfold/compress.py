@@ -620,7 +620,6 @@ class Preparation:
         several = [n for n, layer in collected.layers.items() if _has_conv_forms(layer, settings)]
         for name in self.progress.track(several, "conv forms", len(several)) if several else ():
             layer = cast("nn.Conv2d", collected.layers[name])
-            sizes = collected.seen.image_sizes.get(name, ()) if settings.cost == "flops" else None
             other = conv_curve(
                 layer,
                 self._moved(name),
@@ -628,8 +627,9 @@ class Preparation:
                 self.spectra[name],
                 settings.dampings,
                 settings.form,
-                collected.cost_per_parameter(name, settings.cost),
-                sizes,
+                settings.cost,
+                collected.seen.rows.get(name, 0),
+                collected.seen.image_sizes.get(name, ()),
             )
             curves[name] = merged([self.ranked[name], other])
         return replace(self, curves=curves)

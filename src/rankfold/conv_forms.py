@@ -15,7 +15,7 @@ part of the change that is reported: that of the resulting weight itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -450,6 +450,7 @@ def conv_candidates(
     forms: Sequence[ConvForm] = CONV_FORMS,
     *,
     pivot: bool = True,
+    allowed: Callable[[ConvForm, tuple[int, ...]], bool] = lambda form, ranks: True,
 ) -> list[ConvCandidate]:
     """All factorizations worth having of one conv, by rising parameters and falling change.
 
@@ -464,6 +465,7 @@ def conv_candidates(
         output_gram: B, ``(out, out)``, likewise.
         forms: Those to look at.
         pivot: Count the parameters of pivoted factors.
+        allowed: Whether a form with its ranks may be taken at all.
     """
     found: list[ConvCandidate] = []
     b = output_gram.to(torch.float64)
@@ -474,6 +476,8 @@ def conv_candidates(
         w, gram = grouped(weight, damped(input_gram, RIDGE), form)
         changes = (_tucker_changes if form == "tucker" else _spatial_changes)(w, gram, b)
         for ranks, change in changes.items():
+            if not allowed(form, ranks):
+                continue
             count = conv_factor_parameters(tuple(weight.shape), form, ranks, pivot)
             found.append(ConvCandidate(form, ranks, count, change))
     return _not_beaten([c for c in found if c.parameters < weight.numel()])

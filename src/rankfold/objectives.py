@@ -20,13 +20,14 @@ from rankfold.allocate import (
 )
 from rankfold.calibrate import LayerStatistics
 from rankfold.conv_forms import conv_candidates
-from rankfold.conv_modules import CONV_FORMS, conv_factor_flops
+from rankfold.conv_modules import CONV_FORMS, ConvForm, conv_factor_flops
 from rankfold.embedding_statistics import EmbeddingStatistics
 from rankfold.layer_matrix import MatrixLayer, matrix_shape, weight_matrix
 from rankfold.linalg import Damping, damped, marginal_product
 from rankfold.modules import Form, factor_parameters
 from rankfold.spectrum import Spectrum, whitened_spectrum
 
+Cost: TypeAlias = Literal["parameters", "flops"]
 ObjectiveName: TypeAlias = Literal[
     "svd", "fwsvd", "activation", "kronecker", "joint", "first-order"
 ]
@@ -184,10 +185,15 @@ def conv_curve(
     spectrum: Spectrum,
     damping: Damping,
     form: Form,
-    cost_per_parameter: int,
-    image_sizes: Sequence[tuple[int, int]] | None,
+    cost: Cost,
+    rows: int,
+    image_sizes: Sequence[tuple[int, int]],
 ) -> Curve:
     """What the forms of a conv with more than one small kernel offer; see ``conv_forms``.
+
+    Choices that take more operations than the dense conv are left out, also where parameters are
+    counted: behind a stride, or with identity rows that are multiplied, a form may store less and
+    take longer.
 
     Their changes are those of the damped Grams. They are brought to the scale of the other curves
     by what the plain truncations of the same layer show at the same damped change: the share of it
@@ -200,32 +206,37 @@ def conv_curve(
         spectrum: Its spectrum under the damped Grams.
         damping: Of both Grams.
         form: ``pivoted``, or ``pair`` for stock convs.
-        cost_per_parameter: Of the dense layer: 1 for parameters, 2 x rows for FLOPs.
-        image_sizes: Sizes of the conv's inputs for a cost in FLOPs; None counts parameters.
+        cost: What the curve counts.
+        rows: Outputs of one channel in one example, over all calls.
+        image_sizes: Height and width of the input of every call in one example.
     """
     a, b = damped_grams(statistics, damping)
     pivoted = form == "pivoted"
-    found = conv_candidates(weight.view_as(layer.weight), a, b, pivot=pivoted)
+    dense_flops = 2 * rows * layer.weight.numel()
+
+    def flops(conv_form: ConvForm, ranks: tuple[int, ...]) -> int:
+        return sum(conv_factor_flops(layer, conv_form, ranks, *s, pivoted) for s in image_sizes)
+
+    found = conv_candidates(
+        weight.view_as(layer.weight),
+        a,
+        b,
+        pivot=pivoted,
+        allowed=lambda conv_form, ranks: flops(conv_form, ranks) <= dense_flops,
+    )
     regular = spectrum.truncation_changes()[1:-1].flip(0)  # rising
     measured = spectrum.changes_under(*undamped_grams(statistics))[1:-1].flip(0)
     changes = np.array([candidate.change for candidate in found])
     if len(regular):
         share = (measured / regular.clamp(min=torch.finfo(torch.float64).tiny)).clamp(0, 1)
         changes = changes * np.interp(changes, regular.cpu().numpy(), share.cpu().numpy())
-    costs = [
-        candidate.parameters
-        if image_sizes is None
-        else sum(
-            conv_factor_flops(layer, candidate.form, candidate.ranks, *size, pivoted)
-            for size in image_sizes
-        )
-        for candidate in found
-    ]
+    in_flops = cost == "flops"
+    costs = [flops(c.form, c.ranks) if in_flops else c.parameters for c in found]
     return Curve(
         ranks=torch.tensor([candidate.ranks[0] for candidate in found], dtype=torch.int64),
         costs=torch.tensor(costs, dtype=torch.int64),
         changes=torch.from_numpy(changes),
-        dense_cost=layer.weight.numel() * cost_per_parameter,
+        dense_cost=dense_flops if in_flops else layer.weight.numel(),
         forms=CONV_FORMS,
         form_of=torch.tensor([CONV_FORMS.index(c.form) for c in found], dtype=torch.int64),
         second_ranks=torch.tensor([(*c.ranks, 0)[1] for c in found], dtype=torch.int64),

@@ -22,6 +22,7 @@ from rankfold.linalg import Damping
 from rankfold.modules import FORMS, Form
 from rankfold.objectives import (
     OBJECTIVES,
+    Cost,
     ObjectiveName,
 )
 from rankfold.spectrum import STEP_ESTIMATORS, StepEstimator
@@ -29,7 +30,6 @@ from rankfold.tasks import (
     TaskName,
 )
 
-Cost: TypeAlias = Literal["parameters", "flops"]
 SizeOf: TypeAlias = Literal["model", "factorizable"]
 
 
