@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from rankfold.block_modules import ColumnBlocksLinear, RowBlocksLinear
 from rankfold.conv_modules import SpatialConv2d, TuckerConv2d
 from rankfold.modules import LowRankConv2d, LowRankLinear
 
@@ -13,7 +14,7 @@ IMAGE = (CHANNELS, 12, 12)
 
 
 class EveryForm(nn.Module):
-    """Images to five numbers, by eight convs and three Linear."""
+    """Images to five numbers, by eight convs and five Linear."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,6 +57,12 @@ class EveryForm(nn.Module):
             [
                 LowRankLinear(factor(n, r), factor(r, c), bias(n)),
                 LowRankLinear(factor(n - r, r), factor(r, n), bias(n), order(n)),
+                RowBlocksLinear(
+                    factor(r + 5, n), factor(n - r, r), factor(n - 5, 5), order(2 * n), bias(2 * n)
+                ),
+                ColumnBlocksLinear(
+                    factor(n, r + 5), factor(r, n - r), factor(5, n - 5), order(2 * n), None
+                ),
                 LowRankLinear(factor(3, 2), factor(2, n), None, order(5)),
             ]
         )

@@ -8,6 +8,7 @@ from torch import nn
 
 import rankfold
 from rankfold import Data, InputError, collected, compress
+from rankfold.block_modules import BLOCK_FORMS
 from rankfold.compress import DAMPINGS
 from rankfold.conv_modules import CONV_FORMS
 from rankfold.modules import FORMS, Form
@@ -23,6 +24,7 @@ from tests.small_models import (
     mlp,
     pairs,
     same_state,
+    seeded,
     state,
     tiny_llama,
     token_data,
@@ -65,7 +67,8 @@ def test_lossless_keeps_at_most_the_size_and_reports_it_truly(
     assert report["original"]["parameters"] == model_parameters(model)
     assert report["factorized"]["parameters"] == model_parameters(result.model)
     forms = {e["form"] for e in report["layers"] if e["rank"] is not None}
-    assert forms <= {form, *CONV_FORMS}
+    assert forms <= {form, *CONV_FORMS, *BLOCK_FORMS}
+    assert form == "pivoted" or not forms & {*BLOCK_FORMS}
     assert all(e["pivoted"] == (form == "pivoted") for e in report["layers"] if e["form"])
     assert report["factorized"]["flops"] == multiply_adds(result.model, torch.zeros(1, 3, 8, 8))
     assert report["original"]["flops"] == multiply_adds(model, torch.zeros(1, 3, 8, 8))
@@ -709,3 +712,90 @@ def test_no_form_of_a_conv_takes_longer_than_the_dense_one(form: Form) -> None:
             listed = prepared._layer_report(name, choice)
             assert listed["factorized_flops"] <= listed["flops"]
     assert spatial
+
+
+# Block forms
+
+
+class LongMLP(nn.Module):
+    """A Linear of many outputs, one of many inputs, and three logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(6, 48)
+        self.narrow = nn.Linear(48, 6)
+        self.head = nn.Linear(6, 10)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.narrow(torch.tanh(self.wide(values)))))
+
+
+def long_mlp() -> LongMLP:
+    return seeded(5, LongMLP)
+
+
+def test_long_linears_become_blocks_and_survive_saving(tmp_path: Path) -> None:
+    model, data = long_mlp(), pair_data(60)
+    before = state(model)
+    used = set()
+    for size in (0.95, 0.8, 0.6):
+        result = rankfold.lossless(model, data, size=size)
+        assert result.ratio <= size
+        folder = result.save(tmp_path / str(size))
+        loaded = rankfold.load(folder, LongMLP())
+        values = torch.randn(5, 6)
+        assert torch.equal(loaded(values), result.model(values))
+        for entry in result.report["layers"]:
+            if entry["form"] not in BLOCK_FORMS:
+                continue
+            used.add((entry["name"], entry["form"]))
+            module = loaded.get_submodule(entry["name"])
+            assert module.ranks == (entry["rank"], entry["second_rank"])
+            count = sum(p.numel() for n, p in module.named_parameters() if n != "bias")
+            assert entry["factorized_parameters"] == count
+            assert entry["factorized_flops"] == 2 * count
+    assert used == {("wide", "row-blocks"), ("narrow", "column-blocks")}
+    assert same_state(model, before)
+
+
+def test_block_forms_can_be_left_out_and_pairs_have_none() -> None:
+    model, data = long_mlp(), pair_data(60)
+    for options in ({"block_forms": False}, {"form": "pair"}, {"objective": "activation"}):
+        result = rankfold.lossless(model, data, size=0.8, **options)
+        assert not {entry["form"] for entry in result.report["layers"]} & {*BLOCK_FORMS}
+
+
+def test_blocks_come_back_when_pairs_are_pivoted_again() -> None:
+    prepared = rankfold.prepare(long_mlp(), pair_data(60))
+    again = prepared.in_form("pair").in_form("pivoted")
+    assert not {c.form for c in prepared.in_form("pair").curves["wide"].choices()} & {*BLOCK_FORMS}
+    assert again.curves["wide"].choices() == prepared.curves["wide"].choices()
+
+
+def test_a_choice_in_blocks_has_the_weight_of_its_module() -> None:
+    prepared = rankfold.prepare(long_mlp(), pair_data(60))
+    for name in ("wide", "narrow"):
+        blocks = [c for c in prepared.curves[name].choices() if c.form in BLOCK_FORMS]
+        for choice in blocks:
+            module = prepared.module(name, choice)
+            torch.testing.assert_close(prepared.weight(name, choice), module.dense_matrix())
+            assert choice.cost == sum(
+                p.numel() for n, p in module.named_parameters() if n != "bias"
+            )
+        assert blocks
+
+
+def test_a_later_round_cuts_layers_where_the_first_one_did() -> None:
+    prepared = rankfold.prepare(long_mlp(), pair_data(60), rounds=2, gradient_step=False)
+    following = prepared.next_round(0.5 * prepared.factorizable, rounds_left=2)
+    cut = [name for name, choice in following.start.items() if choice.form in BLOCK_FORMS]
+    assert cut
+    for name in cut:
+        assert torch.equal(following.blocks[name].order, prepared.blocks[name].order)
+        # What the round before cut to these ranks costs nothing at them.
+        choice = following.start[name]
+        whole = following.block_curves[name]
+        same = (whole.costs == choice.cost).nonzero().flatten()
+        assert any(float(whole.changes[place]) == 0 for place in same) or (
+            float(whole.changes[whole.costs <= choice.cost].min()) == 0
+        )

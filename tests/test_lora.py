@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import rankfold
 from rankfold.modules import LowRankLinear
+from tests.every_form import FEATURES, EveryForm
 from tests.small_models import tiny_llama, token_data, token_windows
 
 peft = pytest.importorskip("peft", reason="pip install peft")
@@ -22,7 +23,8 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 IDS = torch.stack(token_windows(8, seed=3))
-SIDES = {"both": (".left", ".right"), "right": (".right",)}
+FACTORS = (".left", ".right", ".shared", ".first", ".second")
+SIDES = {"all": FACTORS, "right": (".right",)}
 
 
 @pytest.fixture(scope="module", params=["pair", "pivoted"])
@@ -79,3 +81,22 @@ def test_a_factorized_layer_as_a_target_module_is_refused_by_name(folder: Path) 
     name = next(n for n, m in model.named_modules() if isinstance(m, LowRankLinear))
     with pytest.raises(ValueError, match=r"Target module LowRankLinear\(.*is not supported"):
         peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=[name]))
+
+
+def test_the_factors_of_blocks_are_adapted_and_merged() -> None:
+    blocks = nn.Sequential(*EveryForm().linears[2:4])
+    values = torch.randn(3, FEATURES, generator=torch.Generator().manual_seed(0))
+    before = blocks(values).detach()
+    factors = [name for name, _ in blocks.named_parameters() if name.endswith(FACTORS[2:])]
+    assert len(factors) == 6
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=factors)
+    adapted = peft.get_peft_model(blocks, config)
+    torch.testing.assert_close(adapted(values), before)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(0.01)
+    after = adapted(values).detach()
+    assert not torch.allclose(after, before)
+    merged = adapted.merge_and_unload()
+    assert [type(layer) for layer in merged] == [type(layer) for layer in blocks]
+    torch.testing.assert_close(merged(values), after, atol=1e-4, rtol=1e-4)

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import rankfold
 from benchmarks.int8 import in_int8, quantize_rows, stored_bytes
+from rankfold.block_modules import ColumnBlocksLinear, RowBlocksLinear
 from rankfold.modules import LowRankLinear
+from tests.every_form import FEATURES, EveryForm
 from tests.tiny_language_model import TEXT, tiny_llama
 
 # Libraries that torchao looks for, and enums that torch takes otherwise since: nothing of ours.
@@ -20,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 quantization = pytest.importorskip("torchao.quantization", reason="pip install torchao")
 
 ROOT = Path(__file__).parent.parent
-LINEAR = r"re:.*_proj\.(left|right|weight)"
+LINEAR = r"re:.*_proj\.(left|right|shared|first|second|weight)"
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def test_factorized_and_int8_is_the_smallest_and_close(
     layers = [m for m in both.modules() if isinstance(m, LowRankLinear)]
     assert layers
     for layer in layers:
-        for factor in (layer.left, layer.right):
+        for _, factor in layer.named_parameters():
             assert isinstance(factor, quantization.Int8Tensor)
     assert abs(loss(both, windows) - loss(result.model, windows)) < 0.01
     sizes = [stored_bytes(m) for m in (model, result.model, int8(model), both)]
@@ -82,3 +84,18 @@ def test_rows_of_a_conv_are_stored_in_int8() -> None:
     quantize_rows(holder)
     assert stored_bytes(holder) == 8 * 27 + 4 * 8 + 4 * 8
     torch.testing.assert_close(holder(images), before, atol=0.02, rtol=0.02)
+
+
+def test_blocks_are_stored_in_int8() -> None:
+    model = EveryForm().eval()
+    blocks = nn.Sequential(*model.linears[2:4])
+    values = torch.randn(3, FEATURES, generator=torch.Generator().manual_seed(0))
+    twin = in_int8(blocks)
+    for layer, kind in zip(twin, (RowBlocksLinear, ColumnBlocksLinear), strict=True):
+        assert isinstance(layer, kind)
+        for factor in (layer.shared, layer.first, layer.second):
+            assert isinstance(factor, quantization.Int8Tensor)
+    with torch.no_grad():
+        found, expected = twin(values), blocks(values)
+    assert float((found - expected).norm() / expected.norm()) < 0.03
+    assert stored_bytes(twin) < 0.35 * stored_bytes(blocks)

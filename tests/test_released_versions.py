@@ -45,17 +45,33 @@ class Own(nn.Module):
         return self.head(torch.tanh(self.second(torch.tanh(self.first(tokens.mean(1))))))
 
 
+class Long(nn.Module):
+    """One Linear of many outputs and one of many inputs. Never changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(6, 48)
+        self.narrow = nn.Linear(48, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.head(self.narrow(torch.tanh(self.wide(values))))
+
+
+OWN = {"own": Own, "own-in-pairs": Own, "blocks": Long}
+
+
 def outputs(model: nn.Module, inputs: Tensor) -> Tensor:
     with torch.no_grad():
         found: Any = model(inputs)
     return found if torch.is_tensor(found) else found.logits
 
 
-@pytest.mark.parametrize("kind", ["own", "own-in-pairs"])
+@pytest.mark.parametrize("kind", OWN)
 @pytest.mark.parametrize("name", VERSIONS)
 def test_an_own_class_opens_and_computes_what_it_did(name: str, kind: str) -> None:
     stored = load_file(FIXTURES / name / f"{kind}-outputs.safetensors")
-    model = rankfold.load(FIXTURES / name / kind, Own())
+    model = rankfold.load(FIXTURES / name / kind, OWN[kind]())
     torch.testing.assert_close(outputs(model, stored["inputs"]), stored["outputs"])
 
 
@@ -69,7 +85,7 @@ def test_a_transformers_model_opens_and_computes_what_it_did(name: str) -> None:
 
 @pytest.mark.parametrize("name", VERSIONS)
 def test_its_report_can_be_read(name: str) -> None:
-    for kind in ("own", "own-in-pairs", "llama"):
+    for kind in (*OWN, "llama"):
         manifest = rankfold.artifact.read_report(FIXTURES / name / kind)
         assert manifest["versions"]["rankfold"] == name.removeprefix("artifact-")
 
@@ -81,7 +97,9 @@ def test_there_is_a_folder_of_the_present_version_and_it_holds_every_form() -> N
         manifest = json.loads((folder / kind / "rankfold.json").read_text())
         assert manifest["unpacked"] and manifest["model"]["shared_tensors"]
         forms |= {layer["form"] for layer in manifest["layers"]}
-    assert forms >= {"pivoted", "pair", "tucker", "horizontal"}
+    manifest = json.loads((folder / "blocks" / "rankfold.json").read_text())
+    forms |= {layer["form"] for layer in manifest["layers"]}
+    assert forms >= {"pivoted", "pair", "tucker", "horizontal", "row-blocks", "column-blocks"}
 
 
 def test_a_folder_of_a_newer_version_says_so(tmp_path: Path) -> None:
@@ -111,9 +129,12 @@ def write() -> None:
     )  # fmt: skip
     llama = LlamaForCausalLM(config).eval()
     windows = torch.randint(0, 32, (120, 8))
+    values = torch.randn(120, 6)
+    pairs = torch.utils.data.TensorDataset(values, labels)
     for name, model, data, inputs, size, form in (
         ("own", own, examples, images[:2], 0.75, "pivoted"),
         ("own-in-pairs", own, examples, images[:2], 0.5, "pair"),
+        ("blocks", Long().eval(), pairs, values[:2], 0.7, "pivoted"),
         ("llama", llama, list(windows), windows[:2], 0.75, "pivoted"),
     ):
         result = rankfold.lossless(model, data, size=size, form=form, private=True)

@@ -19,11 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rankfold.block_modules import BlockForm
 from rankfold.conv_modules import ConvForm
 from rankfold.knapsack import Solution, solve, undominated
 from rankfold.modules import Form
 
-LayerForm: TypeAlias = Form | ConvForm
+LayerForm: TypeAlias = Form | BlockForm | ConvForm
 RankPlan: TypeAlias = dict[str, "Choice"]
 
 MOST_STATES = 10_000  # partial plans looked at in a layer by the search for the optimum

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rankfold.block_modules import BLOCK_FORMS, BlockForm, empty_blocks
 from rankfold.certificate_file import json_digest, tensors_digest
 from rankfold.certify import Verdict
 from rankfold.conv_modules import CONV_FORMS, ConvForm, empty_conv
@@ -424,7 +425,7 @@ def check_structure(manifest: Mapping[str, Any], where: str) -> None:
         rank = layer["rank"]
         if rank is not None:
             expect(_is_rank(rank), f"a positive rank of {layer['name']}")
-            forms = (*FORMS, *CONV_FORMS)
+            forms = (*FORMS, *BLOCK_FORMS, *CONV_FORMS)
             expect(layer.get("form") in forms, f"a form of {layer['name']} among {forms}")
             second = layer.get("second_rank")
             expect(second is None or _is_rank(second), f"a second rank of {layer['name']}, or null")
@@ -566,8 +567,8 @@ def empty_low_rank(model: nn.Module, entry: Mapping[str, Any], where: str) -> nn
     name, rank = entry["name"], entry["rank"]
     layer: MatrixLayer = _layer(model, name, (nn.Linear, nn.Conv2d), where)
     weight = layer.weight
-    if entry["form"] in CONV_FORMS:
-        return _empty_conv(layer, entry, where)
+    if entry["form"] in CONV_FORMS or entry["form"] in BLOCK_FORMS:
+        return _empty_in_form(layer, entry, where)
     form = cast("Form", entry["form"])
     _check_rank(name, rank, weight, where)
     left = weight.new_empty(left_rows(weight.shape[0], rank, form), rank)
@@ -579,14 +580,19 @@ def empty_low_rank(model: nn.Module, entry: Mapping[str, Any], where: str) -> nn
     return LowRankConv2d(left, right, layer, bias, order)
 
 
-def _empty_conv(layer: MatrixLayer, entry: Mapping[str, Any], where: str) -> nn.Module:
-    name, form = entry["name"], cast("ConvForm", entry["form"])
-    second = entry.get("second_rank")
+def _empty_in_form(layer: MatrixLayer, entry: Mapping[str, Any], where: str) -> nn.Module:
+    """A layer of the forms that only convs, or only Linear, have."""
+    name, form, second = entry["name"], entry["form"], entry.get("second_rank")
     ranks = (entry["rank"],) if second is None else (entry["rank"], second)
     try:
-        if not isinstance(layer, nn.Conv2d) or len(ranks) != (2 if form == "tucker" else 1):
+        blocks = form in BLOCK_FORMS
+        several = blocks or form == "tucker"
+        suits = isinstance(layer, nn.Linear if blocks else nn.Conv2d)
+        if not suits or len(ranks) != (2 if several else 1):
             raise ValueError(f"form {form} with ranks {ranks} does not suit a {type(layer)}")
-        return empty_conv(layer, form, ranks, entry["pivoted"])
+        if isinstance(layer, nn.Linear):
+            return empty_blocks(layer, cast("BlockForm", form), (ranks[0], ranks[-1]))
+        return empty_conv(layer, cast("ConvForm", form), ranks, entry["pivoted"])
     except ValueError as error:
         raise InputError(
             f"{where} is damaged or of another model: its layer {name}: {error}."

@@ -205,6 +205,13 @@ class Factorizing(Reading):
             help="Let convs become two along one axis each, or a Tucker-2.",
         ),
     ] = Settings.conv_forms
+    block_forms: Annotated[
+        bool,
+        typer.Option(
+            "--block-forms/--no-block-forms",
+            help="Let a long Linear become two blocks, each with its own rank.",
+        ),
+    ] = Settings.block_forms
     embeddings: Annotated[
         bool,
         typer.Option(

@@ -27,6 +27,8 @@ from rankfold.allocate import (
     total_cost,
 )
 from rankfold.artifact import library_versions, save_artifact
+from rankfold.block_forms import BlockSpectra, block_form, block_spectra
+from rankfold.block_modules import BLOCK_FORMS
 from rankfold.certificate_file import (
     Document,
     Evidence,
@@ -71,13 +73,14 @@ from rankfold.interactions import (
     corrections,
     measured_shares,
 )
-from rankfold.layer_matrix import MatrixLayer, weight_matrix
+from rankfold.layer_matrix import MatrixLayer, matrix_shape, weight_matrix
 from rankfold.linalg import Damping
 from rankfold.model_card import CARD_FILE, model_card
 from rankfold.modules import FORMS, Form
 from rankfold.objectives import (
     OBJECTIVES,
     Objective,
+    block_curve,
     conv_curve,
     damped_grams,
     embedding_curve,
@@ -278,6 +281,7 @@ def analyse(
     *,
     progress: Progress | None = None,
     release: bool = False,
+    block_orders: Mapping[str, Tensor] | None = None,
 ) -> Preparation:
     """Original loss on selection data, the gradient step, and the spectra of all layers.
 
@@ -286,6 +290,8 @@ def analyse(
         settings: The objective, its form and its damping may differ from the collection's.
         progress: Shows the stages.
         release: Drop each layer's statistics once used, to save memory.
+        block_orders: By layer, how an earlier round cut it in blocks: cut otherwise, its blocks
+            would not have the low rank that they were given.
     """
     progress = progress or SilentProgress()
     objective = OBJECTIVES[settings.objective]
@@ -323,6 +329,8 @@ def analyse(
         )
     spectra: dict[str, Spectrum] = {}
     curves: dict[str, Curve] = {}
+    blocks: dict[str, BlockSpectra] = {}
+    block_curves: dict[str, Curve] = {}
     for name, layer in progress.track(layers.items(), "spectra", len(layers)):
         statistics = collected.statistics.get(name)
         weight = _moved(step, name, layer)
@@ -335,6 +343,16 @@ def analyse(
             settings.form,
             collected.cost_per_parameter(name, settings.cost),
         )
+        cut = block_form(layer) if _has_forms(settings, settings.block_forms) else None
+        if cut is not None and statistics is not None:
+            a, b = damped_grams(statistics, settings.dampings)
+            blocks[name] = block_spectra(weight, a, b, cut, (block_orders or {}).get(name))
+            block_curves[name] = block_curve(
+                blocks[name],
+                statistics,
+                matrix_shape(layer),
+                collected.cost_per_parameter(name, settings.cost),
+            )
         if release and not _has_conv_forms(layer, settings):
             collected.statistics.pop(name, None)
     for name, matrix in collected.embeddings.items():
@@ -349,8 +367,10 @@ def analyse(
         if release:
             collected.embedding_statistics.pop(name)
     offset = paired_change(original, start).mean
-    prepared = Preparation(collected, settings, step, spectra, curves, curves, progress, offset)
-    return prepared._with_conv_forms()
+    prepared = Preparation(
+        collected, settings, step, spectra, curves, curves, progress, offset, blocks, block_curves
+    )
+    return prepared._with_all_forms()
 
 
 def choose_damping(
@@ -387,8 +407,12 @@ def _moved(step: Step | None, name: str, layer: MatrixLayer) -> Tensor:
 def _has_conv_forms(layer: nn.Module, settings: Settings) -> bool:
     """Whether a layer may also take the forms of ``conv_modules``."""
     several = isinstance(layer, nn.Conv2d) and layer.weight[0, 0].numel() > 1
-    multiplier = OBJECTIVES[settings.objective].allocation == "multiplier"
-    return several and multiplier and settings.conv_forms
+    return several and _has_forms(settings, settings.conv_forms)
+
+
+def _has_forms(settings: Settings, wanted: bool) -> bool:
+    """Whether layers may take other forms than one product of factors."""
+    return wanted and OBJECTIVES[settings.objective].allocation == "multiplier"
 
 
 @dataclass
@@ -404,6 +428,8 @@ class Preparation:
         curves: All choices of each layer, in the unit of ``settings.cost``.
         progress: Shows the stages.
         offset: Measured change on selection data of ``collected.base``, 0 in the first round.
+        blocks: Spectra of both halves of the layers that have block forms.
+        block_curves: The choices in these forms.
         earlier: The rounds before this one.
         start: The plan that made ``collected.base``, None in the first round.
         factors: By layer, what measured interactions made of its predictions; None before that.
@@ -417,6 +443,8 @@ class Preparation:
     curves: dict[str, Curve]
     progress: Progress
     offset: float = 0.0
+    blocks: dict[str, BlockSpectra] = field(default_factory=dict)
+    block_curves: dict[str, Curve] = field(default_factory=dict)
     earlier: list[Round] = field(default_factory=list)
     start: RankPlan | None = None
     factors: dict[str, float] | None = None
@@ -517,7 +545,13 @@ class Preparation:
                 f"({len(lost)} such layers) on the calibration data, where the round before did: "
                 "experts are chosen otherwise now. Use rounds=1, or more calibration data."
             )
-        following = analyse(collected, self.settings, progress=self.progress, release=True)
+        following = analyse(
+            collected,
+            self.settings,
+            progress=self.progress,
+            release=True,
+            block_orders={name: blocks.order for name, blocks in self.blocks.items()},
+        )
         past = Round(
             candidate.ratio,
             candidate.predicted,
@@ -611,12 +645,14 @@ class Preparation:
             name: replace(curve, costs=collected.rank_costs(name, form, settings.cost))
             for name, curve in self.ranked.items()
         }
-        return replace(self, settings=settings, ranked=ranked)._with_conv_forms()
+        return replace(self, settings=settings, ranked=ranked)._with_all_forms()
 
-    def _with_conv_forms(self) -> Preparation:
-        """The choices by rank, and beside them those of the other forms that a conv may take."""
+    def _with_all_forms(self) -> Preparation:
+        """The choices by rank, and beside them those of the other forms that a layer may take."""
         collected, settings = self.collected, self.settings
         curves = dict(self.ranked)
+        if settings.form == "pivoted":
+            curves |= {n: merged([self.ranked[n], other]) for n, other in self.block_curves.items()}
         several = [n for n, layer in collected.layers.items() if _has_conv_forms(layer, settings)]
         for name in self.progress.track(several, "conv forms", len(several)) if several else ():
             layer = cast("nn.Conv2d", collected.layers[name])
@@ -655,6 +691,8 @@ class Preparation:
             raise ValueError(f"the choice leaves {name} dense")
         if choice.form is None or choice.form in FORMS:
             return low_rank_module(layer, truncate(self.spectra[name], choice.rank, form))
+        if choice.form in BLOCK_FORMS:
+            return self.blocks[name].module(cast("nn.Linear", layer), choice.ranks)
         conv = cast("nn.Conv2d", layer)
         factors = conv_factors(
             self._moved(name).view_as(conv.weight),
@@ -684,6 +722,9 @@ class Preparation:
             # The product itself: choosing pivots for it would take six times as long.
             like = self.collected.matrices[name].weight
             return self.spectra[name].truncated(choice.rank).to(like.device, like.dtype)
+        if choice.form in BLOCK_FORMS:
+            like = self.collected.layers[name].weight
+            return self.blocks[name].truncated(choice.ranks).to(like.device, like.dtype)
         dense = cast("MatrixLayer", cast("Any", self.module(name, choice)).to_dense())
         return weight_matrix(dense)
 

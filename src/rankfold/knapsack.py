@@ -76,6 +76,27 @@ def undominated(weights: NDArray[Any], values: NDArray[Any]) -> Integers:
     return order[keep]
 
 
+def hull(weights: NDArray[Any], values: NDArray[Any]) -> Integers:
+    """Positions of the vertices of the lower convex hull, from the lightest to the lowest value.
+
+    Args:
+        weights: ``(n,)``.
+        values: ``(n,)``.
+    """
+    vertices: list[int] = []
+    for at in undominated(weights, values).tolist():
+        while len(vertices) > 1:
+            before, last = vertices[-2:]
+            # The last vertex stays while the way over it is the steeper one first.
+            if (values[last] - values[before]) * (weights[at] - weights[last]) < (
+                values[at] - values[last]
+            ) * (weights[last] - weights[before]):
+                break
+            vertices.pop()
+        vertices.append(at)
+    return np.array(vertices)
+
+
 def solve(groups: Sequence[Group], limit: float, states: int) -> Solution:
     """The choice of each group that gives the lowest total value within a total weight.
 

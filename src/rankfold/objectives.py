@@ -18,6 +18,8 @@ from rankfold.allocate import (
     first_order_within_cost,
     uniform_within_cost,
 )
+from rankfold.block_forms import BlockSpectra, block_changes, ranks_worth_having
+from rankfold.block_modules import block_parameters
 from rankfold.calibrate import LayerStatistics
 from rankfold.conv_forms import conv_candidates
 from rankfold.conv_modules import CONV_FORMS, ConvForm, conv_factor_flops
@@ -240,6 +242,34 @@ def conv_curve(
         forms=CONV_FORMS,
         form_of=torch.tensor([CONV_FORMS.index(c.form) for c in found], dtype=torch.int64),
         second_ranks=torch.tensor([(*c.ranks, 0)[1] for c in found], dtype=torch.int64),
+    )
+
+
+def block_curve(
+    blocks: BlockSpectra,
+    statistics: LayerStatistics,
+    shape: tuple[int, int],
+    cost_per_parameter: int,
+) -> Curve:
+    """What the block form of a Linear offers: pairs of ranks; see ``block_forms``.
+
+    Args:
+        blocks: Spectra of both halves of its weight.
+        statistics: Of the layer, with gradients.
+        shape: ``(out, in)``.
+        cost_per_parameter: 1 for parameters, 2 x rows for FLOPs.
+    """
+    changes = block_changes(blocks, *undamped_grams(statistics))
+    changes = changes.where(changes > NEGLIGIBLE * changes.max(), 0)
+    pairs = ranks_worth_having(changes, blocks.form, shape)
+    costs = [block_parameters(*shape, blocks.form, (k1, k2)) for k1, k2 in pairs.tolist()]
+    return Curve(
+        ranks=pairs[:, 0].contiguous(),
+        costs=torch.tensor(costs, dtype=torch.int64) * cost_per_parameter,
+        changes=changes.cpu()[pairs[:, 0], pairs[:, 1]],
+        dense_cost=shape[0] * shape[1] * cost_per_parameter,
+        forms=(blocks.form,),
+        second_ranks=pairs[:, 1].contiguous(),
     )
 
 

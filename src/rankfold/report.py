@@ -11,6 +11,7 @@ from torch import nn
 
 from rankfold.allocate import Choice, Curve
 from rankfold.artifact import METADATA
+from rankfold.block_modules import BLOCK_FORMS, block_parameters
 from rankfold.certify import Certificate, weighted_mean
 from rankfold.collected import Collected
 from rankfold.conv_modules import ConvForm, conv_factor_flops, conv_factor_parameters
@@ -55,6 +56,11 @@ def layer_report(collected: Collected, form: Form, name: str, choice: Choice) ->
     if choice.rank is not None and (choice.form is None or choice.form in FORMS):
         taken = form
         kept = factor_parameters(out, in_, choice.rank, form)
+        flops = 2 * rows * kept
+    elif choice.form in BLOCK_FORMS and choice.rank is not None:
+        taken = choice.form
+        ranks = (choice.rank, choice.second_rank or 0)
+        kept = block_parameters(out, in_, choice.form, ranks)
         flops = 2 * rows * kept
     elif choice.rank is not None:
         conv, taken = cast("nn.Conv2d", layer), choice.form

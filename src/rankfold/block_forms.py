@@ -1,0 +1,206 @@
+"""From a Linear's weight and statistics to its block forms of every pair of ranks.
+
+The long side is cut in two halves: the rows (or columns) that matter most, and the others. What
+matters is ``B_ii (W A W^T)_ii``, the loss predicted for leaving row i out. Each half has the
+spectrum of a layer of its own, under its own part of the Grams. What both halves' errors do to each
+other is counted in the predicted change of every pair of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rankfold.block_modules import (
+    BlockForm,
+    ColumnBlocksLinear,
+    RowBlocksLinear,
+    block_sizes,
+)
+from rankfold.factorize import pivoted
+from rankfold.knapsack import hull
+from rankfold.spectrum import Spectrum, whitened_spectrum
+
+
+def block_form(layer: nn.Module) -> BlockForm | None:
+    """The block form that a layer may take, None where a half of it would not be long any more.
+
+    On SmolLM2 (docs/theory.md, 4) blocks of the square layers gain nothing.
+    """
+    if not isinstance(layer, nn.Linear):
+        return None
+    out, in_ = layer.weight.shape
+    if max(out, in_) // 2 <= min(out, in_):
+        return None
+    return "row-blocks" if out > in_ else "column-blocks"
+
+
+@dataclass(frozen=True)
+class BlockSpectra:
+    """The spectra of both halves of a weight.
+
+    Attributes:
+        form: ``row-blocks``; or ``column-blocks``, for which all is that of the transposed weight.
+        order: ``(long side,)`` rows (columns) of the weight, those of the first half first.
+        halves: Spectra of both.
+    """
+
+    form: BlockForm
+    order: Tensor
+    halves: tuple[Spectrum, Spectrum]
+
+    def truncated(self, ranks: Sequence[int]) -> Tensor:
+        """The weight at a pair of ranks, ``(out, in)`` float64."""
+        rows = [half.truncated(rank) for half, rank in zip(self.halves, ranks, strict=True)]
+        weight = torch.cat(rows)[torch.argsort(self.order)]
+        return weight if self.form == "row-blocks" else weight.T
+
+    def module(
+        self, layer: nn.Linear, ranks: Sequence[int]
+    ) -> RowBlocksLinear | ColumnBlocksLinear:
+        """The module that replaces a layer: its dtype, device and bias kept."""
+        parts = [
+            pivoted(half.left[:, :rank], half.right[:rank])
+            for half, rank in zip(self.halves, ranks, strict=True)
+        ]
+        # order[i] of a factor is the place of its row i among [pivots; rest].
+        placed = [
+            rows[torch.argsort(cast("Tensor", part.order))]
+            for rows, part in zip(self._rows(), parts, strict=True)
+        ]
+        pivots = [rows[:rank] for rows, rank in zip(placed, ranks, strict=True)]
+        rest = [rows[rank:] for rows, rank in zip(placed, ranks, strict=True)]
+        like = layer.weight
+        shared, first, second = (
+            factor.to(like.device, like.dtype)
+            for factor in (torch.cat([p.right for p in parts]), parts[0].left, parts[1].left)
+        )
+        order = torch.cat([*pivots, *rest]).to(like.device)
+        module: RowBlocksLinear | ColumnBlocksLinear
+        if self.form == "row-blocks":
+            module = RowBlocksLinear(shared, first, second, order, layer.bias)
+        else:
+            module = ColumnBlocksLinear(shared.T, first.T, second.T, order, layer.bias)
+        module.train(layer.training)
+        module.requires_grad_(like.requires_grad)
+        if module.bias is not None and layer.bias is not None:
+            module.bias.requires_grad_(layer.bias.requires_grad)
+        return module
+
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        first, second = torch.split(self.order, list(block_sizes(len(self.order))))
+        return first, second
+
+
+def importance_order(weight: Tensor, input_gram: Tensor, output_gram: Tensor) -> Tensor:
+    """Rows of a weight by the loss predicted for leaving each out, the largest first.
+
+    Args:
+        weight: ``(out, in)``.
+        input_gram: A, ``(in, in)`` float64.
+        output_gram: B, ``(out, out)`` float64.
+    """
+    w = weight.detach().to(torch.float64)
+    lost = ((w @ input_gram) * w).sum(1) * output_gram.diagonal()
+    return torch.argsort(lost, descending=True, stable=True)
+
+
+def block_spectra(
+    weight: Tensor,
+    input_gram: Tensor,
+    output_gram: Tensor,
+    form: BlockForm,
+    order: Tensor | None = None,
+) -> BlockSpectra:
+    """The spectra of both halves, each exact for itself (``spectrum.whitened_spectrum``).
+
+    Args:
+        weight: ``(out, in)``, moved by the step.
+        input_gram: A, ``(in, in)`` float64, damped as wanted.
+        output_gram: B, ``(out, out)`` float64, likewise.
+        form: Which side is cut.
+        order: Rows (columns), those of the first half first; None: by importance.
+    """
+    w = weight.detach().to(torch.float64)
+    a, b = input_gram, output_gram
+    if form == "column-blocks":
+        w, a, b = w.T, b, a
+    if order is None:
+        order = importance_order(w, a, b)
+    halves = [
+        whitened_spectrum(w[rows], a, b[rows][:, rows])
+        for rows in torch.split(order, list(block_sizes(len(order))))
+    ]
+    return BlockSpectra(form, order, (halves[0], halves[1]))
+
+
+def block_changes(blocks: BlockSpectra, input_gram: Tensor, output_gram: Tensor) -> Tensor:
+    """Predicted loss change of every pair of ranks, ``(r1 + 1, r2 + 1)`` float64.
+
+    ``1/2 tr(B E A E^T)`` for the error E of both halves together. Beside each half's own change it
+    has ``tr(B_12 E_2 A E_1^T)``, for all pairs of ranks a sum over a trailing block of
+    ``(L_1^T B_12 L_2) * (R_1 A R_2^T)``.
+
+    Args:
+        blocks: From ``block_spectra``.
+        input_gram: A, ``(in, in)`` float64, as measured.
+        output_gram: B, ``(out, out)`` float64, likewise.
+    """
+    a, b = input_gram, output_gram
+    if blocks.form == "column-blocks":
+        a, b = b, a
+    first, second = blocks.halves
+    rows, others = blocks._rows()
+    own = [
+        half.changes_under(a, b[part][:, part])
+        for half, part in zip(blocks.halves, (rows, others), strict=True)
+    ]
+    left = first.left.T @ b[rows][:, others] @ second.left
+    products = left * (first.right @ a @ second.right.T)
+    between = torch.zeros(len(own[0]), len(own[1]), dtype=a.dtype, device=a.device)
+    between[:-1, :-1] = products.flip(0, 1).cumsum(0).cumsum(1).flip(0, 1)
+    return (own[0][:, None] + own[1] + between).clamp(min=0)
+
+
+def ranks_worth_having(changes: Tensor, form: BlockForm, shape: Sequence[int]) -> Tensor:
+    """The pairs of ranks on the way that spends each parameter best, ``(n, 2)`` int64.
+
+    Each half's own way is the lower convex hull of its changes with the other half whole; both are
+    joined by their steepest steps.
+
+    Args:
+        changes: From ``block_changes``.
+        form: Which side is cut.
+        shape: ``(out, in)`` of the weight.
+    """
+    out, in_ = shape
+    long_side, short_side = (out, in_) if form == "row-blocks" else (in_, out)
+    table = changes.cpu().numpy()
+    ways = []
+    for size, own in zip(block_sizes(long_side), (table[1:, -1], table[-1, 1:]), strict=True):
+        ranks = np.arange(1, len(own) + 1)
+        ways.append((ranks * (size + short_side - ranks), own))
+    return torch.from_numpy(1 + _joined_ways(ways))
+
+
+def _joined_ways(
+    curves: Sequence[tuple[NDArray[np.int64], NDArray[np.float64]]],
+) -> NDArray[np.int64]:
+    """Positions ``(n, 2)`` on two curves, from the cheapest pair up by the steepest steps."""
+    hulls = [hull(costs, changes) for costs, changes in curves]
+    steps = []
+    for which, ((costs, changes), places) in enumerate(zip(curves, hulls, strict=True)):
+        slopes = np.diff(changes[places]) / np.diff(costs[places])
+        steps += [(slope, which, place) for slope, place in zip(slopes, places[1:], strict=True)]
+    at = [int(places[0]) for places in hulls]
+    way = [tuple(at)]
+    for _, which, place in sorted(steps):
+        at[which] = int(place)
+        way.append(tuple(at))
+    return np.array(way, dtype=np.int64)

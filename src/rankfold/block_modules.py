@@ -1,0 +1,214 @@
+"""Factorized Linear layers of two blocks, each with its own rank: block low rank (BLR).
+
+A matrix that is much longer than wide, as those around a transformer's hidden layer are, costs a
+rank-k factorization k (out + in - k) parameters, most of them for the long side. Cut in two across
+it, each half is nearer to a square, and the half that matters more may keep more.
+Only halves that are still longer than wide are made, so that no factor is empty:
+
+- ``row-blocks``: two sets of outputs, for layers with more outputs than inputs;
+- ``column-blocks``: two sets of inputs, for the others.
+
+Both blocks are pivoted as in ``rankfold.modules``. ``order`` says which rows (or columns) belong to
+which block: ``[pivots of the first; pivots of the second; rest of the first; rest of the second]``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rankfold.factored_weight import FactoredWeight
+from rankfold.stock_layers import linear
+
+BlockForm: TypeAlias = Literal["row-blocks", "column-blocks"]
+BLOCK_FORMS: tuple[BlockForm, ...] = ("row-blocks", "column-blocks")
+
+
+def block_sizes(long_side: int) -> tuple[int, int]:
+    """Rows (or columns) of both blocks."""
+    return long_side - long_side // 2, long_side // 2
+
+
+def block_parameters(out: int, in_: int, form: BlockForm, ranks: tuple[int, int]) -> int:
+    """Parameters of an ``(out, in_)`` matrix in a block form, bias not counted."""
+    long_side, short_side = (out, in_) if form == "row-blocks" else (in_, out)
+    sizes = block_sizes(long_side)
+    return sum(k * (size + short_side - k) for k, size in zip(ranks, sizes, strict=True))
+
+
+class _BlockLinear(nn.Module):
+    """What both block forms share.
+
+    Args:
+        shared: All pivot rows (or columns) of both blocks, ``(k1 + k2, in)`` or ``(out, k1 + k2)``.
+        first: ``(n1 - k1, k1)``, the other rows of the first block by its pivots; of columns
+            ``(k1, n1 - k1)``.
+        second: ``(n2 - k2, k2)`` or ``(k2, n2 - k2)``, likewise of the second.
+        order: ``(n1 + n2,)`` integers: which row (column) of the matrix each one of ``[pivots;
+            rest of the first; rest of the second]`` is.
+        bias: ``(out,)`` or None; copied.
+    """
+
+    form: BlockForm
+    order: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, shared: Tensor, first: Tensor, second: Tensor, order: Tensor, bias: Tensor | None
+    ):
+        super().__init__()
+        self.shared = nn.Parameter(shared.contiguous())
+        self.first = nn.Parameter(first.contiguous())
+        self.second = nn.Parameter(second.contiguous())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        # int32: it is stored with the weights, and no layer has 2^31 outputs.
+        self.register_buffer("order", order.to(torch.int32))
+
+    @property
+    @abstractmethod
+    def ranks(self) -> tuple[int, int]:
+        """Ranks of both blocks."""
+
+    @property
+    @abstractmethod
+    def in_features(self) -> int:
+        """Inputs."""
+
+    @property
+    @abstractmethod
+    def out_features(self) -> int:
+        """Outputs."""
+
+    @property
+    def weight(self) -> Tensor:
+        """What the dense layer's ``weight`` would be; multiplied out when it is computed with."""
+        shape = (self.out_features, self.in_features)
+        return FactoredWeight.of(self.dense_matrix, shape, self.shared)
+
+    @abstractmethod
+    def dense_matrix(self) -> Tensor:
+        """The factors multiplied out, ``(out, in)``."""
+
+    def _mix(self, first: Tensor, second: Tensor) -> Tensor:
+        """All lines by all pivots, zeros between the blocks, ``(n1 + n2, k1 + k2)``."""
+        identity = torch.eye(sum(self.ranks), dtype=first.dtype, device=first.device)
+        lines = torch.cat([identity, torch.block_diag(first, second)])
+        return lines.index_select(0, torch.argsort(self.order))
+
+    def to_dense(self) -> nn.Linear:
+        """The same layer as one ``nn.Linear``, factors multiplied out."""
+        return linear(self.dense_matrix().detach(), self.bias)
+
+    @abstractmethod
+    def to_stock(self) -> nn.Sequential:
+        """The same layer as two ``nn.Linear``, the zeros between the blocks stored."""
+
+    def extra_repr(self) -> str:
+        """Shapes, form and ranks for ``print(model)``."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"form={self.form}, ranks={self.ranks}, bias={self.bias is not None}"
+        )
+
+
+class RowBlocksLinear(_BlockLinear):
+    """A Linear whose outputs are in two blocks, each of low rank; see ``_BlockLinear``."""
+
+    form: BlockForm = "row-blocks"
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Ranks of both blocks."""
+        return self.first.shape[1], self.second.shape[1]
+
+    @property
+    def in_features(self) -> int:
+        """Inputs."""
+        return self.shared.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Outputs."""
+        return len(self.order)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map ``(..., in)`` to ``(..., out)``."""
+        hidden = functional.linear(inputs, self.shared)
+        of_first, of_second = torch.split(hidden, list(self.ranks), dim=-1)
+        rest = [functional.linear(of_first, self.first), functional.linear(of_second, self.second)]
+        outputs = torch.cat([hidden, *rest], dim=-1).index_select(-1, torch.argsort(self.order))
+        return outputs if self.bias is None else outputs + self.bias
+
+    def dense_matrix(self) -> Tensor:
+        """The factors multiplied out, ``(out, in)``."""
+        return self._mix(self.first, self.second) @ self.shared
+
+    def to_stock(self) -> nn.Sequential:
+        """The same layer as two ``nn.Linear``, the zeros between the blocks stored."""
+        mix = self._mix(self.first, self.second).detach()
+        return nn.Sequential(linear(self.shared.detach(), None), linear(mix, self.bias))
+
+
+class ColumnBlocksLinear(_BlockLinear):
+    """A Linear whose inputs are in two blocks, each of low rank; see ``_BlockLinear``."""
+
+    form: BlockForm = "column-blocks"
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Ranks of both blocks."""
+        return self.first.shape[0], self.second.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Inputs."""
+        return len(self.order)
+
+    @property
+    def out_features(self) -> int:
+        """Outputs."""
+        return self.shared.shape[0]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map ``(..., in)`` to ``(..., out)``."""
+        sizes = [sum(self.ranks), self.first.shape[1], self.second.shape[1]]
+        pivots, *rest = torch.split(inputs.index_select(-1, self.order), sizes, dim=-1)
+        # The other inputs give what they have in common with the pivots.
+        factors = (self.first, self.second)
+        added = [functional.linear(x, factor) for x, factor in zip(rest, factors, strict=True)]
+        return functional.linear(pivots + torch.cat(added, dim=-1), self.shared, self.bias)
+
+    def dense_matrix(self) -> Tensor:
+        """The factors multiplied out, ``(out, in)``."""
+        return self.shared @ self._mix(self.first.T, self.second.T).T
+
+    def to_stock(self) -> nn.Sequential:
+        """The same layer as two ``nn.Linear``, the zeros between the blocks stored."""
+        mix = self._mix(self.first.T, self.second.T).T.detach()
+        return nn.Sequential(linear(mix, None), linear(self.shared.detach(), self.bias))
+
+
+def empty_blocks(layer: nn.Linear, form: BlockForm, ranks: tuple[int, int]) -> _BlockLinear:
+    """A module of the right shapes, in ``layer``'s dtype and device, to load saved tensors into.
+
+    Raises:
+        ValueError: The layer has no such ranks.
+    """
+    out, in_ = layer.weight.shape
+    rows = form == "row-blocks"
+    long_side, short_side = (out, in_) if rows else (in_, out)
+    sizes = block_sizes(long_side)
+    if not all(1 <= k <= min(n, short_side) for k, n in zip(ranks, sizes, strict=True)):
+        raise ValueError(f"a {(out, in_)} weight has no {form} of ranks {ranks}")
+    pivots = sum(ranks)
+    new = layer.weight.new_empty
+    first, second = (new(n - k, k) for k, n in zip(ranks, sizes, strict=True))
+    order = torch.arange(long_side, device=layer.weight.device)
+    bias: nn.Parameter | None = layer.bias
+    if rows:
+        return RowBlocksLinear(new(pivots, in_), first, second, order, bias)
+    return ColumnBlocksLinear(new(out, pivots), first.T, second.T, order, bias)
