@@ -26,6 +26,7 @@ from benchmarks.methods.int8 import row_scales
 from benchmarks.quality import MODELS
 from benchmarks.rows import append_row, read_rows
 from rankfold import prepare
+from rankfold.block_modules import ColumnBlocksLinear, RowBlocksLinear
 from rankfold.certify import paired_change
 from rankfold.conv_modules import SpatialConv2d, TuckerConv2d
 from rankfold.modules import LowRankConv2d, LowRankLinear
@@ -75,10 +76,11 @@ def quantize_linear(model: nn.Module) -> None:
     from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
 
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    kinds = (nn.Linear, LowRankLinear, RowBlocksLinear, ColumnBlocksLinear)
     names = [
         f"{layer}.{name}"
         for layer, module in model.named_modules()
-        if isinstance(module, nn.Linear | LowRankLinear)
+        if isinstance(module, kinds)
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.dim() == 2 and id(parameter) not in embeddings
     ]
