@@ -70,6 +70,7 @@ VARIANTS: dict[str, Variant] = {
     "no interactions": Variant({"interactions": False}),
     "no step, no interactions": Variant({"gradient_step": False, "interactions": False}),
     "pair form": Variant({"form": "pair"}),
+    "no block forms": Variant({"block_forms": False}),
     "no spatial or Tucker forms": Variant({"conv_forms": False}, "vision"),
     "raw step": Variant({"step_estimator": "raw"}),
     "denoised step": Variant({"step_estimator": "denoised"}),
@@ -83,6 +84,10 @@ VARIANTS: dict[str, Variant] = {
     "half the calibration data": Variant({}, share_of_data=0.5),
     "twice the calibration data": Variant({}, share_of_data=2.0),
     "twice the calibration data, no step": Variant({"gradient_step": False}, share_of_data=2.0),
+    "twice the calibration data, no block forms": Variant({"block_forms": False}, share_of_data=2.0),
+    "twice the calibration data, no step, no block forms": Variant(
+        {"block_forms": False, "gradient_step": False}, share_of_data=2.0
+    ),
     "twice the calibration data, two rounds": Variant({"rounds": 2}, share_of_data=2.0),
     "twice the calibration data, three rounds": Variant({"rounds": 3}, share_of_data=2.0),
     "two rounds": Variant({"rounds": 2}),
