@@ -84,7 +84,9 @@ VARIANTS: dict[str, Variant] = {
     "half the calibration data": Variant({}, share_of_data=0.5),
     "twice the calibration data": Variant({}, share_of_data=2.0),
     "twice the calibration data, no step": Variant({"gradient_step": False}, share_of_data=2.0),
-    "twice the calibration data, no block forms": Variant({"block_forms": False}, share_of_data=2.0),
+    "twice the calibration data, no block forms": Variant(
+        {"block_forms": False}, share_of_data=2.0
+    ),
     "twice the calibration data, no step, no block forms": Variant(
         {"block_forms": False, "gradient_step": False}, share_of_data=2.0
     ),
