@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rankfold.block_modules import ColumnBlocksLinear, RowBlocksLinear
+from rankfold.block_modules import BlocksConv2d, ColumnBlocksLinear, RowBlocksLinear
 from rankfold.conv_modules import SpatialConv2d, TuckerConv2d
 from rankfold.modules import LowRankConv2d, LowRankLinear
 
@@ -14,7 +14,7 @@ IMAGE = (CHANNELS, 12, 12)
 
 
 class EveryForm(nn.Module):
-    """Images to five numbers, by eight convs and five Linear."""
+    """Images to five numbers, by ten convs and five Linear."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,6 +49,20 @@ class EveryForm(nn.Module):
                 ),
                 TuckerConv2d(
                     None, factor(k, c, 3, 3), factor(c - k, k), like, None, None, order(c)
+                ),
+                BlocksConv2d(
+                    RowBlocksLinear(
+                        factor(k + 5, c), factor(2 * c - k, k), factor(2 * c - 5, 5), order(4 * c),
+                        bias(4 * c),
+                    ),
+                    nn.Conv2d(c, 4 * c, 1),
+                ),
+                BlocksConv2d(
+                    ColumnBlocksLinear(
+                        factor(c, k + 5), factor(k, 2 * c - k), factor(5, 2 * c - 5), order(4 * c),
+                        None,
+                    ),
+                    nn.Conv2d(4 * c, c, 1, stride=2),
                 ),
             ]
         )  # fmt: skip

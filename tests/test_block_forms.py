@@ -118,8 +118,24 @@ def test_the_pairs_worth_having_are_no_worse_than_any_other_mixture(form):
         assert kept == pytest.approx(best)
 
 
-def test_only_long_linears_have_block_forms():
+def test_only_long_matrices_have_block_forms():
     assert block_form(nn.Linear(4, 10)) == "row-blocks"
     assert block_form(nn.Linear(10, 4)) == "column-blocks"
     assert block_form(nn.Linear(4, 9)) is None  # its halves have 5 and 4 outputs
-    assert block_form(nn.Conv2d(4, 16, 1)) is None
+    assert block_form(nn.Conv2d(4, 16, 1, stride=2)) == "row-blocks"
+    assert block_form(nn.Conv2d(16, 4, 1)) == "column-blocks"
+    assert block_form(nn.Conv2d(4, 8, 1)) is None
+    assert block_form(nn.Conv2d(4, 16, 1, padding=1)) is None
+    assert block_form(nn.Conv2d(2, 4, 3)) is None
+    assert block_form(nn.Embedding(30, 4)) is None
+
+
+@each_form
+def test_the_module_of_a_pointwise_conv_has_the_truncated_weight(form):
+    weight, a, b = problem(form)
+    found = block_spectra(weight, a, b, form)
+    conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, stride=2).double()
+    module = found.module(conv, (3, 2))
+    close(module.weight + 0, found.truncated((3, 2))[:, :, None, None])
+    assert module.stride == (2, 2)
+    close(module.bias, conv.bias)

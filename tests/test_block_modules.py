@@ -8,6 +8,7 @@ from torch import nn
 
 from rankfold.block_modules import (
     BLOCK_FORMS,
+    BlocksConv2d,
     RowBlocksLinear,
     block_parameters,
     block_sizes,
@@ -107,3 +108,45 @@ def test_ranks_that_a_layer_has_not_are_refused(ranks):
 def test_what_is_printed_names_the_form_and_both_ranks():
     assert "form=row-blocks, ranks=(3, 2), bias=True" in repr(blocks("row-blocks"))
     assert isinstance(blocks("row-blocks"), RowBlocksLinear)
+
+
+POINTWISE = {
+    "plain": ({}, (2, 5, 6)),
+    "strided": ({"stride": (2, 3)}, (2, 5, 6)),
+    "no bias, one image": ({"bias": False}, (5, 6)),
+}
+
+
+@each_form
+@pytest.mark.parametrize("case", POINTWISE)
+def test_a_pointwise_conv_in_blocks_is_the_conv_of_its_matrix(form, case):
+    options, size = POINTWISE[case]
+    in_, out = (4, 11) if form == "row-blocks" else (11, 4)
+    conv = nn.Conv2d(in_, out, 1, **options).double()
+    module = filled(empty_blocks(conv, form, (3, 2)), 7)
+    assert isinstance(module, BlocksConv2d)
+    order = torch.randperm(11, generator=torch.Generator().manual_seed(7))
+    module.matrix.order.copy_(order)
+    weight = weight_of(module.matrix)[:, :, None, None]
+    images = normal(3, *size[:-2], in_, *size[-2:])
+    expected = nn.functional.conv2d(images, weight, module.bias, module.stride)
+    got = module(images)
+    close(got, expected)
+    assert got.is_contiguous()
+    close(nn.functional.conv2d(images, module.weight, module.bias, module.stride), expected)
+    close(module.to_dense()(images), expected)
+    stock = module.to_stock()
+    close(stock(images), expected)
+    assert all(type(part) is nn.Conv2d for part in stock)
+    assert (module.in_channels, module.out_channels) == (in_, out)
+    assert f"stride={module.stride}" in repr(module)
+    assert f"form={form}, ranks=(3, 2)" in repr(module)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv2d(4, 12, 3), nn.Conv2d(4, 12, 1, padding=1), nn.Conv2d(4, 12, 1, groups=2)],
+)
+def test_other_convs_have_no_blocks(layer):
+    with pytest.raises(ValueError, match="a Conv2d of this geometry has no row-blocks"):
+        empty_blocks(layer, "row-blocks", (1, 1))

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import rankfold
@@ -756,6 +757,47 @@ def test_long_linears_become_blocks_and_survive_saving(tmp_path: Path) -> None:
             assert entry["factorized_flops"] == 2 * count
     assert used == {("wide", "row-blocks"), ("narrow", "column-blocks")}
     assert same_state(model, before)
+
+
+class PointwiseNet(nn.Module):
+    """A conv, then a 1x1 conv that widens and one that narrows again, as in mobile nets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.wide = nn.Conv2d(6, 48, 1)
+        self.narrow = nn.Conv2d(48, 6, 1, stride=2, bias=False)
+        self.head = nn.Linear(6, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.narrow(torch.tanh(self.wide(torch.tanh(self.stem(images))))))
+        return self.head(hidden.view(len(hidden), 6, -1).mean(2))
+
+
+def test_long_pointwise_convs_become_blocks_and_survive_saving(tmp_path: Path) -> None:
+    model, data = seeded(7, PointwiseNet), image_data(60)
+    used = set()
+    for size in (0.8, 0.6):
+        result = rankfold.lossless(model, data, size=size)
+        assert result.ratio <= size
+        folder = result.save(tmp_path / str(size))
+        loaded = rankfold.load(folder, PointwiseNet())
+        pictures = torch.stack([image for image, _ in images(3, 4)])
+        assert torch.equal(loaded(pictures), result.model(pictures))
+        rankfold.export(folder, tmp_path / f"{size}-pairs", to="pairs", model=PointwiseNet())
+        dense = rankfold.export(folder, tmp_path / f"{size}-d", to="dense", model=PointwiseNet())
+        again = PointwiseNet()
+        again.load_state_dict(load_file(dense.folder / "model.safetensors"))
+        torch.testing.assert_close(again(pictures), loaded(pictures))
+        for entry in result.report["layers"]:
+            if entry["form"] in BLOCK_FORMS:
+                used.add((entry["name"], entry["form"]))
+                module = loaded.get_submodule(entry["name"])
+                count = sum(p.numel() for p in module.parameters())
+                if module.bias is not None:
+                    count -= module.bias.numel()
+                assert entry["factorized_parameters"] == count
+    assert used == {("wide", "row-blocks"), ("narrow", "column-blocks")}
 
 
 def test_block_forms_can_be_left_out_and_pairs_have_none() -> None:

@@ -581,18 +581,18 @@ def empty_low_rank(model: nn.Module, entry: Mapping[str, Any], where: str) -> nn
 
 
 def _empty_in_form(layer: MatrixLayer, entry: Mapping[str, Any], where: str) -> nn.Module:
-    """A layer of the forms that only convs, or only Linear, have."""
+    """A layer of the forms that only some layers have."""
     name, form, second = entry["name"], entry["form"], entry.get("second_rank")
     ranks = (entry["rank"],) if second is None else (entry["rank"], second)
     try:
         blocks = form in BLOCK_FORMS
         several = blocks or form == "tucker"
-        suits = isinstance(layer, nn.Linear if blocks else nn.Conv2d)
+        suits = blocks or isinstance(layer, nn.Conv2d)
         if not suits or len(ranks) != (2 if several else 1):
             raise ValueError(f"form {form} with ranks {ranks} does not suit a {type(layer)}")
-        if isinstance(layer, nn.Linear):
+        if blocks:
             return empty_blocks(layer, cast("BlockForm", form), (ranks[0], ranks[-1]))
-        return empty_conv(layer, cast("ConvForm", form), ranks, entry["pivoted"])
+        return empty_conv(cast("nn.Conv2d", layer), cast("ConvForm", form), ranks, entry["pivoted"])
     except ValueError as error:
         raise InputError(
             f"{where} is damaged or of another model: its layer {name}: {error}."

@@ -1,4 +1,4 @@
-"""From a Linear's weight and statistics to its block forms of every pair of ranks.
+"""From a layer's matrix and statistics to its block forms of every pair of ranks.
 
 The long side is cut in two halves: the rows (or columns) that matter most, and the others. What
 matters is ``B_ii (W A W^T)_ii``, the loss predicted for leaving row i out. Each half has the
@@ -19,12 +19,16 @@ from torch import Tensor, nn
 
 from rankfold.block_modules import (
     BlockForm,
+    BlocksConv2d,
     ColumnBlocksLinear,
     RowBlocksLinear,
+    block_module,
     block_sizes,
+    has_blocks,
 )
 from rankfold.factorize import pivoted
 from rankfold.knapsack import hull
+from rankfold.layer_matrix import MatrixLayer, matrix_shape
 from rankfold.spectrum import Spectrum, whitened_spectrum
 
 
@@ -33,9 +37,9 @@ def block_form(layer: nn.Module) -> BlockForm | None:
 
     On SmolLM2 (docs/theory.md, 4) blocks of the square layers gain nothing.
     """
-    if not isinstance(layer, nn.Linear):
+    if not has_blocks(layer):
         return None
-    out, in_ = layer.weight.shape
+    out, in_ = matrix_shape(cast("MatrixLayer", layer))
     if max(out, in_) // 2 <= min(out, in_):
         return None
     return "row-blocks" if out > in_ else "column-blocks"
@@ -62,8 +66,8 @@ class BlockSpectra:
         return weight if self.form == "row-blocks" else weight.T
 
     def module(
-        self, layer: nn.Linear, ranks: Sequence[int]
-    ) -> RowBlocksLinear | ColumnBlocksLinear:
+        self, layer: MatrixLayer, ranks: Sequence[int]
+    ) -> RowBlocksLinear | ColumnBlocksLinear | BlocksConv2d:
         """The module that replaces a layer: its dtype, device and bias kept."""
         parts = [
             pivoted(half.left[:, :rank], half.right[:rank])
@@ -82,11 +86,7 @@ class BlockSpectra:
             for factor in (torch.cat([p.right for p in parts]), parts[0].left, parts[1].left)
         )
         order = torch.cat([*pivots, *rest]).to(like.device)
-        module: RowBlocksLinear | ColumnBlocksLinear
-        if self.form == "row-blocks":
-            module = RowBlocksLinear(shared, first, second, order, layer.bias)
-        else:
-            module = ColumnBlocksLinear(shared.T, first.T, second.T, order, layer.bias)
+        module = block_module(layer, self.form, shared, (first, second), order)
         module.train(layer.training)
         module.requires_grad_(like.requires_grad)
         if module.bias is not None and layer.bias is not None:

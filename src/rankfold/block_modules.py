@@ -1,4 +1,4 @@
-"""Factorized Linear layers of two blocks, each with its own rank: block low rank (BLR).
+"""Factorized Linear and 1x1 Conv2d of two blocks, each with its own rank: block low rank (BLR).
 
 A matrix that is much longer than wide, as those around a transformer's hidden layer are, costs a
 rank-k factorization k (out + in - k) parameters, most of them for the long side. Cut in two across
@@ -15,13 +15,15 @@ which block: ``[pivots of the first; pivots of the second; rest of the first; re
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from rankfold.factored_weight import FactoredWeight
+from rankfold.layer_matrix import MatrixLayer, matrix_shape
+from rankfold.modules import ConvStandIn, conv_part, mixing_conv, stock_conv
 from rankfold.stock_layers import linear
 
 BlockForm: TypeAlias = Literal["row-blocks", "column-blocks"]
@@ -192,23 +194,106 @@ class ColumnBlocksLinear(_BlockLinear):
         return nn.Sequential(linear(mix, None), linear(self.shared.detach(), self.bias))
 
 
-def empty_blocks(layer: nn.Linear, form: BlockForm, ranks: tuple[int, int]) -> _BlockLinear:
+class BlocksConv2d(ConvStandIn):
+    """A 1x1 Conv2d without padding, whose matrix is applied at each position in a block form.
+
+    Args:
+        matrix: The layer of its matrix and bias.
+        like: The conv it replaces, whose stride is taken.
+    """
+
+    def __init__(self, matrix: RowBlocksLinear | ColumnBlocksLinear, like: nn.Conv2d):
+        super().__init__()
+        self.matrix = matrix
+        self._stand_for(like, matrix.in_features, matrix.out_features)
+
+    @property
+    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
+        """``(out,)`` or None."""
+        return self.matrix.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """What the dense layer's ``weight`` would be; multiplied out when it is computed with."""
+        shape = (self.out_channels, self.in_channels, 1, 1)
+        return FactoredWeight.of(
+            lambda: self.matrix.dense_matrix().view(shape), shape, self.matrix.shared
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map ``(n, in, h, w)`` or ``(in, h, w)`` to the conv's output."""
+        down, right = self.stride
+        positions = images[..., ::down, ::right].movedim(-3, -1)
+        outputs: Tensor = self.matrix(positions)
+        # As a conv's: a model may take a view of it.
+        return outputs.movedim(-1, -3).contiguous()
+
+    def to_dense(self) -> nn.Conv2d:
+        """The same layer as one ``nn.Conv2d``, factors multiplied out."""
+        return stock_conv(self, self.matrix.dense_matrix().detach())
+
+    def to_stock(self) -> nn.Sequential:
+        """The same layer as two ``nn.Conv2d``, the zeros between the blocks stored."""
+        first, second = cast("tuple[nn.Linear, nn.Linear]", tuple(self.matrix.to_stock()))
+        return nn.Sequential(
+            conv_part(self, first.weight.detach()[:, :, None, None]),
+            mixing_conv(second.weight.detach(), second.bias),
+        )
+
+    def extra_repr(self) -> str:
+        """The stride for ``print(model)``; the rest is the matrix' own."""
+        return f"kernel_size={self.kernel_size}, stride={self.stride}"
+
+
+def has_blocks(layer: nn.Module) -> bool:
+    """Whether a layer is of a kind that has block forms: Linear, or a 1x1 conv without padding."""
+    if isinstance(layer, nn.Conv2d):
+        padded = any(layer._reversed_padding_repeated_twice)
+        return layer.kernel_size == (1, 1) and layer.groups == 1 and not padded
+    return isinstance(layer, nn.Linear)
+
+
+def block_module(
+    layer: MatrixLayer,
+    form: BlockForm,
+    shared: Tensor,
+    factors: tuple[Tensor, Tensor],
+    order: Tensor,
+) -> RowBlocksLinear | ColumnBlocksLinear | BlocksConv2d:
+    """The module of these factors that stands for ``layer``, whose bias is copied.
+
+    Args:
+        layer: Linear, or a conv that ``has_blocks``.
+        form: For column-blocks the factors are those of the transposed matrix.
+        shared: ``(k1 + k2, in)``, see ``_BlockLinear``.
+        factors: Of both blocks.
+        order: ``(n1 + n2,)``.
+    """
+    first, second = factors
+    module: RowBlocksLinear | ColumnBlocksLinear
+    if form == "row-blocks":
+        module = RowBlocksLinear(shared, first, second, order, layer.bias)
+    else:
+        module = ColumnBlocksLinear(shared.T, first.T, second.T, order, layer.bias)
+    return BlocksConv2d(module, layer) if isinstance(layer, nn.Conv2d) else module
+
+
+def empty_blocks(
+    layer: MatrixLayer, form: BlockForm, ranks: tuple[int, int]
+) -> RowBlocksLinear | ColumnBlocksLinear | BlocksConv2d:
     """A module of the right shapes, in ``layer``'s dtype and device, to load saved tensors into.
 
     Raises:
-        ValueError: The layer has no such ranks.
+        ValueError: The layer has no such ranks, or no block forms.
     """
-    out, in_ = layer.weight.shape
-    rows = form == "row-blocks"
-    long_side, short_side = (out, in_) if rows else (in_, out)
+    if not has_blocks(layer):
+        raise ValueError(f"a {type(layer).__name__} of this geometry has no {form}")
+    out, in_ = matrix_shape(layer)
+    long_side, short_side = (out, in_) if form == "row-blocks" else (in_, out)
     sizes = block_sizes(long_side)
     if not all(1 <= k <= min(n, short_side) for k, n in zip(ranks, sizes, strict=True)):
         raise ValueError(f"a {(out, in_)} weight has no {form} of ranks {ranks}")
-    pivots = sum(ranks)
     new = layer.weight.new_empty
     first, second = (new(n - k, k) for k, n in zip(ranks, sizes, strict=True))
     order = torch.arange(long_side, device=layer.weight.device)
-    bias: nn.Parameter | None = layer.bias
-    if rows:
-        return RowBlocksLinear(new(pivots, in_), first, second, order, bias)
-    return ColumnBlocksLinear(new(out, pivots), first.T, second.T, order, bias)
+    return block_module(layer, form, new(sum(ranks), short_side), (first, second), order)

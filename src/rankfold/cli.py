@@ -209,7 +209,7 @@ class Factorizing(Reading):
         bool,
         typer.Option(
             "--block-forms/--no-block-forms",
-            help="Let a long Linear become two blocks, each with its own rank.",
+            help="Let a long Linear or 1x1 conv become two blocks, each with its own rank.",
         ),
     ] = Settings.block_forms
     embeddings: Annotated[

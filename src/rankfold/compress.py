@@ -692,7 +692,7 @@ class Preparation:
         if choice.form is None or choice.form in FORMS:
             return low_rank_module(layer, truncate(self.spectra[name], choice.rank, form))
         if choice.form in BLOCK_FORMS:
-            return self.blocks[name].module(cast("nn.Linear", layer), choice.ranks)
+            return self.blocks[name].module(layer, choice.ranks)
         conv = cast("nn.Conv2d", layer)
         factors = conv_factors(
             self._moved(name).view_as(conv.weight),

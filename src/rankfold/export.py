@@ -31,7 +31,7 @@ from rankfold.artifact import (
     read_manifest,
     skeleton,
 )
-from rankfold.block_modules import ColumnBlocksLinear, RowBlocksLinear
+from rankfold.block_modules import BlocksConv2d, ColumnBlocksLinear, RowBlocksLinear
 from rankfold.conv_modules import SpatialConv2d, TuckerConv2d
 from rankfold.embedding_modules import LowRankEmbedding, LowRankHead
 from rankfold.errors import InputError
@@ -55,8 +55,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 EXPORT_FILE = "export.json"  # says what the folder is, and that it may be overwritten
 PAIRS_FILE = "pairs.safetensors"  # not the usual name: from_pretrained can't open it
 _FACTORIZED = (
-    LowRankLinear, LowRankConv2d, RowBlocksLinear, ColumnBlocksLinear, SpatialConv2d, TuckerConv2d,
-    LowRankEmbedding, LowRankHead,
+    LowRankLinear, LowRankConv2d, RowBlocksLinear, ColumnBlocksLinear, BlocksConv2d, SpatialConv2d,
+    TuckerConv2d, LowRankEmbedding, LowRankHead,
 )  # fmt: skip
 _OPTIONS = {
     nn.Embedding: ("num_embeddings", "embedding_dim", "padding_idx"),
@@ -207,7 +207,9 @@ def to_pairs(model: nn.Module) -> nn.Module:
 
 
 def _factorized(model: nn.Module) -> dict[str, Any]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, _FACTORIZED)}
+    found = {name: m for name, m in model.named_modules() if isinstance(m, _FACTORIZED)}
+    # The matrix of a conv in blocks is a part of it.
+    return {name: m for name, m in found.items() if name.rpartition(".")[0] not in found}
 
 
 # Dense

@@ -43,8 +43,8 @@ class Settings:
         form: ``pivoted`` (fewest parameters) or ``pair`` (two stock layers).
         conv_forms: Whether a conv with several taps may also become two convs along one axis
             each, or a Tucker-2 of three (``conv_modules``), where the objective predicts the loss.
-        block_forms: Whether a pivoted Linear that is much longer than wide may also become two
-            blocks, each with a rank of its own (``block_modules``), likewise.
+        block_forms: Whether a pivoted Linear or 1x1 conv whose matrix is much longer than wide may
+            also become two blocks, each with a rank of its own (``block_modules``), likewise.
         embeddings: Whether embedding matrices are factorized, too, and output layers that share
             them or have too many outputs for a Gram. They are factorizable parameters then.
         cost: What the size counts: ``parameters`` or ``flops``.
