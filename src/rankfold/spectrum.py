@@ -138,11 +138,13 @@ def whitened_spectrum(
         return whitened_spectrum(w.T, output_gram, input_gram).transposed()
     if input_gram is None:
         input_gram = torch.ones(w.shape[1], dtype=w.dtype, device=w.device)
-    root, inverse_root = symmetric_roots(input_gram)
-    coloured = times(root, w.T).T  # (out, in)
+    # Any root of A gives the same factors: A = R R^T for R = A Q, where Q^T A Q is the identity.
+    diagonal = input_gram.dim() == 1
+    q = symmetric_roots(input_gram)[1] if diagonal else inverse_factor(input_gram)
+    coloured = times(q if diagonal else q.T, times(input_gram, w.T)).T  # W A Q, (out, in)
     weighted = coloured if output_gram is None else times(output_gram, coloured)
     energies, v = descending_eigh(coloured.T @ weighted)
-    return Spectrum(energies.sqrt(), coloured @ v, times(inverse_root, v).T)
+    return Spectrum(energies.sqrt(), coloured @ v, times(q, v).T)
 
 
 def quadratic_change(
