@@ -267,7 +267,7 @@ def test_the_commands_on_a_tied_embedding(tmp_path: Path) -> None:
     )  # fmt: skip
     (layer,) = json.loads(made.stdout)["layers"]
     assert layer["uses"] == ["model.embed_tokens", "lm_head"] and layer["rank"] > 0
-    shown = command("inspect", "out", cwd=tmp_path).stdout
+    shown = " ".join(command("inspect", "out", cwd=tmp_path).stdout.split())
     assert f"{layer['rank']} pivoted" in shown and "model.embed_tokens" in shown
     checked = command("verify", "out", *data, "--model", "llama", "--json", cwd=tmp_path)
     assert json.loads(checked.stdout)["agrees"]

@@ -56,6 +56,7 @@ from rankfold.tables import (
     curve_table,
     evaluation_lines,
     layers_table,
+    not_factorized_table,
     plain_console,
     print_result,
 )
@@ -64,6 +65,7 @@ from rankfold.verify import verification_lines
 from rankfold.verify import verify as verify_artifact
 
 DONE, BAD_INPUT, NOT_FOUND, DIFFERS, INTERRUPTED = 0, 2, 3, 4, 130
+LISTING_WIDTH = 160  # of tables with a line a layer, where the output is no terminal
 
 MODEL_HELP = (
     "A transformers folder, a .gguf file, timm:NAME or torchvision:NAME (options after commas: "
@@ -558,7 +560,10 @@ def inspect(
         console.print(curve_table(report, layer))
         return DONE
     print_result(console, report, f"{folder}: {report['model']['class']}, {report['algorithm']}")
-    console.print(layers_table(report))
+    listing = plain_console(sys.stdout, width=LISTING_WIDTH)
+    for table in (layers_table(report, listing.width), not_factorized_table(report)):
+        if table.row_count:
+            listing.print(table)
     return DONE
 
 

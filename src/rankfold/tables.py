@@ -6,17 +6,19 @@ import math
 from collections import Counter
 from typing import Any, TextIO
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from rankfold.errors import InputError
 
+NATURAL = 10_000  # columns of a console on which every table has room
 VERDICT_STYLE = {"better": "bold green", "lossless": "green", "not shown": "yellow", "worse": "red"}
 
 
-def plain_console(file: TextIO) -> Console:
-    """A console whose tables keep their columns where the output is no terminal."""
-    return Console(file=file, width=None if file.isatty() else 120)
+def plain_console(file: TextIO, width: int = 120) -> Console:
+    """A console whose tables keep their columns where the output is no terminal, so wide then."""
+    return Console(file=file, width=None if file.isatty() else width)
 
 
 def evaluation_lines(found: dict[str, Any]) -> list[str]:
@@ -150,11 +152,11 @@ def print_result(console: Console, report: dict[str, Any], title: str) -> None:
         console.print(line, highlight=False)
 
 
-def _rank_cell(layer: dict[str, Any]) -> str:
+def _rank_cells(layer: dict[str, Any]) -> tuple[str, str]:
     if layer["rank"] is None:
-        return "dense"
+        return "", "dense"
     ranks = [layer["rank"], layer.get("second_rank")]
-    return f"{', '.join(str(rank) for rank in ranks if rank)} {layer['form']}"
+    return ", ".join(str(rank) for rank in ranks if rank), layer["form"]
 
 
 def _range_cells(found: dict[str, Any]) -> tuple[str, str, str]:
@@ -187,31 +189,69 @@ def curve_table(report: dict[str, Any], name: str) -> Table:
     return table
 
 
-def layers_table(report: dict[str, Any]) -> Table:
-    """One row a layer: shape, rank, parameters, predicted change, harmless range."""
-    ranges = any(layer.get("harmless_range") for layer in report["layers"])
-    table = Table(title="layers", title_justify="left", title_style="bold")
-    for column in ("layer", "kind"):
-        table.add_column(column)
-    for column in ("shape", "rank", "of", "parameters", "kept", "predicted change"):
-        table.add_column(column, justify="right")
-    if ranges:
-        for column in ("harmless radius", "lossless rank alone", "signal / noise"):
-            table.add_column(column, justify="right")
-    for layer in report["layers"]:
-        predicted = layer["predicted_change"]
-        found = layer.get("harmless_range")
-        table.add_row(
-            layer["name"],
-            layer["kind"],
-            "x".join(str(side) for side in layer["shape"]),
-            _rank_cell(layer),
-            str(layer["full_rank"]),
-            f"{layer['factorized_parameters']:,}",
-            f"{layer['factorized_parameters'] / layer['parameters']:.3f}",
-            "" if predicted is None else f"{predicted:+.5f}",
-            *(_range_cells(found) if found else ()),
-        )
+RANGES = ("harmless\nradius", "lossless\nrank alone", "signal\n/ noise")
+# What a narrow terminal does without, in this order: layers' names are never cut.
+DISPENSABLE = (RANGES, ("kind", "parameters"), ("shape", "form"))
+
+
+def layers_table(report: dict[str, Any], width: int) -> Table:
+    """One row a layer: shape, rank, parameters, predicted change, harmless range.
+
+    Args:
+        report: Of an artifact.
+        width: Of the terminal; columns that don't fit are left out, and named below.
+    """
+    rows = [_layer_cells(layer) for layer in report["layers"]]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    left_out: list[str] = []
+    for more in ((), *DISPENSABLE):
+        left_out += [column for column in more if column in columns]
+        table = _listing("layers", [column for column in columns if column not in left_out])
+        for row in rows:
+            table.add_row(*(row.get(column, "") for column in columns if column not in left_out))
+        if Console(width=NATURAL).measure(table).maximum <= width:
+            break
+    if left_out:
+        names = ", ".join(column.replace("\n", " ") for column in left_out)
+        table.caption = f"{width} columns are too narrow for: {names} (--json has all)"
+    return table
+
+
+def _layer_cells(layer: dict[str, Any]) -> dict[str, str]:
+    """By column. A layer without a harmless range has no such cells."""
+    predicted, found = layer["predicted_change"], layer.get("harmless_range")
+    rank, form = _rank_cells(layer)
+    cells = {
+        "layer": layer["name"],
+        "kind": layer["kind"],
+        "shape": "x".join(str(side) for side in layer["shape"]),
+        "rank": rank,
+        "form": form,
+        "parameters": f"{layer['factorized_parameters']:,}",
+        "kept": f"{layer['factorized_parameters'] / layer['parameters']:.3f}",
+        "predicted": "" if predicted is None else f"{predicted:+.5f}",
+    }
+    return cells | (dict(zip(RANGES, _range_cells(found), strict=True)) if found else {})
+
+
+def not_factorized_table(report: dict[str, Any]) -> Table:
+    """One row a layer that can't be factorized, with the reason."""
+    table = _listing("not factorized", ["layer", "kind", "reason"])
     for entry in report["not_factorized"]:
-        table.add_row(entry["name"], entry["kind"], "", "-", "", "", "", entry["reason"])
+        table.add_row(entry["name"], entry["kind"], entry["reason"])
+    return table
+
+
+def _listing(title: str, columns: list[str]) -> Table:
+    """A table with a line for each layer; texts are folded where there is too little room."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.caption_justify = "left"
+    for column in columns:
+        text = column in ("layer", "kind", "shape", "form", "reason")
+        table.add_column(
+            column,
+            justify="left" if text else "right",
+            overflow="fold",
+            no_wrap=column not in ("layer", "reason"),
+        )
     return table
