@@ -39,10 +39,12 @@ def weight_of(module):
         factor.detach() if rows else factor.detach().T for factor in (module.first, module.second)
     )
     lines = [*shared, *(first @ pivots[0]), *(second @ pivots[1])]
+    if rows:
+        return torch.stack([lines[line] for line in module.order.tolist()])
     weight = torch.empty(len(lines), shared.shape[1]).double()
-    for line, place in zip(lines, module.order.tolist(), strict=True):
-        weight[place] = line
-    return weight if rows else weight.T
+    for line, column in zip(lines, module.order.tolist(), strict=True):
+        weight[column] = line
+    return weight.T
 
 
 @each_form

@@ -46,19 +46,20 @@ class Own(nn.Module):
 
 
 class Long(nn.Module):
-    """One Linear of many outputs and one of many inputs. Never changed."""
+    """A Linear of many outputs and a 1x1 conv of many inputs. Never changed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.wide = nn.Linear(6, 48)
-        self.narrow = nn.Linear(48, 5)
-        self.head = nn.Linear(5, 3)
+        self.narrow = nn.Conv2d(48, 8, 1)
+        self.head = nn.Linear(8, 3)
 
     def forward(self, values: Tensor) -> Tensor:
-        return self.head(self.narrow(torch.tanh(self.wide(values))))
+        hidden = torch.tanh(self.wide(values))[:, :, None, None]
+        return self.head(self.narrow(hidden).flatten(1))
 
 
-OWN = {"own": Own, "own-in-pairs": Own, "blocks": Long}
+OWN = {"own": Own, "own-in-pairs": Own, "blocks": Long, "conv-blocks": Long}
 
 
 def outputs(model: nn.Module, inputs: Tensor) -> Tensor:
@@ -97,9 +98,13 @@ def test_there_is_a_folder_of_the_present_version_and_it_holds_every_form() -> N
         manifest = json.loads((folder / kind / "rankfold.json").read_text())
         assert manifest["unpacked"] and manifest["model"]["shared_tensors"]
         forms |= {layer["form"] for layer in manifest["layers"]}
-    manifest = json.loads((folder / "blocks" / "rankfold.json").read_text())
-    forms |= {layer["form"] for layer in manifest["layers"]}
-    assert forms >= {"pivoted", "pair", "tucker", "horizontal", "row-blocks", "column-blocks"}
+    blocks = set()
+    for kind in ("blocks", "conv-blocks"):
+        manifest = json.loads((folder / kind / "rankfold.json").read_text())
+        blocks |= {(layer["kind"], layer["form"]) for layer in manifest["layers"]}
+    assert forms >= {"pivoted", "pair", "tucker", "horizontal"}
+    wanted = {("Linear", "row-blocks"), ("Linear", "column-blocks"), ("Conv2d", "column-blocks")}
+    assert blocks >= wanted
 
 
 def test_a_folder_of_a_newer_version_says_so(tmp_path: Path) -> None:
@@ -129,12 +134,13 @@ def write() -> None:
     )  # fmt: skip
     llama = LlamaForCausalLM(config).eval()
     windows = torch.randint(0, 32, (120, 8))
-    values = torch.randn(120, 6)
+    long, values = Long().eval(), torch.randn(120, 6)
     pairs = torch.utils.data.TensorDataset(values, labels)
     for name, model, data, inputs, size, form in (
         ("own", own, examples, images[:2], 0.75, "pivoted"),
         ("own-in-pairs", own, examples, images[:2], 0.5, "pair"),
-        ("blocks", Long().eval(), pairs, values[:2], 0.7, "pivoted"),
+        ("blocks", long, pairs, values[:2], 0.55, "pivoted"),
+        ("conv-blocks", long, pairs, values[:2], 0.85, "pivoted"),
         ("llama", llama, list(windows), windows[:2], 0.75, "pivoted"),
     ):
         result = rankfold.lossless(model, data, size=size, form=form, private=True)

@@ -85,8 +85,8 @@ class BlockSpectra:
             factor.to(like.device, like.dtype)
             for factor in (torch.cat([p.right for p in parts]), parts[0].left, parts[1].left)
         )
-        order = torch.cat([*pivots, *rest]).to(like.device)
-        module = block_module(layer, self.form, shared, (first, second), order)
+        lines = torch.cat([*pivots, *rest]).to(like.device)
+        module = block_module(layer, self.form, shared, (first, second), lines)
         module.train(layer.training)
         module.requires_grad_(like.requires_grad)
         if module.bias is not None and layer.bias is not None:

@@ -8,8 +8,8 @@ Only halves that are still longer than wide are made, so that no factor is empty
 - ``row-blocks``: two sets of outputs, for layers with more outputs than inputs;
 - ``column-blocks``: two sets of inputs, for the others.
 
-Both blocks are pivoted as in ``rankfold.modules``. ``order`` says which rows (or columns) belong to
-which block: ``[pivots of the first; pivots of the second; rest of the first; rest of the second]``.
+Both blocks are pivoted as in ``rankfold.modules``. The lines (rows or columns) of the matrix are
+held as ``[pivots of the first; pivots of the second; rest of the first; rest of the second]``.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class _BlockLinear(nn.Module):
         first: ``(n1 - k1, k1)``, the other rows of the first block by its pivots; of columns
             ``(k1, n1 - k1)``.
         second: ``(n2 - k2, k2)`` or ``(k2, n2 - k2)``, likewise of the second.
-        order: ``(n1 + n2,)`` integers: which row (column) of the matrix each one of ``[pivots;
-            rest of the first; rest of the second]`` is.
+        order: ``(n1 + n2,)`` integers by which the forward pass picks: of rows, which line each
+            output is; of columns, which input each line is.
         bias: ``(out,)`` or None; copied.
     """
 
@@ -95,11 +95,10 @@ class _BlockLinear(nn.Module):
     def dense_matrix(self) -> Tensor:
         """The factors multiplied out, ``(out, in)``."""
 
-    def _mix(self, first: Tensor, second: Tensor) -> Tensor:
+    def _lines(self, first: Tensor, second: Tensor) -> Tensor:
         """All lines by all pivots, zeros between the blocks, ``(n1 + n2, k1 + k2)``."""
         identity = torch.eye(sum(self.ranks), dtype=first.dtype, device=first.device)
-        lines = torch.cat([identity, torch.block_diag(first, second)])
-        return lines.index_select(0, torch.argsort(self.order))
+        return torch.cat([identity, torch.block_diag(first, second)])
 
     def to_dense(self) -> nn.Linear:
         """The same layer as one ``nn.Linear``, factors multiplied out."""
@@ -142,17 +141,20 @@ class RowBlocksLinear(_BlockLinear):
         hidden = functional.linear(inputs, self.shared)
         of_first, of_second = torch.split(hidden, list(self.ranks), dim=-1)
         rest = [functional.linear(of_first, self.first), functional.linear(of_second, self.second)]
-        outputs = torch.cat([hidden, *rest], dim=-1).index_select(-1, torch.argsort(self.order))
+        outputs = torch.cat([hidden, *rest], dim=-1).index_select(-1, self.order)
         return outputs if self.bias is None else outputs + self.bias
 
     def dense_matrix(self) -> Tensor:
         """The factors multiplied out, ``(out, in)``."""
-        return self._mix(self.first, self.second) @ self.shared
+        return self._mix() @ self.shared
 
     def to_stock(self) -> nn.Sequential:
         """The same layer as two ``nn.Linear``, the zeros between the blocks stored."""
-        mix = self._mix(self.first, self.second).detach()
+        mix = self._mix().detach()
         return nn.Sequential(linear(self.shared.detach(), None), linear(mix, self.bias))
+
+    def _mix(self) -> Tensor:
+        return self._lines(self.first, self.second).index_select(0, self.order)
 
 
 class ColumnBlocksLinear(_BlockLinear):
@@ -186,12 +188,16 @@ class ColumnBlocksLinear(_BlockLinear):
 
     def dense_matrix(self) -> Tensor:
         """The factors multiplied out, ``(out, in)``."""
-        return self.shared @ self._mix(self.first.T, self.second.T).T
+        return self.shared @ self._mix()
 
     def to_stock(self) -> nn.Sequential:
         """The same layer as two ``nn.Linear``, the zeros between the blocks stored."""
-        mix = self._mix(self.first.T, self.second.T).T.detach()
+        mix = self._mix().detach()
         return nn.Sequential(linear(mix, None), linear(self.shared.detach(), self.bias))
+
+    def _mix(self) -> Tensor:
+        lines = self._lines(self.first.T, self.second.T)
+        return lines.index_select(0, torch.argsort(self.order)).T
 
 
 class BlocksConv2d(ConvStandIn):
@@ -258,7 +264,7 @@ def block_module(
     form: BlockForm,
     shared: Tensor,
     factors: tuple[Tensor, Tensor],
-    order: Tensor,
+    lines: Tensor,
 ) -> RowBlocksLinear | ColumnBlocksLinear | BlocksConv2d:
     """The module of these factors that stands for ``layer``, whose bias is copied.
 
@@ -267,14 +273,14 @@ def block_module(
         form: For column-blocks the factors are those of the transposed matrix.
         shared: ``(k1 + k2, in)``, see ``_BlockLinear``.
         factors: Of both blocks.
-        order: ``(n1 + n2,)``.
+        lines: ``(n1 + n2,)``, which row (column) each line is.
     """
     first, second = factors
     module: RowBlocksLinear | ColumnBlocksLinear
     if form == "row-blocks":
-        module = RowBlocksLinear(shared, first, second, order, layer.bias)
+        module = RowBlocksLinear(shared, first, second, torch.argsort(lines), layer.bias)
     else:
-        module = ColumnBlocksLinear(shared.T, first.T, second.T, order, layer.bias)
+        module = ColumnBlocksLinear(shared.T, first.T, second.T, lines, layer.bias)
     return BlocksConv2d(module, layer) if isinstance(layer, nn.Conv2d) else module
 
 
@@ -295,5 +301,5 @@ def empty_blocks(
         raise ValueError(f"a {(out, in_)} weight has no {form} of ranks {ranks}")
     new = layer.weight.new_empty
     first, second = (new(n - k, k) for k, n in zip(ranks, sizes, strict=True))
-    order = torch.arange(long_side, device=layer.weight.device)
-    return block_module(layer, form, new(sum(ranks), short_side), (first, second), order)
+    lines = torch.arange(long_side, device=layer.weight.device)
+    return block_module(layer, form, new(sum(ranks), short_side), (first, second), lines)
