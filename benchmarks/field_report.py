@@ -366,7 +366,7 @@ def draw_ranks(rows: Sequence[Row], folder: Path) -> list[Path]:
                 cmap="cividis",  # made for the colour-blind
                 vmin=0,
                 vmax=1,
-                interpolation="none",
+                interpolation="nearest",  # "none" leaves it to the reader, who may blur the cells
             )
             panel.set_yticks(range(len(maps)), [METHODS[row.method].label for row in maps])
             if len(layers) <= MOST_NAMES:
