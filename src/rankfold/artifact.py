@@ -591,7 +591,7 @@ def _empty_in_form(layer: MatrixLayer, entry: Mapping[str, Any], where: str) -> 
         if not suits or len(ranks) != (2 if several else 1):
             raise ValueError(f"form {form} with ranks {ranks} does not suit a {type(layer)}")
         if blocks:
-            return empty_blocks(layer, cast("BlockForm", form), (ranks[0], ranks[-1]))
+            return empty_blocks(layer, cast("BlockForm", form), ranks)
         return empty_conv(cast("nn.Conv2d", layer), cast("ConvForm", form), ranks, entry["pivoted"])
     except ValueError as error:
         raise InputError(

@@ -26,7 +26,7 @@ from rankfold.block_modules import (
     block_sizes,
     has_blocks,
 )
-from rankfold.factorize import pivoted
+from rankfold.factorize import pivoted, take_flags
 from rankfold.knapsack import hull
 from rankfold.layer_matrix import MatrixLayer, matrix_shape
 from rankfold.spectrum import Spectrum, whitened_spectrum
@@ -87,10 +87,7 @@ class BlockSpectra:
         )
         lines = torch.cat([*pivots, *rest]).to(like.device)
         module = block_module(layer, self.form, shared, (first, second), lines)
-        module.train(layer.training)
-        module.requires_grad_(like.requires_grad)
-        if module.bias is not None and layer.bias is not None:
-            module.bias.requires_grad_(layer.bias.requires_grad)
+        take_flags(module, layer)
         return module
 
     def _rows(self) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ held as ``[pivots of the first; pivots of the second; rest of the first; rest of
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Literal, TypeAlias, cast
 
 import torch
@@ -35,7 +36,7 @@ def block_sizes(long_side: int) -> tuple[int, int]:
     return long_side - long_side // 2, long_side // 2
 
 
-def block_parameters(out: int, in_: int, form: BlockForm, ranks: tuple[int, int]) -> int:
+def block_parameters(out: int, in_: int, form: BlockForm, ranks: Sequence[int]) -> int:
     """Parameters of an ``(out, in_)`` matrix in a block form, bias not counted."""
     long_side, short_side = (out, in_) if form == "row-blocks" else (in_, out)
     sizes = block_sizes(long_side)
@@ -285,7 +286,7 @@ def block_module(
 
 
 def empty_blocks(
-    layer: MatrixLayer, form: BlockForm, ranks: tuple[int, int]
+    layer: MatrixLayer, form: BlockForm, ranks: Sequence[int]
 ) -> RowBlocksLinear | ColumnBlocksLinear | BlocksConv2d:
     """A module of the right shapes, in ``layer``'s dtype and device, to load saved tensors into.
 
@@ -298,7 +299,7 @@ def empty_blocks(
     long_side, short_side = (out, in_) if form == "row-blocks" else (in_, out)
     sizes = block_sizes(long_side)
     if not all(1 <= k <= min(n, short_side) for k, n in zip(ranks, sizes, strict=True)):
-        raise ValueError(f"a {(out, in_)} weight has no {form} of ranks {ranks}")
+        raise ValueError(f"a {(out, in_)} weight has no {form} of ranks {tuple(ranks)}")
     new = layer.weight.new_empty
     first, second = (new(n - k, k) for k, n in zip(ranks, sizes, strict=True))
     lines = torch.arange(long_side, device=layer.weight.device)

@@ -29,7 +29,7 @@ from rankfold.conv_modules import (
     conv_factor_parameters,
     conv_factor_shapes,
 )
-from rankfold.factorize import Factors, balanced_pair, pivoted
+from rankfold.factorize import Factors, balanced_pair, pivoted, take_flags
 from rankfold.linalg import RELATIVE_CUTOFF, damped, inverse_factor, symmetric_roots
 from rankfold.spectrum import quadratic_change, whitened_spectrum
 
@@ -253,7 +253,7 @@ class SpatialFactors:
         """The module that takes the layer's place: its dtype, device, bias and geometry."""
         first, second = self.first.to(layer.weight), self.second.to(layer.weight)
         module = SpatialConv2d(first, second, layer, layer.bias, _on(layer, self.order))
-        _take_flags(module, layer)
+        take_flags(module, layer)
         return module
 
 
@@ -288,19 +288,12 @@ class TuckerFactors:
             _on(layer, self.first_order),
             _on(layer, self.last_order),
         )
-        _take_flags(module, layer)
+        take_flags(module, layer)
         return module
 
 
 def _on(layer: nn.Conv2d, order: Tensor | None) -> Tensor | None:
     return None if order is None else order.to(layer.weight.device)
-
-
-def _take_flags(module: SpatialConv2d | TuckerConv2d, layer: nn.Conv2d) -> None:
-    module.train(layer.training)
-    module.requires_grad_(layer.weight.requires_grad)
-    if module.bias is not None and layer.bias is not None:
-        module.bias.requires_grad_(layer.bias.requires_grad)
 
 
 def conv_factors(

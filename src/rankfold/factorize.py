@@ -125,8 +125,13 @@ def low_rank_module(layer: MatrixLayer, factors: Factors) -> LowRankLinear | Low
     else:
         right = right.view(-1, *weight.shape[1:])
         module = LowRankConv2d(left, right, layer, layer.bias, factors.order)
-    module.train(layer.training)
-    module.requires_grad_(weight.requires_grad)
-    if module.bias is not None and layer.bias is not None:
-        module.bias.requires_grad_(layer.bias.requires_grad)
+    take_flags(module, layer)
     return module
+
+
+def take_flags(module: nn.Module, layer: MatrixLayer) -> None:
+    """Train or evaluate, and let be trained, what stands for ``layer`` as ``layer`` was."""
+    module.train(layer.training)
+    module.requires_grad_(layer.weight.requires_grad)
+    if isinstance(module.bias, nn.Parameter) and layer.bias is not None:
+        module.bias.requires_grad_(layer.bias.requires_grad)

@@ -138,9 +138,7 @@ def layer_curve(
     elif objective.allocation == "multiplier":
         if statistics is None:
             raise ValueError("this objective needs statistics with gradients")
-        changes = spectrum.changes_under(*undamped_grams(statistics))[1:]
-        # What only rounding keeps from 0: a weight whose rank was cut before is not worth more.
-        changes = changes.where(changes > NEGLIGIBLE * changes.max(), 0)
+        changes = _beyond_rounding(spectrum.changes_under(*undamped_grams(statistics))[1:])
     else:
         changes = spectrum.truncation_changes()[1:]
     out, in_ = matrix_shape(layer)
@@ -176,7 +174,7 @@ def embedding_curve(
         dense_cost: Of the matrix left dense.
     """
     changes = torch.stack([use.changes(spectrum) for use in statistics.uses.values()]).sum(0)[1:]
-    changes = changes.where(changes > NEGLIGIBLE * changes.max(), 0)
+    changes = _beyond_rounding(changes)
     return Curve(torch.arange(1, len(changes) + 1), costs, changes.cpu(), dense_cost)
 
 
@@ -251,7 +249,7 @@ def block_curve(
     shape: tuple[int, int],
     cost_per_parameter: int,
 ) -> Curve:
-    """What the block form of a Linear offers: pairs of ranks; see ``block_forms``.
+    """What the block form of a Linear or 1x1 conv offers: pairs of ranks; see ``block_forms``.
 
     Args:
         blocks: Spectra of both halves of its weight.
@@ -259,10 +257,9 @@ def block_curve(
         shape: ``(out, in)``.
         cost_per_parameter: 1 for parameters, 2 x rows for FLOPs.
     """
-    changes = block_changes(blocks, *undamped_grams(statistics))
-    changes = changes.where(changes > NEGLIGIBLE * changes.max(), 0)
+    changes = _beyond_rounding(block_changes(blocks, *undamped_grams(statistics)))
     pairs = ranks_worth_having(changes, blocks.form, shape)
-    costs = [block_parameters(*shape, blocks.form, (k1, k2)) for k1, k2 in pairs.tolist()]
+    costs = [block_parameters(*shape, blocks.form, pair) for pair in pairs.tolist()]
     return Curve(
         ranks=pairs[:, 0].contiguous(),
         costs=torch.tensor(costs, dtype=torch.int64) * cost_per_parameter,
@@ -271,6 +268,11 @@ def block_curve(
         forms=(blocks.form,),
         second_ranks=pairs[:, 1].contiguous(),
     )
+
+
+def _beyond_rounding(changes: Tensor) -> Tensor:
+    """Zeros where only rounding keeps from 0: a weight cut in rank before is not worth more."""
+    return changes.where(changes > NEGLIGIBLE * changes.max(), 0)
 
 
 def damped_grams(statistics: LayerStatistics, damping: Damping) -> tuple[Tensor, Tensor]:

@@ -59,8 +59,7 @@ def layer_report(collected: Collected, form: Form, name: str, choice: Choice) ->
         flops = 2 * rows * kept
     elif choice.form in BLOCK_FORMS and choice.rank is not None:
         taken = choice.form
-        ranks = (choice.rank, choice.second_rank or 0)
-        kept = block_parameters(out, in_, choice.form, ranks)
+        kept = block_parameters(out, in_, choice.form, choice.ranks)
         flops = 2 * rows * kept
     elif choice.rank is not None:
         conv, taken = cast("nn.Conv2d", layer), choice.form
