@@ -64,9 +64,10 @@ def _write(collected: Collected, seconds: float, file: Path) -> None:
         leaders[name] = stats.shares_input_with
         if stats.shares_input_with is None:
             tensors[f"{name} A"] = stats.input_gram.float()
-        if stats.output_gram is not None and stats.gradients is not None:
+        if stats.output_gram is not None:
             tensors[f"{name} B"] = stats.output_gram.float()
-            tensors |= {f"{name} G{half}": g.float() for half, g in enumerate(stats.gradients)}
+        for half, gradient in enumerate(stats.gradients or ()):
+            tensors[f"{name} G{half}"] = gradient.float()
     about = {
         "leaders": leaders,
         "curvature": collected.curvature,
@@ -96,13 +97,11 @@ def _read(collected: Collected, file: Path) -> float:
     }
     for name, leader in about["leaders"].items():
         back = tensors.pop(f"{name} B", None)
-        halves = (
-            (tensors.pop(f"{name} G0"), tensors.pop(f"{name} G1")) if back is not None else None
-        )
+        first, second = (tensors.pop(f"{name} G{half}", None) for half in (0, 1))
         collected.statistics[name] = LayerStatistics(
             input_gram=grams[leader or name],
             output_gram=None if back is None else back.to(torch.float64),
-            gradients=halves,
+            gradients=None if first is None or second is None else (first, second),
             shares_input_with=leader,
         )
     return float(about["seconds"])

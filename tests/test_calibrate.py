@@ -210,6 +210,38 @@ def test_without_curvature_there_is_no_backward_pass() -> None:
         _ = found["first"].gradient
 
 
+@pytest.mark.parametrize("curvature", ["empirical", "sampled"])
+def test_without_gradients_the_grams_are_the_same(curvature: str) -> None:
+    model, part = trained_cnn().double(), image_part(13)
+    whole = collect(model, part, curvature, seed=4)
+    found = collect(model, part, curvature, seed=4, gradients=False)
+    assert list(found) == list(whole)
+    for name, stats in found.items():
+        assert stats.gradients is None
+        torch.testing.assert_close(stats.input_gram, whole[name].input_gram)
+        torch.testing.assert_close(stats.output_gram, whole[name].output_gram)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_layers_behind_a_cut_graph_get_gradients_too(gradients: bool) -> None:
+    class Cut(nn.Module):
+        """Only ``last`` depends on what ``first`` gives; ``beside`` reads it cut off."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.beside = nn.Linear(6, 6), nn.Linear(6, CLASSES)
+            self.last = nn.Linear(6, CLASSES)
+
+        def forward(self, values: Tensor) -> Tensor:
+            hidden = self.first(values)
+            return self.last(hidden) + self.beside(hidden.detach())
+
+    model, part = Cut().double(), double(pair_part(8))
+    found = collect(model, part, gradients=gradients)
+    assert all(stats.output_gram.diagonal().min() > 0 for stats in found.values())
+    torch.testing.assert_close(found["last"].output_gram, found["beside"].output_gram)
+
+
 def test_half_precision_models_get_grams_in_float64() -> None:
     model, part = mlp(), pair_part(8)
     exact, half = collect(model, part), collect(model.bfloat16(), part)

@@ -48,7 +48,7 @@ class LayerStatistics:
     Attributes:
         input_gram: ``(in, in)`` float64; the same tensor for layers that share their input.
         output_gram: ``(out, out)`` float64, None when no backward pass was asked for.
-        gradients: Mean gradients ``(out, in)`` of the two halves, None likewise.
+        gradients: Mean gradients ``(out, in)`` of the two halves, None when not asked for.
         shares_input_with: Name of the layer whose input Gram this is, or None.
     """
 
@@ -208,6 +208,7 @@ def collect_statistics(
     layers: Mapping[str, MatrixLayer],
     *,
     curvature: Curvature | None,
+    gradients: bool = True,
     seed: int = 0,
     prior: Part | None = None,
     batch_size: int | None = None,
@@ -222,6 +223,8 @@ def collect_statistics(
         part: Calibration examples.
         layers: The layers of ``model`` to watch, by name.
         curvature: Where B comes from; None collects A alone, without a backward pass.
+        gradients: Whether the mean gradients are collected beside B. Without them the backward
+            pass leaves out the weights, which is half of its work.
         seed: Seeds the sampled labels.
         prior: Examples of what the model meets elsewhere (its own text): they count for A and B
             like the others, and not for the gradients, which are those of the user's task.
@@ -238,9 +241,12 @@ def collect_statistics(
     sources: list[tuple[int | None, Part]] = [*enumerate(halves)]
     sources += [] if prior is None else [(None, prior)]
     schedule = [(half, b) for half, source in sources for b in source.batches(batch_size)]
-    recorder = _Recorder(layers, curvature, seed, embeddings or EmbeddingRecorder({}))
-    weights = recorder.weights if curvature else []
-    with recorder.attached(), evaluation_mode(model, trainable=weights):
+    recorder = _Recorder(layers, curvature, gradients, seed, embeddings or EmbeddingRecorder({}))
+    with (
+        recorder.attached(),
+        evaluation_mode(model, trainable=recorder.trainable),
+        torch.set_grad_enabled(curvature is not None),
+    ):
         for half, examples in progress.track(schedule, "collect statistics", len(schedule)):
             recorder.observe(model, task, on_device(part.collate(examples), model), half)
     return recorder.statistics()
@@ -265,12 +271,14 @@ class _Recorder:
         self,
         layers: Mapping[str, MatrixLayer],
         curvature: Curvature | None,
+        gradients: bool,
         seed: int,
         embeddings: EmbeddingRecorder,
     ):
         self.layers = layers
         self.embeddings = embeddings
         self.curvature = curvature
+        self.gradients = gradients and curvature is not None
         self.generator = torch.Generator().manual_seed(seed)
         self.sums: dict[str, _Sums] = {}
         self.terms: dict[int | None, float] = {0: 0.0, 1: 0.0, None: 0.0}
@@ -278,11 +286,15 @@ class _Recorder:
         self._listens(False)
         # The inputs of this pass and who saw each first; the references keep addresses unique.
         self._inputs: dict[tuple[object, ...], tuple[str, Tensor]] = {}
+        # Inputs of this pass that depend on no layer: gradients that flow to them have been through
+        # every layer's output on the way.
+        self._first_inputs: list[Tensor] = []
 
     @property
-    def weights(self) -> list[Tensor]:
-        """Of the layers in their order, then of the embeddings."""
-        return [*(layer.weight for layer in self.layers.values()), *self.embeddings.weights]
+    def trainable(self) -> list[Tensor]:
+        """The weights that gradients are wanted of: of the layers, and of the embeddings."""
+        weights = [layer.weight for layer in self.layers.values()] if self.gradients else []
+        return [*weights, *self.embeddings.weights] if self.curvature else []
 
     def _listens(self, listening: bool) -> None:
         """Whether gradients that arrive now belong to the curvature."""
@@ -296,14 +308,17 @@ class _Recorder:
             for name, layer in self.layers.items():
                 hook = partial(self._saw_call, name)
                 stack.callback(layer.register_forward_hook(hook).remove)
+                if self.curvature is not None:
+                    stack.callback(layer.register_forward_pre_hook(self._require_gradient).remove)
             yield
 
     def observe(self, model: nn.Module, task: Task, batch: Batch, half: int | None) -> None:
-        """One pass: forward, then backward once (empirical) or twice (sampled, then labels).
+        """One pass: forward, then backward for the curvature, the mean gradients, or both.
 
         ``half`` says to which gradients the batch belongs, if to any.
         """
         self._inputs.clear()
+        self._first_inputs.clear()
         self.passes += 1
         result = task.batch_loss(model, batch)
         self._inputs.clear()
@@ -315,13 +330,15 @@ class _Recorder:
         self.terms[half] += float(result.terms.sum())
         if self.curvature is None:
             return
+        sums_gradients = self.gradients and half is not None
         if self.curvature == "sampled":
-            sampled, more = sampled_loss(result, self.generator), half is not None
-            self._backward(sampled, listening=True, half=None, more=more)
-            if not more:
+            sampled = sampled_loss(result, self.generator)
+            self._backward(sampled, listening=True, half=None, more=sums_gradients)
+            if not sums_gradients:
                 return
         loss = (result.losses * result.terms).sum()
-        self._backward(loss, listening=self.curvature == "empirical", half=half)
+        listening = self.curvature == "empirical"
+        self._backward(loss, listening=listening, half=half if sums_gradients else None)
 
     def _backward(
         self, loss: Tensor, *, listening: bool, half: int | None, more: bool = False
@@ -340,11 +357,23 @@ class _Recorder:
             if half is not None and place < len(names) and names[place] in self.sums:
                 self.sums[names[place]].gradients[half].add_(gradient.flatten(1))
 
+        ends = [*self._first_inputs, *self.embeddings.weights] if half is None else self.trainable
         self._listens(listening)
         try:
-            each_gradient(loss, self.weights, add, retain_graph=more)
+            each_gradient(loss, ends, add, retain_graph=more)
         finally:
             self._listens(False)
+
+    def _require_gradient(
+        self, layer: nn.Module, args: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...] | None:
+        """Let gradients flow through a layer whose input depends on no other."""
+        inputs, *others = args
+        if not torch.is_grad_enabled() or inputs.requires_grad or not inputs.is_floating_point():
+            return None
+        inputs = inputs.detach().requires_grad_()
+        self._first_inputs.append(inputs)
+        return (inputs, *others)
 
     def _saw_call(
         self, name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor
@@ -373,7 +402,8 @@ class _Recorder:
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         side = 0 if leader else in_
         back = 0 if self.curvature is None else out
-        halves = [torch.zeros(back, in_, dtype=dtype, device=device) for _ in range(2)]
+        moved = out if self.gradients else 0
+        halves = [torch.zeros(moved, in_, dtype=dtype, device=device) for _ in range(2)]
         return _Sums(
             started=self.passes,
             leader=leader,
@@ -411,7 +441,7 @@ class _Recorder:
             name: LayerStatistics(
                 input_gram=self.sums[sums.leader or name].input_gram,
                 output_gram=sums.output_gram if backward else None,
-                gradients=sums.gradients if backward else None,
+                gradients=sums.gradients if self.gradients else None,
                 shares_input_with=sums.leader,
             )
             for name, sums in self.sums.items()

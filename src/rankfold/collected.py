@@ -137,12 +137,15 @@ class Collected:
     def observe(self, settings: Settings, progress: Progress | None) -> None:
         """Pass over the calibration examples with ``base`` and keep its statistics."""
         recorder = EmbeddingRecorder(self.embeddings)
+        objective = OBJECTIVES[settings.objective]
+        moves = objective.step and settings.gradient_step and not self.task.agreement
         self.statistics = collect_statistics(
             self.base,
             self.task,
             self.parts["calibration"],
             self.layers,
             curvature=self.curvature,
+            gradients=moves or objective.allocation == "first-order",
             seed=settings.seed,
             prior=self.parts.get(OWN_TEXT),
             batch_size=settings.batch_size,
