@@ -10,10 +10,8 @@ from torch.utils.data import default_collate
 
 from rankfold import InputError
 from rankfold.calibrate import (
-    MEMORISED_SHARE,
     LayerStatistics,
     calibration_loss,
-    choose_curvature,
     collect_statistics,
     trace,
 )
@@ -520,14 +518,14 @@ def test_trace_restores_flags_also_when_the_model_fails() -> None:
     assert flags(model) == before
 
 
-def test_calibration_loss_is_the_mean_loss_and_counts_logits() -> None:
+def test_calibration_loss_is_the_mean_loss_and_tells_the_curvature() -> None:
     model, part = mlp(), pair_part(40)
     values, labels = default_collate(part.examples)
-    found, classes = calibration_loss(model, Classification(), part)
+    found, curvature = calibration_loss(model, Classification(), part)
     assert found == pytest.approx(functional.cross_entropy(model(values), labels).item())
-    assert classes == CLASSES
+    assert curvature == "sampled"
     custom = UserLoss(lambda m, batch: m(batch[0]).square().sum(1))
-    assert calibration_loss(model, custom, part)[1] is None
+    assert calibration_loss(model, custom, part)[1] == "empirical"
 
 
 def test_calibration_loss_refuses_nan() -> None:
@@ -535,20 +533,6 @@ def test_calibration_loss_refuses_nan() -> None:
     nn.init.constant_(model.last.bias, math.nan)
     with pytest.raises(InputError, match="nan"):
         calibration_loss(model, Classification(), pair_part(8))
-
-
-@pytest.mark.parametrize(
-    ("loss", "classes", "expected"),
-    [
-        (1.0, 10, "empirical"),
-        (MEMORISED_SHARE * math.log(10), 10, "empirical"),
-        (MEMORISED_SHARE * math.log(10) - 1e-6, 10, "sampled"),
-        (0.0, 2, "sampled"),
-        (0.0, None, "empirical"),
-    ],
-)
-def test_choose_curvature(loss: float, classes: int | None, expected: str) -> None:
-    assert choose_curvature(loss, classes) == expected
 
 
 def test_layers_keep_the_order_and_names_asked_for() -> None:
@@ -563,8 +547,7 @@ def test_curvature_of_a_squared_error_is_that_of_the_model_not_of_its_residuals(
     model = nn.Sequential(nn.Linear(3, 4)).double()
     examples = [(x, y) for x, y in zip(normal(1, 4000, 3), 50 * normal(2, 4000, 4), strict=True)]
     part = as_part("calibration", examples)
-    loss, classes = calibration_loss(model, Regression(), part)
-    assert choose_curvature(loss, classes) == "sampled"
+    assert calibration_loss(model, Regression(), part)[1] == "sampled"
     layers = {"0": model[0]}
     found = collect_statistics(model, Regression(), part, layers, curvature="sampled")["0"]
     expected = torch.eye(4, dtype=torch.float64) * 2 / 4
@@ -575,8 +558,7 @@ def test_a_teacher_has_a_curvature_though_its_gradient_is_zero() -> None:
     model = mlp()
     part = pair_part(200)
     task = Teacher([model], part.collate(part.examples[:1]))
-    loss, classes = calibration_loss(model, task, part)
-    assert loss == 0 and choose_curvature(loss, classes) == "sampled"
+    assert calibration_loss(model, task, part) == (0, "sampled")
     layers = {"last": model.last}
     found = collect_statistics(model, task, part, layers, curvature="sampled")["last"]
     assert float(found.gradient.norm()) < 1e-6

@@ -225,7 +225,8 @@ class Factorizing(Reading):
         Settings.cost
     )
     curvature: Annotated[
-        str, typer.Option(help="auto, empirical (from the labels) or sampled (from the model).")
+        str,
+        typer.Option(help="auto, sampled (labels drawn from the model) or empirical."),
     ] = Settings.curvature
     damping: Annotated[
         str,

@@ -14,7 +14,6 @@ from rankfold.calibrate import (
     LayerStatistics,
     Trace,
     calibration_loss,
-    choose_curvature,
     collect_statistics,
     trace,
 )
@@ -243,14 +242,9 @@ def collect(
         collected.leave_dense("not called in a forward pass on the first example", unseen)
     _require_layers(collected)
     if objective.needs_data:
-        collected.calibration_loss, classes = calibration_loss(model, task, calibration)
+        collected.calibration_loss, allowed = calibration_loss(model, task, calibration)
         if objective.needs_backward:
-            automatic = settings.curvature == "auto"
-            collected.curvature = (
-                choose_curvature(collected.calibration_loss, classes)
-                if automatic
-                else cast("Curvature", settings.curvature)
-            )
+            collected.curvature = allowed if settings.curvature == "auto" else settings.curvature
         collected.observe(settings, progress)
         unreached = [name for name in layers if name not in collected.statistics]
         collected.leave_dense("not called in a forward pass on the calibration data", unreached)
