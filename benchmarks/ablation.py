@@ -94,8 +94,13 @@ VARIANTS: dict[str, Variant] = {
     "twice the calibration data, three rounds": Variant({"rounds": 3}, share_of_data=2.0),
     "two rounds": Variant({"rounds": 2}),
     "two rounds, no step": Variant({"rounds": 2, "gradient_step": False}),
-    "sampled curvature": Variant({}, "language", {"curvature": "sampled"}),
-    "empirical curvature": Variant({}, "vision", {"curvature": "empirical"}),
+    "empirical curvature": Variant({}, statistics={"curvature": "empirical"}),
+    "twice the calibration data, empirical curvature, no step": Variant(
+        {"gradient_step": False}, "language", {"curvature": "empirical"}, share_of_data=2.0
+    ),
+    "twice the calibration data, empirical curvature": Variant(
+        {}, "language", {"curvature": "empirical"}, share_of_data=2.0
+    ),
     "half own text": Variant({}, "language", {"self_share": 0.5}),
     "half own text, no step": Variant({"gradient_step": False}, "language", {"self_share": 0.5}),
     "own text, no step": Variant({"gradient_step": False}, "language", OWN),

@@ -48,7 +48,7 @@ def test_bounds_are_those_of_the_one_sided_t_test(differences: list[float], conf
     found = certificate(differences, confidence=confidence)
     if found.standard_error < 1e-9:
         return
-    changes = torch.tensor(differences).double()
+    changes = torch.tensor(differences, dtype=torch.float64)
     for bound, side in ((found.upper_bound, "less"), (found.lower_bound, "greater")):
         p = stats.ttest_1samp(changes.numpy(), bound, alternative=side).pvalue
         assert p == pytest.approx(1 - confidence, abs=1e-6)
