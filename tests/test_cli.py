@@ -110,8 +110,8 @@ def test_a_language_model_needs_no_data(llama: Path, tmp_path: Path) -> None:
     mixed = rankfold(*common, *text, "--out", tmp_path / "b", "--no-gradient-step", cwd=tmp_path)
     report = json.loads(mixed.stdout)
     assert report["data"]["own_text"]["examples"] == report["data"]["calibration"]["examples"]
-    # Two rounds and the plan with measured interactions, whichever of them came out best.
-    assert report["step"] is None and len(report["selection"]) == 3
+    # Two rounds, and plans with measured interactions, whichever of them came out best.
+    assert report["step"] is None and len(report["selection"]) in (3, 4)
 
 
 def test_own_text_needs_a_language_model(work: Path) -> None:

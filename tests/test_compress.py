@@ -207,8 +207,9 @@ def test_rounds_end_at_the_size_and_say_what_each_one_did() -> None:
     assert 0.4 < result.ratio <= 0.5
     past = result.report["rounds"]
     tried = result.report["selection"]
-    # One plan a round, and the best of them made again with measured interactions.
-    assert [entry["ratio"] <= 0.5 for entry in tried] == [True, True, True, True]
+    # One plan a round, and the best of them made again with measured interactions, once or twice.
+    assert len(tried) in (4, 5)
+    assert all(entry["ratio"] <= 0.5 for entry in tried)
     assert result.report["factorized"]["parameters"] == model_parameters(result.model)
     assert all(0.5 < entry["ratio"] < 1 for entry in past)
     assert same_state(model, before)

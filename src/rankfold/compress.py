@@ -120,7 +120,8 @@ from rankfold.tasks import (
 # Chance that compact leaves the held-out test of a model as good as its selection data say.
 POWER = 0.9
 LOOKS = 16  # times that the betting test looks whether it may stop
-MOST_PLANS = 6  # plans that compact evaluates on selection data
+MOST_PLANS = 7  # plans that compact evaluates on selection data
+CORRECTIONS = 2  # how often interactions are measured, each time at the plan that came of the last
 TRUSTED = 1.5  # measured / predicted cost of truncation up to which a round goes its whole way
 MOST_RETREATS = 3
 # What damping="auto" tries, of A and B, and at which share of the factorizable layers.
@@ -487,8 +488,8 @@ class Preparation:
     def candidates(self, budget: float) -> list[Candidate]:
         """Plans for a cost of the factorizable layers, measured on selection data.
 
-        One a round, and one more with measured interactions. Models may have been dropped, to make
-        room.
+        One a round, and one for each time that interactions are measured at the best so far. Models
+        may have been dropped, to make room.
 
         Raises:
             InputError: No plan is that small.
@@ -498,9 +499,12 @@ class Preparation:
         for left in range(self.settings.rounds - 1, 0, -1):
             stage = stage.next_round(budget, left + 1)
             tried.append(stage.measure(stage.plan(budget)))
-        if self.corrects:
+        for turn in range(CORRECTIONS if self.corrects else 0):
             tried = [replace(candidate, model=None) for candidate in tried]  # room for two copies
-            stage = lowest(tried).stage.corrected(lowest(tried))
+            best = lowest(tried)
+            if turn and best is not tried[-1]:
+                break  # the last correction was none
+            stage = best.stage.corrected(best)
             tried.append(stage.measure(stage.plan(budget)))
         return tried
 
@@ -565,9 +569,9 @@ class Preparation:
         check_margin(margin)
         stage = self
         seen: list[Candidate] = []
-        if self.corrects:
-            seen = [replace(self.measure(self._plan_for(margin)), model=None)]
-            stage = self.corrected(seen[0])
+        for _ in range(CORRECTIONS if self.corrects else 0):
+            seen.append(replace(stage.measure(stage._plan_for(margin)), model=None))
+            stage = stage.corrected(seen[-1])
         tried = stage._search(margin, float(self.total), seen)
         for _ in range(self.settings.rounds - 1):
             best = self._smallest_passing(tried, margin)
@@ -899,6 +903,7 @@ class Preparation:
         )
         predicted = {name: choice.change for name, choice in measured.plan.items()}
         factors = corrections(shares, predicted)
+        known = self.factors or dict.fromkeys(factors, 1.0)
         foreseen = math.fsum(factors[name] * change for name, change in predicted.items())
         harm = measured.change.mean - self.gain
         level = harm / foreseen if harm > 0 and foreseen > 0 else 1.0
@@ -911,7 +916,10 @@ class Preparation:
             }
 
         return replace(
-            self, ranked=rescaled(self.ranked), curves=rescaled(self.curves), factors=factors
+            self,
+            ranked=rescaled(self.ranked),
+            curves=rescaled(self.curves),
+            factors={name: known[name] * factor for name, factor in factors.items()},
         )
 
     def held_out(self, model: nn.Module, stage: str) -> Evaluation:
