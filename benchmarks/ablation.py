@@ -103,6 +103,12 @@ VARIANTS: dict[str, Variant] = {
     ),
     "half own text": Variant({}, "language", {"self_share": 0.5}),
     "half own text, no step": Variant({"gradient_step": False}, "language", {"self_share": 0.5}),
+    "twice the calibration data, half own text, no step": Variant(
+        {"gradient_step": False},
+        "language",
+        {"self_share": 0.5, "gradient_step": False},
+        share_of_data=2.0,
+    ),
     "own text, no step": Variant({"gradient_step": False}, "language", OWN),
     "A alone, uniform (SVD-LLM)": Variant({"objective": "activation", "form": "pair"}),
     "row weights (FWSVD)": Variant({"objective": "fwsvd", "form": "pair"}),
