@@ -32,7 +32,7 @@ from benchmarks.quality import MODELS
 from benchmarks.rows import Recorder, read_rows
 from rankfold.certify import paired_change
 from rankfold.collected import Collected
-from rankfold.compress import analyse
+from rankfold.compress import analyse, choose_damping
 from rankfold.data import Part, as_part
 from rankfold.settings import Settings
 from rankfold.tasks import Evaluation, evaluate
@@ -84,6 +84,9 @@ VARIANTS: dict[str, Variant] = {
     "half the calibration data": Variant({}, share_of_data=0.5),
     "twice the calibration data": Variant({}, share_of_data=2.0),
     "twice the calibration data, no step": Variant({"gradient_step": False}, share_of_data=2.0),
+    "twice the calibration data, no step, damping by selection": Variant(
+        {"gradient_step": False, "damping": "auto"}, share_of_data=2.0
+    ),
     "twice the calibration data, no block forms": Variant(
         {"block_forms": False}, share_of_data=2.0
     ),
@@ -192,6 +195,8 @@ class Runner(Recorder[Row]):
         for variant in variants:
             settings = Settings(**{**common, **VARIANTS[variant].settings})
             start = time.perf_counter()
+            if settings.damping == "auto":
+                settings = choose_damping(collected, settings, progress=self.progress)
             prepared = analyse(collected, settings, progress=self.progress)
             ready = spent + time.perf_counter() - start
             # With rounds the control takes a step a round, which only the result's own stage knows.
