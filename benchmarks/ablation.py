@@ -64,11 +64,13 @@ class Variant:
 
 
 OWN = {"self_share": 0.9}
+# Where no step is wanted the curvature is another one (docs/theory.md, 3).
+NO_STEP = {"gradient_step": False}
 VARIANTS: dict[str, Variant] = {
     "all parts": Variant({}),
-    "no gradient step": Variant({"gradient_step": False}),
+    "no gradient step": Variant({}, statistics=NO_STEP),
     "no interactions": Variant({"interactions": False}),
-    "no step, no interactions": Variant({"gradient_step": False, "interactions": False}),
+    "no step, no interactions": Variant({"interactions": False}, statistics=NO_STEP),
     "pair form": Variant({"form": "pair"}),
     "no block forms": Variant({"block_forms": False}),
     "no spatial or Tucker forms": Variant({"conv_forms": False}, "vision"),
@@ -83,36 +85,31 @@ VARIANTS: dict[str, Variant] = {
     "damping 0.01 of A, 0.3 of B": Variant({"damping": 0.01, "output_damping": 0.3}),
     "half the calibration data": Variant({}, share_of_data=0.5),
     "twice the calibration data": Variant({}, share_of_data=2.0),
-    "twice the calibration data, no step": Variant({"gradient_step": False}, share_of_data=2.0),
+    "twice the calibration data, no step": Variant({}, statistics=NO_STEP, share_of_data=2.0),
     "twice the calibration data, no step, damping by selection": Variant(
-        {"gradient_step": False, "damping": "auto"}, share_of_data=2.0
+        {"damping": "auto"}, statistics=NO_STEP, share_of_data=2.0
     ),
     "twice the calibration data, no block forms": Variant(
         {"block_forms": False}, share_of_data=2.0
     ),
     "twice the calibration data, no step, no block forms": Variant(
-        {"block_forms": False, "gradient_step": False}, share_of_data=2.0
+        {"block_forms": False}, statistics=NO_STEP, share_of_data=2.0
     ),
     "twice the calibration data, two rounds": Variant({"rounds": 2}, share_of_data=2.0),
     "twice the calibration data, three rounds": Variant({"rounds": 3}, share_of_data=2.0),
     "two rounds": Variant({"rounds": 2}),
-    "two rounds, no step": Variant({"rounds": 2, "gradient_step": False}),
-    "empirical curvature": Variant({}, statistics={"curvature": "empirical"}),
-    "twice the calibration data, empirical curvature, no step": Variant(
-        {"gradient_step": False}, "language", {"curvature": "empirical"}, share_of_data=2.0
-    ),
-    "twice the calibration data, empirical curvature": Variant(
-        {}, "language", {"curvature": "empirical"}, share_of_data=2.0
+    "two rounds, no step": Variant({"rounds": 2}, statistics=NO_STEP),
+    "empirical curvature": Variant({}, "vision", {"curvature": "empirical"}),
+    "sampled curvature": Variant({}, "language", {"curvature": "sampled"}),
+    "twice the calibration data, no step, empirical curvature": Variant(
+        {}, "language", {"curvature": "empirical", **NO_STEP}, share_of_data=2.0
     ),
     "half own text": Variant({}, "language", {"self_share": 0.5}),
-    "half own text, no step": Variant({"gradient_step": False}, "language", {"self_share": 0.5}),
+    "half own text, no step": Variant({}, "language", {"self_share": 0.5, **NO_STEP}),
     "twice the calibration data, half own text, no step": Variant(
-        {"gradient_step": False},
-        "language",
-        {"self_share": 0.5, "gradient_step": False},
-        share_of_data=2.0,
+        {}, "language", {"self_share": 0.5, **NO_STEP}, share_of_data=2.0
     ),
-    "own text, no step": Variant({"gradient_step": False}, "language", OWN),
+    "own text, no step": Variant({}, "language", OWN | NO_STEP),
     "A alone, uniform (SVD-LLM)": Variant({"objective": "activation", "form": "pair"}),
     "row weights (FWSVD)": Variant({"objective": "fwsvd", "form": "pair"}),
     "plain SVD": Variant({"objective": "svd", "form": "pair"}),

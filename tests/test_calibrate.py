@@ -10,8 +10,10 @@ from torch.utils.data import default_collate
 
 from rankfold import InputError
 from rankfold.calibrate import (
+    MEMORISED_SHARE,
     LayerStatistics,
     calibration_loss,
+    choose_curvature,
     collect_statistics,
     trace,
 )
@@ -518,14 +520,14 @@ def test_trace_restores_flags_also_when_the_model_fails() -> None:
     assert flags(model) == before
 
 
-def test_calibration_loss_is_the_mean_loss_and_tells_the_curvature() -> None:
+def test_calibration_loss_is_the_mean_loss_and_counts_logits() -> None:
     model, part = mlp(), pair_part(40)
     values, labels = default_collate(part.examples)
-    found, curvature = calibration_loss(model, Classification(), part)
+    found, classes = calibration_loss(model, Classification(), part)
     assert found == pytest.approx(functional.cross_entropy(model(values), labels).item())
-    assert curvature == "sampled"
+    assert classes == CLASSES
     custom = UserLoss(lambda m, batch: m(batch[0]).square().sum(1))
-    assert calibration_loss(model, custom, part)[1] == "empirical"
+    assert calibration_loss(model, custom, part)[1] is None
 
 
 def test_calibration_loss_refuses_nan() -> None:
@@ -533,6 +535,22 @@ def test_calibration_loss_refuses_nan() -> None:
     nn.init.constant_(model.last.bias, math.nan)
     with pytest.raises(InputError, match="nan"):
         calibration_loss(model, Classification(), pair_part(8))
+
+
+@pytest.mark.parametrize(
+    ("loss", "classes", "with_step", "expected"),
+    [
+        (1.0, 10, True, "empirical"),
+        (MEMORISED_SHARE * math.log(10), 10, True, "empirical"),
+        (MEMORISED_SHARE * math.log(10) - 1e-6, 10, True, "sampled"),
+        (0.0, 2, True, "sampled"),
+        (1.0, 10, False, "sampled"),
+        (0.0, None, True, "empirical"),
+        (0.0, None, False, "empirical"),
+    ],
+)
+def test_choose_curvature(loss: float, classes: int | None, with_step: bool, expected: str) -> None:
+    assert choose_curvature(loss, classes, with_step) == expected
 
 
 def test_layers_keep_the_order_and_names_asked_for() -> None:
@@ -547,7 +565,8 @@ def test_curvature_of_a_squared_error_is_that_of_the_model_not_of_its_residuals(
     model = nn.Sequential(nn.Linear(3, 4)).double()
     examples = [(x, y) for x, y in zip(normal(1, 4000, 3), 50 * normal(2, 4000, 4), strict=True)]
     part = as_part("calibration", examples)
-    assert calibration_loss(model, Regression(), part)[1] == "sampled"
+    loss, classes = calibration_loss(model, Regression(), part)
+    assert choose_curvature(loss, classes, with_step=True) == "sampled"
     layers = {"0": model[0]}
     found = collect_statistics(model, Regression(), part, layers, curvature="sampled")["0"]
     expected = torch.eye(4, dtype=torch.float64) * 2 / 4
@@ -558,7 +577,8 @@ def test_a_teacher_has_a_curvature_though_its_gradient_is_zero() -> None:
     model = mlp()
     part = pair_part(200)
     task = Teacher([model], part.collate(part.examples[:1]))
-    assert calibration_loss(model, task, part) == (0, "sampled")
+    loss, classes = calibration_loss(model, task, part)
+    assert loss == 0 and choose_curvature(loss, classes, with_step=True) == "sampled"
     layers = {"last": model.last}
     found = collect_statistics(model, task, part, layers, curvature="sampled")["last"]
     assert float(found.gradient.norm()) < 1e-6

@@ -2,8 +2,8 @@
 
 One file for each family; its docstring names paper, equation and the authors' settings. All get
 the same model, layers, examples and statistics (``method.Study``), and give a model and what it
-weighs. Where a method needs a Fisher matrix, it comes from the same labels as rankfold's own: drawn
-from the model's predictions, unless a row says that they are the data's.
+weighs. Where a method needs a Fisher matrix, it comes from the same labels as rankfold's own: the
+data's, or ones drawn from the model's predictions where it has memorised its training labels.
 """
 
 from __future__ import annotations

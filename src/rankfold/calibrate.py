@@ -34,6 +34,9 @@ from rankfold.tasks import BatchLoss, Task, on_device, running
 
 Curvature: TypeAlias = Literal["empirical", "sampled"]
 
+# A model whose calibration loss is below this share of the loss of guessing (log K) has nearly
+# memorised its labels: their gradients say little about the curvature around the model.
+MEMORISED_SHARE = 0.15
 # Share of the probability spread over all classes before labels are sampled.
 SMOOTHING = 0.1
 
@@ -125,32 +128,53 @@ def trace(model: nn.Module, task: Task, part: Part) -> Trace:
     return Trace(rows, flops, image_sizes)
 
 
-def calibration_loss(model: nn.Module, task: Task, part: Part) -> tuple[float, Curvature]:
-    """Mean loss of the first calibration batches, and which curvature it allows.
+SQUARED = 0  # in place of the number of logits, where the loss is a squared error
 
-    Sampled, unless the loss is the user's own, which shows neither logits nor squared values: then
-    the gradients at the labels are all there is. docs/theory.md, 3, says why labels are not used
-    where they need not be.
+
+def calibration_loss(model: nn.Module, task: Task, part: Part) -> tuple[float, int | None]:
+    """Mean loss of the first calibration batches, and the number of logits.
+
+    The number is ``SQUARED`` for a squared error and None for a user's loss.
 
     Raises:
         InputError: The loss is not finite.
     """
     few = part.batches()[:2]
     losses = terms = 0.0
-    curvature: Curvature = "sampled"
+    classes = None
     with evaluation_mode(model):
         for examples in few:
             result = task.batch_loss(model, on_device(part.collate(examples), model))
             losses += float((result.losses * result.terms).sum())
             terms += float(result.terms.sum())
-            if result.logits is None and result.squared is None:
-                curvature = "empirical"
+            classes = None if result.logits is None else result.logits.shape[-1]
+            classes = classes if result.squared is None else SQUARED
     if not math.isfinite(losses) or terms == 0:
         raise InputError(
             f"the mean loss of the first calibration examples is {losses}/{terms:.0f}; expected a "
             "finite loss of at least one term. Check the model's weights and the data."
         )
-    return losses / terms, curvature
+    return losses / terms, classes
+
+
+def choose_curvature(calibration_loss: float, classes: int | None, with_step: bool) -> Curvature:
+    """Where B comes from: labels sampled from the predictions, or those of the data.
+
+    Sampled labels give the curvature of the loss. The gradient step is whitened with the data's
+    labels all the same, as long as they are not memorised: it is worth more so (docs/theory.md, 3).
+
+    Args:
+        calibration_loss: Mean loss of the calibration examples, in nats.
+        classes: Number of logits, or None for a user's own loss, which can't be sampled. Of a
+            squared error the gradients at the labels are no curvature at all: always sampled.
+        with_step: Whether the gradient step is wanted.
+    """
+    if classes is None:
+        return "empirical"
+    if classes == SQUARED or not with_step:
+        return "sampled"
+    memorised = calibration_loss < MEMORISED_SHARE * math.log(classes)
+    return "sampled" if memorised else "empirical"
 
 
 def sampled_loss(result: BatchLoss, generator: torch.Generator) -> Tensor:

@@ -14,6 +14,7 @@ from rankfold.calibrate import (
     LayerStatistics,
     Trace,
     calibration_loss,
+    choose_curvature,
     collect_statistics,
     trace,
 )
@@ -137,7 +138,7 @@ class Collected:
         """Pass over the calibration examples with ``base`` and keep its statistics."""
         recorder = EmbeddingRecorder(self.embeddings)
         objective = OBJECTIVES[settings.objective]
-        moves = objective.step and settings.gradient_step and not self.task.agreement
+        moves = settings.steps and not self.task.agreement
         self.statistics = collect_statistics(
             self.base,
             self.task,
@@ -242,9 +243,13 @@ def collect(
         collected.leave_dense("not called in a forward pass on the first example", unseen)
     _require_layers(collected)
     if objective.needs_data:
-        collected.calibration_loss, allowed = calibration_loss(model, task, calibration)
+        collected.calibration_loss, classes = calibration_loss(model, task, calibration)
         if objective.needs_backward:
-            collected.curvature = allowed if settings.curvature == "auto" else settings.curvature
+            collected.curvature = (
+                choose_curvature(collected.calibration_loss, classes, settings.steps)
+                if settings.curvature == "auto"
+                else settings.curvature
+            )
         collected.observe(settings, progress)
         unreached = [name for name in layers if name not in collected.statistics]
         collected.leave_dense("not called in a forward pass on the calibration data", unreached)

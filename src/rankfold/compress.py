@@ -308,7 +308,7 @@ def analyse(
             stage="start of the round on selection data",
         )
     step = None
-    if objective.step and settings.gradient_step and not task.agreement:
+    if settings.steps and not task.agreement:
         directions = step_directions(
             layers,
             collected.statistics,
