@@ -239,7 +239,10 @@ def certified_table(rows: Sequence[Row]) -> str:
 
 
 def _smallest(rows: Sequence[Row], passes: Callable[[Row], bool]) -> str:
-    """For each method and model the smallest size that passes in every seed, as all larger do."""
+    """For each method and model the smallest size that passes in every seed.
+
+    All larger sizes that were measured pass too.
+    """
     models = list(_by_model(rows))
     lines = []
     for method in (m for m in _methods(rows) if METHODS[m].sized):
@@ -248,6 +251,8 @@ def _smallest(rows: Sequence[Row], passes: Callable[[Row], bool]) -> str:
             shown = []
             for size in _sizes(mine):
                 found = _at(mine, method, size)
+                if not found:
+                    continue
                 if not _complete(found) or not all(map(passes, found)):
                     break
                 shown.append(size)
