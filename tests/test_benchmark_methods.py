@@ -259,8 +259,7 @@ def small_net(seed: int, count: int) -> tuple[nn.Module, Data]:
 @pytest.fixture(scope="module")
 def study() -> Study:
     model, data = small_net(0, 96)
-    settings = Settings(curvature="empirical")  # labels are not drawn anew, so sums can be compared
-    return Study(collect(model, data, settings), 0, SilentProgress())
+    return Study(collect(model, data, Settings()), 0, SilentProgress())
 
 
 @pytest.mark.parametrize("name", list(METHODS))

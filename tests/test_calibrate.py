@@ -538,7 +538,7 @@ def test_calibration_loss_refuses_nan() -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "classes", "with_step", "expected"),
+    ("loss", "classes", "labels", "expected"),
     [
         (1.0, 10, True, "empirical"),
         (MEMORISED_SHARE * math.log(10), 10, True, "empirical"),
@@ -549,8 +549,8 @@ def test_calibration_loss_refuses_nan() -> None:
         (0.0, None, False, "empirical"),
     ],
 )
-def test_choose_curvature(loss: float, classes: int | None, with_step: bool, expected: str) -> None:
-    assert choose_curvature(loss, classes, with_step) == expected
+def test_choose_curvature(loss: float, classes: int | None, labels: bool, expected: str) -> None:
+    assert choose_curvature(loss, classes, labels) == expected
 
 
 def test_layers_keep_the_order_and_names_asked_for() -> None:
@@ -566,7 +566,7 @@ def test_curvature_of_a_squared_error_is_that_of_the_model_not_of_its_residuals(
     examples = [(x, y) for x, y in zip(normal(1, 4000, 3), 50 * normal(2, 4000, 4), strict=True)]
     part = as_part("calibration", examples)
     loss, classes = calibration_loss(model, Regression(), part)
-    assert choose_curvature(loss, classes, with_step=True) == "sampled"
+    assert choose_curvature(loss, classes, labels=True) == "sampled"
     layers = {"0": model[0]}
     found = collect_statistics(model, Regression(), part, layers, curvature="sampled")["0"]
     expected = torch.eye(4, dtype=torch.float64) * 2 / 4
@@ -578,7 +578,7 @@ def test_a_teacher_has_a_curvature_though_its_gradient_is_zero() -> None:
     part = pair_part(200)
     task = Teacher([model], part.collate(part.examples[:1]))
     loss, classes = calibration_loss(model, task, part)
-    assert loss == 0 and choose_curvature(loss, classes, with_step=True) == "sampled"
+    assert loss == 0 and choose_curvature(loss, classes, labels=True) == "sampled"
     layers = {"last": model.last}
     found = collect_statistics(model, task, part, layers, curvature="sampled")["last"]
     assert float(found.gradient.norm()) < 1e-6

@@ -107,11 +107,11 @@ def test_a_language_model_needs_no_data(llama: Path, tmp_path: Path) -> None:
     counts = {name: part["examples"] for name, part in report["data"].items()}
     assert counts == {"calibration": 8, "selection": 6, "held_out": 7}
     text = ("--data", llama / "text.txt", "--self-share", 0.5, "--rounds", 2)
+    text += ("--curvature", "empirical")  # the second round comes out best
     mixed = rankfold(*common, *text, "--out", tmp_path / "b", "--no-gradient-step", cwd=tmp_path)
     report = json.loads(mixed.stdout)
     assert report["data"]["own_text"]["examples"] == report["data"]["calibration"]["examples"]
-    # Two rounds, and plans with measured interactions, whichever of them came out best.
-    assert report["step"] is None and len(report["selection"]) in (3, 4)
+    assert report["step"] is None and len(report["rounds"]) == 1
 
 
 def test_own_text_needs_a_language_model(work: Path) -> None:

@@ -200,6 +200,22 @@ def test_a_layer_that_sees_only_zeros_is_listed_and_kept() -> None:
 # Rounds, step, own text
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "empirical"),
+        ({"gradient_step": False}, "sampled"),
+        ({"objective": "kronecker"}, "sampled"),
+        ({"objective": "fwsvd"}, "empirical"),  # as published
+        ({"objective": "activation"}, None),
+        ({"curvature": "sampled"}, "sampled"),
+    ],
+)
+def test_where_the_curvature_comes_from(options: dict[str, Any], expected: str | None) -> None:
+    prepared = rankfold.prepare(seeded(3, SmallMLP), pair_data(60), **options)
+    assert prepared.collected.curvature == expected
+
+
 def test_rounds_end_at_the_size_and_say_what_each_one_did() -> None:
     model, data = trained_cnn(), image_data(200)
     before = state(model)
@@ -207,9 +223,11 @@ def test_rounds_end_at_the_size_and_say_what_each_one_did() -> None:
     assert 0.4 < result.ratio <= 0.5
     past = result.report["rounds"]
     tried = result.report["selection"]
-    # One plan a round, and the best of them made again with measured interactions, once or twice.
-    assert len(tried) in (4, 5)
-    assert all(entry["ratio"] <= 0.5 for entry in tried)
+    # One plan a round, and the best of them made again with measured interactions; once more
+    # where that helped.
+    changes = [entry["change"] for entry in tried]
+    again = [True, True] if changes[3] < min(changes[:3]) else [True]
+    assert [entry["ratio"] <= 0.5 for entry in tried] == [True, True, True, *again]
     assert result.report["factorized"]["parameters"] == model_parameters(result.model)
     assert all(0.5 < entry["ratio"] < 1 for entry in past)
     assert same_state(model, before)
@@ -366,9 +384,9 @@ def test_another_seed_splits_otherwise() -> None:
 def test_compact_stays_within_the_margin_and_is_smaller(objective: str) -> None:
     model = trained_cnn()
     before = state(model)
-    result = rankfold.compact(model, image_data(200), margin=0.3, objective=objective)
+    result = rankfold.compact(model, image_data(200), margin=0.2, objective=objective)
     assert result.found
-    assert result.certificate.upper_bound <= 0.3
+    assert result.certificate.upper_bound <= 0.2
     assert model_parameters(result.model) < model_parameters(model)
     assert same_state(model, before)
 
@@ -776,7 +794,7 @@ class PointwiseNet(nn.Module):
 
 
 def test_long_pointwise_convs_become_blocks_and_survive_saving(tmp_path: Path) -> None:
-    model, data = seeded(4, PointwiseNet), image_data(60)
+    model, data = seeded(7, PointwiseNet), image_data(60)
     used = set()
     for size in (0.8, 0.6):
         result = rankfold.lossless(model, data, size=size)
@@ -829,8 +847,9 @@ def test_a_choice_in_blocks_has_the_weight_of_its_module() -> None:
 
 
 def test_a_later_round_cuts_layers_where_the_first_one_did() -> None:
-    prepared = rankfold.prepare(long_mlp(), pair_data(60), rounds=2, gradient_step=False)
-    following = prepared.next_round(0.7 * prepared.factorizable, rounds_left=2)
+    options = {"rounds": 2, "gradient_step": False, "curvature": "empirical"}
+    prepared = rankfold.prepare(long_mlp(), pair_data(60), **options)
+    following = prepared.next_round(0.5 * prepared.factorizable, rounds_left=2)
     cut = [name for name, choice in following.start.items() if choice.form in BLOCK_FORMS]
     assert cut
     for name in cut:

@@ -157,21 +157,22 @@ def calibration_loss(model: nn.Module, task: Task, part: Part) -> tuple[float, i
     return losses / terms, classes
 
 
-def choose_curvature(calibration_loss: float, classes: int | None, with_step: bool) -> Curvature:
+def choose_curvature(calibration_loss: float, classes: int | None, labels: bool) -> Curvature:
     """Where B comes from: labels sampled from the predictions, or those of the data.
 
-    Sampled labels give the curvature of the loss. The gradient step is whitened with the data's
-    labels all the same, as long as they are not memorised: it is worth more so (docs/theory.md, 3).
+    Sampled labels give the curvature of the loss. The gradient step is worth more when it is
+    whitened with the data's labels (docs/theory.md, 3), and FWSVD is published with them: there
+    they are taken as long as they are not memorised.
 
     Args:
         calibration_loss: Mean loss of the calibration examples, in nats.
         classes: Number of logits, or None for a user's own loss, which can't be sampled. Of a
             squared error the gradients at the labels are no curvature at all: always sampled.
-        with_step: Whether the gradient step is wanted.
+        labels: Whether those of the data are wanted where they tell anything.
     """
     if classes is None:
         return "empirical"
-    if classes == SQUARED or not with_step:
+    if classes == SQUARED or not labels:
         return "sampled"
     memorised = calibration_loss < MEMORISED_SHARE * math.log(classes)
     return "sampled" if memorised else "empirical"
@@ -298,8 +299,10 @@ class _Recorder:
     @property
     def trainable(self) -> list[Tensor]:
         """The weights that gradients are wanted of: of the layers, and of the embeddings."""
+        if self.curvature is None:
+            return []
         weights = [layer.weight for layer in self.layers.values()] if self.gradients else []
-        return [*weights, *self.embeddings.weights] if self.curvature else []
+        return [*weights, *self.embeddings.weights]
 
     def _listens(self, listening: bool) -> None:
         """Whether gradients that arrive now belong to the curvature."""

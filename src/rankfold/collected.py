@@ -138,14 +138,13 @@ class Collected:
         """Pass over the calibration examples with ``base`` and keep its statistics."""
         recorder = EmbeddingRecorder(self.embeddings)
         objective = OBJECTIVES[settings.objective]
-        moves = settings.steps and not self.task.agreement
         self.statistics = collect_statistics(
             self.base,
             self.task,
             self.parts["calibration"],
             self.layers,
             curvature=self.curvature,
-            gradients=moves or objective.allocation == "first-order",
+            gradients=self.takes_step(settings) or objective.allocation == "first-order",
             seed=settings.seed,
             prior=self.parts.get(OWN_TEXT),
             batch_size=settings.batch_size,
@@ -153,6 +152,14 @@ class Collected:
             embeddings=recorder,
         )
         self.embedding_statistics = recorder.statistics()
+
+    def takes_step(self, settings: Settings) -> bool:
+        """Whether the weights are moved by the gradient step before they are truncated.
+
+        For a task of agreement the gradient is 0.
+        """
+        wanted = OBJECTIVES[settings.objective].step and settings.gradient_step
+        return wanted and not self.task.agreement
 
     def cost_per_parameter(self, name: str, cost: Cost) -> int:
         """1 for parameters; for FLOPs a multiply-add for each row of one example."""
@@ -245,8 +252,9 @@ def collect(
     if objective.needs_data:
         collected.calibration_loss, classes = calibration_loss(model, task, calibration)
         if objective.needs_backward:
+            labels = objective.output_gram != "full" or collected.takes_step(settings)
             collected.curvature = (
-                choose_curvature(collected.calibration_loss, classes, settings.steps)
+                choose_curvature(collected.calibration_loss, classes, labels)
                 if settings.curvature == "auto"
                 else settings.curvature
             )

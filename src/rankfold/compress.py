@@ -308,7 +308,7 @@ def analyse(
             stage="start of the round on selection data",
         )
     step = None
-    if settings.steps and not task.agreement:
+    if collected.takes_step(settings):
         directions = step_directions(
             layers,
             collected.statistics,

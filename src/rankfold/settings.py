@@ -158,11 +158,6 @@ class Settings:
             raise InputError(f"batch_size is {self.batch_size}; expected 1 or more.")
 
     @property
-    def steps(self) -> bool:
-        """Whether the weights are moved by the gradient step before they are truncated."""
-        return OBJECTIVES[self.objective].step and self.gradient_step
-
-    @property
     def dampings(self) -> Damping:
         """Of A and of B.
 
