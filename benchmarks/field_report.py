@@ -249,15 +249,13 @@ def _smallest(rows: Sequence[Row], passes: Callable[[Row], bool]) -> str:
         cells = [METHODS[method].label]
         for _, mine in models:
             shown = []
-            for size in _sizes(mine):
-                found = _at(mine, method, size)
-                if not found:
-                    continue
+            own = [row for row in mine if row.method == method]
+            for size in _sizes(own):
+                found = _at(own, method, size)
                 if not _complete(found) or not all(map(passes, found)):
                     break
                 shown.append(size)
-            measured = any(row.method == method for row in mine)
-            cells.append(f"{shown[-1]:g}" if shown else ("none" if measured else ""))
+            cells.append(f"{shown[-1]:g}" if shown else ("none" if own else ""))
         lines.append(cells)
     return _markdown(["method", *(name for name, _ in models)], lines)
 
