@@ -109,6 +109,9 @@ VARIANTS: dict[str, Variant] = {
     "twice the calibration data, half own text, no step": Variant(
         {}, "language", {"self_share": 0.5, **NO_STEP}, share_of_data=2.0
     ),
+    "twice the calibration data, half own text, no step, damping 0.3": Variant(
+        {"damping": 0.3}, "language", {"self_share": 0.5, **NO_STEP}, share_of_data=2.0
+    ),
     "own text, no step": Variant({}, "language", OWN | NO_STEP),
     "A alone, uniform (SVD-LLM)": Variant({"objective": "activation", "form": "pair"}),
     "row weights (FWSVD)": Variant({"objective": "fwsvd", "form": "pair"}),

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,14 +130,24 @@ def open_study(
         selection_limit=len(data.selection),
         held_out_limit=len(data.held_out),
     )
-    if results is not None and name in LANGUAGE:
-        file = kept_file(results, name, seed, count, {})
-        collected, seconds = collect_or_read(model, data, settings, file, progress)
-    else:
+
+    def collected_with(different: dict[str, Any]) -> tuple[Collected, float]:
+        chosen = replace(settings, **different)
+        if results is not None and name in LANGUAGE:
+            file = kept_file(results, name, seed, count, different)
+            return collect_or_read(model, data, chosen, file, progress)
         start = time.perf_counter()
-        collected = collect(model, data, settings, progress=progress)
-        seconds = time.perf_counter() - start
-    return Study(collected, seed, progress), seconds
+        collected = collect(model, data, chosen, progress=progress)
+        return collected, time.perf_counter() - start
+
+    collected, seconds = collected_with({})
+    if collected.curvature == "sampled":
+        return Study(collected, seed, progress), seconds
+
+    def collect_without_step() -> Collected:
+        return collected_with({"gradient_step": False})[0]
+
+    return Study(collected, seed, progress, collect_without_step), seconds
 
 
 def sizes_of(methods: Sequence[str], sizes: Sequence[float]) -> list[tuple[str, float | None]]:

@@ -280,6 +280,19 @@ def test_every_method_makes_a_model_of_the_size(name: str, study: Study) -> None
     assert all(parameter.grad is None for parameter in study.collected.model.parameters())
 
 
+def test_rankfold_without_a_step_has_its_own_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(field.FIELD_MODELS, "small", (small_net, 96))
+    study, _ = field.open_study("small", 0, SilentProgress())
+    without = study.without_step
+    assert (study.collected.curvature, without.curvature) == ("empirical", "sampled")
+    assert all(statistics.gradients is None for statistics in without.statistics.values())
+    assert without.parts["held_out"].digest == study.collected.parts["held_out"].digest
+    without.statistics.clear()
+    METHODS["joint-pair"].prepare(study)(0.6)
+    with pytest.raises(ValueError, match="needs statistics"):
+        METHODS["kronecker-pair"].prepare(study)
+
+
 def test_blocks_are_the_numbered_modules(study: Study) -> None:
     assert study.blocks == [["stem"], ["blocks.0"], ["blocks.1"], ["head"]]
 

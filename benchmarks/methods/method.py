@@ -26,11 +26,22 @@ class Study:
         collected: Model, parts, Grams of inputs and output gradients, mean gradients.
         seed: Draws whatever a method draws.
         progress: Shows the stages.
+        collect_without_step: Gives ``without_step``; None where ``collected`` is the same.
     """
 
     collected: Collected
     seed: int
     progress: Progress
+    collect_without_step: Callable[[], Collected] | None = None
+
+    @cached_property
+    def without_step(self) -> Collected:
+        """The statistics that rankfold takes where no step is wanted (docs/theory.md, 3)."""
+        if self.collect_without_step is None:
+            return self.collected
+        collected = self.collect_without_step()
+        collected.original |= self.collected.original
+        return collected
 
     @cached_property
     def layers(self) -> dict[str, MatrixLayer]:

@@ -26,7 +26,8 @@ def _prepared(
     study: Study, objective: ObjectiveName, form: Form, conv_forms: bool = True
 ) -> Preparation:
     settings = Settings(objective=objective, form=form, seed=study.seed, conv_forms=conv_forms)
-    return analyse(study.collected, settings, progress=study.progress)
+    collected = study.without_step if objective == "kronecker" else study.collected
+    return analyse(collected, settings, progress=study.progress)
 
 
 def compressed(
