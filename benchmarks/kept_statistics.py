@@ -1,7 +1,6 @@
 """Statistics kept in a file, so that a run that was interrupted doesn't pass over the data again.
 
-For SmolLM2 the pass over 128 windows takes longer than all that follows it. Grams are kept in
-float32: the blocks that they were summed from are float32, too.
+For SmolLM2 the pass over 128 windows takes longer than all that follows it.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -63,11 +61,11 @@ def _write(collected: Collected, seconds: float, file: Path) -> None:
     for name, stats in collected.statistics.items():
         leaders[name] = stats.shares_input_with
         if stats.shares_input_with is None:
-            tensors[f"{name} A"] = stats.input_gram.float()
+            tensors[f"{name} A"] = stats.input_gram
         if stats.output_gram is not None:
-            tensors[f"{name} B"] = stats.output_gram.float()
+            tensors[f"{name} B"] = stats.output_gram
         for half, gradient in enumerate(stats.gradients or ()):
-            tensors[f"{name} G{half}"] = gradient.float()
+            tensors[f"{name} G{half}"] = gradient
     about = {
         "leaders": leaders,
         "curvature": collected.curvature,
@@ -90,17 +88,13 @@ def _read(collected: Collected, file: Path) -> float:
         raise ValueError(f"{file} holds statistics of other examples; delete it")
     collected.curvature = cast("Curvature | None", about["curvature"])
     collected.calibration_loss = about["calibration_loss"]
-    grams = {
-        key.removesuffix(" A"): tensors.pop(key).to(torch.float64)
-        for key in [*tensors]
-        if key.endswith(" A")
-    }
+    grams = {key.removesuffix(" A"): tensors.pop(key) for key in [*tensors] if key.endswith(" A")}
     for name, leader in about["leaders"].items():
         back = tensors.pop(f"{name} B", None)
         first, second = (tensors.pop(f"{name} G{half}", None) for half in (0, 1))
         collected.statistics[name] = LayerStatistics(
             input_gram=grams[leader or name],
-            output_gram=None if back is None else back.to(torch.float64),
+            output_gram=back,
             gradients=None if first is None or second is None else (first, second),
             shares_input_with=leader,
         )

@@ -314,7 +314,7 @@ def test_clipped_grams_without_clipping_are_rankfolds_own(
     assert study.collected.curvature == "empirical"
     for name, statistics in study.collected.statistics.items():
         torch.testing.assert_close(
-            found[name] / terms, statistics.output_gram, rtol=1e-4, atol=1e-7
+            found[name] / terms, statistics.output_gram.double(), rtol=1e-4, atol=1e-7
         )
 
 

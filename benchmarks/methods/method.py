@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from rankfold.collected import Collected
@@ -71,7 +72,7 @@ class Study:
 
     def input_gram(self, name: str) -> Tensor:
         """A of a layer, ``(in, in)`` float64, mean over rows."""
-        return self.collected.statistics[name].input_gram
+        return self.collected.statistics[name].input_gram.to(torch.float64)
 
     def calibration(self, count: int) -> Part:
         """The first calibration examples."""

@@ -98,7 +98,8 @@ def update(study: Study, found: Spectra, plan: RankPlan, form: Form) -> Compress
         statistics = collect_statistics(partial, collected.task, part, layers, curvature=None)
         for name, layer in layers.items():
             right = found[name].right[: plan[name].rank]
-            left = fitted_left(study.weights[name], right, statistics[name].input_gram)
+            gram = statistics[name].input_gram.to(torch.float64)
+            left = fitted_left(study.weights[name], right, gram)
             factors = balanced_pair(left, right) if form == "pair" else pivoted(left, right)
             modules[name] = low_rank_module(layer, factors)
     return Compressed.of(with_replaced(collected.model, modules))

@@ -43,11 +43,14 @@ SMOOTHING = 0.1
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Statistics of one layer's matrix ``(out, in)``.
+    """Statistics of one layer's matrix ``(out, in)``, in float32, or float64 for a float64 model.
+
+    The batches that they are sums of are no more exact, and of a large model they are what takes
+    the most memory.
 
     Attributes:
-        input_gram: ``(in, in)`` float64; the same tensor for layers that share their input.
-        output_gram: ``(out, out)`` float64, None when no backward pass was asked for.
+        input_gram: ``(in, in)``; the same tensor for layers that share their input.
+        output_gram: ``(out, out)``, None when no backward pass was asked for.
         gradients: Mean gradients ``(out, in)`` of the two halves, None when not asked for.
         shares_input_with: Name of the layer whose input Gram this is, or None.
     """
@@ -415,8 +418,8 @@ class _Recorder:
         return _Sums(
             started=self.passes,
             leader=leader,
-            input_gram=torch.zeros(side, side, dtype=torch.float64, device=device),
-            output_gram=torch.zeros(back, back, dtype=torch.float64, device=device),
+            input_gram=torch.zeros(side, side, dtype=dtype, device=device),
+            output_gram=torch.zeros(back, back, dtype=dtype, device=device),
             gradients=(halves[0], halves[1]),
         )
 

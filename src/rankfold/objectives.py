@@ -286,14 +286,14 @@ def damped_grams(statistics: LayerStatistics, damping: Damping) -> tuple[Tensor,
 
 
 def undamped_grams(statistics: LayerStatistics) -> tuple[Tensor, Tensor]:
-    """A and B of a layer as they were measured.
+    """A and B of a layer as they were measured, in float64.
 
     Raises:
         ValueError: The statistics were collected without gradients.
     """
     if statistics.output_gram is None:
         raise ValueError("this objective needs statistics with gradients")
-    return statistics.input_gram, statistics.output_gram
+    return statistics.input_gram.to(torch.float64), statistics.output_gram.to(torch.float64)
 
 
 def rank_costs(layer: MatrixLayer, form: Form, cost_per_parameter: int) -> Tensor:
