@@ -403,21 +403,22 @@ def test_a_margin_that_every_model_meets_gives_a_result(objective: str) -> None:
     assert result.ratio < 0.6
 
 
-def worse_when_factorized(harm: float) -> Any:
-    """A loss that adds ``harm`` for any model with a low-rank layer."""
+def worse_when_changed(harm: float) -> Any:
+    """A loss that adds ``harm`` for any model that computes something else than ``mlp()``."""
+    original = mlp()
 
     def loss(model: nn.Module, batch: Any) -> torch.Tensor:
         values, labels = batch
-        losses = nn.functional.cross_entropy(model(values), labels, reduction="none")
-        low_rank = any(isinstance(module, rankfold.LowRankLinear) for module in model.modules())
-        return losses + harm if low_rank else losses
+        outputs = model(values)
+        losses = nn.functional.cross_entropy(outputs, labels, reduction="none")
+        return losses if torch.equal(outputs, original(values)) else losses + harm
 
     return loss
 
 
 def test_a_margin_that_no_model_meets_gives_no_certificate() -> None:
     result = rankfold.compact(
-        mlp(), pair_data(), margin=0.01, loss=worse_when_factorized(5.0), objective="svd"
+        mlp(), pair_data(), margin=0.01, loss=worse_when_changed(5.0), objective="svd"
     )
     assert result.certificate.verdict == "worse"
     assert not result.certificate.holds
@@ -425,9 +426,31 @@ def test_a_margin_that_no_model_meets_gives_no_certificate() -> None:
 
 
 def test_a_search_among_models_whose_loss_is_not_finite_ends() -> None:
-    loss = worse_when_factorized(math.inf)
+    loss = worse_when_changed(math.inf)
     with pytest.raises(InputError, match="the loss of held-out example 0 is inf"):
         rankfold.compact(mlp(), pair_data(), margin=0.1, loss=loss, objective="svd")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model", [trained_cnn, tiny_llama])
+def test_what_is_measured_computes_what_is_built(model: Any, dtype: torch.dtype) -> None:
+    """Also what the forms of convs, blocks and embeddings compute."""
+    language = model is tiny_llama
+    data = token_data()
+    if not language:
+        data = Data(*([(x.to(dtype), y) for x, y in images(40, seed)] for seed in (11, 12, 13)))
+    prepared = rankfold.prepare(model().to(dtype), data, embeddings=language)
+    plan = prepared.plan(0.6 * prepared.factorizable)
+    inputs = torch.stack(token_windows(2)) if language else images(4, 0).tensors[0].to(dtype)
+    with torch.no_grad():
+        looked, built = (m(inputs) for m in (prepared.look_at(plan), prepared.build(plan)))
+    if language:
+        looked, built = looked.logits, built.logits
+    if dtype == torch.bfloat16:
+        assert torch.equal(looked, built)
+    else:
+        torch.testing.assert_close(looked, built, rtol=1e-4, atol=1e-4)
+    assert language or {choice.form for choice in plan.values()} - {None, "pivoted"}
 
 
 def test_one_preparation_serves_both_algorithms_and_several_sizes() -> None:

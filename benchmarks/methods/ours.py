@@ -39,7 +39,7 @@ def compressed(
 
 def best_on_selection(prepared: Preparation, size: float) -> nn.Module:
     best = lowest(prepared.candidates(size * prepared.factorizable))
-    return best.stage.build(best.plan) if best.model is None else best.model
+    return best.stage.build(best.plan)
 
 
 def control(study: Study) -> AtSize:

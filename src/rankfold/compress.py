@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
+import torch
 from scipy import stats
 from torch import Tensor, nn
 
@@ -488,8 +489,7 @@ class Preparation:
     def candidates(self, budget: float) -> list[Candidate]:
         """Plans for a cost of the factorizable layers, measured on selection data.
 
-        One a round, and one for each time that interactions are measured at the best so far. Models
-        may have been dropped, to make room.
+        One a round, and one for each time that interactions are measured at the best so far.
 
         Raises:
             InputError: No plan is that small.
@@ -500,7 +500,6 @@ class Preparation:
             stage = stage.next_round(budget, left + 1)
             tried.append(stage.measure(stage.plan(budget)))
         for turn in range(CORRECTIONS if self.corrects else 0):
-            tried = [replace(candidate, model=None) for candidate in tried]  # room for two copies
             best = lowest(tried)
             if turn and best is not tried[-1]:
                 break  # the last correction was none
@@ -530,8 +529,7 @@ class Preparation:
                 break
             reached = (spent + reached) / 2
         plan = candidate.plan
-        weights = {name: self.weight(name, choice) for name, choice in plan.items()}
-        base = with_replaced(self.collected.base, {}, weights)
+        base = with_replaced(self.collected.base, {}, self.weights(plan))
         collected = replace(
             self.collected,
             base=base,
@@ -570,7 +568,7 @@ class Preparation:
         stage = self
         seen: list[Candidate] = []
         for _ in range(CORRECTIONS if self.corrects else 0):
-            seen.append(replace(stage.measure(stage._plan_for(margin)), model=None))
+            seen.append(stage.measure(stage._plan_for(margin)))
             stage = stage.corrected(seen[-1])
         tried = stage._search(margin, float(self.total), seen)
         for _ in range(self.settings.rounds - 1):
@@ -732,6 +730,21 @@ class Preparation:
         dense = cast("MatrixLayer", cast("Any", self.module(name, choice)).to_dense())
         return weight_matrix(dense)
 
+    def weights(self, plan: RankPlan) -> dict[str, Tensor]:
+        """What a plan makes of all weights."""
+        return {name: self.weight(name, choice) for name, choice in plan.items()}
+
+    def look_at(self, plan: RankPlan) -> nn.Module:
+        """A model that computes what a plan's model does, made without choosing pivots.
+
+        In half precision it is the plan's model itself: rounding factors is another error than
+        rounding their product.
+        """
+        matrices = self.collected.matrices.values()
+        if any(torch.finfo(matrix.weight.dtype).bits < 32 for matrix in matrices):
+            return self.build(plan)
+        return with_replaced(self.collected.base, {}, self.weights(plan), share=True)
+
     def control(self) -> nn.Module | None:
         """The dense model moved by the same steps, None where no step was taken."""
         dense = self.collected.dense
@@ -760,11 +773,10 @@ class Preparation:
         return (self.total - self.factorizable + total_cost(plan)) / self.total
 
     def measure(self, plan: RankPlan) -> Candidate:
-        """Build a plan's model and measure its change on selection data."""
-        model = self.build(plan)
+        """Measure the change of a plan's model on selection data."""
         share = self.kept(plan)
         evaluation = evaluate(
-            model,
+            self.look_at(plan),
             self.collected.task,
             self.collected.parts["selection"],
             batch_size=self.settings.batch_size,
@@ -777,7 +789,7 @@ class Preparation:
         )
         change = paired_change(original, evaluation)
         differences = evaluation.losses - original.losses
-        return Candidate(self, plan, model, share, self.predicted(plan), change, differences)
+        return Candidate(self, plan, share, self.predicted(plan), change, differences)
 
     def _budget(self, size: float, size_of: SizeOf) -> float:
         check_choice("size_of", size_of, get_args(SizeOf))
@@ -839,7 +851,7 @@ class Preparation:
             candidate = self.measure(plan)
             if tried and candidate.plan == tried[-1].plan:
                 break
-            tried.append(replace(candidate, model=None))
+            tried.append(candidate)
             reached = self._promising(candidate.change)
             spent = rest + total_cost(plan)
             if reached <= margin:
@@ -886,7 +898,7 @@ class Preparation:
             with_replaced(collected.base, {}, weights, share=True)
             for weights in (
                 {name: self._moved(name) for name in collected.matrices},
-                {name: self.weight(name, choice) for name, choice in measured.plan.items()},
+                self.weights(measured.plan),
             )
         )
         calibration = collected.parts["calibration"]
@@ -974,7 +986,7 @@ class Preparation:
 
     def _test(self, candidate: Candidate, statement: Statement) -> Tested:
         """Open the held-out part for a candidate."""
-        model = candidate.model if candidate.model is not None else self.build(candidate.plan)
+        model = self.build(candidate.plan)
         collected, part = self.collected, self.collected.parts["held_out"]
         original = self.original_held_out()
         factorized = self._evaluate_until_shown(model, original, statement)
@@ -1172,7 +1184,6 @@ class Candidate:
     Attributes:
         stage: The round that it belongs to.
         plan: The ranks.
-        model: The model, or None once dropped.
         ratio: Share kept of the whole model, in the unit of the cost.
         predicted: Predicted change of the loss, or None.
         change: Measured change on selection data.
@@ -1181,7 +1192,6 @@ class Candidate:
 
     stage: Preparation
     plan: RankPlan
-    model: nn.Module | None
     ratio: float
     predicted: float | None
     change: Change
