@@ -1,6 +1,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import default_collate
 
-from rankfold import InputError
+import rankfold
+from rankfold import Data, InputError
 from rankfold.calibrate import (
     MEMORISED_SHARE,
     LayerStatistics,
@@ -587,3 +589,48 @@ def test_a_teacher_has_a_curvature_though_its_gradient_is_zero() -> None:
         p = model(values).softmax(-1)
     hessian = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]).mean(0)
     torch.testing.assert_close(found.output_gram.float(), hessian, atol=0.04, rtol=0)
+
+
+# Calls by keyword
+
+
+class ByName(nn.Module):
+    """Calls every kind of layer with its input given by name, as torch's layers allow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(20, 16)
+        self.conv = nn.Conv2d(1, 8, 3, padding=1, groups=1)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.up = nn.ConvTranspose2d(8, 8, 2, stride=2)
+        self.inner = nn.Linear(8, 48)
+        self.outer = nn.Linear(48, 20)
+        self.by_name = True
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        def call(layer: nn.Module, values: Tensor, **kwargs: Any) -> Tensor:
+            found = layer(input=values, **kwargs) if self.by_name else layer(values, **kwargs)
+            return cast("Tensor", found)
+
+        hidden = call(self.words, tokens).view(len(tokens), 1, -1, 16)
+        hidden = call(self.grouped, call(self.conv, hidden).relu()).relu()
+        side = [2 * size for size in hidden.shape[-2:]]
+        hidden = call(self.up, hidden, output_size=side).relu().mean((2, 3))
+        return call(self.outer, call(self.inner, hidden).relu())
+
+
+def test_layers_that_are_called_by_keyword_are_seen_and_replaced() -> None:
+    generator = torch.Generator().manual_seed(4)
+    tokens = torch.randint(20, (90, 4), generator=generator)
+    pairs = [(row, int(row.sum() % 20)) for row in tokens]
+    data = Data(pairs[:40], pairs[40:60], pairs[60:])
+    models = [seeded(5, ByName) for _ in range(2)]
+    models[1].by_name = False
+    by_name, by_place = (
+        rankfold.lossless(model, data, size=0.6, embeddings=True, task="classification")
+        for model in models
+    )
+    assert same_state(by_name.model, state(by_place.model))
+    assert len(by_name.report["layers"]) >= 5
+    assert any(entry["rank"] is not None for entry in by_name.report["layers"])
+    torch.testing.assert_close(by_name.model(tokens), by_place.model(tokens))

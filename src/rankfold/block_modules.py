@@ -137,9 +137,9 @@ class RowBlocksLinear(_BlockLinear):
         """Outputs."""
         return len(self.order)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
-        hidden = functional.linear(inputs, self.shared)
+        hidden = functional.linear(input, self.shared)
         of_first, of_second = torch.split(hidden, list(self.ranks), dim=-1)
         rest = [functional.linear(of_first, self.first), functional.linear(of_second, self.second)]
         outputs = torch.cat([hidden, *rest], dim=-1).index_select(-1, self.order)
@@ -178,10 +178,10 @@ class ColumnBlocksLinear(_BlockLinear):
         """Outputs."""
         return self.shared.shape[0]
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
         sizes = [sum(self.ranks), self.first.shape[1], self.second.shape[1]]
-        pivots, *rest = torch.split(inputs.index_select(-1, self.order), sizes, dim=-1)
+        pivots, *rest = torch.split(input.index_select(-1, self.order), sizes, dim=-1)
         # The other inputs give what they have in common with the pivots.
         factors = (self.first, self.second)
         added = [functional.linear(x, factor) for x, factor in zip(rest, factors, strict=True)]
@@ -227,10 +227,10 @@ class BlocksConv2d(ConvStandIn):
             lambda: self.matrix.dense_matrix().view(shape), shape, self.matrix.shared
         )
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map ``(n, in, h, w)`` or ``(in, h, w)`` to the conv's output."""
         down, right = self.stride
-        positions = images[..., ::down, ::right].movedim(-3, -1)
+        positions = input[..., ::down, ::right].movedim(-3, -1)
         outputs: Tensor = self.matrix(positions)
         # As a conv's: a model may take a view of it.
         return outputs.movedim(-1, -3).contiguous()

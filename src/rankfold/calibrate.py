@@ -27,7 +27,13 @@ from rankfold.backward import each_gradient
 from rankfold.data import Batch, Part
 from rankfold.embedding_statistics import EmbeddingRecorder
 from rankfold.errors import InputError
-from rankfold.layer_matrix import MatrixLayer, input_rows, matrix_shape, output_rows
+from rankfold.layer_matrix import (
+    MatrixLayer,
+    call_input,
+    input_rows,
+    matrix_shape,
+    output_rows,
+)
 from rankfold.modes import evaluation_mode
 from rankfold.progress import Progress, SilentProgress
 from rankfold.tasks import BatchLoss, Task, on_device, running
@@ -108,6 +114,7 @@ def trace(model: nn.Module, task: Task, part: Part) -> Trace:
             def count(
                 module: nn.Module,
                 args: tuple[Any, ...],
+                kwargs: dict[str, Any],
                 output: Any,
                 name: str = name,
                 weight: Tensor = weight,
@@ -118,13 +125,13 @@ def trace(model: nn.Module, task: Task, part: Part) -> Trace:
                     rows[name] = rows.get(name, 0) + output.numel() // weight.shape[1]
                 else:
                     if isinstance(module, nn.Conv2d):
-                        height, width = args[0].shape[-2:]
+                        height, width = call_input(args, kwargs).shape[-2:]
                         image_sizes.setdefault(name, []).append((height, width))
                     calls = output.numel() // weight.shape[0]
                     rows[name] = rows.get(name, 0) + calls
                     flops[name] = flops.get(name, 0) + 2 * calls * weight.numel()
 
-            stack.callback(module.register_forward_hook(count).remove)
+            stack.callback(module.register_forward_hook(count, with_kwargs=True).remove)
         batch = on_device(part.collate(part.examples[:1]), model)
         with evaluation_mode(model), running(batch):
             task.batch_loss(model, batch)
@@ -318,9 +325,12 @@ class _Recorder:
             stack.enter_context(self.embeddings.attached())
             for name, layer in self.layers.items():
                 hook = partial(self._saw_call, name)
-                stack.callback(layer.register_forward_hook(hook).remove)
+                stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
                 if self.curvature is not None:
-                    stack.callback(layer.register_forward_pre_hook(self._require_gradient).remove)
+                    before = layer.register_forward_pre_hook(
+                        self._require_gradient, with_kwargs=True
+                    )
+                    stack.callback(before.remove)
             yield
 
     def observe(self, model: nn.Module, task: Task, batch: Batch, half: int | None) -> None:
@@ -376,20 +386,25 @@ class _Recorder:
             self._listens(False)
 
     def _require_gradient(
-        self, layer: nn.Module, args: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...] | None:
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Let gradients flow through a layer whose input depends on no other."""
-        inputs, *others = args
+        inputs = call_input(args, kwargs)
         if not torch.is_grad_enabled() or inputs.requires_grad or not inputs.is_floating_point():
             return None
         inputs = inputs.detach().requires_grad_()
         self._first_inputs.append(inputs)
-        return (inputs, *others)
+        return ((inputs, *args[1:]), kwargs) if args else (args, {**kwargs, "input": inputs})
 
     def _saw_call(
-        self, name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor
+        self,
+        name: str,
+        layer: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Tensor,
     ) -> None:
-        inputs = args[0]
+        inputs = call_input(args, kwargs)
         key = _identity(inputs, self.layers[name])
         first = self._inputs.setdefault(key, (name, inputs))[0]
         sums = self.sums.get(name)

@@ -164,10 +164,10 @@ class SpatialConv2d(_FactorizedConv2d):
         rows = with_identity_rows(self.second, self.order).view(self.out_channels, self.taps, -1)
         return rows.transpose(1, 2).unsqueeze(2 if self.form == "vertical" else 3)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map ``(n, in, h, w)`` or ``(in, h, w)`` to the conv's output."""
         vertical = self.form == "vertical"
-        hidden = self._along(images, self.first, None, vertical)
+        hidden = self._along(input, self.first, None, vertical)
         return self._along(hidden, self._second_kernel(), self.bias, not vertical)
 
     def _along(self, images: Tensor, kernel: Tensor, bias: Tensor | None, vertical: bool) -> Tensor:
@@ -265,9 +265,9 @@ class TuckerConv2d(_FactorizedConv2d):
         """Channels before and after the kernel."""
         return self.core.shape[1], self.core.shape[0]
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map ``(n, in, h, w)`` or ``(in, h, w)`` to the conv's output."""
-        hidden = images if self.first is None else self._mixed(images, self.first)
+        hidden = input if self.first is None else self._mixed(input, self.first)
         bias = self.bias if self.last is None else None
         # Padded only here: a 1x1 conv without bias commutes with padding.
         hidden = self._convolve(hidden, self.core, bias)

@@ -108,9 +108,9 @@ class LowRankEmbedding(_Factored):
         self.padding_idx = padding_idx
         self.num_embeddings, self.embedding_dim = len(weight), self.dim
 
-    def forward(self, words: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map integers ``(...)`` to ``(..., dim)``."""
-        hidden = functional.embedding(words, self.weight, self.padding_idx)
+        hidden = functional.embedding(input, self.weight, self.padding_idx)
         outputs = functional.linear(hidden, self.mix)
         if self.order is None:
             return outputs
@@ -147,13 +147,13 @@ class LowRankHead(_Factored):
         self.bias = bias
         self.in_features, self.out_features = self.dim, len(weight)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map ``(..., dim)`` to ``(..., words)``."""
         if self.order is None:
-            hidden = inputs @ self.mix
+            hidden = input @ self.mix
         else:
             # The inverse of the order: where each of [pivot columns; other columns] stands.
-            sorted_inputs = inputs.index_select(-1, self.order.argsort())
+            sorted_inputs = input.index_select(-1, self.order.argsort())
             pivots, others = sorted_inputs.split([self.rank, self.dim - self.rank], dim=-1)
             hidden = pivots + others @ self.mix
         return functional.linear(hidden, self.weight, self.bias)

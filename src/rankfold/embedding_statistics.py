@@ -20,11 +20,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rankfold.layer_matrix import BLOCK_VALUES
+from rankfold.layer_matrix import BLOCK_VALUES, call_input
 from rankfold.layers import EmbeddingMatrix
 from rankfold.linalg import Damping, damped
 from rankfold.spectrum import Spectrum
@@ -153,7 +154,7 @@ class EmbeddingRecorder:
             for matrix in self.embeddings.values():
                 for name, module in matrix.uses.items():
                     hook = partial(self._saw_call, name, matrix)
-                    stack.callback(module.register_forward_hook(hook).remove)
+                    stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
             yield
 
     def statistics(self) -> dict[str, EmbeddingStatistics]:
@@ -171,7 +172,8 @@ class EmbeddingRecorder:
         name: str,
         matrix: EmbeddingMatrix,
         module: nn.Module,
-        args: tuple[Tensor, ...],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
         output: Tensor,
     ) -> None:
         if not output.requires_grad:
@@ -186,7 +188,7 @@ class EmbeddingRecorder:
                 counts=zeros(words, dtype=torch.int64) if looks_up else None,
                 means=None if looks_up else zeros(words, dim, dtype=dtype),
             )
-        inputs = args[0].detach()
+        inputs = call_input(args, kwargs).detach()
         if name in matrix.lookups:
             output.register_hook(partial(self._saw_lookup, name, inputs))
         else:

@@ -6,8 +6,8 @@ its outputs the channel vectors at each position.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TypeAlias
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,11 @@ def weight_matrix(layer: MatrixLayer) -> Tensor:
 def matrix_shape(layer: MatrixLayer) -> tuple[int, int]:
     """``(out, in)`` of the layer's matrix."""
     return layer.weight.shape[0], layer.weight[0].numel()
+
+
+def call_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a layer was called with; torch's own layers name it ``input``."""
+    return args[0] if args else kwargs["input"]
 
 
 def patches(layer: nn.Conv2d, images: Tensor) -> Tensor:

@@ -112,9 +112,9 @@ class LowRankLinear(_LowRank):
         self.in_features = right.shape[1]
         self.out_features = left.shape[0] if order is None else len(order)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
-        hidden = functional.linear(inputs, self.right)
+        hidden = functional.linear(input, self.right)
         if self.order is None:
             return functional.linear(hidden, self.left, self.bias)
         rest = functional.linear(hidden, self.left)
@@ -197,9 +197,9 @@ class LowRankConv2d(_LowRank, ConvStandIn):
         rows = left.shape[0] if order is None else len(order)
         self._stand_for(like, right.shape[1], rows)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map ``(n, in, h, w)`` or ``(in, h, w)`` to the conv's output."""
-        hidden = self._convolve(images, self.right, None)
+        hidden = self._convolve(input, self.right, None)
         return mixed_channels(hidden, self.left, self.order, self.bias)
 
     def to_dense(self) -> nn.Conv2d:

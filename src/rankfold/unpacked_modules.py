@@ -80,12 +80,12 @@ class UnpackedGroups(nn.Module):
         self.spatial = conv.weight.dim() - 2
         _keep_geometry(self, conv)
 
-    def forward(self, images: Tensor, *args: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(n, in, ...)`` or ``(in, ...)`` to the conv's output."""
         axis = -1 - self.spatial
-        blocks = images.split(self.channels, dim=axis)
+        blocks = input.split(self.channels, dim=axis)
         parts = zip(self.groups_of, blocks, strict=True)
-        return torch.cat([part(block, *args) for part, block in parts], dim=axis)
+        return torch.cat([part(block, *args, **kwargs) for part, block in parts], dim=axis)
 
 
 class UnpackedConv1d(nn.Module):
@@ -118,10 +118,10 @@ class UnpackedConv1d(nn.Module):
         self.image_conv = _as_trainable(inner, conv.weight, conv.bias)
         _keep_geometry(self, conv)
 
-    def forward(self, signals: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Map ``(n, in, length)`` or ``(in, length)`` to the conv's output."""
         sizes = () if output_size is None else ((1, output_size[-1]),)
-        images: Tensor = self.image_conv(signals.unsqueeze(-2), *sizes)
+        images: Tensor = self.image_conv(input.unsqueeze(-2), *sizes)
         return images.squeeze(-2)
 
 
@@ -152,13 +152,13 @@ class UnpackedConvTranspose2d(nn.Module):
         self.output_padding = cast("tuple[int, int]", conv.output_padding)
         _keep_geometry(self, conv)
 
-    def forward(self, images: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Map ``(n, in, h, w)`` or ``(in, h, w)`` to the conv's output."""
-        columns: Tensor = self.columns(images)
+        columns: Tensor = self.columns(input)
         full = tuple(
             (size - 1) * stride + dilation * (taps - 1) + 1
             for size, stride, dilation, taps in zip(
-                images.shape[-2:], self.stride, self.dilation, self.kernel_size, strict=True
+                input.shape[-2:], self.stride, self.dilation, self.kernel_size, strict=True
             )
         )
         summed = functional.fold(
@@ -396,14 +396,14 @@ class UnpackedRule(nn.Module):
         self.matrix = matrix
         self.call = call
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the layer computes.
 
         Raises:
             RuntimeError: It calls torch's function otherwise than when it was looked at.
         """
         with RedirectedCall(cast("Tensor", self.rule.weight), self._compute):
-            outputs: Tensor = self.rule(inputs)
+            outputs: Tensor = self.rule(*args, **kwargs)
         return outputs
 
     def _compute(self, inputs: Tensor, _: Tensor | None, call: tuple[Any, ...]) -> Tensor:
