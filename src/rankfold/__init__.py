@@ -4,19 +4,14 @@ from importlib.metadata import version
 
 from rankfold.artifact import load
 from rankfold.certify import Certificate
-from rankfold.compress import (
-    Preparation,
-    Result,
-    compact,
-    lossless,
-    prepare,
-)
+from rankfold.compress import Preparation, compact, lossless, prepare
 from rankfold.data import Data
 from rankfold.errors import ArtifactError, InputError
 from rankfold.export import Exported, export
 from rankfold.hf_registration import register_with_transformers
 from rankfold.modules import LowRankConv2d, LowRankLinear
 from rankfold.progress import TerminalProgress
+from rankfold.result import Result
 from rankfold.settings import Settings
 from rankfold.sources import register_source
 from rankfold.tasks import Metric

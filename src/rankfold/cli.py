@@ -25,7 +25,6 @@ import rankfold
 from rankfold.artifact import check_output, read_report
 from rankfold.certificate_file import model_digest, read_document
 from rankfold.certify import DEFAULT_CONFIDENCE, DEFAULT_MARGIN, TESTS, check_margin
-from rankfold.compress import Result
 from rankfold.compress import compact as compact_model
 from rankfold.compress import lossless as lossless_model
 from rankfold.data import PARTS, Data
@@ -50,6 +49,7 @@ from rankfold.modules import FORMS
 from rankfold.objectives import OBJECTIVES
 from rankfold.programs import PROGRAMS
 from rankfold.progress import TerminalProgress
+from rankfold.result import Result
 from rankfold.settings import Settings, check_size
 from rankfold.spectrum import STEP_ESTIMATORS
 from rankfold.tables import (

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
@@ -27,14 +26,12 @@ from rankfold.allocate import (
     total_change,
     total_cost,
 )
-from rankfold.artifact import library_versions, save_artifact
+from rankfold.artifact import library_versions
 from rankfold.block_forms import BlockSpectra, block_form, block_spectra
 from rankfold.block_modules import BLOCK_FORMS
 from rankfold.certificate_file import (
-    Document,
     Evidence,
     example_digests,
-    files,
     make_document,
     model_digest,
 )
@@ -64,8 +61,6 @@ from rankfold.data import (
 )
 from rankfold.errors import InputError
 from rankfold.factorize import low_rank_module, low_rank_uses, truncate
-from rankfold.integrations import transformers as hf
-from rankfold.integrations.vision import NamedModel, make_named, parse_named
 from rankfold.interactions import (
     LARGEST_CORRECTION,
     OTHER_SHARE_EXAMPLES,
@@ -76,7 +71,6 @@ from rankfold.interactions import (
 )
 from rankfold.layer_matrix import MatrixLayer, matrix_shape, weight_matrix
 from rankfold.linalg import Damping
-from rankfold.model_card import CARD_FILE, model_card
 from rankfold.modules import FORMS, Form
 from rankfold.objectives import (
     OBJECTIVES,
@@ -105,6 +99,7 @@ from rankfold.report import (
     settings_report,
     step_report,
 )
+from rankfold.result import Result
 from rankfold.settings import Settings, SizeOf, check_choice, check_size
 from rankfold.sizes import model_parameters
 from rankfold.spectrum import HarmlessRange, Spectrum
@@ -1251,88 +1246,6 @@ class Round:
             "standard_error": finite(self.change.standard_error),
             "step": self.step,
         }
-
-
-@dataclass(frozen=True)
-class Result:
-    """A factorized model and what is known of it.
-
-    Attributes:
-        model: The factorized copy; the original is untouched.
-        certificate: Verdict, upper bound, margin, confidence, number of examples.
-        report: Everything else, as in ``rankfold.json``: sizes, losses, layers, settings.
-        document: The certificate's file: what it was computed from, as ``rankfold verify`` reads.
-    """
-
-    model: nn.Module
-    certificate: Certificate
-    report: dict[str, Any]
-    document: Document
-
-    @property
-    def found(self) -> bool:
-        """Whether the model is smaller than the original and its certificate holds."""
-        return self.certificate.holds and self.ratio < 1
-
-    @property
-    def ratio(self) -> float:
-        """Parameters kept / original, of the whole model."""
-        return float(self.report["ratio"])
-
-    def save(
-        self,
-        folder: str | Path,
-        *,
-        tokenizer: Any = None,
-        overwrite: bool = False,
-        source: str | None = None,
-    ) -> Path:
-        """Write the artifact; ``rankfold.load(folder)`` opens it.
-
-        Args:
-            folder: New or empty, or an artifact with ``overwrite``.
-            tokenizer: Saved beside a transformers model.
-            overwrite: Replace an artifact that stands there.
-            source: What makes a model of timm or torchvision, with all options that it was made
-                with: ``timm:resnet18,num_classes=10``. Then it opens without ``model=``.
-
-        Raises:
-            InputError: The folder can't be written, or ``source`` makes another model.
-        """
-        named = None if source is None else parse_named(source)
-        if named is not None:
-            self._check_made_by(named)
-        return save_artifact(
-            folder,
-            self.model,
-            self.report,
-            tokenizer=tokenizer,
-            overwrite=overwrite,
-            files={**files(self.document), CARD_FILE: self._card(named)},
-            source=named,
-        )
-
-    def _check_made_by(self, named: NamedModel) -> None:
-        made = make_named(named)
-        stated = self.report["original"]["parameters"]
-        found = model_parameters(made)
-        if type(made) is not type(self.model) or found != stated:
-            raise InputError(
-                f"source {named} makes a {type(made).__name__} of {found} parameters; the original "
-                f"was a {type(self.model).__name__} of {stated}. Name all options that it was made "
-                "with."
-            )
-
-    def _card(self, named: NamedModel | None) -> str:
-        of_transformers = hf.is_transformers_model(self.model)
-        return model_card(
-            self.report,
-            library_versions(),
-            type(self.model).__name__,
-            of_transformers=of_transformers,
-            original=hf.opened_as(self.model) if of_transformers else "",
-            source=None if named is None else str(named),
-        )
 
 
 def lowest(tried: Sequence[Candidate]) -> Candidate:

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from rankfold.artifact import WEIGHTS_FILE, check_output, load
 from rankfold.certify import paired_change, weighted_mean
-from rankfold.compress import Preparation, Result, prepare
+from rankfold.compress import Preparation, prepare
 from rankfold.data import PARTS, SHARES, Data
 from rankfold.errors import InputError
 from rankfold.integrations.transformers import load_gguf, load_tokenizer
 from rankfold.progress import Progress, run_stage
+from rankfold.result import Result
 from rankfold.sources import token_windows
 from rankfold.tables import VERDICT_STYLE
 
