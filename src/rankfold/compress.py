@@ -484,7 +484,8 @@ class Preparation:
     def candidates(self, budget: float) -> list[Candidate]:
         """Plans for a cost of the factorizable layers, measured on selection data.
 
-        One a round, and one for each time that interactions are measured at the best so far.
+        One a round, and one for each time that interactions are measured: at the best of these, and
+        at the plan that came of it.
 
         Raises:
             InputError: No plan is that small.
@@ -494,12 +495,12 @@ class Preparation:
         for left in range(self.settings.rounds - 1, 0, -1):
             stage = stage.next_round(budget, left + 1)
             tried.append(stage.measure(stage.plan(budget)))
-        for turn in range(CORRECTIONS if self.corrects else 0):
-            best = lowest(tried)
-            if turn and best is not tried[-1]:
-                break  # the last correction was none
+        best = lowest(tried)
+        for _ in range(CORRECTIONS if self.corrects else 0):
+            # Also where the first correction looks no better: few selection examples can't tell.
             stage = best.stage.corrected(best)
-            tried.append(stage.measure(stage.plan(budget)))
+            best = stage.measure(stage.plan(budget))
+            tried.append(best)
         return tried
 
     def next_round(self, budget: float, rounds_left: int) -> Preparation:
