@@ -428,6 +428,11 @@ def test_a_search_among_models_whose_loss_is_not_finite_ends() -> None:
         rankfold.compact(mlp(), pair_data(), margin=0.1, loss=loss, objective="svd")
 
 
+def test_a_plan_whose_loss_is_not_finite_is_measured_once() -> None:
+    prepared = rankfold.prepare(mlp(), pair_data(), loss=worse_when_changed(math.inf))
+    assert len(prepared.candidates(0.8 * prepared.factorizable)) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model", [trained_cnn, tiny_llama])
 def test_what_is_measured_computes_what_is_built(model: Any, dtype: torch.dtype) -> None:

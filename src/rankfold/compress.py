@@ -499,6 +499,8 @@ class Preparation:
         for _ in range(CORRECTIONS if self.corrects else 0):
             # Also where the first correction looks no better: few selection examples can't tell.
             stage = best.stage.corrected(best)
+            if stage is best.stage:
+                break  # the loss is not finite: the plan would be measured once more
             best = stage.measure(stage.plan(budget))
             tried.append(best)
         return tried
@@ -731,10 +733,11 @@ class Preparation:
         return {name: self.weight(name, choice) for name, choice in plan.items()}
 
     def look_at(self, plan: RankPlan) -> nn.Module:
-        """A model that computes what a plan's model does, made without choosing pivots.
+        """A model that computes what a plan's model does, with one weight a layer.
 
-        In half precision it is the plan's model itself: rounding factors is another error than
-        rounding their product.
+        For Linear layers it is made without choosing pivots, which takes most of building. In half
+        precision it is the plan's model itself: rounding factors is another error than rounding
+        their product.
         """
         matrices = self.collected.matrices.values()
         if any(torch.finfo(matrix.weight.dtype).bits < 32 for matrix in matrices):
