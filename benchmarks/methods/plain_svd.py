@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from benchmarks.methods.fisher import Fisher, fishers
 from benchmarks.methods.low_rank import spectra, uniform
 from benchmarks.methods.method import AtSize, Method, Study
 from benchmarks.methods.sensitivity import Sensitivity, threshold_search
-from rankfold.layer_matrix import MatrixLayer, input_rows
+from rankfold.layer_matrix import MatrixLayer, call_input, input_rows
 from rankfold.modes import evaluation_mode
 from rankfold.tasks import on_device
 
@@ -72,8 +73,10 @@ def mean_absolute_inputs(study: Study) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def saw(name: str, layer: MatrixLayer, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        for rows in input_rows(layer, args[0]):
+    def saw(
+        name: str, layer: MatrixLayer, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        for rows in input_rows(layer, call_input(args, kwargs)):
             total = rows.abs().sum(0).double()
             sums[name] = sums[name] + total if name in sums else total
             counts[name] = counts.get(name, 0) + len(rows)
@@ -81,7 +84,8 @@ def mean_absolute_inputs(study: Study) -> dict[str, Tensor]:
     collected = study.collected
     with ExitStack() as stack:
         for name, layer in study.layers.items():
-            stack.callback(layer.register_forward_pre_hook(partial(saw, name, layer)).remove)
+            hook = partial(saw, name, layer)
+            stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         stack.enter_context(evaluation_mode(collected.model))
         for batch in _batches(study):
             collected.task.batch_loss(collected.model, batch)
