@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -33,7 +33,8 @@ from benchmarks.rows import Recorder, read_rows
 from rankfold.certify import paired_change
 from rankfold.collected import Collected
 from rankfold.compress import analyse, choose_damping
-from rankfold.data import Part, as_part
+from rankfold.data import Data, Part, as_part
+from rankfold.overlap import refuse_copies
 from rankfold.settings import Settings
 from rankfold.tasks import Evaluation, evaluate
 
@@ -51,12 +52,20 @@ class Variant:
         statistics: What of the settings changes the statistics; variants with equal ones share a
             pass over the calibration examples.
         share_of_data: Share of the calibration examples used.
+        docstrings: Share of the calibration windows that are docstrings of installed packages.
     """
 
     settings: dict[str, Any]
     models: str = "all"
     statistics: dict[str, Any] = field(default_factory=dict)
     share_of_data: float = 1.0
+    docstrings: float = 0.0
+
+    @property
+    def pass_over_data(self) -> dict[str, Any]:
+        """What names the statistics beside model, seed and number of examples."""
+        mixed = {"docstrings": self.docstrings} if self.docstrings else {}
+        return {**self.statistics, **mixed}
 
     def fits(self, model: str) -> bool:
         """Whether the variant is run for a model."""
@@ -97,6 +106,9 @@ VARIANTS: dict[str, Variant] = {
     ),
     "twice the calibration data, two rounds": Variant({"rounds": 2}, share_of_data=2.0),
     "twice the calibration data, three rounds": Variant({"rounds": 3}, share_of_data=2.0),
+    "twice the calibration data, two rounds, no step": Variant(
+        {"rounds": 2}, statistics=NO_STEP, share_of_data=2.0
+    ),
     "two rounds": Variant({"rounds": 2}),
     "two rounds, no step": Variant({"rounds": 2}, statistics=NO_STEP),
     "empirical curvature": Variant({}, "vision", {"curvature": "empirical"}),
@@ -113,6 +125,14 @@ VARIANTS: dict[str, Variant] = {
         {"damping": 0.3}, "language", {"self_share": 0.5, **NO_STEP}, share_of_data=2.0
     ),
     "own text, no step": Variant({}, "language", OWN | NO_STEP),
+    "half docstrings": Variant({}, "language", docstrings=0.5),
+    "half docstrings, no step": Variant({}, "language", NO_STEP, docstrings=0.5),
+    "twice the calibration data, half docstrings": Variant(
+        {}, "language", share_of_data=2.0, docstrings=0.5
+    ),
+    "twice the calibration data, half docstrings, no step": Variant(
+        {}, "language", NO_STEP, share_of_data=2.0, docstrings=0.5
+    ),
     "A alone, uniform (SVD-LLM)": Variant({"objective": "activation", "form": "pair"}),
     "row weights (FWSVD)": Variant({"objective": "fwsvd", "form": "pair"}),
     "plain SVD": Variant({"objective": "svd", "form": "pair"}),
@@ -172,7 +192,7 @@ class Runner(Recorder[Row]):
         groups: dict[str, list[str]] = {}
         for variant in missing:
             chosen = VARIANTS[variant]
-            key = f"{sorted(chosen.statistics.items())} {chosen.share_of_data}"
+            key = f"{sorted(chosen.pass_over_data.items())} {chosen.share_of_data}"
             groups.setdefault(key, []).append(variant)
         for group in groups.values():
             self._group(name, seed, group, sizes)
@@ -182,13 +202,18 @@ class Runner(Recorder[Row]):
         build, calibration = MODELS[name]
         count = round(calibration * first.share_of_data)
         model, data = build(seed, count)
-        other = other_text(len(data.calibration[0])) if name == "smollm2" else None
+        other = None
+        if name == "smollm2":
+            length = len(data.calibration[0])
+            other = other_text(length)
+            data = mixed_with_docstrings(data, first.docstrings, length, seed)
+            refuse_copies([as_part("calibration", list(data.calibration)), other])
         common = {"seed": seed, "limit": count, **first.statistics}
         collected, spent = collect_or_read(
             model,
             data,
             Settings(**common),
-            kept_file(self.file, name, seed, count, first.statistics),
+            kept_file(self.file, name, seed, count, first.pass_over_data),
             self.progress,
         )
         dense_other = None if other is None else self._other(model, collected, other)
@@ -257,6 +282,18 @@ def other_text(length: int) -> Part:
     tokens = torch.cat([torch.as_tensor(w) for w in topics_data(load_tokenizer()).held_out])
     windows = tokens[: len(tokens) // length * length].view(-1, length)
     return as_part("other text", list(windows[:OTHER_TEXT_WINDOWS]))
+
+
+def mixed_with_docstrings(data: Data, share: float, length: int, seed: int) -> Data:
+    """The data with docstrings in the place of a share of the calibration windows."""
+    from benchmarks.language_models import docstring_windows, load_tokenizer
+
+    windows = list(data.calibration)
+    count = round(share * len(windows))
+    if count == 0:
+        return data
+    drawn = docstring_windows(load_tokenizer(), length=length, count=count, seed=seed)
+    return replace(data, calibration=[*windows[: len(windows) - count], *drawn])
 
 
 def _change(row: Row) -> str:

