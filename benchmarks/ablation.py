@@ -32,10 +32,11 @@ from benchmarks.quality import MODELS
 from benchmarks.rows import Recorder, read_rows
 from rankfold.certify import paired_change
 from rankfold.collected import Collected
-from rankfold.compress import analyse, choose_damping
+from rankfold.compress import Preparation
 from rankfold.data import Data, Part, as_part
 from rankfold.overlap import refuse_copies
 from rankfold.settings import Settings
+from rankfold.stage import choose_damping
 from rankfold.tasks import Evaluation, evaluate
 
 RESULTS = Path(__file__).parent / "out" / "ablation.jsonl"
@@ -222,7 +223,7 @@ class Runner(Recorder[Row]):
             start = time.perf_counter()
             if settings.damping == "auto":
                 settings = choose_damping(collected, settings, progress=self.progress)
-            prepared = analyse(collected, settings, progress=self.progress)
+            prepared = Preparation.of(collected, settings, progress=self.progress)
             ready = spent + time.perf_counter() - start
             # With rounds the control takes a step a round, which only the result's own stage knows.
             moved = prepared.control() if settings.rounds == 1 else None

@@ -41,12 +41,13 @@ from benchmarks.rows import Recorder, read_rows
 from rankfold.allocate import RankPlan
 from rankfold.certify import Change, weighted_mean
 from rankfold.collected import collect
-from rankfold.compress import Preparation, analyse, lowest
 from rankfold.data import Data
 from rankfold.errors import InputError
 from rankfold.modules import Form
 from rankfold.objectives import ObjectiveName
+from rankfold.search import of_size
 from rankfold.settings import Settings
+from rankfold.stage import Stage, lowest
 from rankfold.tasks import Evaluation
 
 RESULTS = Path(__file__).parent / "out" / "paper_claim.jsonl"
@@ -204,7 +205,7 @@ class Runner(Recorder[Row]):
         collected = collect(net, data, everything, progress=self.progress)
         for objective in dict.fromkeys(v.objective for v in variants if missing[v]):
             settings = replace(everything, objective=objective)
-            prepared = analyse(collected, settings, progress=self.progress)
+            prepared = Stage.of(collected, settings, progress=self.progress)
             self._dense(setting, prepared)
             for variant in variants:
                 if variant.objective == objective:
@@ -216,7 +217,7 @@ class Runner(Recorder[Row]):
     def _has(self, setting: str, seed: int, model: str, size: float | None) -> bool:
         return all((setting, seed, model, size, test) in self.done for test in TESTS)
 
-    def _dense(self, setting: str, prepared: Preparation) -> None:
+    def _dense(self, setting: str, prepared: Stage) -> None:
         """The dense net, and what moves its loss without making it smaller."""
         seed, dense = prepared.settings.seed, prepared.original_held_out()
         self._record(setting, prepared, "dense", None, dense, kept=1.0)
@@ -233,7 +234,7 @@ class Runner(Recorder[Row]):
                 setting, prepared, "temperature", None, tempered, kept=1.0, temperature=temperature
             )
 
-    def _measure(self, setting: str, prepared: Preparation, variant: Variant, size: float) -> None:
+    def _measure(self, setting: str, prepared: Stage, variant: Variant, size: float) -> None:
         budget = prepared.factorizable - (1 - size) * prepared.total
         try:
             stage, plan = chosen(prepared, variant, budget)
@@ -258,7 +259,7 @@ class Runner(Recorder[Row]):
         if moved is not None:
             self._record(setting, stage, f"control, {variant.rounds} rounds", size, moved, kept=1.0)
 
-    def _measure_smallest(self, setting: str, prepared: Preparation, variant: Variant) -> None:
+    def _measure_smallest(self, setting: str, prepared: Stage, variant: Variant) -> None:
         """The smallest plan that a rule has, where it doesn't reach the size asked for."""
         label = f"{variant.label}, its smallest"
         if self._has(setting, prepared.settings.seed, label, None):
@@ -286,7 +287,7 @@ class Runner(Recorder[Row]):
     def _record(
         self,
         setting: str,
-        prepared: Preparation,
+        prepared: Stage,
         model: str,
         size: float | None,
         evaluation: Evaluation | None,
@@ -319,7 +320,7 @@ class Runner(Recorder[Row]):
             print(f"{setting} seed {row.seed} {test}: {model} {size} {_brief(row)}", flush=True)
 
 
-def chosen(prepared: Preparation, variant: Variant, budget: float) -> tuple[Preparation, RankPlan]:
+def chosen(prepared: Stage, variant: Variant, budget: float) -> tuple[Stage, RankPlan]:
     """A plan for a budget and the stage that it is of: for objectives that predict the loss the
     best on selection images, as ``lossless`` takes it.
 
@@ -329,7 +330,7 @@ def chosen(prepared: Preparation, variant: Variant, budget: float) -> tuple[Prep
     plan = prepared.plan(budget, smallest=variant.smallest)
     if not prepared.corrects or is_dense(plan):
         return prepared, plan
-    best = lowest(prepared.candidates(budget))
+    best = lowest(of_size(prepared, budget))
     return best.stage, best.plan
 
 

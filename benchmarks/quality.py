@@ -30,11 +30,11 @@ from benchmarks.command_line import commands, parsed
 from benchmarks.rows import Recorder, read_rows
 from rankfold.certify import paired_change
 from rankfold.collected import collect
-from rankfold.compress import Preparation, analyse
 from rankfold.data import Data
 from rankfold.modules import FORMS, Form
 from rankfold.objectives import OBJECTIVES, ObjectiveName
 from rankfold.settings import Settings
+from rankfold.stage import Stage
 from rankfold.tasks import Evaluation
 
 RESULTS = Path(__file__).parent / "out" / "quality.jsonl"
@@ -139,19 +139,19 @@ class Runner(Recorder[Row]):
         collected = collect(model, data, everything, progress=self.progress)
         for objective, damping in wanted:
             settings = Settings(objective=objective, seed=seed, limit=calibration, damping=damping)
-            prepared = analyse(collected, settings, progress=self.progress)
+            prepared = Stage.of(collected, settings, progress=self.progress)
             self._dense_and_control(name, prepared)
             for form in forms:
                 for size in sizes:
                     self._measure(name, prepared.in_form(form), size)
 
-    def _dense_and_control(self, name: str, prepared: Preparation) -> None:
+    def _dense_and_control(self, name: str, prepared: Stage) -> None:
         self._record(name, prepared, "dense", "", None, prepared.original_held_out(), None, 1.0)
         control = prepared.control_held_out()
         if control is not None:
             self._record(name, prepared, "control", "", None, control, prepared.gain, 1.0)
 
-    def _measure(self, name: str, prepared: Preparation, size: float) -> None:
+    def _measure(self, name: str, prepared: Stage, size: float) -> None:
         settings = prepared.settings
         objective, form = settings.objective, settings.form
         if (name, settings.seed, objective, form, settings.damping, size) in self.done:
@@ -173,7 +173,7 @@ class Runner(Recorder[Row]):
     def _record(
         self,
         name: str,
-        prepared: Preparation,
+        prepared: Stage,
         objective: str,
         form: str,
         size: float | None,

@@ -8,14 +8,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 import rankfold
-from rankfold import Data, InputError, collected, compress
+from rankfold import Data, InputError, collected, stage
 from rankfold.block_modules import BLOCK_FORMS
-from rankfold.compress import DAMPINGS
 from rankfold.conv_modules import CONV_FORMS
 from rankfold.modules import FORMS, Form
 from rankfold.objectives import OBJECTIVES
+from rankfold.outcome import layer_entry
+from rankfold.search import of_size, within_margin
 from rankfold.settings import Settings
 from rankfold.sizes import model_parameters
+from rankfold.stage import DAMPINGS
 from tests.small_models import (
     SmallCNN,
     SmallMLP,
@@ -430,7 +432,14 @@ def test_a_search_among_models_whose_loss_is_not_finite_ends() -> None:
 
 def test_a_plan_whose_loss_is_not_finite_is_measured_once() -> None:
     prepared = rankfold.prepare(mlp(), pair_data(), loss=worse_when_changed(math.inf))
-    assert len(prepared.candidates(0.8 * prepared.factorizable)) == 1
+    assert len(of_size(prepared, 0.8 * prepared.factorizable)) == 1
+
+
+def test_a_search_measures_no_plan_again_whose_loss_is_not_finite() -> None:
+    prepared = rankfold.prepare(mlp(), pair_data(), loss=worse_when_changed(math.inf))
+    plans = [candidate.plan for candidate in within_margin(prepared, 0.1)]
+    assert len(plans) > 1
+    assert all(plan not in plans[:place] for place, plan in enumerate(plans))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -585,7 +594,7 @@ def test_an_interrupt_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compress, "layer_spectrum", interrupt)
+    monkeypatch.setattr(stage, "layer_spectrum", interrupt)
     with pytest.raises(KeyboardInterrupt):
         rankfold.lossless(model, image_data(40), size=0.7)
     assert same_state(model, before)
@@ -754,7 +763,7 @@ def test_no_form_of_a_conv_takes_longer_than_the_dense_one(form: Form) -> None:
             if choice.form not in CONV_FORMS:
                 continue
             spatial += 1
-            listed = prepared._layer_report(name, choice)
+            listed = layer_entry(prepared, name, choice)
             assert listed["factorized_flops"] <= listed["flops"]
     assert spatial
 

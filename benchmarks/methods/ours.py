@@ -16,18 +16,17 @@ from torch import nn
 
 from benchmarks.methods.int8 import rounded
 from benchmarks.methods.method import AtSize, Compressed, Kind, Method, Study
-from rankfold.compress import Preparation, analyse, lowest
 from rankfold.modules import FORMS, Form
 from rankfold.objectives import OBJECTIVES, ObjectiveName
+from rankfold.search import of_size
 from rankfold.settings import Settings
+from rankfold.stage import Stage, lowest
 
 
-def _prepared(
-    study: Study, objective: ObjectiveName, form: Form, conv_forms: bool = True
-) -> Preparation:
+def _prepared(study: Study, objective: ObjectiveName, form: Form, conv_forms: bool = True) -> Stage:
     settings = Settings(objective=objective, form=form, seed=study.seed, conv_forms=conv_forms)
     collected = study.without_step if objective == "kronecker" else study.collected
-    return analyse(collected, settings, progress=study.progress)
+    return Stage.of(collected, settings, progress=study.progress)
 
 
 def compressed(
@@ -37,8 +36,8 @@ def compressed(
     return lambda size: Compressed.of(best_on_selection(prepared, size))
 
 
-def best_on_selection(prepared: Preparation, size: float) -> nn.Module:
-    best = lowest(prepared.candidates(size * prepared.factorizable))
+def best_on_selection(prepared: Stage, size: float) -> nn.Module:
+    best = lowest(of_size(prepared, size * prepared.factorizable))
     return best.stage.build(best.plan)
 
 
