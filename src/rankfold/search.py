@@ -8,22 +8,25 @@ from collections.abc import Sequence
 from scipy import stats
 
 from rankfold.allocate import smallest_cost, total_change, total_cost
-from rankfold.certify import half_width
+from rankfold.certify import half_width, paired_change
 from rankfold.errors import InputError
 from rankfold.stage import Candidate, Stage, lowest
 
 # Chance that compact leaves the held-out test of a model as good as its selection data say.
 POWER = 0.9
 MOST_PLANS = 7  # plans that a search within a margin measures in a round
-CORRECTIONS = 2  # how often interactions are measured, each time at the plan that came of the last
+# How often interactions are measured, each time at the plan that came of the last: so often in any
+# case, and further, up to the second number, while the plans get better on selection data.
+CORRECTIONS = 2
+MOST_CORRECTIONS = 6
 CLOSE_ENOUGH = 0.01  # share of the model's size at which that search stops
 
 
 def of_size(stage: Stage, budget: float) -> list[Candidate]:
     """Plans for a cost of the factorizable layers, measured on selection data.
 
-    One a round, and one for each time that interactions are measured: at the best of these, and
-    at the plan that came of it.
+    One a round, and one for each time that interactions are measured: at the best of these, at
+    the plan that came of it, and on as long as plans get better by more than their own error.
 
     Args:
         stage: The first round.
@@ -36,14 +39,16 @@ def of_size(stage: Stage, budget: float) -> list[Candidate]:
     for left in range(stage.settings.rounds - 1, 0, -1):
         stage = stage.next_round(budget, left + 1)
         tried.append(stage.measure(stage.plan(budget)))
-    best = lowest(tried)
-    for _ in range(CORRECTIONS if stage.corrects else 0):
-        # Also where the first correction looks no better: few selection examples can't tell.
-        stage = best.stage.corrected(best)
-        if stage is best.stage:
+    last = lowest(tried)
+    for done in range(MOST_CORRECTIONS if stage.corrects else 0):
+        # Twice also where the first looks no better: few selection examples can't tell.
+        if done >= CORRECTIONS and not _is_better(last, tried[-2]):
+            break
+        stage = last.stage.corrected(last)
+        if stage is last.stage:
             break  # the loss is not finite: the plan would be measured once more
-        best = stage.measure(stage.plan(budget))
-        tried.append(best)
+        last = stage.measure(stage.plan(budget))
+        tried.append(last)
     return tried
 
 
@@ -99,6 +104,12 @@ def promised_bound(candidate: Candidate) -> float:
     quantile = float(stats.t.ppf(POWER, change.examples - 1))
     luck = quantile * deviation * math.sqrt(1 / held_out + 1 / change.examples)
     return change.mean + bound + luck
+
+
+def _is_better(candidate: Candidate, other: Candidate) -> bool:
+    """Whether selection losses are lower by more than the standard error of their difference."""
+    change = paired_change(other.evaluation, candidate.evaluation)
+    return change.mean < -change.standard_error
 
 
 def _smallest_passing(tried: Sequence[Candidate], margin: float) -> Candidate | None:

@@ -399,12 +399,8 @@ class Stage:
             stage=f"size {share:.3f} on selection data",
             finite=False,
         )
-        original = self.collected.original_losses(
-            "selection", self.settings.batch_size, self.progress
-        )
-        change = paired_change(original, evaluation)
-        differences = evaluation.losses - original.losses
-        return Candidate(self, plan, share, self.predicted(plan), change, differences)
+        change = paired_change(self.original_selection(), evaluation)
+        return Candidate(self, plan, share, self.predicted(plan), change, evaluation)
 
     @property
     def corrects(self) -> bool:
@@ -516,6 +512,10 @@ class Stage:
         )
         return replace(following, earlier=[*self.earlier, past], start=plan)
 
+    def original_selection(self) -> Evaluation:
+        """Losses of the original model on the selection examples."""
+        return self.collected.original_losses("selection", self.settings.batch_size, self.progress)
+
     def held_out(self, model: nn.Module, stage: str) -> Evaluation:
         """Losses of a model on the held-out examples."""
         return evaluate(
@@ -566,7 +566,7 @@ class Candidate:
         ratio: Share kept of the whole model, in the unit of the cost.
         predicted: Predicted change of the loss, or None.
         change: Measured change on selection data.
-        differences: ``(n,)`` changes of the selection examples.
+        evaluation: Its losses on the selection examples.
     """
 
     stage: Stage
@@ -574,7 +574,12 @@ class Candidate:
     ratio: float
     predicted: float | None
     change: Change
-    differences: Tensor
+    evaluation: Evaluation
+
+    @property
+    def differences(self) -> Tensor:
+        """``(n,)`` changes of the selection examples' losses."""
+        return self.evaluation.losses - self.stage.original_selection().losses
 
     @property
     def as_predicted(self) -> bool:
