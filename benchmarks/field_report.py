@@ -32,6 +32,8 @@ BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, RED, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"
 STYLES = {
     "joint-pivoted": (BLACK, "o", "-"),
+    "control": (BLACK, "+", ""),  # what of joint's gain the dense model has, too
+    "kronecker-pivoted": (BLACK, ".", ":"),
     "kronecker-pair": (BLACK, "s", "--"),
     "svd": (GREY, "x", ":"),
     "asvd": (ORANGE, "v", ":"),
