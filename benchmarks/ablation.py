@@ -277,12 +277,11 @@ class Runner(Recorder[Row]):
 
 def other_text(length: int) -> Part:
     """Windows of Python's documentation of so many tokens."""
-    from benchmarks.language_models import load_tokenizer  # needs transformers
+    from benchmarks.language_models import cut, load_tokenizer  # needs transformers
     from rankfold.demo import topics_data
 
     tokens = torch.cat([torch.as_tensor(w) for w in topics_data(load_tokenizer()).held_out])
-    windows = tokens[: len(tokens) // length * length].view(-1, length)
-    return as_part("other text", list(windows[:OTHER_TEXT_WINDOWS]))
+    return as_part("other text", list(cut(tokens, length)[:OTHER_TEXT_WINDOWS]))
 
 
 def mixed_with_docstrings(data: Data, share: float, length: int, seed: int) -> Data:

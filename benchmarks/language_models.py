@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, TypeAlias, cast
@@ -45,6 +46,7 @@ def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return cast(PreTrainedModel, model.eval()), load_tokenizer()
 
 
+@cache  # reading it from the GGUF takes seconds, and several callers ask
 def load_tokenizer() -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
@@ -71,10 +73,17 @@ def wikitext2(
     Raises:
         ValueError: The part has fewer windows.
     """
-    tokens = wikitext2_tokens(part, tokenizer)
-    windows = tokens[: len(tokens) // length * length].view(-1, length)
+    return _drawn(cut(wikitext2_tokens(part, tokenizer), length), part, count, seed)
+
+
+def cut(tokens: Tensor, length: int) -> Tensor:
+    """Windows that follow each other, (n // length, length); what is left over is dropped."""
+    return tokens[: len(tokens) // length * length].view(-1, length)
+
+
+def _drawn(windows: Tensor, source: str, count: int, seed: int) -> Tensor:
     if not 0 < count <= len(windows):
-        raise ValueError(f"count must be in 1..{len(windows)} for {part!r}, not {count}")
+        raise ValueError(f"count must be in 1..{len(windows)} for {source!r}, not {count}")
     drawn = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     return windows[drawn[:count]]
 
@@ -100,12 +109,7 @@ def docstring_windows(
     """
     text = "\n\n".join(docstrings(DOCSTRING_PACKAGES))
     encoded = tokenizer(text, add_special_tokens=False, verbose=False)
-    tokens = torch.tensor(encoded["input_ids"])
-    windows = tokens[: len(tokens) // length * length].view(-1, length)
-    if not 0 < count <= len(windows):
-        raise ValueError(f"count must be in 1..{len(windows)} for docstrings, not {count}")
-    drawn = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    return windows[drawn[:count]]
+    return _drawn(cut(torch.tensor(encoded["input_ids"]), length), "docstrings", count, seed)
 
 
 def docstrings(packages: Sequence[str], shortest: int = 400) -> list[str]:
