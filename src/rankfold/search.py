@@ -15,11 +15,11 @@ from rankfold.stage import Candidate, Stage, lowest
 # Chance that compact leaves the held-out test of a model as good as its selection data say.
 POWER = 0.9
 MOST_PLANS = 7  # plans that a search within a margin measures in a round
+CLOSE_ENOUGH = 0.01  # share of the model's size at which that search stops
 # How often interactions are measured, each time at the plan that came of the last: so often in any
 # case, and further, up to the second number, while the plans get better on selection data.
 CORRECTIONS = 2
 MOST_CORRECTIONS = 6
-CLOSE_ENOUGH = 0.01  # share of the model's size at which that search stops
 
 
 def of_size(stage: Stage, budget: float) -> list[Candidate]:
