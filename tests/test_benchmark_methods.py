@@ -25,7 +25,13 @@ from benchmarks.field_report import (
 )
 from benchmarks.methods import METHODS
 from benchmarks.methods.fisher import Fisher, positive_definite
-from benchmarks.methods.gradients import Gradients, clip_norms, clipped_output_grams
+from benchmarks.methods.gradients import (
+    Gradients,
+    clip_norms,
+    clipped_output_grams,
+    mean_gradients,
+    weight_gradients,
+)
 from benchmarks.methods.int8 import round_rows, rounded
 from benchmarks.methods.kfac_svd import break_even_rank, scaled_energies
 from benchmarks.methods.low_rank import build, energy_curves, within_ratios
@@ -316,6 +322,24 @@ def test_clipped_grams_without_clipping_are_rankfolds_own(
         torch.testing.assert_close(
             found[name] / terms, statistics.output_gram.double(), rtol=1e-4, atol=1e-7
         )
+
+
+def test_gradient_samples_are_the_mean_gradients_of_groups_of_examples(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.methods.gradients.FEWEST_SAMPLES", 16)
+    collected = study.collected
+    part = collected.parts["calibration"]
+    samples = dict(weight_gradients(study))
+    assert list(samples) == list(study.weights)
+    count = len(samples["head"])
+    group = len(part.examples) // count
+    assert group > 1
+    third = part.take(range(2 * group, 3 * group))
+    expected = mean_gradients(collected.model, collected.task, third, list(samples))
+    for name, found in samples.items():
+        torch.testing.assert_close(found[2].double(), expected[name], rtol=1e-4, atol=1e-7)
+        assert found.shape == (count, *study.weights[name].shape)
 
 
 def test_ratios_of_one_are_the_uniform_plan(study: Study) -> None:

@@ -65,7 +65,7 @@ class Fisher:
 
 
 def fishers(study: Study) -> Iterator[tuple[str, Fisher]]:
-    """One layer after the other: the samples of all together may not fit into memory."""
+    """One layer after the other."""
     for name, samples in weight_gradients(study):
         yield name, Fisher(samples)
 

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import cast
 
 import torch
@@ -20,7 +23,6 @@ from rankfold.tasks import BatchLoss, Task, on_device
 
 GROUP = 16  # examples whose mean gradient counts as one sample, as in the published code
 FEWEST_SAMPLES = 64
-MOST_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -83,36 +85,33 @@ def mean_gradients(
 def weight_gradients(study: Study) -> Iterator[tuple[str, Tensor]]:
     """For each layer, samples of its mean gradient over ``GROUP`` examples, ``(k, out, in)``.
 
-    Layers are passed over together as far as their samples fit into ``MOST_BYTES``.
+    One pass over the examples. The samples of all layers together may not fit into memory (a
+    language model's are 27 GB), so they lie in mapped files until the last layer is taken.
     """
     part = study.collected.parts["calibration"]
     group = min(GROUP, max(1, len(part.examples) // FEWEST_SAMPLES))
     samples = -(-len(part.examples) // group)
-    for names in _chunks(study, samples):
-        weights = [study.layers[name].weight for name in names]
-        kept: list[list[Tensor]] = [[] for _ in names]
+    weights = [study.layers[name].weight for name in study.weights]
+    with TemporaryDirectory(prefix="rankfold-gradients-") as folder:
+        kept = {
+            name: _mapped(Path(folder) / str(place), (samples, *weight.shape))
+            for place, (name, weight) in enumerate(study.weights.items())
+        }
         passes = Gradients.of(study).passes(
             study.collected.model, study.collected.task, part, weights, group
         )
-        for found, terms in study.progress.track(passes, "gradients of weights", samples):
-            for place, gradient in enumerate(found):
+        tracked = study.progress.track(passes, "gradients of weights", samples)
+        for sample, (found, terms) in enumerate(tracked):
+            for of_layer, gradient in zip(kept.values(), found, strict=True):
                 if gradient is not None:
-                    kept[place].append(gradient.flatten(1).float() / terms)
-        for name, gradients in zip(names, kept, strict=True):
-            yield name, torch.stack(gradients)
+                    of_layer[sample] = gradient.flatten(1).float() / terms
+        for name in [*kept]:
+            yield name, kept.pop(name)
 
 
-def _chunks(study: Study, samples: int) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    size = 0
-    for name, weight in study.weights.items():
-        here = 4 * samples * weight.numel()
-        if chunk and size + here > MOST_BYTES:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(name)
-        size += here
-    yield chunk
+def _mapped(file: Path, shape: tuple[int, ...]) -> Tensor:
+    """Zeros of a shape in a file, float32."""
+    return torch.from_file(str(file), shared=True, size=prod(shape)).view(shape)
 
 
 def clipped_output_grams(study: Study, source: Gradients) -> dict[str, Tensor]:
