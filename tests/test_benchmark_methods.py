@@ -299,6 +299,24 @@ def test_rankfold_without_a_step_has_its_own_statistics(monkeypatch: pytest.Monk
         METHODS["kronecker-pair"].prepare(study)
 
 
+def test_a_pass_that_two_methods_need_is_made_once_and_counted_for_both(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[Study] = []
+
+    def clipped(study: Study, source: Gradients) -> dict[str, Tensor]:
+        passes.append(study)
+        return clipped_output_grams(study, source)
+
+    monkeypatch.setattr("benchmarks.methods.kfac_svd.clipped_output_grams", clipped)
+    fresh = replace(study, passes={})
+    first, again = (METHODS["kfac-svd"].prepare(fresh)(0.6) for _ in range(2))
+    assert len(passes) == 1
+    assert fresh.saved_seconds > 0
+    for one, other in zip(first.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_blocks_are_the_numbered_modules(study: Study) -> None:
     assert study.blocks == [["stem"], ["blocks.0"], ["blocks.1"], ["head"]]
 

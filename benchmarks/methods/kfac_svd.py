@@ -42,7 +42,7 @@ def shrunk(gram: Tensor, share: float) -> Tensor:
 
 
 def two_sided(study: Study, source: Gradients) -> Spectra:
-    grams = clipped_output_grams(study, source)
+    grams = study.once(source, lambda: clipped_output_grams(study, source))
     output = VISION_OUTPUT_SHRINKAGE if study.vision else OUTPUT_SHRINKAGE
     return spectra(
         study,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from rankfold.progress import Progress
 from rankfold.report import model_sizes
 
 Kind: TypeAlias = Literal["peer", "ours", "outside"]
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -28,12 +30,27 @@ class Study:
         seed: Draws whatever a method draws.
         progress: Shows the stages.
         collect_without_step: Gives ``without_step``; None where ``collected`` is the same.
+        passes: What ``once`` keeps, with the seconds that each took.
+        saved_seconds: What was saved by keeping it.
     """
 
     collected: Collected
     seed: int
     progress: Progress
     collect_without_step: Callable[[], Collected] | None = None
+    passes: dict[object, tuple[Any, float]] = field(default_factory=dict)
+    saved_seconds: float = 0.0
+
+    def once(self, key: object, gather: Callable[[], Result]) -> Result:
+        """What ``gather`` gives, gathered once for all methods that ask by the same key."""
+        if key in self.passes:
+            kept, seconds = self.passes[key]
+            self.saved_seconds += seconds
+            return cast("Result", kept)
+        start = time.perf_counter()
+        found = gather()
+        self.passes[key] = found, time.perf_counter() - start
+        return found
 
     @cached_property
     def without_step(self) -> Collected:
