@@ -82,11 +82,11 @@ class Stage:
         collected: Model, data, statistics.
         settings: The settings.
         step: The gradient step, for the joint objective.
+        progress: Shows the stages.
+        offset: Measured change on selection data of ``collected.base``, 0 in the first round.
         spectra: By layer.
         ranked: The choices of each layer by its rank in the settings' form.
         curves: All choices of each layer, in the unit of ``settings.cost``.
-        progress: Shows the stages.
-        offset: Measured change on selection data of ``collected.base``, 0 in the first round.
         blocks: Spectra of both halves of the layers that have block forms.
         block_curves: The choices in these forms.
         earlier: The rounds before this one.
@@ -97,11 +97,11 @@ class Stage:
     collected: Collected
     settings: Settings
     step: Step | None
-    spectra: dict[str, Spectrum]
-    ranked: dict[str, Curve]
-    curves: dict[str, Curve]
     progress: Progress
     offset: float = 0.0
+    spectra: dict[str, Spectrum] = field(default_factory=dict)
+    ranked: dict[str, Curve] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
     blocks: dict[str, BlockSpectra] = field(default_factory=dict)
     block_curves: dict[str, Curve] = field(default_factory=dict)
     earlier: list[Round] = field(default_factory=list)
@@ -131,8 +131,6 @@ class Stage:
                 would not have the low rank that they were given.
         """
         progress = progress or SilentProgress()
-        objective = OBJECTIVES[settings.objective]
-        layers = collected.layers
         original = start = collected.original_losses("selection", settings.batch_size, progress)
         if collected.base is not collected.model:
             start = evaluate(
@@ -144,59 +142,47 @@ class Stage:
                 stage="start of the round on selection data",
             )
         step = _searched_step(collected, settings, start, progress, release)
-        spectra: dict[str, Spectrum] = {}
-        curves: dict[str, Curve] = {}
-        blocks: dict[str, BlockSpectra] = {}
-        block_curves: dict[str, Curve] = {}
-        for name, layer in progress.track(layers.items(), "spectra", len(layers)):
+        stage = cls(collected, settings, step, progress, paired_change(original, start).mean)
+        stage._decompose_layers(release, block_orders or {})
+        stage._decompose_embeddings(release)
+        return stage._with_all_forms()
+
+    def _decompose_layers(self, release: bool, block_orders: Mapping[str, Tensor]) -> None:
+        collected, settings = self.collected, self.settings
+        layers = collected.layers
+        for name, layer in self.progress.track(layers.items(), "spectra", len(layers)):
             statistics = collected.statistics.get(name)
-            weight = _moved(step, name, layer)
-            spectra[name] = layer_spectrum(objective, weight, statistics, settings.dampings)
-            curves[name] = layer_curve(
-                objective,
-                layer,
-                spectra[name],
-                statistics,
-                settings.form,
-                collected.cost_per_parameter(name, settings.cost),
+            weight, price = self._moved(name), collected.cost_per_parameter(name, settings.cost)
+            spectrum = layer_spectrum(self.objective, weight, statistics, settings.dampings)
+            self.spectra[name] = spectrum
+            self.ranked[name] = layer_curve(
+                self.objective, layer, spectrum, statistics, settings.form, price
             )
             cut = block_form(layer) if _has_forms(settings, settings.block_forms) else None
             if cut is not None and statistics is not None:
                 a, b = damped_grams(statistics, settings.dampings)
-                blocks[name] = block_spectra(weight, a, b, cut, (block_orders or {}).get(name))
-                block_curves[name] = block_curve(
-                    blocks[name],
-                    statistics,
-                    matrix_shape(layer),
-                    collected.cost_per_parameter(name, settings.cost),
+                blocks = block_spectra(weight, a, b, cut, block_orders.get(name))
+                self.blocks[name] = blocks
+                self.block_curves[name] = block_curve(
+                    blocks, statistics, matrix_shape(layer), price
                 )
             if release and not _has_conv_forms(layer, settings):
                 collected.statistics.pop(name, None)
+
+    def _decompose_embeddings(self, release: bool) -> None:
+        collected, settings = self.collected, self.settings
         for name, matrix in collected.embeddings.items():
             uses = collected.embedding_statistics[name]
-            spectra[name] = embedding_spectrum(matrix.weight, uses, settings.dampings)
-            curves[name] = embedding_curve(
-                spectra[name],
+            spectrum = embedding_spectrum(matrix.weight, uses, settings.dampings)
+            self.spectra[name] = spectrum
+            self.ranked[name] = embedding_curve(
+                spectrum,
                 uses,
                 collected.rank_costs(name, settings.form, settings.cost),
                 collected.dense_cost(name, settings.cost),
             )
             if release:
                 collected.embedding_statistics.pop(name)
-        offset = paired_change(original, start).mean
-        stage = cls(
-            collected,
-            settings,
-            step,
-            spectra,
-            curves,
-            curves,
-            progress,
-            offset,
-            blocks,
-            block_curves,
-        )
-        return stage._with_all_forms()
 
     @property
     def objective(self) -> Objective:
@@ -287,9 +273,11 @@ class Stage:
         return replace(self, curves=curves)
 
     def _moved(self, name: str) -> Tensor:
+        """The layer's weight after the step, if there is one, ``(out, in)``."""
         if name in self.collected.embeddings:  # the step leaves them where they are
             return self.collected.embeddings[name].weight.detach()
-        return _moved(self.step, name, self.collected.layers[name])
+        layer = self.collected.layers[name]
+        return self.step.moved(name, layer) if self.step else weight_matrix(layer)
 
     def modules(self, name: str, choice: Choice) -> Mapping[str, nn.Module]:
         """The modules that a choice of a rank puts in the place of a layer, or of all uses."""
@@ -678,11 +666,6 @@ def _searched_step(
         progress=progress,
         groups=settings.step_groups,
     )
-
-
-def _moved(step: Step | None, name: str, layer: MatrixLayer) -> Tensor:
-    """The layer's weight after the step, if there is one, ``(out, in)``."""
-    return step.moved(name, layer) if step else weight_matrix(layer)
 
 
 def _has_conv_forms(layer: nn.Module, settings: Settings) -> bool:
