@@ -11,7 +11,8 @@
 there already. ``quality`` measures loss, accuracy and sizes, ``vision`` the same on all image
 models, ``speed`` latencies beside the dense model's in one run, ``memory`` the peak of a process
 that compresses; ``all`` is quality, speed and memory. ``table`` writes the tables between the
-markers of docs/field.md, ``plot`` the figures of docs/figures, from those lines and nothing else.
+markers of docs/field.md and docs/results.md, ``plot`` the figures of docs/figures, from those
+lines and nothing else.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from benchmarks import figures
 from benchmarks.command_line import commands, parsed
 from benchmarks.field import RESULTS, Row, Runner
 from benchmarks.field_models import FIELD_MODELS, VISION
-from benchmarks.field_report import DOCUMENT, draw, draw_ranks, write_tables
+from benchmarks.field_report import DOCUMENTS, draw, draw_ranks, write_tables
 from benchmarks.methods import METHODS
 from benchmarks.rows import read_rows
 from benchmarks.speed import MemoryRow, SpeedRow, measure_memory, measure_speed, sibling
@@ -50,8 +51,9 @@ def main() -> None:
     if options.command == "table":
         speed = read_rows(sibling(options.results, "speed"), SpeedRow)
         memory = read_rows(sibling(options.results, "memory"), MemoryRow)
-        write_tables(DOCUMENT, rows, speed, memory)
-        print(DOCUMENT)
+        for document in DOCUMENTS:
+            write_tables(document, rows, speed, memory)
+            print(document)
     else:
         for file in [*draw(rows, figures.FOLDER), *draw_ranks(rows, figures.FOLDER)]:
             print(file)

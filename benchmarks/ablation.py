@@ -27,8 +27,8 @@ from torch import nn
 
 from benchmarks import figures
 from benchmarks.command_line import commands, parsed
+from benchmarks.field_models import FIELD_MODELS, LANGUAGE, TASKS, VISION
 from benchmarks.kept_statistics import collect_or_read, kept_file
-from benchmarks.quality import MODELS
 from benchmarks.rows import Recorder, read_rows
 from rankfold.certify import paired_change
 from rankfold.collected import Collected
@@ -41,6 +41,7 @@ from rankfold.tasks import Evaluation, evaluate
 
 RESULTS = Path(__file__).parent / "out" / "ablation.jsonl"
 OTHER_TEXT_WINDOWS = 16
+MODELS = [*LANGUAGE, *(name for name in VISION if name not in TASKS)]  # those with labels
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Variant:
 
     def fits(self, model: str) -> bool:
         """Whether the variant is run for a model."""
-        return self.models in ("all", "language" if model == "smollm2" else "vision")
+        return self.models in ("all", "language" if model in LANGUAGE else "vision")
 
 
 OWN = {"self_share": 0.9}
@@ -200,11 +201,11 @@ class Runner(Recorder[Row]):
 
     def _group(self, name: str, seed: int, variants: list[str], sizes: Sequence[float]) -> None:
         first = VARIANTS[variants[0]]
-        build, calibration = MODELS[name]
+        build, calibration = FIELD_MODELS[name]
         count = round(calibration * first.share_of_data)
         model, data = build(seed, count)
         other = None
-        if name == "smollm2":
+        if name in LANGUAGE:
             length = len(data.calibration[0])
             other = other_text(length)
             data = mixed_with_docstrings(data, first.docstrings, length, seed)
@@ -483,7 +484,7 @@ def _panel(panel: Any, rows: list[Row], variants: list[str], size: float) -> Non
 def main() -> None:
     """Run, print or draw."""
     parser, run = commands(__doc__, RESULTS, "table", "plot")
-    run.add_argument("models", nargs="+", choices=[*MODELS])
+    run.add_argument("models", nargs="+", choices=MODELS)
     run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     run.add_argument("--variants", nargs="+", choices=[*VARIANTS], default=[*VARIANTS])
     run.add_argument("--sizes", nargs="+", type=float, default=[0.9, 0.8, 0.7, 0.5])

@@ -1,4 +1,8 @@
-"""The models of the field's benchmark, with the three parts of their data."""
+"""The models of the benchmarks, with the three parts of their data.
+
+A seed draws the calibration examples and, but for CIFAR-10, the selection examples; the held-out
+examples are the same for every seed.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,49 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from benchmarks import package_folder, shared_data
-from benchmarks.quality import MODELS, resnet
+from benchmarks.cifar_nets import cifar10_test, cifar10_train, load_cifar_net
 from rankfold.data import Data
 
 # Builds a model and its data from a seed and the number of calibration examples.
 Build = Callable[[int, int], tuple[nn.Module, Data]]
+SELECTION_IMAGES = 300
 SENTENCE_TOKENS = 24  # longer sentences are cut
 SENTENCES = (200, 300)  # selection, held-out
 PHOTOGRAPHS = (60, 120)  # selection, held-out
+
+
+def smollm2(seed: int, calibration: int) -> tuple[nn.Module, Data]:
+    """64 x 512 tokens of train, 12 x 512 of valid, 32 x 512 of test."""
+    from benchmarks.language_models import load_smollm2, wikitext2  # needs transformers
+
+    model, tokenizer = load_smollm2()
+
+    def windows(part: Any, count: int, draw: int) -> list[torch.Tensor]:
+        return list(wikitext2(part, tokenizer, length=512, count=count, seed=draw))
+
+    data = Data(
+        calibration=windows("train", calibration, seed),
+        selection=windows("valid", 12, seed),
+        held_out=windows("test", 32, 0),
+    )
+    return cast("nn.Module", model), data
+
+
+def resnet(name: str, seed: int, calibration: int) -> tuple[nn.Module, Data]:
+    """Training images for the statistics; the 1,000 test images for selection and test."""
+    model, mean_, std = load_cifar_net(name)
+    images, labels = cifar10_test(mean_, std)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    selection, test = order[:SELECTION_IMAGES], order[SELECTION_IMAGES:]
+    data = Data(
+        calibration=cast("Any", TensorDataset(*cifar10_train(calibration, seed, mean_, std))),
+        selection=cast("Any", TensorDataset(images[selection], labels[selection])),
+        held_out=cast("Any", TensorDataset(images[test], labels[test])),
+    )
+    return model, data
 
 
 def minilm(seed: int, calibration: int) -> tuple[nn.Module, Data]:
@@ -113,9 +150,12 @@ def _cifar(name: str) -> tuple[Build, int]:
 
 # By name: how a model is built, the calibration examples that it gets, its task if not recognised.
 FIELD_MODELS: dict[str, tuple[Build, int]] = {
-    **MODELS,
+    "smollm2": (smollm2, 64),
+    "resnet20": _cifar("akamaster_resnet20"),
     "resnet32": _cifar("akamaster_resnet32"),
     "resnet44": _cifar("akamaster_resnet44"),
+    "resnet56": _cifar("akamaster_resnet56"),
+    "chenyaofo_resnet20": _cifar("chenyaofo_resnet20"),
     "chenyaofo_resnet56": _cifar("chenyaofo_resnet56"),
     "shufflenetv2": _cifar("chenyaofo_shufflenetv2_x0_5"),
     "minilm": (minilm, 512),

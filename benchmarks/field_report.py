@@ -1,6 +1,6 @@
-"""docs/field.md and its figures, from the lines that the benchmark wrote and nothing else.
+"""docs/field.md, docs/results.md and figures, from the lines that the benchmark wrote alone.
 
-The document is prose with markers, ``<!-- begin: quality resnet20 -->`` to ``<!-- end -->``; what
+A document is prose with markers, ``<!-- begin: quality resnet20 -->`` to ``<!-- end -->``; what
 stands between two markers is written anew, all else is left as it is.
 """
 
@@ -20,10 +20,11 @@ from benchmarks.speed import MemoryRow, SpeedRow
 from rankfold.certify import DEFAULT_MARGIN
 
 ROOT = Path(__file__).parents[1]
-DOCUMENT = ROOT / "docs" / "field.md"
+DOCUMENTS = [ROOT / "docs" / "field.md", ROOT / "docs" / "results.md"]
 MARKED = re.compile(r"(<!-- begin: ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 OURS = "joint-pivoted"  # what a user gets who chooses nothing
+WITHOUT_STEP = "kronecker-pivoted"
 ONE_SIDED = 1.645  # quantile of the normal distribution at 95 %
 MARGIN = 0.05
 MOST_NAMES = 60  # of layers that fit below a figure
@@ -61,7 +62,7 @@ def write_tables(
     tables = {f"quality {name}": quality_table(mine) for name, mine in _by_model(rows)}
     tables |= {f"weights {name}": weights_table(mine) for name, mine in _by_model(rows)}
     tables |= {"smallest": smallest_table(rows), "losses": losses_table(rows)}
-    tables["certified"] = certified_table(rows)
+    tables |= {"certified": certified_table(rows), "overview": overview_table(rows)}
     tables |= {"speed": speed_table(speed), "memory": memory_table(memory)}
     tables["forward"] = forward_table(speed)
     document.write_text(filled(document.read_text(encoding="utf-8"), tables), encoding="utf-8")
@@ -269,6 +270,23 @@ def _tested(row: Row) -> bool:
 
 def _upper(row: Row) -> float:
     return (row.change or 0.0) + ONE_SIDED * (row.standard_error or 0.0)
+
+
+def overview_table(rows: Sequence[Row]) -> str:
+    """For each model and size: ours with and without the step, and what to hold it against."""
+    against = ("control", "svd-llm", "wanda", "int8")
+    lines = []
+    for name, mine in _by_model(rows):
+        for size in _sizes(mine):
+            if not _complete(_at(mine, OURS, size)):
+                continue
+            peer = _lowest(mine, size, ("peer",))
+            best = "" if peer is None else f"{METHODS[peer].label}: {_cell(_at(mine, peer, size))}"
+            cells = [_cell(_at(mine, method, size)) for method in (OURS, WITHOUT_STEP, *against)]
+            lines.append([name, f"{size:g}", *cells[:2], best, *cells[2:]])
+    columns = ["model", "size", "rankfold", "rankfold, no step", "best low-rank peer"]
+    columns += ["control (dense, same step)", *(METHODS[method].label for method in against[1:])]
+    return _markdown(columns, lines)
 
 
 def losses_table(rows: Sequence[Row]) -> str:

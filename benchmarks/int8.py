@@ -7,7 +7,7 @@ Weights are rounded to int8 with one float32 scale for each row (output), nothin
 layers and their factors by torchao's weight-only int8; torchao has none for convs, so theirs are
 stored the same way and multiplied by their scales when used. Embeddings, and output layers tied to
 them, stay float32. Bytes are those of all stored tensors. The split is the one of
-``benchmarks.quality``; the change of the loss is paired, from the dense model's.
+``benchmarks.field_models``; the change of the loss is paired, from the dense model's.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from benchmarks.command_line import commands, parsed
+from benchmarks.field_models import FIELD_MODELS, TASKS
 from benchmarks.methods.int8 import row_scales
-from benchmarks.quality import MODELS
 from benchmarks.rows import append_row, read_rows
 from rankfold import prepare
 from rankfold.block_modules import ColumnBlocksLinear, RowBlocksLinear
@@ -111,9 +111,9 @@ def _bytes(tensor: Any) -> int:
 
 def measure(name: str, seed: int, sizes: Iterable[float], file: Path) -> None:
     """Append the rows of a model: dense and int8, then both again for each size."""
-    make, calibration = MODELS[name]
+    make, calibration = FIELD_MODELS[name]
     model, data = make(seed, calibration)
-    prepared = prepare(model, data, seed=seed)
+    prepared = prepare(model, data, seed=seed, task=TASKS.get(name))
     original = prepared.original_held_out()
 
     def tell(variant: str, size: float | None, found: nn.Module) -> None:
@@ -153,7 +153,7 @@ def print_table(rows: Sequence[Row]) -> None:
 
 def main() -> None:
     parser, run = commands(__doc__, RESULTS, "table")
-    run.add_argument("models", nargs="+", choices=[*MODELS])
+    run.add_argument("models", nargs="+", choices=[*FIELD_MODELS])
     run.add_argument("--sizes", nargs="+", type=float, default=[0.9, 0.8])
     run.add_argument("--seed", type=int, default=0)
     options = parsed(parser)

@@ -20,6 +20,7 @@ from benchmarks.field_report import (
     filled,
     forward_table,
     losses_table,
+    overview_table,
     quality_table,
     smallest_table,
 )
@@ -460,6 +461,15 @@ def test_tables_say_where_others_are_better() -> None:
     table = quality_table(ROWS)
     assert "**+0.0100 ± 0.0100**" in table and "**+0.1000 ± 0.0100**" in table
     assert "| SVD-LLM | 0.9 |" in smallest_table(ROWS)
+
+
+def test_the_overview_holds_ours_against_the_best_peer_and_what_has_no_size() -> None:
+    first, second = overview_table(ROWS).splitlines()[2:]
+    assert first == (
+        "| net | 0.9 | +0.0120 ± 0.0100 |  | SVD-LLM: +0.0100 ± 0.0100 |  | +0.0100 ± 0.0100 "
+        "| +0.0010 ± 0.0100 | +0.0005 ± 0.0100 |"
+    )
+    assert second.startswith("| net | 0.5 | +0.1000 ± 0.0100 |")
 
 
 def test_the_smallest_certified_size_has_only_certified_ones_above() -> None:
