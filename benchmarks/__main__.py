@@ -21,9 +21,10 @@ from argparse import Namespace
 
 from benchmarks import figures
 from benchmarks.command_line import commands, parsed
+from benchmarks.documents import write_tables
 from benchmarks.field import RESULTS, Row, Runner
 from benchmarks.field_models import FIELD_MODELS, VISION
-from benchmarks.field_report import DOCUMENTS, draw, draw_ranks, write_tables
+from benchmarks.field_report import DOCUMENTS, all_tables, draw, draw_ranks
 from benchmarks.methods import METHODS
 from benchmarks.rows import read_rows
 from benchmarks.speed import MemoryRow, SpeedRow, measure_memory, measure_speed, sibling
@@ -51,8 +52,9 @@ def main() -> None:
     if options.command == "table":
         speed = read_rows(sibling(options.results, "speed"), SpeedRow)
         memory = read_rows(sibling(options.results, "memory"), MemoryRow)
+        tables = all_tables(rows, speed, memory)
         for document in DOCUMENTS:
-            write_tables(document, rows, speed, memory)
+            write_tables(document, tables)
             print(document)
     else:
         for file in [*draw(rows, figures.FOLDER), *draw_ranks(rows, figures.FOLDER)]:

@@ -23,9 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.ablation import other_text
 from benchmarks.choices import Questions, answered, make_questions
-from benchmarks.field_models import FIELD_MODELS, LANGUAGE, TASKS
+from benchmarks.field_models import FIELD_MODELS, LANGUAGE, TASKS, other_text
 from benchmarks.kept_statistics import collect_or_read, kept_file
 from benchmarks.methods import METHODS
 from benchmarks.methods.method import Compressed, Study

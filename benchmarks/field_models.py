@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 
 from benchmarks import package_folder, shared_data
 from benchmarks.cifar_nets import cifar10_test, cifar10_train, load_cifar_net
-from rankfold.data import Data
+from rankfold.data import Data, Part, as_part
 
 # Builds a model and its data from a seed and the number of calibration examples.
 Build = Callable[[int, int], tuple[nn.Module, Data]]
@@ -24,6 +24,7 @@ SELECTION_IMAGES = 300
 SENTENCE_TOKENS = 24  # longer sentences are cut
 SENTENCES = (200, 300)  # selection, held-out
 PHOTOGRAPHS = (60, 120)  # selection, held-out
+OTHER_TEXT_WINDOWS = 16
 
 
 def smollm2(seed: int, calibration: int) -> tuple[nn.Module, Data]:
@@ -41,6 +42,15 @@ def smollm2(seed: int, calibration: int) -> tuple[nn.Module, Data]:
         held_out=windows("test", 32, 0),
     )
     return cast("nn.Module", model), data
+
+
+def other_text(length: int) -> Part:
+    """Windows of Python's documentation of so many tokens."""
+    from benchmarks.language_models import cut, load_tokenizer  # needs transformers
+    from rankfold.demo import topics_data
+
+    tokens = torch.cat([torch.as_tensor(w) for w in topics_data(load_tokenizer()).held_out])
+    return as_part("other text", list(cut(tokens, length)[:OTHER_TEXT_WINDOWS]))
 
 
 def resnet(name: str, seed: int, calibration: int) -> tuple[nn.Module, Data]:

@@ -1,27 +1,21 @@
-"""docs/field.md, docs/results.md and figures, from the lines that the benchmark wrote alone.
-
-A document is prose with markers, ``<!-- begin: quality resnet20 -->`` to ``<!-- end -->``; what
-stands between two markers is written anew, all else is left as it is.
-"""
+"""docs/field.md, docs/results.md and figures, from the lines that the benchmark wrote alone."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from benchmarks import figures
 from benchmarks.choices import QUESTIONS
+from benchmarks.documents import DOCS, markdown
 from benchmarks.field import Row
 from benchmarks.methods import METHODS
 from benchmarks.speed import MemoryRow, SpeedRow
 from rankfold.certify import DEFAULT_MARGIN
 
-ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "docs" / "field.md", ROOT / "docs" / "results.md"]
-MARKED = re.compile(r"(<!-- begin: ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+DOCUMENTS = [DOCS / "field.md", DOCS / "results.md"]
 
 OURS = "joint-pivoted"  # what a user gets who chooses nothing
 WITHOUT_STEP = "kronecker-pivoted"
@@ -51,49 +45,21 @@ STYLES = {
 }
 
 
-def write_tables(
-    document: Path, rows: Sequence[Row], speed: Sequence[SpeedRow], memory: Sequence[MemoryRow]
-) -> None:
-    """Write every marked table of the document anew.
-
-    Raises:
-        ValueError: A marker names no table.
-    """
+def all_tables(
+    rows: Sequence[Row], speed: Sequence[SpeedRow], memory: Sequence[MemoryRow]
+) -> dict[str, str]:
+    """Every table, by the name of its place in the documents."""
     tables = {f"quality {name}": quality_table(mine) for name, mine in _by_model(rows)}
     tables |= {f"weights {name}": weights_table(mine) for name, mine in _by_model(rows)}
     tables |= {"smallest": smallest_table(rows), "losses": losses_table(rows)}
     tables |= {"certified": certified_table(rows), "overview": overview_table(rows)}
     tables |= {"speed": speed_table(speed), "memory": memory_table(memory)}
-    tables["forward"] = forward_table(speed)
-    document.write_text(filled(document.read_text(encoding="utf-8"), tables), encoding="utf-8")
-
-
-def filled(text: str, tables: Mapping[str, str]) -> str:
-    """The text with each marked place holding its table.
-
-    Raises:
-        ValueError: A marker names no table.
-    """
-
-    def table(match: re.Match[str]) -> str:
-        begin, name, end = match.groups()
-        if name not in tables:
-            raise ValueError(
-                f"the marker {name!r} names no table; there are {', '.join(sorted(tables))}"
-            )
-        return f"{begin}{tables[name]}{end}"
-
-    return MARKED.sub(table, text)
+    return tables | {"forward": forward_table(speed)}
 
 
 def _by_model(rows: Sequence[Row]) -> Iterable[tuple[str, list[Row]]]:
     for name in dict.fromkeys(row.model for row in rows):
         yield name, [row for row in rows if row.model == name]
-
-
-def _markdown(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    text = "| " + " | ".join(columns) + " |\n" + "| --- " * len(columns) + "|\n"
-    return text + "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def _sizes(rows: Sequence[Row]) -> list[float]:
@@ -133,11 +99,11 @@ def quality_table(rows: Sequence[Row]) -> str:
             cell = _cell(_at(rows, method, size))
             cells.append(f"**{cell}**" if best[size] == method else cell)
         lines.append(cells)
-    text += _markdown(["method", *(f"{size:g}" for size in sizes)], lines)
+    text += markdown(["method", *(f"{size:g}" for size in sizes)], lines)
     other = [row for row in rows if row.other_change is not None]
     if other:
         text += "\nOn text of another kind:\n\n"
-        text += _markdown(
+        text += markdown(
             ["method", *(f"{size:g}" for size in sizes)],
             (
                 [METHODS[m].label, *(_other_cell(_at(other, m, size)) for size in sizes)]
@@ -148,7 +114,7 @@ def quality_table(rows: Sequence[Row]) -> str:
     if asked:
         dense = f"{asked[0].dense_choices:.2f}"
         text += f"\nShare of {QUESTIONS} questions answered correctly (dense {dense}):\n\n"
-        text += _markdown(
+        text += markdown(
             ["method", *(f"{size:g}" for size in sizes)],
             (
                 [METHODS[m].label, *(_choices_cell(_at(asked, m, size)) for size in sizes)]
@@ -223,7 +189,7 @@ def weights_table(rows: Sequence[Row]) -> str:
         cells.append(f"{mean(seconds):.1f}" if seconds else "")
         lines.append(cells)
     shared = mean(row.statistics_seconds or 0.0 for row in rows)
-    text = _markdown([*columns, "seconds"], lines)
+    text = markdown([*columns, "seconds"], lines)
     return text + f"\nThe statistics that the methods share took {shared:.0f} s more.\n"
 
 
@@ -260,7 +226,7 @@ def _smallest(rows: Sequence[Row], passes: Callable[[Row], bool]) -> str:
                 shown.append(size)
             cells.append(f"{shown[-1]:g}" if shown else ("none" if own else ""))
         lines.append(cells)
-    return _markdown(["method", *(name for name, _ in models)], lines)
+    return markdown(["method", *(name for name, _ in models)], lines)
 
 
 def _tested(row: Row) -> bool:
@@ -286,7 +252,7 @@ def overview_table(rows: Sequence[Row]) -> str:
             lines.append([name, f"{size:g}", *cells[:2], best, *cells[2:]])
     columns = ["model", "size", "rankfold", "rankfold, no step", "best low-rank peer"]
     columns += ["control (dense, same step)", *(METHODS[method].label for method in against[1:])]
-    return _markdown(columns, lines)
+    return markdown(columns, lines)
 
 
 def losses_table(rows: Sequence[Row]) -> str:
@@ -317,7 +283,7 @@ def losses_table(rows: Sequence[Row]) -> str:
                 ]
             )
     columns = ["model", "size", METHODS[OURS].label, "best low-rank peer", "ours less best peer"]
-    return _markdown([*columns, "lower than ours"], lines)
+    return markdown([*columns, "lower than ours"], lines)
 
 
 def speed_table(rows: Sequence[SpeedRow]) -> str:
@@ -334,7 +300,7 @@ def speed_table(rows: Sequence[SpeedRow]) -> str:
                 "" if row is None else f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f})"
             )
         lines.append(cells)
-    return _markdown(["model", "size", "method", *(f"batch {batch}" for batch in batches)], lines)
+    return markdown(["model", "size", "method", *(f"batch {batch}" for batch in batches)], lines)
 
 
 def forward_table(rows: Sequence[SpeedRow]) -> str:
@@ -349,12 +315,12 @@ def forward_table(rows: Sequence[SpeedRow]) -> str:
         cells += [f"{found[batch].memory:.2f}" if batch in found else "" for batch in batches]
         lines.append(cells)
     columns = ["model", "size", "method", "weights alone"]
-    return _markdown([*columns, *(f"batch {batch}" for batch in batches)], lines)
+    return markdown([*columns, *(f"batch {batch}" for batch in batches)], lines)
 
 
 def memory_table(rows: Sequence[MemoryRow]) -> str:
     """Peak resident memory of a process that makes each model."""
-    return _markdown(
+    return markdown(
         ["model", "size", "method", "peak, MB"],
         (
             [

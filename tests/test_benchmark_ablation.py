@@ -8,14 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.ablation import (
-    Row,
-    draw,
-    draw_own_text,
-    draw_predictions,
-    mixed_with_docstrings,
-    print_tables,
-)
+from benchmarks.ablation_report import draw, draw_own_text, draw_predictions, tables
+from benchmarks.ablation_runs import Row, mixed_with_docstrings
 from rankfold.data import Data
 
 FIRST = Row(
@@ -31,11 +25,8 @@ ROWS = [
 ]
 
 
-def test_a_line_has_the_mean_over_the_seeds_and_their_spread(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    print_tables(ROWS)
-    printed = capsys.readouterr().out
+def test_a_line_has_the_mean_over_the_seeds_and_their_spread() -> None:
+    printed = tables(ROWS)["ablation net"]
     assert "| all parts | 2 | -0.0200 ± 0.0020, seeds ± 0.0141 | -0.0200 | -0.0300 |" in printed
     assert "| no gradient step | 1 | +0.0100 ± 0.0020 | -0.0200 |  |" in printed
 

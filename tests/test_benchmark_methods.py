@@ -12,12 +12,12 @@ from scipy import optimize
 from torch import Tensor, nn
 
 from benchmarks import field
+from benchmarks.documents import filled
 from benchmarks.field import Row, Runner, layer_shares
 from benchmarks.field_report import (
     certified_table,
     draw,
     draw_ranks,
-    filled,
     forward_table,
     losses_table,
     overview_table,

@@ -1,0 +1,47 @@
+"""Documents whose tables are written from results.
+
+A document is prose with markers, ``<!-- begin: quality resnet20 -->`` to ``<!-- end -->``; what
+stands between two markers is written anew, all else is left as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+DOCS = Path(__file__).parents[1] / "docs"
+MARKED = re.compile(r"(<!-- begin: ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def write_tables(document: Path, tables: Mapping[str, str]) -> None:
+    """Write every marked table of a document anew.
+
+    Raises:
+        ValueError: A marker names no table.
+    """
+    document.write_text(filled(document.read_text(encoding="utf-8"), tables), encoding="utf-8")
+
+
+def filled(text: str, tables: Mapping[str, str]) -> str:
+    """The text with each marked place holding its table.
+
+    Raises:
+        ValueError: A marker names no table.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        begin, name, end = match.groups()
+        if name not in tables:
+            raise ValueError(
+                f"the marker {name!r} names no table; there are {', '.join(sorted(tables))}"
+            )
+        return f"{begin}{tables[name]}{end}"
+
+    return MARKED.sub(table, text)
+
+
+def markdown(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table of these columns."""
+    text = "| " + " | ".join(columns) + " |\n" + "| --- " * len(columns) + "|\n"
+    return text + "".join("| " + " | ".join(line) + " |\n" for line in lines)
