@@ -6,9 +6,11 @@ from hypothesis import strategies as st
 from rankfold import linalg
 from rankfold.linalg import (
     LARGEST_COEFFICIENT,
+    add_gram,
     damped,
     descending_eigh,
     inverse_factor,
+    mirrored,
     pivot_rows,
     symmetric_roots,
     thin_svd,
@@ -21,6 +23,28 @@ close = torch.testing.assert_close
 
 def assert_pseudo_inverse(found, matrix):
     close(found, torch.linalg.pinv(matrix, rtol=1e-10, hermitian=True), rtol=1e-6, atol=1e-8)
+
+
+@property_test
+@given(seed=SEEDS, side=st.integers(1, 70), rows=st.integers(0, 30))
+def test_added_grams_are_the_products_wherever_they_are_cut(seed, side, rows):
+    first, second = normal(seed, rows, side), normal(seed + 1, 5, side)
+    upper = torch.zeros(side, side, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linalg, "GRAM_SIDE", 8)
+        add_gram(upper, first)
+        add_gram(upper, second)
+        add_gram(upper, second, sign=-1)
+    torch.testing.assert_close(mirrored(upper), first.T @ first)
+    assert torch.equal(mirrored(upper), mirrored(upper).T)
+
+
+def test_a_gram_leaves_out_what_lies_below_its_diagonal():
+    rows = normal(0, 40, 600)
+    upper = torch.zeros(600, 600, dtype=torch.float64)
+    add_gram(upper, rows)
+    assert not upper[300:, :300].any()
+    torch.testing.assert_close(mirrored(upper), rows.T @ rows)
 
 
 def test_damped_adds_a_share_of_the_mean_eigenvalue():

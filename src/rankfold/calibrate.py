@@ -34,6 +34,7 @@ from rankfold.layer_matrix import (
     matrix_shape,
     output_rows,
 )
+from rankfold.linalg import add_gram, mirrored
 from rankfold.modes import evaluation_mode
 from rankfold.progress import Progress, SilentProgress
 from rankfold.tasks import BatchLoss, Task, on_device, running
@@ -270,7 +271,10 @@ def collect_statistics(
 
 @dataclass
 class _Sums:
-    """Running sums of one layer; ``leader`` names the layer whose input Gram it uses, if any."""
+    """Running sums of one layer; ``leader`` names the layer whose input Gram it uses, if any.
+
+    Of the Grams what lies below the diagonal is left out (``linalg.add_gram``).
+    """
 
     started: int
     leader: str | None
@@ -451,15 +455,15 @@ class _Recorder:
     def _saw_gradient(self, name: str, gradient: Tensor) -> None:
         if self.listening:
             rows = output_rows(self.layers[name], gradient)
-            self.sums[name].output_gram.add_(rows.T @ rows)
+            add_gram(self.sums[name].output_gram, rows)
 
     def statistics(self) -> dict[str, LayerStatistics]:
         """Sums to means."""
         terms = sum(self.terms.values())
         self.embeddings.terms = terms
         for sums in self.sums.values():
-            sums.input_gram /= max(1, sums.rows)
-            sums.output_gram /= terms
+            sums.input_gram = mirrored(sums.input_gram).div_(max(1, sums.rows))
+            sums.output_gram = mirrored(sums.output_gram).div_(terms)
             for half, gradient in enumerate(sums.gradients):
                 gradient /= self.terms[half]
         backward = self.curvature is not None
@@ -476,7 +480,7 @@ class _Recorder:
 
 def _add_inputs(gram: Tensor, layer: MatrixLayer, inputs: Tensor, sign: int = 1) -> None:
     for block in input_rows(layer, inputs):
-        gram.add_(block.T @ block, alpha=sign)
+        add_gram(gram, block, sign)
 
 
 def _identity(inputs: Tensor, layer: MatrixLayer) -> tuple[object, ...]:

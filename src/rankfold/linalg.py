@@ -27,6 +27,9 @@ LARGEST_COEFFICIENT = 2.0
 # rounding, and needs no pivot of its own.
 NEGLIGIBLE_ROW = 1e-13
 
+# Side of a Gram up to which it is multiplied whole: smaller products are no faster.
+GRAM_SIDE = 256
+
 _Array: TypeAlias = npt.NDArray[np.float64]
 
 
@@ -40,6 +43,33 @@ class Damping(NamedTuple):
 
     input: float
     output: float
+
+
+def add_gram(upper: Tensor, rows: Tensor, sign: int = 1) -> None:
+    """Add ``rows^T rows`` to a running Gram, as far as on and above its diagonal.
+
+    A Gram is symmetric, and Grams are half of the work of a pass over the calibration data: what is
+    left out below the diagonal, nearly half of them, ``mirrored`` puts back once at the end.
+
+    Args:
+        upper: ``(n, n)``, changed in place; what lies below its diagonal says nothing.
+        rows: ``(rows, n)``, of the same dtype.
+        sign: -1 to subtract.
+    """
+    side = len(upper)
+    if side <= GRAM_SIDE:
+        upper.addmm_(rows.T, rows, alpha=sign)
+        return
+    middle = side // 2
+    first, second = rows[:, :middle], rows[:, middle:]
+    add_gram(upper[:middle, :middle], first, sign)
+    add_gram(upper[middle:, middle:], second, sign)
+    upper[:middle, middle:].addmm_(first.T, second, alpha=sign)
+
+
+def mirrored(upper: Tensor) -> Tensor:
+    """The symmetric ``(n, n)`` matrix of what ``add_gram`` added up."""
+    return upper.triu() + upper.triu(1).T
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:
