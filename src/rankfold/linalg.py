@@ -48,8 +48,8 @@ class Damping(NamedTuple):
 def add_gram(upper: Tensor, rows: Tensor, sign: int = 1) -> None:
     """Add ``rows^T rows`` to a running Gram, as far as on and above its diagonal.
 
-    A Gram is symmetric, and Grams are half of the work of a pass over the calibration data: what is
-    left out below the diagonal, nearly half of them, ``mirrored`` puts back once at the end.
+    A Gram is symmetric, and Grams are many of the multiplications of a pass over the calibration
+    data: what is left out below the diagonal, nearly half, ``mirrored`` puts back once at the end.
 
     Args:
         upper: ``(n, n)``, changed in place; what lies below its diagonal says nothing.
