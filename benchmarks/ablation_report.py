@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from benchmarks import figures
 from benchmarks.ablation_runs import VARIANTS, Row
-from benchmarks.documents import DOCS, markdown
+from benchmarks.documents import DOCS, markdown, spread
 
 DOCUMENT = DOCS / "ablation.md"
 # By whether a step is taken: the variants whose calibration has more and more own text.
@@ -48,23 +48,18 @@ def _line(variant: str, rows: list[Row], language: bool) -> list[str]:
     cells = [
         variant,
         str(len(rows)),
-        _spread([r.change for r in rows], mean(r.standard_error for r in rows)),
+        spread([r.change for r in rows], [r.standard_error for r in rows]),
         _mean([r.predicted for r in rows]),
         _mean([r.control for r in rows]),
     ]
     if language:
-        errors = mean(r.other_standard_error or 0.0 for r in rows)
-        cells.append(_spread([r.other_change or 0.0 for r in rows], errors))
+        errors = [r.other_standard_error or 0.0 for r in rows]
+        cells.append(spread([r.other_change or 0.0 for r in rows], errors))
         cells.append(_mean([r.other_control for r in rows]))
     else:
         cells.append(f"{mean(r.accuracy for r in rows):.3f}")
     cells += [f"{mean(r.kept for r in rows):.4f}", f"{mean(r.bytes_kept for r in rows):.4f}"]
     return [*cells, f"{mean(r.seconds for r in rows):.0f}"]
-
-
-def _spread(changes: list[float], standard_error: float) -> str:
-    text = f"{mean(changes):+.4f} ± {standard_error:.4f}"
-    return f"{text}, seeds ± {stdev(changes):.4f}" if len(changes) > 1 else text
 
 
 def _mean(values: Sequence[float | None]) -> str:

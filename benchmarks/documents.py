@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 
 DOCS = Path(__file__).parents[1] / "docs"
 MARKED = re.compile(r"(<!-- begin: ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -45,3 +46,12 @@ def markdown(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A table of these columns."""
     text = "| " + " | ".join(columns) + " |\n" + "| --- " * len(columns) + "|\n"
     return text + "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def spread(changes: Sequence[float], errors: Sequence[float], digits: int = 4) -> str:
+    """Mean over the seeds ± their mean standard error, and how far the seeds lie apart.
+
+    Test examples of seeds overlap, so the error of the mean isn't smaller by a root.
+    """
+    text = f"{mean(changes):+.{digits}f} ± {mean(errors):.{digits}f}"
+    return text + (f", seeds ± {stdev(changes):.{digits}f}" if len(changes) > 1 else "")

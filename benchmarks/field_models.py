@@ -7,6 +7,7 @@ examples are the same for every seed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -155,7 +156,7 @@ def _drawn(examples: list[Any], seed: int, calibration: int, selection: int, tes
 
 
 def _cifar(name: str) -> tuple[Build, int]:
-    return (lambda seed, count: resnet(name, seed, count)), 2000
+    return partial(resnet, name), 2000
 
 
 # By name: how a model is built, the calibration examples that it gets, its task if not recognised.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from benchmarks import figures
 from benchmarks.choices import QUESTIONS
-from benchmarks.documents import DOCS, markdown
+from benchmarks.documents import DOCS, markdown, spread
 from benchmarks.field import Row
 from benchmarks.methods import METHODS
 from benchmarks.speed import MemoryRow, SpeedRow
@@ -147,10 +147,7 @@ def _cell(rows: Sequence[Row]) -> str:
         return "size not reached"
     if not _complete(rows):
         return "not finite"
-    changes = _changes(rows)
-    text = f"{mean(changes):+.4f} ± {mean(row.standard_error or 0.0 for row in rows):.4f}"
-    if len(changes) > 1:
-        text += f", seeds ± {stdev(changes):.4f}"
+    text = spread(_changes(rows), [row.standard_error or 0.0 for row in rows])
     accuracies = [row.accuracy for row in rows if row.accuracy is not None]
     return text + (f"; {mean(accuracies):.3f}" if accuracies else "")
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -36,6 +36,7 @@ from torch.utils.data import TensorDataset
 
 from benchmarks.cifar_nets import cifar10_test
 from benchmarks.command_line import commands, parsed
+from benchmarks.documents import spread
 from benchmarks.resnext import kept_images, load_resnext, normalised, training_images
 from benchmarks.rows import Recorder, read_rows
 from rankfold.allocate import RankPlan
@@ -482,27 +483,20 @@ def _measured(rows: Sequence[Row]) -> list[Measured]:
 
 def _loss_cell(rows: Sequence[Row]) -> str:
     measured = _measured(rows)
-    return _mean_cell([m.change for m in measured], [m.standard_error for m in measured], 4)
+    if not measured:
+        return ""
+    return spread([m.change for m in measured], [m.standard_error for m in measured])
 
 
 def _accuracy_cell(rows: Sequence[Row]) -> str:
     measured = _measured(rows)
-    return _mean_cell(
+    if not measured:
+        return ""
+    return spread(
         [100 * m.accuracy_change for m in measured],
         [100 * m.accuracy_standard_error for m in measured],
         2,
     )
-
-
-def _mean_cell(changes: Sequence[float], errors: Sequence[float], digits: int) -> str:
-    """Mean over seeds ± their mean standard error.
-
-    The seeds' test images overlap, so the error of the mean over seeds isn't smaller by a root.
-    """
-    if not changes:
-        return ""
-    cell = f"{mean(changes):+.{digits}f} ± {mean(errors):.{digits}f}"
-    return cell + (f", seeds ± {stdev(changes):.{digits}f}" if len(changes) > 1 else "")
 
 
 def _prediction_cell(rows: Sequence[Row]) -> str:
