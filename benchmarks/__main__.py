@@ -29,6 +29,7 @@ from benchmarks.methods import METHODS
 from benchmarks.rows import read_rows
 from benchmarks.speed import MemoryRow, SpeedRow, measure_memory, measure_speed, sibling
 
+DTYPES = ("float32", "bfloat16", "float16")
 AXES = ("quality", "vision", "speed", "memory", "all")
 
 
@@ -44,6 +45,7 @@ def main() -> None:
     run.add_argument("--seeds", nargs="+", type=int, default=[0])
     run.add_argument("--calibration", type=int, help="examples, in place of the model's own number")
     run.add_argument("--test", type=int, help="held-out examples, for a quick look")
+    run.add_argument("--dtype", default="float32", choices=DTYPES, help="that speed is measured in")
     options = parsed(parser)
     if options.command == "run":
         _run(options)
@@ -64,7 +66,7 @@ def main() -> None:
 def _run(options: Namespace) -> None:
     models = options.models or (VISION if options.axis == "vision" else ["resnet20"])
     quality = options.axis in ("quality", "vision", "all")
-    runner = Runner(options.results) if quality else None
+    runner = Runner(options.results, options.device) if quality else None
     for name in models:
         for seed in options.seeds:
             if runner is not None:
@@ -72,7 +74,15 @@ def _run(options: Namespace) -> None:
                     name, seed, options.methods, options.sizes, options.calibration, options.test
                 )
             if options.axis in ("speed", "all"):
-                measure_speed(options.results, name, seed, options.methods, options.sizes)
+                measure_speed(
+                    options.results,
+                    name,
+                    seed,
+                    options.methods,
+                    options.sizes,
+                    options.device,
+                    options.dtype,
+                )
             if options.axis in ("memory", "all"):
                 measure_memory(
                     options.results, name, seed, options.methods, options.sizes, options.threads

@@ -9,7 +9,8 @@ there already (statistics are kept beside it, in ``statistics``); ``table`` writ
 docs/ablation.md, ``plot`` draws their figures into docs/figures. Every result goes through
 ``Preparation.lossless``, as a user's would: the plan is made on selection data, the test examples
 are evaluated once. A seed draws the calibration and selection examples; the test examples stay the
-same. Size is the share kept of the weights in the layers that can be factorized. A language model
+same. Size is the share kept of the weights in the layers that can be factorized, or ``compact`` for
+the smallest that rankfold finds within its default margin. A language model
 is also tested on text of another kind (``pydoc_data.topics``), none of which is in its calibration.
 """
 
@@ -33,16 +34,21 @@ from benchmarks.rows import read_rows
 RESULTS = Path(__file__).parent / "out" / "ablation.jsonl"
 
 
+def size_or_compact(text: str) -> float | None:
+    """A size, or None for ``compact``."""
+    return None if text == "compact" else float(text)
+
+
 def main() -> None:
     """Run, print or draw."""
     parser, run = commands(__doc__, RESULTS, "table", "plot")
     run.add_argument("models", nargs="+", choices=MODELS)
     run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     run.add_argument("--variants", nargs="+", choices=[*VARIANTS], default=[*VARIANTS])
-    run.add_argument("--sizes", nargs="+", type=float, default=[0.9, 0.8, 0.7, 0.5])
+    run.add_argument("--sizes", nargs="+", type=size_or_compact, default=[0.9, 0.8, 0.7, 0.5])
     options = parsed(parser)
     if options.command == "run":
-        runner = Runner(options.results)
+        runner = Runner(options.results, options.device)
         for name in options.models:
             for seed in options.seeds:
                 runner.run(name, seed, options.variants, options.sizes)

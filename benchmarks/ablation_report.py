@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks import figures
 from benchmarks.ablation_runs import VARIANTS, Row
 from benchmarks.documents import DOCS, markdown, spread
+from rankfold.certify import DEFAULT_MARGIN
 
 DOCUMENT = DOCS / "ablation.md"
 # By whether a step is taken: the variants whose calibration has more and more own text.
@@ -29,7 +30,7 @@ def _model(rows: Sequence[Row]) -> str:
     """A table a size: means over the seeds, and their spread."""
     first = rows[0]
     text = f"Dense: test loss {first.dense_loss:.4f}, accuracy {first.dense_accuracy:.4f}.\n"
-    for size in sorted({row.size for row in rows}, reverse=True):
+    for size in _sizes(rows):
         here = [row for row in rows if row.size == size]
         language = any(row.other_change is not None for row in here)
         columns = ["variant", "seeds", "change of the loss", "predicted", "control"]
@@ -41,7 +42,30 @@ def _model(rows: Sequence[Row]) -> str:
             if (found := [row for row in here if row.variant == variant])
         ]
         text += f"\n{size:g} of the factorizable weights:\n\n{markdown(columns, lines)}"
+    smallest = [row for row in rows if row.size is None]
+    if smallest:
+        columns = ["variant", "seed", "of the factorizable weights", "parameters"]
+        columns += ["change of the loss", "control", "verdict"]
+        lines = [
+            [
+                row.variant,
+                str(row.seed),
+                f"{row.share:.3f}",
+                f"{row.kept:.4f}",
+                spread([row.change], [row.standard_error]),
+                _mean([row.control]),
+                row.verdict,
+            ]
+            for row in sorted(smallest, key=lambda r: ([*VARIANTS].index(r.variant), r.seed))
+        ]
+        margin = f"margin {DEFAULT_MARGIN:g}"
+        text += f"\nThe smallest that `compact` finds, {margin}:\n\n{markdown(columns, lines)}"
     return text
+
+
+def _sizes(rows: Sequence[Row]) -> list[float]:
+    """The sizes asked for, the largest first."""
+    return sorted({row.size for row in rows if row.size is not None}, reverse=True)
 
 
 def _line(variant: str, rows: list[Row], language: bool) -> list[str]:
@@ -72,7 +96,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     files = []
     for name in dict.fromkeys(row.model for row in rows):
         mine = [row for row in rows if row.model == name]
-        sizes = sorted({row.size for row in mine}, reverse=True)
+        sizes = _sizes(mine)
         variants = [v for v in reversed(VARIANTS) if any(row.variant == v for row in mine)]
         file = folder / f"ablation_{name}.svg"
         with figures.saved(
@@ -135,7 +159,7 @@ def draw_own_text(rows: Sequence[Row], folder: Path) -> Path | None:
         None where no curve has two points.
     """
     tested = [row for row in rows if row.other_change is not None]
-    sizes = sorted({row.size for row in tested}, reverse=True)
+    sizes = _sizes(tested)
     curves: list[tuple[float, bool, list[Row]]] = []
     for size in sizes:
         for stepped, variants in OWN_TEXT_CURVES.items():

@@ -5,12 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from benchmarks.field_models import FIELD_MODELS, LANGUAGE, TASKS, VISION, other_text
+from benchmarks.field_models import (
+    FIELD_MODELS,
+    LANGUAGE,
+    TASKS,
+    VISION,
+    other_text,
+    smollm2,
+)
 from benchmarks.kept_statistics import collect_or_read, kept_file
 from benchmarks.rows import Recorder
 from rankfold.certify import paired_change
@@ -36,6 +44,7 @@ class Variant:
             pass over the calibration examples.
         share_of_data: Share of the calibration examples used.
         docstrings: Share of the calibration windows that are docstrings of installed packages.
+        tested: Times as many selection and held-out windows as usual.
     """
 
     settings: dict[str, Any]
@@ -43,6 +52,7 @@ class Variant:
     statistics: dict[str, Any] = field(default_factory=dict)
     share_of_data: float = 1.0
     docstrings: float = 0.0
+    tested: int = 1
 
     @property
     def pass_over_data(self) -> dict[str, Any]:
@@ -88,6 +98,9 @@ VARIANTS: dict[str, Variant] = {
         {"block_forms": False}, statistics=NO_STEP, share_of_data=2.0
     ),
     "twice the calibration data, two rounds": Variant({"rounds": 2}, share_of_data=2.0),
+    "twice the calibration data, two rounds, tested on four times the text": Variant(
+        {"rounds": 2}, "language", share_of_data=2.0, tested=4
+    ),
     "twice the calibration data, three rounds": Variant({"rounds": 3}, share_of_data=2.0),
     "twice the calibration data, two rounds, no step": Variant(
         {"rounds": 2}, statistics=NO_STEP, share_of_data=2.0
@@ -130,7 +143,7 @@ class Row:
     model: str
     seed: int
     variant: str
-    size: float
+    size: float | None  # None: the smallest that ``compact`` found
     kept: float  # share of the whole model's parameters
     bytes_kept: float  # share of the bytes of model.safetensors
     dense_loss: float
@@ -146,6 +159,8 @@ class Row:
     eta: float | None
     verdict: str
     seconds: float  # from the statistics on, this size alone
+    device: str = "cpu"  # where the model ran
+    share: float | None = None  # kept of the factorizable weights, of what ``compact`` found
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -155,10 +170,13 @@ class Row:
 class Runner(Recorder[Row]):
     """Measures what is not measured yet, and writes each result as it comes."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, device: str = "cpu") -> None:
         super().__init__(file, Row)
+        self.device = device
 
-    def run(self, name: str, seed: int, variants: Sequence[str], sizes: Sequence[float]) -> None:
+    def run(
+        self, name: str, seed: int, variants: Sequence[str], sizes: Sequence[float | None]
+    ) -> None:
         """All rows of one model and seed; variants with the same statistics share their pass."""
         missing = [
             variant
@@ -169,16 +187,21 @@ class Runner(Recorder[Row]):
         groups: dict[str, list[str]] = {}
         for variant in missing:
             chosen = VARIANTS[variant]
-            key = f"{sorted(chosen.pass_over_data.items())} {chosen.share_of_data}"
+            key = f"{sorted(chosen.pass_over_data.items())} {chosen.share_of_data} {chosen.tested}"
             groups.setdefault(key, []).append(variant)
         for group in groups.values():
             self._group(name, seed, group, sizes)
 
-    def _group(self, name: str, seed: int, variants: list[str], sizes: Sequence[float]) -> None:
+    def _group(
+        self, name: str, seed: int, variants: list[str], sizes: Sequence[float | None]
+    ) -> None:
         first = VARIANTS[variants[0]]
         build, calibration = FIELD_MODELS[name]
         count = round(calibration * first.share_of_data)
+        if first.tested > 1:
+            build = partial(smollm2, tested=first.tested)
         model, data = build(seed, count)
+        model.to(self.device)
         other = None
         if name in LANGUAGE:
             length = len(data.calibration[0])
@@ -210,7 +233,10 @@ class Runner(Recorder[Row]):
                 if (name, seed, variant, size) in self.done:
                     continue
                 start = time.perf_counter()
-                result = prepared.lossless(size, size_of="factorizable")
+                if size is None:
+                    result = prepared.compact()
+                else:
+                    result = prepared.lossless(size, size_of="factorizable")
                 seconds = ready + time.perf_counter() - start
                 report, change = result.report, None
                 if other is not None and dense_other is not None:
@@ -238,6 +264,8 @@ class Runner(Recorder[Row]):
                         eta=None if step is None else step["eta"],
                         verdict=certificate.verdict,
                         seconds=seconds,
+                        device=self.device,
+                        share=share_kept(prepared, result.ratio) if size is None else None,
                     )
                 )
 
@@ -248,7 +276,13 @@ class Runner(Recorder[Row]):
 
     def _record(self, row: Row) -> None:
         self.write(row)
-        print(f"{row.model} seed {row.seed} {row.variant} {row.size}: {_change(row)}", flush=True)
+        size = f"compact {row.share:.3f} {row.verdict}" if row.share is not None else row.size
+        print(f"{row.model} seed {row.seed} {row.variant} {size}: {_change(row)}", flush=True)
+
+
+def share_kept(prepared: Preparation, ratio: float) -> float:
+    """Share kept of the factorizable weights where this share of the whole model is."""
+    return 1 - (1 - ratio) * prepared.total / prepared.factorizable
 
 
 def mixed_with_docstrings(data: Data, share: float, length: int, seed: int) -> Data:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rankfold.losses import output_of
 from rankfold.modes import evaluation_mode
+from rankfold.tasks import on_device
 
 QUESTIONS = 100
 ANSWERS = 4
@@ -78,9 +79,9 @@ def answered(model: nn.Module, questions: Questions) -> Tensor:
     found = []
     with evaluation_mode(model):
         for tokens in questions.tokens.split(BATCH):
-            rows = tokens.flatten(0, 1)
-            output: Any = output_of(model, {"input_ids": rows})
+            batch: Any = on_device({"input_ids": tokens.flatten(0, 1)}, model)
+            output: Any = output_of(model, batch)
             logits = output.logits[:, CONTEXT - 1 : -1].double().log_softmax(-1)
-            likelihood = logits.gather(-1, rows[:, CONTEXT:, None]).sum((1, 2))
-            found.append(likelihood.view(tokens.shape[:2]).argmax(1))
+            likelihood = logits.gather(-1, batch["input_ids"][:, CONTEXT:, None]).sum((1, 2))
+            found.append(likelihood.view(tokens.shape[:2]).argmax(1).cpu())
     return (torch.cat(found) == questions.right).double()

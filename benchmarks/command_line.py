@@ -30,6 +30,7 @@ def commands(
     added = parser.add_subparsers(dest="command", required=True)
     run = added.add_parser("run")
     run.add_argument("--threads", type=int, default=threads)
+    run.add_argument("--device", default="cpu", help="where models run: cpu or cuda")
     for command in (run, *(added.add_parser(name) for name in others)):
         command.add_argument("--results", type=Path, default=results)
     return parser, run
@@ -40,5 +41,6 @@ def parsed(parser: ArgumentParser) -> Namespace:
     options = parser.parse_args()
     if options.command == "run":
         torch.set_num_threads(options.threads)
+        torch.backends.cudnn.allow_tf32 = False  # float32 is the CPU's, for convs as for the rest
         give_back_freed_memory()
     return options

@@ -65,6 +65,7 @@ class Row:
         seconds: What the method took beyond the shared statistics, for this size, passes of its own
             that another method had made before included.
         statistics_seconds: What the shared statistics took.
+        device: Where the model ran; seconds of different devices are not to be compared.
         note: Why there is no model.
     """
 
@@ -97,6 +98,7 @@ class Row:
     statistics_seconds: float | None = None
     unit: str = ""
     note: str = ""
+    device: str = "cpu"
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -109,6 +111,7 @@ def open_study(
     progress: Progress,
     calibration: int | None = None,
     results: Path | None = None,
+    device: str = "cpu",
 ) -> tuple[Study, float]:
     """Build a model and pass over its calibration examples; also the seconds of the pass.
 
@@ -118,10 +121,12 @@ def open_study(
         progress: Shows the stages.
         calibration: Number of calibration examples, in place of the model's own.
         results: File beside which the statistics of language models are kept between runs.
+        device: Where the model runs.
     """
     build, default = FIELD_MODELS[name]
     count = calibration or default
     model, data = build(seed, count)
+    model.to(device)
     settings = Settings(
         objective="joint",
         task=TASKS.get(name),
@@ -162,8 +167,9 @@ def sizes_of(methods: Sequence[str], sizes: Sequence[float]) -> list[tuple[str, 
 class Runner(Recorder[Row]):
     """Measures what is not measured yet, and writes each result as it comes."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, device: str = "cpu") -> None:
         super().__init__(file, Row)
+        self.device = device
 
     def run(
         self,
@@ -178,7 +184,7 @@ class Runner(Recorder[Row]):
         wanted = sizes_of(methods, sizes)
         if all((name, seed, method, size) in self.done for method, size in wanted):
             return
-        study, spent = open_study(name, seed, self.progress, calibration, self.file)
+        study, spent = open_study(name, seed, self.progress, calibration, self.file, self.device)
         if test is not None:
             collected = study.collected
             collected.parts["held_out"] = collected.parts["held_out"].take(range(test))
@@ -213,6 +219,7 @@ class Runner(Recorder[Row]):
                 "calibration": len(study.collected.parts["calibration"].examples),
                 "unit": study.collected.task.unit,
                 "statistics_seconds": spent,
+                "device": self.device,
             }
             start = time.perf_counter()
             try:

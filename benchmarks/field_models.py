@@ -28,8 +28,11 @@ PHOTOGRAPHS = (60, 120)  # selection, held-out
 OTHER_TEXT_WINDOWS = 16
 
 
-def smollm2(seed: int, calibration: int) -> tuple[nn.Module, Data]:
-    """64 x 512 tokens of train, 12 x 512 of valid, 32 x 512 of test."""
+def smollm2(seed: int, calibration: int, tested: int = 1) -> tuple[nn.Module, Data]:
+    """64 x 512 tokens of train, 12 x 512 of valid, 32 x 512 of test; of the last two so many times.
+
+    More windows of test are the first ones and others.
+    """
     from benchmarks.language_models import load_smollm2, wikitext2  # needs transformers
 
     model, tokenizer = load_smollm2()
@@ -39,8 +42,8 @@ def smollm2(seed: int, calibration: int) -> tuple[nn.Module, Data]:
 
     data = Data(
         calibration=windows("train", calibration, seed),
-        selection=windows("valid", 12, seed),
-        held_out=windows("test", 32, 0),
+        selection=windows("valid", 12 * tested, seed),
+        held_out=windows("test", 32 * tested, 0),
     )
     return cast("nn.Module", model), data
 

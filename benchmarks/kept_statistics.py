@@ -81,7 +81,8 @@ def _write(collected: Collected, seconds: float, file: Path) -> None:
 
 def _read(collected: Collected, file: Path) -> float:
     """Put the file's statistics into ``collected``; returns the seconds that they took."""
-    with safe_open(file, framework="pt") as opened:
+    device = str(next(collected.model.parameters()).device)
+    with safe_open(file, framework="pt", device=device) as opened:
         about = json.loads(opened.metadata()["about"])
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     if about["calibration"] != collected.parts["calibration"].digest:

@@ -182,8 +182,9 @@ def load_data(setting: str, seed: int) -> tuple[nn.Module, Data]:
 class Runner(Recorder[Row]):
     """Measures what is not measured yet, and writes each result as it comes."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, device: str = "cpu") -> None:
         super().__init__(file, row_of)
+        self.device = device
 
     def run(
         self, setting: str, seed: int, variants: Sequence[Variant], sizes: Sequence[float]
@@ -196,6 +197,7 @@ class Runner(Recorder[Row]):
         if not any(missing.values()):
             return
         net, data = load_data(setting, seed)
+        net.to(self.device)
         everything = Settings(
             objective="joint",
             seed=seed,
@@ -343,8 +345,9 @@ def is_dense(plan: RankPlan) -> bool:
 @torch.no_grad()
 def best_temperature(net: nn.Module, examples: Sequence[tuple[Tensor, Tensor]]) -> float:
     """The temperature of the lowest mean loss, to 1 %."""
-    images = torch.stack([image for image, _ in examples])
-    labels = torch.stack([label for _, label in examples])
+    device = next(net.parameters()).device
+    images = torch.stack([image for image, _ in examples]).to(device)
+    labels = torch.stack([label for _, label in examples]).to(device)
     logits = torch.cat([net(part) for part in images.split(250)]).double()
     candidates = [1.01**step for step in range(-100, 201)]
     return min(candidates, key=lambda t: F.cross_entropy(logits / t, labels).item())
@@ -536,7 +539,7 @@ def main() -> None:
     run.add_argument("--variants", nargs="+", choices=labels, default=labels)
     options = parsed(parser)
     if options.command == "run":
-        runner = Runner(options.results)
+        runner = Runner(options.results, options.device)
         variants = [v for v in VARIANTS if v.label in options.variants]
         for setting in options.settings:
             for seed in options.seeds:

@@ -55,6 +55,8 @@ class SpeedRow:
         dense_milliseconds: Median of the dense model's.
         memory: Peak of weights and activations in a forward pass over the dense model's.
         weights: Of the weights alone.
+        device: Where they ran.
+        dtype: Of weights and activations.
     """
 
     model: str
@@ -70,10 +72,13 @@ class SpeedRow:
     threads: int
     memory: float | None = None
     weights: float | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
 
     @property
     def key(self) -> tuple[object, ...]:
-        return (self.model, self.seed, self.method, self.size, self.batch)
+        what = (self.model, self.seed, self.method, self.size, self.batch)
+        return (*what, self.device, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -97,20 +102,38 @@ def sibling(results: Path, axis: str) -> Path:
 
 
 def measure_speed(
-    results: Path, name: str, seed: int, methods: Sequence[str], sizes: Sequence[float]
+    results: Path,
+    name: str,
+    seed: int,
+    methods: Sequence[str],
+    sizes: Sequence[float],
+    device: str = "cpu",
+    dtype: str = "float32",
 ) -> None:
-    """Build what is not measured yet, and time all of it together."""
+    """Build what is not measured yet, and time all of it together.
+
+    Args:
+        results: File of the quality, beside which that of the speed is.
+        name: Of ``FIELD_MODELS``.
+        seed: Draws the examples.
+        methods: Of ``METHODS``.
+        sizes: Shares of the factorizable weights.
+        device: Where the models are made and run.
+        dtype: What the finished models are cast to before they are timed, by torch's name.
+    """
     file = sibling(results, "speed")
     done = {row.key for row in read_rows(file, SpeedRow)}
     wanted = [
         (method, size)
         for method, size in sizes_of(methods, sizes)
-        if method not in SIMULATED and (name, seed, method, size, BATCHES[-1]) not in done
+        if method not in SIMULATED
+        and (name, seed, method, size, BATCHES[-1], device, dtype) not in done
     ]
     if not wanted:
         return
-    study, _ = open_study(name, seed, TerminalProgress())
-    dense = study.collected.unpacked.given
+    study, _ = open_study(name, seed, TerminalProgress(), results=results, device=device)
+    kind = getattr(torch, dtype)
+    dense = copy.deepcopy(study.collected.unpacked.given).to(kind)
     models: dict[tuple[str, float | None], nn.Module] = {}
     for method in dict.fromkeys(method for method, _ in wanted):
         if not METHODS[method].fits(study):
@@ -118,7 +141,7 @@ def measure_speed(
         at = METHODS[method].prepare(study)
         for size in (size for one, size in wanted if one == method):
             try:
-                models[method, size] = at(1.0 if size is None else size).model
+                models[method, size] = at(1.0 if size is None else size).model.to(kind)
             except (ValueError, InputError) as error:
                 print(f"{name} {method} {size}: {error}", flush=True)
     part = study.collected.parts["calibration"]
@@ -145,6 +168,8 @@ def measure_speed(
                 threads=torch.get_num_threads(),
                 memory=peak.total / most.total,
                 weights=peak.weights / most.weights,
+                device=device,
+                dtype=dtype,
             )
             append_row(file, row)
             print(
@@ -163,12 +188,19 @@ def interleaved(
         for turn in range(rounds + 1):
             for place, model in enumerate(models):
                 with evaluation_mode(model):
-                    start = time.perf_counter()
+                    start = _now()
                     output_of(model, inputs)
-                    spent = time.perf_counter() - start
+                    spent = _now() - start
                 if turn:
                     times[place].append(spent)
     return times
+
+
+def _now() -> float:
+    """Seconds, once a GPU has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -187,7 +219,7 @@ def forward_bytes(model: nn.Module, inputs: Any) -> ForwardBytes:
     tracker.track_external(twin)
     with torch.no_grad(), tracker:
         output_of(twin, inputs)
-    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    peak = tracker.get_tracker_snapshot("peak")[next(twin.parameters()).device]
     found = {getattr(kind, "value", kind): count for kind, count in peak.items()}
     return ForwardBytes(found["Total"], found["Parameter"] + found["Buffer"])
 

@@ -50,7 +50,7 @@ class Fisher:
         Both have the root of the top singular value as their Frobenius norm.
         """
         g = self.samples
-        v = torch.eye(g.shape[2], dtype=g.dtype) / g.shape[2] ** 0.5
+        v = torch.eye(g.shape[2], dtype=g.dtype, device=g.device) / g.shape[2] ** 0.5
         value = 0.0
         for _ in range(MOST_ITERATIONS):
             u = torch.einsum("kij,klj->il", g @ v, g)  # sum of G V G^T
@@ -73,7 +73,7 @@ def fishers(study: Study) -> Iterator[tuple[str, Fisher]]:
 def positive_definite(factor: Tensor) -> Tensor:
     """The factor, mixed with a multiple of the identity as far as it takes."""
     mean = factor.diagonal().mean()
-    identity = torch.eye(len(factor), dtype=factor.dtype)
+    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
     for tenths in range(11):
         share = SHRINKAGE * tenths
         mixed = (1 - share) * factor + share * mean * identity

@@ -71,14 +71,14 @@ def mean_gradients(
 ) -> dict[str, Tensor]:
     """Gradient of the mean loss at the labels, ``(out, in)`` by layer, float64."""
     weights = [cast("Tensor", model.get_submodule(name).weight) for name in names]
-    sums = [torch.zeros(w.flatten(1).shape, dtype=torch.float64) for w in weights]
+    sums = [torch.zeros_like(w.flatten(1), dtype=torch.float64) for w in weights]
     total = 0.0
     labels = Gradients(sampled=False, seed=0)
     for found, terms in labels.passes(model, task, part, weights):
         total += terms
         for one, gradient in zip(sums, found, strict=True):
             if gradient is not None:
-                one += gradient.flatten(1).cpu()
+                one += gradient.flatten(1)
     return {name: one / total for name, one in zip(names, sums, strict=True)}
 
 
@@ -106,7 +106,7 @@ def weight_gradients(study: Study) -> Iterator[tuple[str, Tensor]]:
                 if gradient is not None:
                     of_layer[sample] = gradient.flatten(1).float() / terms
         for name in [*kept]:
-            yield name, kept.pop(name)
+            yield name, kept.pop(name).to(study.weights[name].device)
 
 
 def _mapped(file: Path, shape: tuple[int, ...]) -> Tensor:
@@ -122,7 +122,8 @@ def clipped_output_grams(study: Study, source: Gradients) -> dict[str, Tensor]:
     KFAC-SVD.
     """
     grams = {
-        name: torch.zeros(len(w), len(w), dtype=torch.float64) for name, w in study.weights.items()
+        name: torch.zeros(len(w), len(w), dtype=torch.float64, device=w.device)
+        for name, w in study.weights.items()
     }
 
     def saw_gradient(name: str, layer: MatrixLayer, gradient: Tensor) -> None:

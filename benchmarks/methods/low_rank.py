@@ -35,7 +35,7 @@ def curve(study: Study, name: str, form: Form, changes: Tensor) -> Curve:
     return Curve(
         ranks=torch.arange(1, len(changes) + 1),
         costs=rank_costs(layer, form, 1),
-        changes=changes,
+        changes=changes.cpu(),
         dense_cost=out * in_,
     )
 
