@@ -83,7 +83,14 @@ def _line(variant: str, rows: list[Row], language: bool) -> list[str]:
     else:
         cells.append(f"{mean(r.accuracy for r in rows):.3f}")
     cells += [f"{mean(r.kept for r in rows):.4f}", f"{mean(r.bytes_kept for r in rows):.4f}"]
-    return [*cells, f"{mean(r.seconds for r in rows):.0f}"]
+    return [*cells, _seconds(rows)]
+
+
+def _seconds(rows: Sequence[Row]) -> str:
+    """Means by device: those of a CPU and of a GPU have nothing in common."""
+    devices = sorted({row.device for row in rows})
+    means = {d: mean(r.seconds for r in rows if r.device == d) for d in devices}
+    return "; ".join(f"{s:.0f}" if d == "cpu" else f"{s:.0f} ({d})" for d, s in means.items())
 
 
 def _mean(values: Sequence[float | None]) -> str:

@@ -1,0 +1,74 @@
+"""rankfold on another device than the CPU makes what it makes on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("other_device.py")
+DEVICES = [
+    "emulated",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+        ],
+    ),
+]
+
+
+@cache
+def both(device: str) -> dict[str, Any]:
+    environment = {**os.environ, "RANKFOLD_OPENINGS": "off"}
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), device],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    found: dict[str, Any] = json.loads(run.stdout)
+    return found
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.timeout(300)
+def test_another_device_makes_the_same_models_and_keeps_them(device: str) -> None:
+    found = both(device)
+    assert len(found) == 6
+    for case, by_device in found.items():
+        here, there = by_device["cpu"], by_device[device]
+        assert there["devices"] == [device], case
+        assert there["ratio"] == pytest.approx(here["ratio"], abs=1e-3), case
+        assert there["change"] == pytest.approx(here["change"], rel=0.02, abs=2e-4), case
+
+
+def test_the_emulated_device_refuses_what_cuda_refuses() -> None:
+    program = (
+        "import other_device as d, torch\n"
+        "d._setup_privateuseone_for_python_backend('emulated')\n"
+        "with d.emulated():\n"
+        "    there = torch.ones(3).to('emulated')\n"
+        "    for wrong in (lambda: there + torch.ones(3), lambda: torch.ones(3)[there.long()],\n"
+        "                  lambda: torch.ones(3).add_(there), lambda: there.numpy()):\n"
+        "        try:\n"
+        "            wrong()\n"
+        "        except (RuntimeError, TypeError):\n"
+        "            continue\n"
+        "        raise SystemExit('accepted')\n"
+        "    assert (there * 2 + torch.tensor(1.0)).cpu().tolist() == [3.0] * 3\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=SCRIPT.parent, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
