@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -187,9 +188,15 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def outcome(case: str, model: nn.Module, data: Any) -> dict[str, Any]:
-    _, algorithm, settings = CASES[case]
+    kind, algorithm, settings = CASES[case]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     result = getattr(rankfold, algorithm)(copy.deepcopy(model), data, **settings)
+    skeleton = convolutional()[0] if kind == "convolutional" else None
+    with TemporaryDirectory() as folder:
+        result.save(folder, overwrite=True)
+        loaded = rankfold.load(folder, model=skeleton)
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, result.model.state_dict()[name].cpu()), name
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     return {
         "change": result.certificate.change,

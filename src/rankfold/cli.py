@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
+import torch
 import typer
 from rich.console import Console
 
@@ -29,6 +30,7 @@ from rankfold.compress import compact as compact_model
 from rankfold.compress import lossless as lossless_model
 from rankfold.data import PARTS, Data
 from rankfold.demo import run_demo
+from rankfold.device import OUT_OF_MEMORY, check_device
 from rankfold.errors import InputError
 from rankfold.export import DTYPES, TARGETS
 from rankfold.export import export as export_artifact
@@ -128,6 +130,7 @@ class Reading:
         str | None, typer.Option(help="Likewise, a label for each token. (default: tags)")
     ] = None
     batch_size: Annotated[int | None, typer.Option(help="Examples a batch. (default: fits)")] = None
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda or cuda:1.")] = "cpu"
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = (
         False
     )
@@ -332,7 +335,9 @@ class Factorizing(Reading):
             raise InputError(
                 "data is missing; give --data, or all of --calibration, --selection and --held-out."
             )
+        device = check_device(self.device)
         opened = open_model(model, self.weights)
+        opened.model.to(device)
         limits = (self.limit, self.selection_limit, self.held_out_limit)
         asked = zip(limits, DataOptions.own_windows, strict=True)
         first, second, third = (limit or default for limit, default in asked)
@@ -374,6 +379,9 @@ def command(function: Callable[..., int]) -> Callable[..., None]:
             code = function(**values)
         except InputError as error:
             typer.echo(f"error: {error}", err=True)
+            code = BAD_INPUT
+        except torch.cuda.OutOfMemoryError:
+            typer.echo(f"error: {OUT_OF_MEMORY}", err=True)
             code = BAD_INPUT
         except KeyboardInterrupt:
             typer.echo("interrupted; nothing was written", err=True)
@@ -484,7 +492,9 @@ def evaluate(
     if limit is not None and limit < 1:
         raise InputError(f"--limit is {limit}; expected 1 example or more.")
     with redirect_stdout(sys.stderr):
+        device = check_device(options.device)
         opened = open_artifact(folder, model)
+        opened.model.to(device)
         found = evaluate_examples(
             opened,
             open_examples(data, opened, options.data_options()),
@@ -516,6 +526,7 @@ def verify(
 ) -> int:
     """Recompute an artifact's certificate from its weights and the held-out data."""
     with redirect_stdout(sys.stderr):
+        device = check_device(options.device)
         # A class of the user's own is needed to open the artifact at all.
         own = model if model is not None and gives_module(model) else None
         if model is None and weights is not None:
@@ -527,6 +538,9 @@ def verify(
             # Without its weights a function may give any: only certified ones are an original.
             stated = read_document(folder)["models"].get("original")
             original = original if model_digest(original) == stated else None
+        opened.model.to(device)
+        if original is not None:
+            original.to(device)
         found = verify_artifact(
             folder,
             opened.model,

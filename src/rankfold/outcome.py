@@ -14,6 +14,7 @@ from rankfold.artifact import library_versions
 from rankfold.certificate_file import Evidence, example_digests, make_document, model_digest
 from rankfold.certify import ACCURACY, Certificate, Statement, examples_seen, state
 from rankfold.data import FEWEST, PARTS
+from rankfold.device import device_of
 from rankfold.openings import SHORT, Opening, history, record
 from rankfold.overlap import look_alikes
 from rankfold.report import (
@@ -267,6 +268,7 @@ def _report(
         "certificate": certificate.as_dict(),
         "allocation": _allocation_report(stage, chosen.plan),
         "damping": damping_report(collected, stage.settings),
+        "device": device_of(collected.model),
         "curvature": collected.curvature,
         "calibration_loss": collected.calibration_loss,
         "step": step_report(stage.step, stage.settings),
