@@ -9,10 +9,11 @@ from typing import Any
 
 from benchmarks import figures
 from benchmarks.ablation_runs import VARIANTS, Row
-from benchmarks.documents import DOCS, markdown, spread
+from benchmarks.documents import DOCS, markdown, seconds, spread
 from rankfold.certify import DEFAULT_MARGIN
 
 DOCUMENT = DOCS / "ablation.md"
+BEYOND = 0.4  # nats: larger changes are written at the figure's edge
 # By whether a step is taken: the variants whose calibration has more and more own text.
 OWN_TEXT_CURVES = {
     True: ("all parts", "half own text"),
@@ -83,14 +84,7 @@ def _line(variant: str, rows: list[Row], language: bool) -> list[str]:
     else:
         cells.append(f"{mean(r.accuracy for r in rows):.3f}")
     cells += [f"{mean(r.kept for r in rows):.4f}", f"{mean(r.bytes_kept for r in rows):.4f}"]
-    return [*cells, _seconds(rows)]
-
-
-def _seconds(rows: Sequence[Row]) -> str:
-    """Means by device: those of a CPU and of a GPU have nothing in common."""
-    devices = sorted({row.device for row in rows})
-    means = {d: mean(r.seconds for r in rows if r.device == d) for d in devices}
-    return "; ".join(f"{s:.0f}" if d == "cpu" else f"{s:.0f} ({d})" for d, s in means.items())
+    return [*cells, seconds((r.device, r.seconds) for r in rows)]
 
 
 def _mean(values: Sequence[float | None]) -> str:
@@ -212,18 +206,23 @@ def draw_own_text(rows: Sequence[Row], folder: Path) -> Path | None:
 
 def _panel(panel: Any, rows: list[Row], variants: list[str], size: float) -> None:
     for place, variant in enumerate(variants):
-        for row in (row for row in rows if row.variant == variant):
+        mine = [row for row in rows if row.variant == variant]
+        if mine and mean(row.change for row in mine) > BEYOND:
+            # What destroys a model would hide all else.
+            text = f"{mean(row.change for row in mine):+.2f} \u2192"
+            panel.annotate(
+                text, (0.98, place), xycoords=("axes fraction", "data"), ha="right", va="center"
+            )
+            continue
+        for row in mine:
             panel.errorbar(
                 row.change, place, xerr=row.standard_error, fmt="o", color="C0", capsize=2, ms=4
             )
             if row.control is not None:
                 panel.plot(row.control, place, "x", color="C1")
-    if max(abs(row.change) for row in rows) > 1:
-        # Logarithmic beyond 0.1: what destroys a model would hide all else.
-        panel.set_xscale("symlog", linthresh=0.1)
-    else:
-        panel.locator_params(axis="x", nbins=4)
+    panel.locator_params(axis="x", nbins=4)
     panel.axvline(0, color="grey", linewidth=0.8)
     panel.set_yticks(range(len(variants)), variants)
+    panel.set_ylim(-0.7, len(variants) - 0.3)
     panel.set_title(f"{size:g} kept (x: control)")
     panel.grid(axis="x", alpha=0.3)

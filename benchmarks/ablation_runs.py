@@ -91,6 +91,9 @@ VARIANTS: dict[str, Variant] = {
     "twice the calibration data, no step, damping by selection": Variant(
         {"damping": "auto"}, statistics=NO_STEP, share_of_data=2.0
     ),
+    "twice the calibration data, no step, damping 0.01 of A, 0.3 of B": Variant(
+        {"damping": 0.01, "output_damping": 0.3}, statistics=NO_STEP, share_of_data=2.0
+    ),
     "twice the calibration data, no block forms": Variant(
         {"block_forms": False}, share_of_data=2.0
     ),

@@ -55,3 +55,19 @@ def spread(changes: Sequence[float], errors: Sequence[float], digits: int = 4) -
     """
     text = f"{mean(changes):+.{digits}f} ± {mean(errors):.{digits}f}"
     return text + (f", seeds ± {stdev(changes):.{digits}f}" if len(changes) > 1 else "")
+
+
+def seconds(spent: Iterable[tuple[str, float]], digits: int = 0) -> str:
+    """Mean seconds by device, in one cell: a CPU's and a GPU's have nothing in common.
+
+    Args:
+        spent: Device and seconds of every run.
+        digits: After the point.
+    """
+    by_device: dict[str, list[float]] = {}
+    for device, took in spent:
+        by_device.setdefault(device, []).append(took)
+    return "; ".join(
+        f"{mean(took):.{digits}f}" + ("" if device == "cpu" else f" ({device})")
+        for device, took in sorted(by_device.items())
+    )

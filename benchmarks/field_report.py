@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks import figures
 from benchmarks.choices import QUESTIONS
-from benchmarks.documents import DOCS, markdown, spread
+from benchmarks.documents import DOCS, markdown, seconds, spread
 from benchmarks.field import Row
 from benchmarks.methods import METHODS
 from benchmarks.speed import MemoryRow, SpeedRow
@@ -182,12 +182,14 @@ def weights_table(rows: Sequence[Row]) -> str:
             for size in sizes:
                 found = [getattr(row, what) for row in _at(rows, method, size) if not row.note]
                 cells.append(f"{mean(found):.3f}" if found else "")
-        seconds = [row.seconds for row in rows if row.method == method and row.seconds is not None]
-        cells.append(f"{mean(seconds):.1f}" if seconds else "")
+        spent = [
+            (r.device, r.seconds) for r in rows if r.method == method and r.seconds is not None
+        ]
+        cells.append(seconds(spent, digits=1))
         lines.append(cells)
-    shared = mean(row.statistics_seconds or 0.0 for row in rows)
+    shared = seconds((row.device, row.statistics_seconds or 0.0) for row in rows)
     text = markdown([*columns, "seconds"], lines)
-    return text + f"\nThe statistics that the methods share took {shared:.0f} s more.\n"
+    return text + f"\nThe statistics that the methods share took {shared} s more.\n"
 
 
 def smallest_table(rows: Sequence[Row]) -> str:
