@@ -44,7 +44,7 @@ class Variant:
             pass over the calibration examples.
         share_of_data: Share of the calibration examples used.
         docstrings: Share of the calibration windows that are docstrings of installed packages.
-        tested: Times as many selection and held-out windows as usual.
+        windows: Numbers of selection and held-out windows, where they are not the usual ones.
     """
 
     settings: dict[str, Any]
@@ -52,7 +52,7 @@ class Variant:
     statistics: dict[str, Any] = field(default_factory=dict)
     share_of_data: float = 1.0
     docstrings: float = 0.0
-    tested: int = 1
+    windows: tuple[int, int] | None = None
 
     @property
     def pass_over_data(self) -> dict[str, Any]:
@@ -91,6 +91,9 @@ VARIANTS: dict[str, Variant] = {
     "twice the calibration data, no step, damping by selection": Variant(
         {"damping": "auto"}, statistics=NO_STEP, share_of_data=2.0
     ),
+    "twice the calibration data, no step, four times the selection data": Variant(
+        {}, "language", NO_STEP, share_of_data=2.0, windows=(48, 32)
+    ),
     "twice the calibration data, no step, damping 0.01 of A, 0.3 of B": Variant(
         {"damping": 0.01, "output_damping": 0.3}, statistics=NO_STEP, share_of_data=2.0
     ),
@@ -101,8 +104,8 @@ VARIANTS: dict[str, Variant] = {
         {"block_forms": False}, statistics=NO_STEP, share_of_data=2.0
     ),
     "twice the calibration data, two rounds": Variant({"rounds": 2}, share_of_data=2.0),
-    "twice the calibration data, two rounds, tested on four times the text": Variant(
-        {"rounds": 2}, "language", share_of_data=2.0, tested=4
+    "twice the calibration data, two rounds, 48 windows to select, 128 to test": Variant(
+        {"rounds": 2}, "language", share_of_data=2.0, windows=(48, 128)
     ),
     "twice the calibration data, three rounds": Variant({"rounds": 3}, share_of_data=2.0),
     "twice the calibration data, two rounds, no step": Variant(
@@ -190,7 +193,7 @@ class Runner(Recorder[Row]):
         groups: dict[str, list[str]] = {}
         for variant in missing:
             chosen = VARIANTS[variant]
-            key = f"{sorted(chosen.pass_over_data.items())} {chosen.share_of_data} {chosen.tested}"
+            key = f"{sorted(chosen.pass_over_data.items())} {chosen.share_of_data} {chosen.windows}"
             groups.setdefault(key, []).append(variant)
         for group in groups.values():
             self._group(name, seed, group, sizes)
@@ -201,8 +204,9 @@ class Runner(Recorder[Row]):
         first = VARIANTS[variants[0]]
         build, calibration = FIELD_MODELS[name]
         count = round(calibration * first.share_of_data)
-        if first.tested > 1:
-            build = partial(smollm2, tested=first.tested)
+        if first.windows is not None:
+            selection, held_out = first.windows
+            build = partial(smollm2, selection=selection, held_out=held_out)
         model, data = build(seed, count)
         model.to(self.device)
         other = None

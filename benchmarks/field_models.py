@@ -28,10 +28,12 @@ PHOTOGRAPHS = (60, 120)  # selection, held-out
 OTHER_TEXT_WINDOWS = 16
 
 
-def smollm2(seed: int, calibration: int, tested: int = 1) -> tuple[nn.Module, Data]:
-    """64 x 512 tokens of train, 12 x 512 of valid, 32 x 512 of test; of the last two so many times.
+def smollm2(
+    seed: int, calibration: int, selection: int = 12, held_out: int = 32
+) -> tuple[nn.Module, Data]:
+    """64 x 512 tokens of train, 12 x 512 of valid, 32 x 512 of test.
 
-    More windows of test are the first ones and others.
+    More windows are the first ones and others.
     """
     from benchmarks.language_models import load_smollm2, wikitext2  # needs transformers
 
@@ -42,8 +44,8 @@ def smollm2(seed: int, calibration: int, tested: int = 1) -> tuple[nn.Module, Da
 
     data = Data(
         calibration=windows("train", calibration, seed),
-        selection=windows("valid", 12 * tested, seed),
-        held_out=windows("test", 32 * tested, 0),
+        selection=windows("valid", selection, seed),
+        held_out=windows("test", held_out, 0),
     )
     return cast("nn.Module", model), data
 
