@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from benchmarks.paper_claim import (
+from benchmarks.paper_claim_report import draw, tables
+from benchmarks.paper_claim_runs import (
     CALIBRATION,
     SELECTION,
     TEST,
     Measured,
     Row,
     compare,
-    print_tables,
     split_kept,
 )
 from benchmarks.resnext import Recipe, Stage, augmented_batches, normalised, rate_at, resnext
@@ -90,7 +92,7 @@ def test_paired_changes_of_some_images() -> None:
 
 
 def test_tables_of_a_curve_with_a_size_that_has_no_plan(
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     better = Measured(0.3, -0.1, 0.01, -0.12, -0.08, 0.9, 0.01, 0.002, 0.006, 0.014, 60, 10)
     worse = Measured(0.6, 0.2, 0.01, 0.18, 0.22, 0.8, -0.09, 0.002, -0.094, -0.086, 10, 460)
@@ -101,12 +103,17 @@ def test_tables_of_a_curve_with_a_size_that_has_no_plan(
             _row("joint, pivoted", 0.3, worse, seed),
             _row("first-order, pair", 0.5, better, seed),
             _row("first-order, pair", 0.3, None, seed),
+            _row("svd, pivoted", 0.5, better, seed),
         ]
-    print_tables(rows)
-    printed = capsys.readouterr().out
+    (printed,) = tables(rows).values()
     assert "| joint, pivoted | -0.1000 ± 0.0100, seeds ± 0.0000 | +0.2000" in printed
     assert "| first-order, pair | no plan of this size |" in printed
     assert "| 10 / 460 | 0.5 | 0.5 |" in printed
+    assert "| svd, pivoted | not measured |" in printed
+    pytest.importorskip("matplotlib")
+    drawn = draw(rows, tmp_path).read_bytes()
+    assert drawn == draw(rows, tmp_path).read_bytes()
+    assert b"</svg>" in drawn
 
 
 def _evaluation(losses: list[float], correct: list[int]) -> Evaluation:
