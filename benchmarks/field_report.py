@@ -289,17 +289,18 @@ def speed_table(rows: Sequence[SpeedRow]) -> str:
     """Time over the dense model's, median and quartiles, at each batch size."""
     batches = sorted({row.batch for row in rows})
     lines = []
-    keys = dict.fromkeys((row.model, row.size, row.method) for row in rows)
-    for name, size, method in keys:
-        found = {r.batch: r for r in rows if (r.model, r.size, r.method) == (name, size, method)}
-        cells = [name, "" if size is None else f"{size:g}", METHODS[method].label]
+    for what in dict.fromkeys(row.what for row in rows):
+        name, size, method, place = what
+        found = {row.batch: row for row in rows if row.what == what}
+        cells = [name, place, "" if size is None else f"{size:g}", METHODS[method].label]
         for batch in batches:
             row = found.get(batch)
             cells.append(
                 "" if row is None else f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f})"
             )
         lines.append(cells)
-    return markdown(["model", "size", "method", *(f"batch {batch}" for batch in batches)], lines)
+    columns = ["model", "on", "size", "method", *(f"batch {batch}" for batch in batches)]
+    return markdown(columns, lines)
 
 
 def forward_table(rows: Sequence[SpeedRow]) -> str:
@@ -307,8 +308,9 @@ def forward_table(rows: Sequence[SpeedRow]) -> str:
     known = [row for row in rows if row.memory is not None]
     batches = sorted({row.batch for row in known})
     lines = []
-    for name, size, method in dict.fromkeys((row.model, row.size, row.method) for row in known):
-        found = {r.batch: r for r in known if (r.model, r.size, r.method) == (name, size, method)}
+    for what in dict.fromkeys(row.what for row in known):
+        name, size, method, _ = what
+        found = {row.batch: row for row in known if row.what == what}
         weights = mean(row.weights or 0.0 for row in found.values())
         cells = [name, "" if size is None else f"{size:g}", METHODS[method].label, f"{weights:.2f}"]
         cells += [f"{found[batch].memory:.2f}" if batch in found else "" for batch in batches]

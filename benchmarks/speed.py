@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from benchmarks.field import open_study, sizes_of
-from benchmarks.field_models import FIELD_MODELS
+from benchmarks.field_models import FIELD_MODELS, VISION
+from benchmarks.int8 import in_int8
 from benchmarks.methods import METHODS
 from benchmarks.rows import append_row, read_rows
 from rankfold.errors import InputError
@@ -39,7 +40,9 @@ from rankfold.tasks import on_device
 
 BATCHES = (1, 8, 32)
 ROUNDS = 15
-# Stored in a way that no kernel here computes with: as fast as the dense model, or slower.
+TOKENS = 64  # of a language model's windows
+# Stored in a way that no kernel here computes with: as fast as the dense model, or slower. torchao
+# has one for int8 weights of Linear layers.
 SIMULATED = ("int8", "joint-int8", "magnitude", "wanda", "control")
 
 
@@ -76,9 +79,14 @@ class SpeedRow:
     dtype: str = "float32"
 
     @property
+    def what(self) -> tuple[str, float | None, str, str]:
+        """Model, size, method, and where it ran."""
+        return (self.model, self.size, self.method, f"{self.device}, {self.dtype}")
+
+    @property
     def key(self) -> tuple[object, ...]:
-        what = (self.model, self.seed, self.method, self.size, self.batch)
-        return (*what, self.device, self.dtype)
+        measured = (self.model, self.seed, self.method, self.size, self.batch)
+        return (*measured, self.device, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,7 @@ def measure_speed(
     wanted = [
         (method, size)
         for method, size in sizes_of(methods, sizes)
-        if method not in SIMULATED
+        if _timed(name, method)
         and (name, seed, method, size, BATCHES[-1], device, dtype) not in done
     ]
     if not wanted:
@@ -138,6 +146,9 @@ def measure_speed(
     for method in dict.fromkeys(method for method, _ in wanted):
         if not METHODS[method].fits(study):
             continue
+        if method == "int8":
+            models[method, None] = in_int8(dense)
+            continue
         at = METHODS[method].prepare(study)
         for size in (size for one, size in wanted if one == method):
             try:
@@ -147,13 +158,13 @@ def measure_speed(
     part = study.collected.parts["calibration"]
     for batch_size in BATCHES:
         batch = on_device(part.collate(part.examples[:batch_size]), dense)
-        inputs = without_labels(batch)
+        inputs = _shortened(without_labels(batch)) if study.language else without_labels(batch)
         times = interleaved([dense, *models.values()], inputs)
         most = forward_bytes(dense, inputs)
         for (method, size), own in zip(models, times[1:], strict=True):
             ratios = [mine / dense for mine, dense in zip(own, times[0], strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4)
-            peak = forward_bytes(models[method, size], inputs)
+            peak = None if method == "int8" else forward_bytes(models[method, size], inputs)
             row = SpeedRow(
                 model=name,
                 seed=seed,
@@ -166,17 +177,28 @@ def measure_speed(
                 milliseconds=1000 * statistics.median(own),
                 dense_milliseconds=1000 * statistics.median(times[0]),
                 threads=torch.get_num_threads(),
-                memory=peak.total / most.total,
-                weights=peak.weights / most.weights,
+                memory=None if peak is None else peak.total / most.total,
+                weights=None if peak is None else peak.weights / most.weights,
                 device=device,
                 dtype=dtype,
             )
             append_row(file, row)
             print(
-                f"{name} {method} {size} batch {batch_size}: {middle:.2f}x the time, "
-                f"{row.memory:.2f}x the memory",
+                f"{name} {method} {size} batch {batch_size}: {middle:.2f}x the time"
+                + ("" if row.memory is None else f", {row.memory:.2f}x the memory"),
                 flush=True,
             )
+
+
+def _timed(name: str, method: str) -> bool:
+    return method not in SIMULATED or (method == "int8" and name not in VISION)
+
+
+def _shortened(batch: Any) -> Any:
+    """The first tokens of each window: a whole batch of 32 would take minutes."""
+    if isinstance(batch, Tensor):
+        return batch[:, :TOKENS]
+    return {key: value[:, :TOKENS] for key, value in batch.items()}
 
 
 def interleaved(
