@@ -36,6 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from benchmarks.documents import markdown
 from benchmarks.rows import append_row, read_rows
 from rankfold.bounds import Array, BettingTest, mean_p_value, share_bound
 from rankfold.certify import REACH
@@ -415,11 +416,9 @@ def table(rows: Sequence[Row]) -> list[str]:
     lines = []
     for units in dict.fromkeys(row.units for row in rows):
         mine = {(row.world, row.test): row for row in rows if row.units == units}
-        lines += [f"\n{units} units\n", "| world | " + " | ".join(tests) + " |"]
-        lines.append("| --- |" + " --- |" * len(tests))
-        for world in dict.fromkeys(row.world for row in rows if row.units == units):
-            cells = (_cell(mine.get((world, test))) for test in tests)
-            lines.append(f"| {world} | " + " | ".join(cells) + " |")
+        worlds = dict.fromkeys(row.world for row in rows if row.units == units)
+        cells = [[world, *(_cell(mine.get((world, test))) for test in tests)] for world in worlds]
+        lines += [f"\n{units} units\n", markdown(["world", *tests], cells).rstrip()]
     return lines
 
 

@@ -35,6 +35,7 @@ from torch.nn import functional
 import rankfold
 from benchmarks import shared_data
 from benchmarks.cifar_nets import akamaster_resnet20, cifar10_test, load_cifar_net
+from benchmarks.documents import markdown
 from benchmarks.rows import append_row, read_rows
 from rankfold.data import Data
 from rankfold.export import FILES, TARGETS
@@ -368,9 +369,8 @@ def print_table(rows: Sequence[Row]) -> None:
         reference = next(row.loss for row in mine if row.opened == "rankfold.load")
         unit = "perplexity" if name == "smollm2" else "loss, nats"
         print(f"\n{name} at {SIZE}: {unit} {_shown(name, reference)} by rankfold.load\n")
-        times = "".join(f" time at {b} |" for b in BATCHES)
-        print(f"| opened by | form | bytes | of dense | output differs | {unit} differs |{times}")
-        print("| --- | --- | --- | --- | --- | --- |" + " --- |" * len(BATCHES))
+        columns = ["opened by", "form", "bytes", "of dense", "output differs", f"{unit} differs"]
+        lines = []
         for row in sorted(mine, key=lambda row: [*TOOLS].index(row.opened)):
             change = math.expm1(row.loss - reference) if name == "smollm2" else row.loss - reference
             cells = [
@@ -382,7 +382,8 @@ def print_table(rows: Sequence[Row]) -> None:
                 f"{change:+.1e}",
                 *(_ratio(row.seconds[str(batch)]) for batch in BATCHES),
             ]
-            print(f"| {' | '.join(cells)} |")
+            lines.append(cells)
+        print(markdown([*columns, *(f"time at {batch}" for batch in BATCHES)], lines), end="")
         for row in mine:
             if row.same_text is not None:
                 print(f"\n{row.opened} in a fresh process: greedy text the same: {row.same_text}")

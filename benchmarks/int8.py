@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from benchmarks.command_line import commands, parsed
+from benchmarks.documents import markdown, spread
 from benchmarks.field_models import FIELD_MODELS, TASKS
 from benchmarks.methods.int8 import row_scales
 from benchmarks.rows import append_row, read_rows
@@ -140,15 +141,20 @@ def print_table(rows: Sequence[Row]) -> None:
         mine = [row for row in rows if (row.model, row.seed) == (name, seed)]
         dense = next(row for row in mine if row.variant == "dense")
         print(f"\n{name}, seed {seed}\n")
-        print("| variant | size | bytes | of dense | loss | change ± standard error | accuracy |")
-        print("| --- | --- | --- | --- | --- | --- | --- |")
-        for row in mine:
-            size = "" if row.size is None else f"{row.size:g}"
-            accuracy = "" if row.accuracy is None else f"{row.accuracy:.4f}"
-            print(
-                f"| {row.variant} | {size} | {row.bytes:,} | {row.bytes / dense.bytes:.3f} | "
-                f"{row.loss:.4f} | {row.change:+.4f} ± {row.standard_error:.4f} | {accuracy} |"
-            )
+        columns = ["variant", "size", "bytes", "of dense", "loss", "change ± standard error"]
+        lines = [
+            [
+                row.variant,
+                "" if row.size is None else f"{row.size:g}",
+                f"{row.bytes:,}",
+                f"{row.bytes / dense.bytes:.3f}",
+                f"{row.loss:.4f}",
+                spread([row.change], [row.standard_error]),
+                "" if row.accuracy is None else f"{row.accuracy:.4f}",
+            ]
+            for row in mine
+        ]
+        print(markdown([*columns, "accuracy"], lines), end="")
 
 
 def main() -> None:
