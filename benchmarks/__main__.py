@@ -82,6 +82,7 @@ def _run(options: Namespace) -> None:
                     options.sizes,
                     options.device,
                     options.dtype,
+                    options.calibration,
                 )
             if options.axis in ("memory", "all"):
                 measure_memory(

@@ -117,6 +117,7 @@ def measure_speed(
     sizes: Sequence[float],
     device: str = "cpu",
     dtype: str = "float32",
+    calibration: int | None = None,
 ) -> None:
     """Build what is not measured yet, and time all of it together.
 
@@ -128,6 +129,7 @@ def measure_speed(
         sizes: Shares of the factorizable weights.
         device: Where the models are made and run.
         dtype: What the finished models are cast to before they are timed, by torch's name.
+        calibration: Number of calibration examples, in place of the model's own.
     """
     file = sibling(results, "speed")
     done = {row.key for row in read_rows(file, SpeedRow)}
@@ -139,7 +141,7 @@ def measure_speed(
     ]
     if not wanted:
         return
-    study, _ = open_study(name, seed, TerminalProgress(), results=results, device=device)
+    study, _ = open_study(name, seed, TerminalProgress(), calibration, results, device)
     kind = getattr(torch, dtype)
     dense = copy.deepcopy(study.collected.unpacked.given).to(kind)
     models: dict[tuple[str, float | None], nn.Module] = {}
