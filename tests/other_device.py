@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from torch.utils.data import TensorDataset
 
 import rankfold
@@ -134,6 +134,11 @@ class Emulated(TorchDispatchMode):
         return dispatched(func, args, kwargs or {})
 
 
+def register() -> None:
+    """Make the device known, before anything is differentiated: autograd counts devices then."""
+    backend_registration._setup_privateuseone_for_python_backend("emulated")
+
+
 @contextmanager
 def emulated() -> Iterator[None]:
     """The device is there, and its tensors count as plain ones."""
@@ -207,8 +212,8 @@ def outcome(case: str, model: nn.Module, data: Any) -> dict[str, Any]:
 
 def both(device: str) -> dict[str, dict[str, dict[str, Any]]]:
     """By case what the CPU gave and what the device did."""
-    if device == "emulated":  # before anything is differentiated: the engine counts devices then
-        _setup_privateuseone_for_python_backend("emulated")
+    if device == "emulated":
+        register()
     found: dict[str, dict[str, dict[str, Any]]] = {}
     made = {name: make() for name, make in MODELS.items()}
     for case, (name, _, _) in CASES.items():
