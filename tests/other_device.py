@@ -96,7 +96,7 @@ def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if there and kwargs.get("generator") is not None:
         raise RuntimeError(f"{func}: expected a generator of the device, not of the CPU")
     plain_args, plain_kwargs = pytree.tree_map_only(OnEmulated, lambda x: x.inner, (args, kwargs))
-    if mixed and func is aten._to_copy.default:
+    if func is aten._to_copy.default:
         plain_args = (plain_args[0].clone(), *plain_args[1:])  # a copy even to the same device
     out = func(*plain_args, **plain_kwargs)
     if not there:
