@@ -30,7 +30,7 @@ from rankfold.compress import compact as compact_model
 from rankfold.compress import lossless as lossless_model
 from rankfold.data import PARTS, Data
 from rankfold.demo import run_demo
-from rankfold.device import OUT_OF_MEMORY, check_device
+from rankfold.device import OUT_OF_MEMORY, check_device, unused_gpu
 from rankfold.errors import InputError
 from rankfold.export import DTYPES, TARGETS
 from rankfold.export import export as export_artifact
@@ -336,6 +336,8 @@ class Factorizing(Reading):
                 "data is missing; give --data, or all of --calibration, --selection and --held-out."
             )
         device = check_device(self.device)
+        if (hint := unused_gpu(device)) is not None:
+            typer.echo(hint, err=True)
         opened = open_model(model, self.weights)
         opened.model.to(device)
         limits = (self.limit, self.selection_limit, self.held_out_limit)

@@ -39,6 +39,13 @@ def check_device(name: str) -> torch.device:
     return device
 
 
+def unused_gpu(device: torch.device) -> str | None:
+    """What to tell a user whose GPU stays idle, or None."""
+    if device.type != "cpu" or not torch.cuda.is_available():
+        return None
+    return f"running on the CPU; --device cuda would use the {torch.cuda.get_device_name(0)}"
+
+
 def device_of(model: nn.Module) -> str:
     """Name of the device that a model's first parameter is on."""
     parameter = next(model.parameters(), None)
