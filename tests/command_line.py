@@ -55,6 +55,15 @@ def slow():
     return Slow()
 
 
+def hungry():
+    def forward(images):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    net = Net()
+    net.forward = forward
+    return net
+
+
 def broken():
     raise ValueError("no such luck")
 

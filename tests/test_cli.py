@@ -255,6 +255,7 @@ BAD = {
     "size too small": (_lossless("--size", "0.001"), ["too small", "larger size"]),
     "margin": (_lossless("--margin", "-0.1"), ["margin is -0.1", "0 or more"]),
     "objective": (_lossless("--objective", "magic"), ["'magic'", "joint"]),
+    "too large for the GPU": (_lossless("net.py:hungry"), ["GPU's memory", "--device cpu"]),
     "device": (_lossless("--device", "gpu"), ["device is 'gpu'", "cpu, cuda"]),
     "device without float64": (_lossless("--device", "mps"), ["'mps'", "no float64"]),
     "device that is not there": (_lossless("--device", "cuda:99"), ["'cuda:99'", "sees"]),

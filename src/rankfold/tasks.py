@@ -381,7 +381,7 @@ def running(batch: Batch) -> Iterator[None]:
     """
     try:
         yield
-    except InputError:
+    except (InputError, torch.cuda.OutOfMemoryError):
         raise
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
         raise InputError(
