@@ -30,7 +30,7 @@ def commands(
     added = parser.add_subparsers(dest="command", required=True)
     run = added.add_parser("run")
     run.add_argument("--threads", type=int, default=threads)
-    run.add_argument("--device", default="cpu", help="where models run: cpu or cuda")
+    run.add_argument("--device", default="cpu", help="cpu or cuda (memory: cpu)")
     for command in (run, *(added.add_parser(name) for name in others)):
         command.add_argument("--results", type=Path, default=results)
     return parser, run

@@ -110,10 +110,11 @@ def _bytes(tensor: Any) -> int:
     return int(tensor.numel() * tensor.element_size())
 
 
-def measure(name: str, seed: int, sizes: Iterable[float], file: Path) -> None:
+def measure(name: str, seed: int, sizes: Iterable[float], file: Path, device: str = "cpu") -> None:
     """Append the rows of a model: dense and int8, then both again for each size."""
     make, calibration = FIELD_MODELS[name]
     model, data = make(seed, calibration)
+    model.to(device)
     prepared = prepare(model, data, seed=seed, task=TASKS.get(name))
     original = prepared.original_held_out()
 
@@ -165,7 +166,7 @@ def main() -> None:
     options = parsed(parser)
     if options.command == "run":
         for name in options.models:
-            measure(name, options.seed, options.sizes, options.results)
+            measure(name, options.seed, options.sizes, options.results, options.device)
     print_table(read_rows(options.results, Row))
 
 
