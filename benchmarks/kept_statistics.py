@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rankfold.calibrate import Curvature, LayerStatistics
 from rankfold.collected import Collected, collect
 from rankfold.data import Data
+from rankfold.device import device_of
 from rankfold.progress import Progress
 from rankfold.settings import Settings
 
@@ -81,8 +82,7 @@ def _write(collected: Collected, seconds: float, file: Path) -> None:
 
 def _read(collected: Collected, file: Path) -> float:
     """Put the file's statistics into ``collected``; returns the seconds that they took."""
-    device = str(next(collected.model.parameters()).device)
-    with safe_open(file, framework="pt", device=device) as opened:
+    with safe_open(file, framework="pt", device=device_of(collected.model)) as opened:
         about = json.loads(opened.metadata()["about"])
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     if about["calibration"] != collected.parts["calibration"].digest:

@@ -25,7 +25,7 @@ from rankfold.objectives import ObjectiveName
 from rankfold.search import of_size
 from rankfold.settings import Settings
 from rankfold.stage import Stage, lowest
-from rankfold.tasks import Evaluation
+from rankfold.tasks import Evaluation, on_device
 
 CALIBRATION, SELECTION, TEST = 3_000, 2_000, 5_000
 SMALLEST_TO = 0.002  # share of the parameters to which the smallest plan of a rule is searched
@@ -318,9 +318,9 @@ def is_dense(plan: RankPlan) -> bool:
 @torch.no_grad()
 def best_temperature(net: nn.Module, examples: Sequence[tuple[Tensor, Tensor]]) -> float:
     """The temperature of the lowest mean loss, to 1 %."""
-    device = next(net.parameters()).device
-    images = torch.stack([image for image, _ in examples]).to(device)
-    labels = torch.stack([label for _, label in examples]).to(device)
+    images, labels = (
+        on_device(torch.stack([*column]), net) for column in zip(*examples, strict=True)
+    )
     logits = torch.cat([net(part) for part in images.split(250)]).double()
     candidates = [1.01**step for step in range(-100, 201)]
     return min(candidates, key=lambda t: F.cross_entropy(logits / t, labels).item())
