@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks import figures
 from benchmarks.ablation_runs import VARIANTS, Row
 from benchmarks.documents import DOCS, markdown, seconds, spread
+from benchmarks.figures import BLUE, GREEN, PURPLE, RED
 from rankfold.certify import DEFAULT_MARGIN
 
 DOCUMENT = DOCS / "ablation.md"
@@ -44,24 +45,27 @@ def _model(rows: Sequence[Row]) -> str:
         ]
         text += f"\n{size:g} of the factorizable weights:\n\n{markdown(columns, lines)}"
     smallest = [row for row in rows if row.size is None]
-    if smallest:
-        columns = ["variant", "seed", "of the factorizable weights", "parameters"]
-        columns += ["change of the loss", "control", "verdict"]
-        lines = [
-            [
-                row.variant,
-                str(row.seed),
-                f"{row.share:.3f}",
-                f"{row.kept:.4f}",
-                spread([row.change], [row.standard_error]),
-                _mean([row.control]),
-                row.verdict,
-            ]
-            for row in sorted(smallest, key=lambda r: ([*VARIANTS].index(r.variant), r.seed))
+    return text + (_smallest(smallest) if smallest else "")
+
+
+def _smallest(rows: Sequence[Row]) -> str:
+    """A line for each model that ``compact`` found."""
+    columns = ["variant", "seed", "of the factorizable weights", "parameters"]
+    columns += ["change of the loss", "control", "verdict"]
+    lines = [
+        [
+            row.variant,
+            str(row.seed),
+            f"{row.share:.3f}",
+            f"{row.kept:.4f}",
+            spread([row.change], [row.standard_error]),
+            _mean([row.control]),
+            row.verdict,
         ]
-        margin = f"margin {DEFAULT_MARGIN:g}"
-        text += f"\nThe smallest that `compact` finds, {margin}:\n\n{markdown(columns, lines)}"
-    return text
+        for row in sorted(rows, key=lambda r: ([*VARIANTS].index(r.variant), r.seed))
+    ]
+    margin = f"margin {DEFAULT_MARGIN:g}"
+    return f"\nThe smallest that `compact` finds, {margin}:\n\n{markdown(columns, lines)}"
 
 
 def _sizes(rows: Sequence[Row]) -> list[float]:
@@ -127,8 +131,7 @@ def draw_predictions(rows: Sequence[Row], folder: Path) -> Path:
     with figures.saved(file, **layout) as (figure, panels):
         for panel, name in zip(panels[0], names, strict=True):
             mine = [row for row in rows if row.model == name and row.predicted is not None]
-            # Okabe and Ito 2008: safe for the colour-blind.
-            for stepped, colour, marker in ((False, "#0072B2", "s"), (True, "#D55E00", "o")):
+            for stepped, colour, marker in ((False, BLUE, "s"), (True, RED, "o")):
                 found = [row for row in mine if bool(row.eta) == stepped]
                 if found:
                     panel.errorbar(
@@ -172,8 +175,7 @@ def draw_own_text(rows: Sequence[Row], folder: Path) -> Path | None:
     if not curves:
         return None
     file = folder / "ablation_own_text.svg"
-    # Okabe and Ito 2008: safe for the colour-blind.
-    colours = dict(zip(sizes, ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=False))
+    colours = dict(zip(sizes, (BLUE, RED, GREEN, PURPLE), strict=False))
     with figures.saved(file, figsize=(6, 4.6)) as (figure, panel):
         for size, stepped, found in curves:
             panel.errorbar(
@@ -207,9 +209,9 @@ def draw_own_text(rows: Sequence[Row], folder: Path) -> Path | None:
 def _panel(panel: Any, rows: list[Row], variants: list[str], size: float) -> None:
     for place, variant in enumerate(variants):
         mine = [row for row in rows if row.variant == variant]
-        if mine and mean(row.change for row in mine) > BEYOND:
+        if mine and (change := mean(row.change for row in mine)) > BEYOND:
             # What destroys a model would hide all else.
-            text = f"{mean(row.change for row in mine):+.2f} \u2192"
+            text = f"{change:+.2f} \u2192"
             panel.annotate(
                 text, (0.98, place), xycoords=("axes fraction", "data"), ha="right", va="center"
             )

@@ -11,6 +11,7 @@ from benchmarks import figures
 from benchmarks.choices import QUESTIONS
 from benchmarks.documents import DOCS, markdown, seconds, spread
 from benchmarks.field import Row
+from benchmarks.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY
 from benchmarks.methods import METHODS
 from benchmarks.speed import MemoryRow, SpeedRow
 from rankfold.certify import DEFAULT_MARGIN
@@ -22,9 +23,7 @@ WITHOUT_STEP = "kronecker-pivoted"
 ONE_SIDED = 1.645  # quantile of the normal distribution at 95 %
 MARGIN = 0.05
 MOST_NAMES = 60  # of layers that fit below a figure
-# The figures' methods: colour (Okabe and Ito 2008, safe for the colour-blind), marker, line.
-BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-BLUE, RED, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"
+# The figures' methods: colour, marker, line.
 STYLES = {
     "joint-pivoted": (BLACK, "o", "-"),
     "control": (BLACK, "+", ""),  # what of joint's gain the dense model has, too

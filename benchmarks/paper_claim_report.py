@@ -9,12 +9,12 @@ from typing import Any
 
 from benchmarks import figures
 from benchmarks.documents import DOCS, markdown, spread
+from benchmarks.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY
 from benchmarks.paper_claim_runs import CONFIDENCE, Measured, Row
 
 DOCUMENT = DOCS / "paper_claim.md"
 CLAIMED_SIZE = 0.3
-# Okabe and Ito 2008: safe for the colour-blind.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+COLOURS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK, GREY)
 NEAR = 0.06  # nats and points within which the upper panels look
 
 

@@ -31,6 +31,19 @@ def test_a_line_has_the_mean_over_the_seeds_and_their_spread() -> None:
     assert "| no gradient step | 1 | +0.0100 ± 0.0020 | -0.0200 |  |" in printed
 
 
+def test_what_compact_found_has_a_table_of_its_own() -> None:
+    found = replace(FIRST, size=None, share=0.6543, kept=0.7, verdict="lossless")
+    printed = tables([*ROWS, found])["ablation net"]
+    assert "| all parts | 0 | 0.654 | 0.7000 | -0.0100 ± 0.0020 | -0.0300 | lossless |" in printed
+    assert "| all parts | 2 | -0.0200 ± 0.0020" in printed  # and is in no other
+    assert "compact" not in tables(ROWS)["ablation net"]
+
+
+def test_seconds_of_a_gpu_stand_apart() -> None:
+    printed = tables([FIRST, replace(FIRST, seed=1, device="cuda", seconds=3.0)])["ablation net"]
+    assert "| 1; 3 (cuda) |" in printed
+
+
 def test_figures_are_the_same_for_the_same_rows(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -32,25 +29,13 @@ DEVICES = [
 ]
 
 
-@cache
-def both(device: str) -> dict[str, Any]:
-    environment = {**os.environ, "RANKFOLD_OPENINGS": "off"}
-    run = subprocess.run(
-        [sys.executable, str(SCRIPT), device],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    found: dict[str, Any] = json.loads(run.stdout)
-    return found
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.timeout(300)
 def test_another_device_makes_the_same_models_and_keeps_them(device: str) -> None:
-    found = both(device)
+    command = [sys.executable, str(SCRIPT), device]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads(run.stdout)
     assert len(found) == 6
     for case, by_device in found.items():
         here, there = by_device["cpu"], by_device[device]
