@@ -16,6 +16,7 @@ from rankfold.conv_modules import (
     conv_factor_shapes,
     empty_conv,
 )
+from rankfold.modules import multiplies_identity
 from tests.cases import CONV_CASES, SEEDS, filled, ignore_even_same, normal
 
 property_test = settings(max_examples=25, deadline=None)
@@ -253,9 +254,10 @@ def test_gradients_reach_every_factor(form, pivoted):
 @each_conv_and_form
 @pytest.mark.parametrize("pivoted", [True, False])
 @ignore_even_same
-def test_flops_are_those_of_the_convs_that_run(case, form, pivoted):
+def test_flops_are_those_of_the_convs_that_run(case, form, pivoted, monkeypatch):
     from torch.utils.flop_counter import FlopCounterMode
 
+    leave_identity_out(monkeypatch)
     layer = case.layer()
     module = factorized(layer, form, pivoted)
     images = case.values()
@@ -265,6 +267,32 @@ def test_flops_are_those_of_the_convs_that_run(case, form, pivoted):
     height, width = images.shape[2:]
     found = conv_factor_flops(layer, form, module.ranks, height, width, pivoted)
     assert found * len(images) == counter.get_total_flops()
+
+
+@each_conv_and_form
+@ignore_even_same
+def test_identity_rows_multiplied_or_left_out_give_the_same(case, form, monkeypatch):
+    module = factorized(case.layer(), form, pivoted=True)
+    multiplied = module(case.values())
+    leave_identity_out(monkeypatch)
+    close(module(case.values()), multiplied)
+
+
+def leave_identity_out(monkeypatch):
+    """As convs of high ranks do, and programs."""
+    for module in ("modules", "conv_modules"):
+        monkeypatch.setattr(f"rankfold.{module}.multiplies_identity", lambda *_: False)
+
+
+def test_identity_rows_of_low_ranks_are_multiplied_but_in_no_program():
+    layer = nn.Conv2d(6, 8, 3, padding=1, dtype=torch.float64)
+    module = factorized(layer, "tucker", pivoted=True)
+    images = normal(1, 2, 6, 5, 5)
+    assert multiplies_identity(module.ranks[1], 8)
+    assert not multiplies_identity(60, 64)
+    program = torch.export.export(module, (images,))
+    assert "eye" not in str(program.graph)
+    close(program.module()(images), module(images))
 
 
 def test_a_pivoted_tucker_conv_multiplies_what_it_stores():

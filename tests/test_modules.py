@@ -9,7 +9,14 @@ from torch.nn import functional
 
 from rankfold.factorize import balanced_pair, low_rank_module, pivoted
 from rankfold.layer_matrix import matrix_shape
-from rankfold.modules import FORMS, LowRankConv2d, LowRankLinear, factor_parameters, left_rows
+from rankfold.modules import (
+    FORMS,
+    LowRankConv2d,
+    LowRankLinear,
+    factor_parameters,
+    features_in_order,
+    left_rows,
+)
 from tests.cases import SEEDS, SIDES, each_conv, each_layer, each_linear, ignore_even_same, normal
 
 property_test = settings(max_examples=25, deadline=None)
@@ -171,3 +178,21 @@ def test_factors_given_by_hand():
     assert linear(torch.tensor([1.0, 5, 9])).tolist() == [27, 21, 35]
     conv = LowRankConv2d(left, right[:, :, None, None], nn.Conv2d(3, 3, 1), None, order)
     assert conv(torch.tensor([1.0, 5, 9])[:, None, None]).flatten().tolist() == [17, 1, 5]
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 6), (2, 1, 3, 6), (0, 6), (2, 0, 6)])
+def test_features_in_order_are_those_of_indexing(shape):
+    order = torch.tensor([3, 0, 5, 1, 2, 4])
+    features = normal(0, *shape)
+    assert torch.equal(features_in_order(features, order.int()), features[..., order])
+    across = features.transpose(0, -1).contiguous().transpose(0, -1)
+    assert torch.equal(features_in_order(across, order), features[..., order])
+
+
+@each_conv()
+@ignore_even_same
+def test_convs_are_the_same_with_identity_rows_multiplied_or_left_out(case, monkeypatch):
+    conv, _ = low_rank(case.layer(), "pivoted")
+    multiplied = conv(case.values())
+    monkeypatch.setattr("rankfold.modules.multiplies_identity", lambda *_: False)
+    close(conv(case.values()), multiplied)

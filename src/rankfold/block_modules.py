@@ -24,7 +24,14 @@ from torch.nn import functional
 
 from rankfold.factored_weight import FactoredWeight
 from rankfold.layer_matrix import MatrixLayer, matrix_shape
-from rankfold.modules import ConvStandIn, conv_part, mixing_conv, stock_conv
+from rankfold.modules import (
+    ConvStandIn,
+    conv_part,
+    features_in_order,
+    mixing_conv,
+    plus_bias,
+    stock_conv,
+)
 from rankfold.stock_layers import linear
 
 BlockForm: TypeAlias = Literal["row-blocks", "column-blocks"]
@@ -142,8 +149,8 @@ class RowBlocksLinear(_BlockLinear):
         hidden = functional.linear(input, self.shared)
         of_first, of_second = torch.split(hidden, list(self.ranks), dim=-1)
         rest = [functional.linear(of_first, self.first), functional.linear(of_second, self.second)]
-        outputs = torch.cat([hidden, *rest], dim=-1).index_select(-1, self.order)
-        return outputs if self.bias is None else outputs + self.bias
+        outputs = features_in_order(torch.cat([hidden, *rest], dim=-1), self.order)
+        return plus_bias(outputs, self.bias)
 
     def dense_matrix(self) -> Tensor:
         """The factors multiplied out, ``(out, in)``."""
@@ -181,7 +188,7 @@ class ColumnBlocksLinear(_BlockLinear):
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
         sizes = [sum(self.ranks), self.first.shape[1], self.second.shape[1]]
-        pivots, *rest = torch.split(input.index_select(-1, self.order), sizes, dim=-1)
+        pivots, *rest = torch.split(features_in_order(input, self.order), sizes, dim=-1)
         # The other inputs give what they have in common with the pivots.
         factors = (self.first, self.second)
         added = [functional.linear(x, factor) for x, factor in zip(rest, factors, strict=True)]

@@ -26,6 +26,7 @@ from rankfold.modules import (
     conv_part,
     mixed_channels,
     mixing_conv,
+    multiplies_identity,
     stock_conv,
     with_identity_rows,
 )
@@ -277,13 +278,13 @@ class TuckerConv2d(_FactorizedConv2d):
 
     def _mixed(self, images: Tensor, first: Tensor) -> Tensor:
         """The first conv; pivoted, it adds what the other channels give to the pivots."""
-        kernel = first.T[:, :, None, None]
-        if self.first_order is None:
-            return functional.conv2d(images, kernel)
+        order, rank = self.first_order, first.shape[1]
+        if order is None or multiplies_identity(rank, self.in_channels):
+            return functional.conv2d(images, with_identity_rows(first, order).T[:, :, None, None])
         # Pivots first, as in [identity; first].
-        channels = images.index_select(-3, torch.argsort(self.first_order))
-        pivots, others = torch.split(channels, [first.shape[1], len(first)], dim=-3)
-        return pivots + functional.conv2d(others, kernel)
+        channels = images.index_select(-3, torch.argsort(order))
+        pivots, others = torch.split(channels, [rank, len(first)], dim=-3)
+        return pivots + functional.conv2d(others, first.T[:, :, None, None])
 
     def to_stock(self) -> nn.Sequential:
         """The same layer as two or three ``nn.Conv2d``: 1x1, the kernel, 1x1."""
@@ -360,8 +361,9 @@ def conv_factor_flops(
 ) -> int:
     """Floating-point operations of the convs that run, for one image; 2 a multiply-add.
 
-    The identity rows of a pivoted Tucker form are whole channels and are not multiplied. Those of
-    a spatial form are single taps of a kernel: they are stored nowhere but multiplied.
+    The identity rows of a pivoted Tucker form are whole channels and need not be multiplied; they
+    are not counted, though of a low rank multiplying them is quicker (``multiplies_identity``).
+    Those of a spatial form are single taps of a kernel: they are stored nowhere but multiplied.
 
     Args:
         layer: The conv that is replaced.

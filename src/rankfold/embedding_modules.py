@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rankfold.modules import Form, left_rows, with_identity_rows
+from rankfold.modules import Form, features_in_order, left_rows, with_identity_rows
 from rankfold.stock_layers import embedding, linear
 
 
@@ -114,7 +114,7 @@ class LowRankEmbedding(_Factored):
         outputs = functional.linear(hidden, self.mix)
         if self.order is None:
             return outputs
-        return torch.cat([hidden, outputs], dim=-1).index_select(-1, self.order)
+        return features_in_order(torch.cat([hidden, outputs], dim=-1), self.order)
 
     def to_dense(self) -> nn.Embedding:
         """The same module as one ``nn.Embedding``, factors multiplied out."""
@@ -153,7 +153,7 @@ class LowRankHead(_Factored):
             hidden = input @ self.mix
         else:
             # The inverse of the order: where each of [pivot columns; other columns] stands.
-            sorted_inputs = input.index_select(-1, self.order.argsort())
+            sorted_inputs = features_in_order(input, self.order.argsort())
             pivots, others = sorted_inputs.split([self.rank, self.dim - self.rank], dim=-1)
             hidden = pivots + others @ self.mix
         return functional.linear(hidden, self.weight, self.bias)
