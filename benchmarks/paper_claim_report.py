@@ -217,7 +217,8 @@ def draw(rows: Sequence[Row], folder: Path) -> Path:
         panels[1, 1].set_title("the same, all of it")
         for panel in panels[1]:
             panel.set_xlabel("kept of the whole model's parameters")
-        panels[1, 0].legend(frameon=False, fontsize=8)
+        handles = panels[1, 0].get_legend_handles_labels()
+        panels[1, 1].legend(*handles, frameon=False, fontsize=7.5, loc="lower right")
         figure.suptitle(
             "ResNeXt, 5,000 kept images, mean over the seeds (bars: ± 1 standard error)"
         )
