@@ -18,6 +18,7 @@ from rankfold.search import CORRECTIONS, MOST_CORRECTIONS, of_size, within_margi
 from rankfold.settings import Settings
 from rankfold.sizes import model_parameters
 from rankfold.stage import DAMPINGS
+from tests.cases import leave_identity_out
 from tests.small_models import (
     SmallCNN,
     SmallMLP,
@@ -61,8 +62,7 @@ def multiply_adds(model: nn.Module, images: torch.Tensor) -> int:
 def test_lossless_keeps_at_most_the_size_and_reports_it_truly(
     objective: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("modules", "conv_modules"):  # FLOPs are counted without the identity
-        monkeypatch.setattr(f"rankfold.{module}.multiplies_identity", lambda *_: False)
+    leave_identity_out(monkeypatch)  # so FLOPs are counted
     model = trained_cnn()
     before, before_flags = state(model), flags(model)
     result = rankfold.lossless(model, image_data(40), size=0.6, objective=objective, form=form)

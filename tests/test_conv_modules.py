@@ -17,7 +17,14 @@ from rankfold.conv_modules import (
     empty_conv,
 )
 from rankfold.modules import multiplies_identity
-from tests.cases import CONV_CASES, SEEDS, filled, ignore_even_same, normal
+from tests.cases import (
+    CONV_CASES,
+    SEEDS,
+    filled,
+    ignore_even_same,
+    leave_identity_out,
+    normal,
+)
 
 property_test = settings(max_examples=25, deadline=None)
 close = torch.testing.assert_close
@@ -276,12 +283,6 @@ def test_identity_rows_multiplied_or_left_out_give_the_same(case, form, monkeypa
     multiplied = module(case.values())
     leave_identity_out(monkeypatch)
     close(module(case.values()), multiplied)
-
-
-def leave_identity_out(monkeypatch):
-    """As convs of high ranks do, and programs."""
-    for module in ("modules", "conv_modules"):
-        monkeypatch.setattr(f"rankfold.{module}.multiplies_identity", lambda *_: False)
 
 
 def test_identity_rows_of_low_ranks_are_multiplied_and_stored_in_no_program():

@@ -17,7 +17,16 @@ from rankfold.modules import (
     features_in_order,
     left_rows,
 )
-from tests.cases import SEEDS, SIDES, each_conv, each_layer, each_linear, ignore_even_same, normal
+from tests.cases import (
+    SEEDS,
+    SIDES,
+    each_conv,
+    each_layer,
+    each_linear,
+    ignore_even_same,
+    leave_identity_out,
+    normal,
+)
 
 property_test = settings(max_examples=25, deadline=None)
 close = torch.testing.assert_close
@@ -194,5 +203,5 @@ def test_features_in_order_are_those_of_indexing(shape):
 def test_convs_are_the_same_with_identity_rows_multiplied_or_left_out(case, monkeypatch):
     conv, _ = low_rank(case.layer(), "pivoted")
     multiplied = conv(case.values())
-    monkeypatch.setattr("rankfold.modules.multiplies_identity", lambda *_: False)
+    leave_identity_out(monkeypatch)
     close(conv(case.values()), multiplied)
