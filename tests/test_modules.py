@@ -205,3 +205,18 @@ def test_convs_are_the_same_with_identity_rows_multiplied_or_left_out(case, monk
     multiplied = conv(case.values())
     leave_identity_out(monkeypatch)
     close(conv(case.values()), multiplied)
+
+
+def test_a_conv_of_low_rank_multiplies_its_identity_rows_beside_what_it_stores(monkeypatch):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def multiplied(layer):
+        with FlopCounterMode(display=False) as counter:
+            layer(normal(0, 2, 3, 7, 7))
+        return counter.get_total_flops()
+
+    conv, _ = low_rank(nn.Conv2d(3, 5, 3, dtype=torch.float64), "pivoted", rank=2)
+    positions, stored = 2 * 5 * 5, factor_parameters(5, 27, 2, "pivoted")
+    assert multiplied(conv) == 2 * positions * (stored + 2**2)
+    leave_identity_out(monkeypatch)
+    assert multiplied(conv) == 2 * positions * stored
