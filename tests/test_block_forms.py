@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,6 +8,7 @@ from torch import nn
 
 from rankfold.block_forms import (
     block_changes,
+    block_factors,
     block_form,
     block_spectra,
     importance_order,
@@ -29,6 +32,17 @@ def problem(form, seed=3, long_side=10, short_side=4):
     return weight, inputs.T @ inputs / 50, gradients.T @ gradients / 50
 
 
+def truncated(blocks, ranks):
+    """The weight of both spectra cut at these ranks, neither half knowing of the other."""
+    rows = torch.cat([half.truncated(k) for half, k in zip(blocks.halves, ranks, strict=True)])
+    rows = rows[torch.argsort(blocks.order)]
+    return rows if blocks.form == "row-blocks" else rows.T
+
+
+def order_of(form, weight, a, b):
+    return block_spectra(weight, a, b, form).order
+
+
 @each_form
 @given(seed=SEEDS, long_side=st.integers(2, 11), short_side=st.integers(1, 5))
 @settings(max_examples=20, deadline=None)
@@ -41,38 +55,97 @@ def test_changes_are_those_of_the_weights_at_every_pair_of_ranks(form, seed, lon
     scale = float(changes.max())
     for k1 in range(1, most[0] + 1):
         for k2 in range(1, most[1] + 1):
-            truth = quadratic_change(found.truncated((k1, k2)) - weight, a, b)
+            truth = quadratic_change(truncated(found, (k1, k2)) - weight, a, b)
             assert float(changes[k1, k2]) == pytest.approx(truth, abs=1e-9 * scale)
-    close(found.truncated(most), weight)
+    close(truncated(found, most), weight)
+
+
+@each_form
+@given(seed=SEEDS, long_side=st.integers(2, 11), short_side=st.integers(1, 5))
+@settings(max_examples=20, deadline=None)
+def test_every_turn_lowers_the_change_and_whole_ranks_give_the_weight_back(
+    form, seed, long_side, short_side
+):
+    weight, a, b = problem(form, seed, long_side, short_side)
+    a, b = damped(a, 0.1), damped(b, 0.1)
+    order = order_of(form, weight, a, b)
+    most = [min(size, short_side) for size in block_sizes(long_side)]
+    close(block_factors(weight, a, b, form, most, order).weight(), weight)
+    ranks = [max(1, rank - 1) for rank in most]
+    alone = quadratic_change(truncated(block_spectra(weight, a, b, form), ranks) - weight, a, b)
+    changes = [alone]
+    for turns in range(2, 7):
+        factors = block_factors(weight, a, b, form, ranks, order, turns=turns)
+        assert [right.shape[0] for _, right in factors.halves] == ranks
+        changes.append(quadratic_change(factors.weight() - weight, a, b))
+    for before, after in pairwise(changes):
+        assert after <= before + 1e-9 * (abs(alone) + 1)
+
+
+@each_form
+def test_turns_end_where_no_half_can_do_better(form):
+    weight, a, b = problem(form)
+    a, b = damped(a, 0.3), damped(b, 0.3)
+    order = order_of(form, weight, a, b)
+    found = block_factors(weight, a, b, form, (2, 3), order, turns=400)
+    w, a, b = (weight, a, b) if form == "row-blocks" else (weight.T, b, a)
+    got = found.weight() if form == "row-blocks" else found.weight().T
+    first, second = order[:5], order[5:]
+    for rows, others, rank in ((first, second, 2), (second, first, 3)):
+        answer = torch.linalg.solve(b[rows][:, rows], b[rows][:, others] @ (got - w)[others])
+        best = whitened_spectrum(w[rows] - answer, a, b[rows][:, rows]).truncated(rank)
+        close(got[rows], best, rtol=1e-6, atol=1e-6)
+
+
+@each_form
+def test_halves_that_say_nothing_of_each_other_are_the_truncated_spectra(form):
+    weight, a, b = problem(form)
+    if form == "row-blocks":
+        b = torch.diag(b.diagonal())
+    else:
+        a = torch.diag(a.diagonal())
+    blocks = block_spectra(weight, a, b, form)
+    factors = block_factors(weight, a, b, form, (3, 2), blocks.order)
+    close(factors.weight(), truncated(blocks, (3, 2)))
+
+
+@each_form
+def test_singular_grams_lose_nothing_where_nothing_was_seen(form):
+    weight, a, b = problem(form)
+    a = normal(7, 2, len(a))
+    a = a.T @ a  # of rank 2
+    order = order_of(form, weight, a, b)
+    factors = block_factors(weight, a, b, form, (3, 2), order)
+    assert bool(torch.isfinite(factors.weight()).all())
+    alone = quadratic_change(truncated(block_spectra(weight, a, b, form), (3, 2)) - weight, a, b)
+    assert quadratic_change(factors.weight() - weight, a, b) <= alone + 1e-9
+
+
+@each_form
+@pytest.mark.parametrize("ranks", [(0, 2), (2, 0), (5, 1), (1, 5)])
+def test_ranks_that_a_half_has_not_are_refused(form, ranks):
+    weight, a, b = problem(form)
+    with pytest.raises(ValueError, match=rf"{form} of ranks \({ranks[0]}, {ranks[1]}\)"):
+        block_factors(weight, a, b, form, ranks, torch.arange(10))
 
 
 @each_form
 @given(seed=SEEDS)
 @settings(max_examples=20, deadline=None)
-def test_the_module_is_the_truncated_weight(form, seed):
+def test_the_module_is_the_weight_of_the_factors(form, seed):
     weight, a, b = problem(form, seed)
-    found = block_spectra(weight, damped(a, 0.1), damped(b, 0.1), form)
+    a, b = damped(a, 0.1), damped(b, 0.1)
+    found = block_factors(weight, a, b, form, (3, 2), order_of(form, weight, a, b))
     layer = nn.Linear(weight.shape[1], weight.shape[0]).double()
     layer.requires_grad_(False).eval()
-    module = found.module(layer, (3, 2))
-    close(module.dense_matrix(), found.truncated((3, 2)))
+    module = found.module(layer)
+    close(module.dense_matrix(), found.weight())
     close(module.bias, layer.bias)
     assert module.ranks == (3, 2)
     assert not module.training
     assert not any(p.requires_grad for p in module.parameters())
     assert float(module.first.abs().max()) <= 2 + 1e-9
     assert float(module.second.abs().max()) <= 2 + 1e-9
-
-
-@each_form
-def test_each_half_is_the_best_of_its_rank(form):
-    weight, a, b = problem(form)
-    found = block_spectra(weight, a, b, form)
-    w, a, b = (weight, a, b) if form == "row-blocks" else (weight.T, b, a)
-    rows = found.order[:5]
-    best = whitened_spectrum(w[rows], a, b[rows][:, rows]).truncated(2)
-    got = found.truncated((2, 4))
-    close((got if form == "row-blocks" else got.T)[rows], best)
 
 
 @each_form
@@ -131,11 +204,11 @@ def test_only_long_matrices_have_block_forms():
 
 
 @each_form
-def test_the_module_of_a_pointwise_conv_has_the_truncated_weight(form):
+def test_the_module_of_a_pointwise_conv_has_the_weight_of_the_factors(form):
     weight, a, b = problem(form)
-    found = block_spectra(weight, a, b, form)
+    found = block_factors(weight, a, b, form, (3, 2), order_of(form, weight, a, b))
     conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, stride=2).double()
-    module = found.module(conv, (3, 2))
-    close(module.weight + 0, found.truncated((3, 2))[:, :, None, None])
+    module = found.module(conv)
+    close(module.weight + 0, found.weight()[:, :, None, None])
     assert module.stride == (2, 2)
     close(module.bias, conv.bias)

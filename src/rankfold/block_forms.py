@@ -2,8 +2,13 @@
 
 The long side is cut in two halves: the rows (or columns) that matter most, and the others. What
 matters is ``B_ii (W A W^T)_ii``, the loss predicted for leaving row i out. Each half has the
-spectrum of a layer of its own, under its own part of the Grams. What both halves' errors do to each
-other is counted in the predicted change of every pair of ranks.
+spectrum of a layer of its own, under its own part of the Grams: from these come the ranks. What
+both halves' errors do to each other is counted in the predicted change of every pair of ranks.
+
+At its ranks each half also makes up for the other's error (``block_factors``): with the error E_2
+of the second half given, the loss is lowest where the first is the truncation of
+``W_1 - B_11^-1 B_12 E_2`` in place of W_1, and they take turns. Every turn lowers the predicted
+change, and by nearly the same share at any ranks, so the share of one pair stands for all.
 """
 
 from __future__ import annotations
@@ -29,7 +34,12 @@ from rankfold.block_modules import (
 from rankfold.factorize import pivoted, take_flags
 from rankfold.knapsack import hull
 from rankfold.layer_matrix import MatrixLayer, matrix_shape
+from rankfold.linalg import descending_eigh, inverse_factor
 from rankfold.spectrum import Spectrum, whitened_spectrum
+
+# How often a half is truncated, both together. On SmolLM2 three turns reach .64 of the predicted
+# change of single halves, five .62 and seven .615 (docs/theory.md, 4).
+TURNS = 5
 
 
 def block_form(layer: nn.Module) -> BlockForm | None:
@@ -59,25 +69,36 @@ class BlockSpectra:
     order: Tensor
     halves: tuple[Spectrum, Spectrum]
 
-    def truncated(self, ranks: Sequence[int]) -> Tensor:
-        """The weight at a pair of ranks, ``(out, in)`` float64."""
-        rows = [half.truncated(rank) for half, rank in zip(self.halves, ranks, strict=True)]
+
+@dataclass(frozen=True)
+class BlockFactors:
+    """A weight of two halves, each of low rank.
+
+    Attributes:
+        form: ``row-blocks``; or ``column-blocks``, for which all is that of the transposed weight.
+        order: ``(long side,)`` rows (columns) of the weight, those of the first half first.
+        halves: Of both, ``(rows, k)`` and ``(k, short side)`` float64; a half is their product.
+    """
+
+    form: BlockForm
+    order: Tensor
+    halves: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+    def weight(self) -> Tensor:
+        """The weight, ``(out, in)`` float64."""
+        rows = [left @ right for left, right in self.halves]
         weight = torch.cat(rows)[torch.argsort(self.order)]
         return weight if self.form == "row-blocks" else weight.T
 
-    def module(
-        self, layer: MatrixLayer, ranks: Sequence[int]
-    ) -> RowBlocksLinear | ColumnBlocksLinear | BlocksConv2d:
+    def module(self, layer: MatrixLayer) -> RowBlocksLinear | ColumnBlocksLinear | BlocksConv2d:
         """The module that replaces a layer: its dtype, device and bias kept."""
-        parts = [
-            pivoted(half.left[:, :rank], half.right[:rank])
-            for half, rank in zip(self.halves, ranks, strict=True)
-        ]
+        parts = [pivoted(left, right) for left, right in self.halves]
         # order[i] of a factor is the place of its row i among [pivots; rest].
         placed = [
             rows[torch.argsort(cast("Tensor", part.order))]
-            for rows, part in zip(self._rows(), parts, strict=True)
+            for rows, part in zip(split_rows(self.order), parts, strict=True)
         ]
+        ranks = [len(part.right) for part in parts]
         pivots = [rows[:rank] for rows, rank in zip(placed, ranks, strict=True)]
         rest = [rows[rank:] for rows, rank in zip(placed, ranks, strict=True)]
         like = layer.weight
@@ -90,9 +111,21 @@ class BlockSpectra:
         take_flags(module, layer)
         return module
 
-    def _rows(self) -> tuple[Tensor, Tensor]:
-        first, second = torch.split(self.order, list(block_sizes(len(self.order))))
-        return first, second
+
+def split_rows(order: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of both halves."""
+    first, second = torch.split(order, list(block_sizes(len(order))))
+    return first, second
+
+
+def _by_rows(
+    weight: Tensor, input_gram: Tensor, output_gram: Tensor, form: BlockForm
+) -> tuple[Tensor, Tensor, Tensor]:
+    """W, A and B of the matrix whose rows are cut, float64: transposed for ``column-blocks``."""
+    w = weight.detach().to(torch.float64)
+    if form == "row-blocks":
+        return w, input_gram, output_gram
+    return w.T, output_gram, input_gram
 
 
 def importance_order(weight: Tensor, input_gram: Tensor, output_gram: Tensor) -> Tensor:
@@ -124,21 +157,69 @@ def block_spectra(
         form: Which side is cut.
         order: Rows (columns), those of the first half first; None: by importance.
     """
-    w = weight.detach().to(torch.float64)
-    a, b = input_gram, output_gram
-    if form == "column-blocks":
-        w, a, b = w.T, b, a
+    w, a, b = _by_rows(weight, input_gram, output_gram, form)
     if order is None:
         order = importance_order(w, a, b)
-    halves = [
-        whitened_spectrum(w[rows], a, b[rows][:, rows])
-        for rows in torch.split(order, list(block_sizes(len(order))))
-    ]
+    halves = [whitened_spectrum(w[rows], a, b[rows][:, rows]) for rows in split_rows(order)]
     return BlockSpectra(form, order, (halves[0], halves[1]))
 
 
+def block_factors(
+    weight: Tensor,
+    input_gram: Tensor,
+    output_gram: Tensor,
+    form: BlockForm,
+    ranks: Sequence[int],
+    order: Tensor,
+    *,
+    turns: int = TURNS,
+) -> BlockFactors:
+    """Both halves at given ranks, each making up for the error of the other.
+
+    The halves are truncated in turn, the first one first; each is the best of its rank for the
+    other half as it stands (block coordinate descent), so the predicted change falls with every
+    turn. Before its first turn a half counts as free of error.
+
+    Args:
+        weight: ``(out, in)``, moved by the step.
+        input_gram: A, ``(in, in)`` float64, damped as wanted.
+        output_gram: B, ``(out, out)`` float64, likewise.
+        form: Which side is cut.
+        ranks: Of both halves.
+        order: Rows (columns), those of the first half first.
+        turns: How many truncations, of both halves together; 2 or more.
+
+    Raises:
+        ValueError: A half has no such rank.
+    """
+    w, a, b = _by_rows(weight, input_gram, output_gram, form)
+    parts = split_rows(order)
+    if not all(1 <= k <= min(len(rows), w.shape[1]) for k, rows in zip(ranks, parts, strict=True)):
+        raise ValueError(f"a {tuple(weight.shape)} weight has no {form} of ranks {tuple(ranks)}")
+    q = inverse_factor(a)
+    whole = w @ a @ q  # in coordinates where A is the identity
+    targets = [whole[rows] for rows in parts]
+    errors = [torch.zeros_like(target) for target in targets]
+    grams = [b[rows][:, rows] for rows in parts]
+    whitening = [inverse_factor(gram) for gram in grams]
+    between = b[parts[0]][:, parts[1]]
+    answers = [
+        q_half @ (q_half.T @ gram)  # B_11^-1 B_12 and B_22^-1 B_21
+        for q_half, gram in zip(whitening, (between, between.T), strict=True)
+    ]
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for turn in range(turns):
+        half, other = turn % 2, 1 - turn % 2
+        wanted = targets[half] - answers[half] @ errors[other]
+        _, v = descending_eigh(wanted.T @ grams[half] @ wanted)
+        left, v = wanted @ v[:, : ranks[half]], v[:, : ranks[half]]
+        errors[half] = left @ v.T - targets[half]
+        found[half] = left, v.T @ q.T
+    return BlockFactors(form, order, (found[0], found[1]))
+
+
 def block_changes(blocks: BlockSpectra, input_gram: Tensor, output_gram: Tensor) -> Tensor:
-    """Predicted loss change of every pair of ranks, ``(r1 + 1, r2 + 1)`` float64.
+    """Predicted loss change of every pair of truncated spectra, ``(r1 + 1, r2 + 1)`` float64.
 
     ``1/2 tr(B E A E^T)`` for the error E of both halves together. Beside each half's own change it
     has ``tr(B_12 E_2 A E_1^T)``, for all pairs of ranks a sum over a trailing block of
@@ -153,7 +234,7 @@ def block_changes(blocks: BlockSpectra, input_gram: Tensor, output_gram: Tensor)
     if blocks.form == "column-blocks":
         a, b = b, a
     first, second = blocks.halves
-    rows, others = blocks._rows()
+    rows, others = split_rows(blocks.order)
     own = [
         half.changes_under(a, b[part][:, part])
         for half, part in zip(blocks.halves, (rows, others), strict=True)

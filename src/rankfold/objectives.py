@@ -18,8 +18,13 @@ from rankfold.allocate import (
     first_order_within_cost,
     uniform_within_cost,
 )
-from rankfold.block_forms import BlockSpectra, block_changes, ranks_worth_having
-from rankfold.block_modules import block_parameters
+from rankfold.block_forms import (
+    block_changes,
+    block_factors,
+    block_spectra,
+    ranks_worth_having,
+)
+from rankfold.block_modules import BlockForm, block_parameters
 from rankfold.calibrate import LayerStatistics
 from rankfold.conv_forms import conv_candidates
 from rankfold.conv_modules import CONV_FORMS, ConvForm, conv_factor_flops
@@ -27,7 +32,7 @@ from rankfold.embedding_statistics import EmbeddingStatistics
 from rankfold.layer_matrix import MatrixLayer, matrix_shape, weight_matrix
 from rankfold.linalg import Damping, damped, marginal_product
 from rankfold.modules import Form, factor_parameters
-from rankfold.spectrum import Spectrum, whitened_spectrum
+from rankfold.spectrum import Spectrum, quadratic_change, whitened_spectrum
 
 Cost: TypeAlias = Literal["parameters", "flops"]
 ObjectiveName: TypeAlias = Literal[
@@ -36,6 +41,7 @@ ObjectiveName: TypeAlias = Literal[
 
 
 NEGLIGIBLE = 1e-12  # share of a layer's largest predicted change
+TYPICAL_SIZE = 0.75  # share kept of a layer at which its halves are looked at together
 
 
 @dataclass(frozen=True)
@@ -244,30 +250,52 @@ def conv_curve(
 
 
 def block_curve(
-    blocks: BlockSpectra,
+    weight: Tensor,
     statistics: LayerStatistics,
-    shape: tuple[int, int],
+    form: BlockForm,
+    damping: Damping,
+    order: Tensor | None,
     cost_per_parameter: int,
-) -> Curve:
+) -> tuple[Curve, Tensor]:
     """What the block form of a Linear or 1x1 conv offers: pairs of ranks; see ``block_forms``.
 
+    The changes are those of the halves' spectra, times what is left of them at one pair of ranks
+    where each half makes up for the other's error: finding that for all pairs would take a
+    decomposition for each, and the share hardly depends on the ranks.
+
     Args:
-        blocks: Spectra of both halves of its weight.
+        weight: ``(out, in)``, moved by the step.
         statistics: Of the layer, with gradients.
-        shape: ``(out, in)``.
+        form: Which side is cut.
+        damping: Of both Grams.
+        order: Rows (columns), those of the first half first; None: by importance.
         cost_per_parameter: 1 for parameters, 2 x rows for FLOPs.
+
+    Returns:
+        The curve, and the order.
     """
-    changes = _beyond_rounding(block_changes(blocks, *undamped_grams(statistics)))
-    pairs = ranks_worth_having(changes, blocks.form, shape)
-    costs = [block_parameters(*shape, blocks.form, pair) for pair in pairs.tolist()]
-    return Curve(
+    shape = (weight.shape[0], weight.shape[1])
+    grams, chosen_by = undamped_grams(statistics), damped_grams(statistics, damping)
+    blocks = block_spectra(weight, *chosen_by, form, order)
+    table = _beyond_rounding(block_changes(blocks, *grams))
+    pairs = ranks_worth_having(table, form, shape)
+    costs = torch.tensor([block_parameters(*shape, form, pair) for pair in pairs.tolist()])
+    changes = table.cpu()[pairs[:, 0], pairs[:, 1]]
+    dense_cost = shape[0] * shape[1]
+    typical = int((costs - TYPICAL_SIZE * dense_cost).abs().argmin())
+    if float(changes[typical]) > 0:
+        factors = block_factors(weight, *chosen_by, form, pairs[typical].tolist(), blocks.order)
+        left = quadratic_change(factors.weight() - weight.to(torch.float64), *grams)
+        changes = changes * (left / float(changes[typical]))
+    curve = Curve(
         ranks=pairs[:, 0].contiguous(),
-        costs=torch.tensor(costs, dtype=torch.int64) * cost_per_parameter,
-        changes=changes.cpu()[pairs[:, 0], pairs[:, 1]],
-        dense_cost=shape[0] * shape[1] * cost_per_parameter,
-        forms=(blocks.form,),
+        costs=costs * cost_per_parameter,
+        changes=changes,
+        dense_cost=dense_cost * cost_per_parameter,
+        forms=(form,),
         second_ranks=pairs[:, 1].contiguous(),
     )
+    return curve, blocks.order
 
 
 def _beyond_rounding(changes: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ from rankfold.allocate import (
     total_change,
     total_cost,
 )
-from rankfold.block_forms import BlockSpectra, block_form, block_spectra
-from rankfold.block_modules import BLOCK_FORMS
+from rankfold.block_forms import BlockFactors, block_factors, block_form
+from rankfold.block_modules import BLOCK_FORMS, BlockForm
 from rankfold.certify import Change, paired_change
 from rankfold.collected import Collected
 from rankfold.conv_forms import conv_factors
@@ -40,7 +40,7 @@ from rankfold.interactions import (
     corrections,
     measured_shares,
 )
-from rankfold.layer_matrix import MatrixLayer, matrix_shape, weight_matrix
+from rankfold.layer_matrix import MatrixLayer, weight_matrix
 from rankfold.linalg import Damping
 from rankfold.modules import FORMS, Form
 from rankfold.objectives import (
@@ -87,7 +87,7 @@ class Stage:
         spectra: By layer.
         ranked: The choices of each layer by its rank in the settings' form.
         curves: All choices of each layer, in the unit of ``settings.cost``.
-        blocks: Spectra of both halves of the layers that have block forms.
+        block_orders: How the layers that have block forms are cut.
         block_curves: The choices in these forms.
         earlier: The rounds before this one.
         start: The plan that made ``collected.base``, None in the first round.
@@ -102,13 +102,16 @@ class Stage:
     spectra: dict[str, Spectrum] = field(default_factory=dict)
     ranked: dict[str, Curve] = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
-    blocks: dict[str, BlockSpectra] = field(default_factory=dict)
+    block_orders: dict[str, Tensor] = field(default_factory=dict)
     block_curves: dict[str, Curve] = field(default_factory=dict)
     earlier: list[Round] = field(default_factory=list)
     start: RankPlan | None = None
     factors: dict[str, float] | None = None
     # A list, so that copies with other curves or another form share what was evaluated once.
     _control: list[Evaluation] = field(default_factory=list)
+    # By layer, the last block factors that were asked for: a plan is measured, then corrected on or
+    # built, and plans of one size have many choices in common.
+    _block_factors: dict[str, tuple[Choice, BlockFactors]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -160,13 +163,10 @@ class Stage:
             )
             cut = block_form(layer) if _has_forms(settings, settings.block_forms) else None
             if cut is not None and statistics is not None:
-                a, b = damped_grams(statistics, settings.dampings)
-                blocks = block_spectra(weight, a, b, cut, block_orders.get(name))
-                self.blocks[name] = blocks
-                self.block_curves[name] = block_curve(
-                    blocks, statistics, matrix_shape(layer), price
+                self.block_curves[name], self.block_orders[name] = block_curve(
+                    weight, statistics, cut, settings.dampings, block_orders.get(name), price
                 )
-            if release and not _has_conv_forms(layer, settings):
+            if release and name not in self.block_curves and not _has_conv_forms(layer, settings):
                 collected.statistics.pop(name, None)
 
     def _decompose_embeddings(self, release: bool) -> None:
@@ -296,7 +296,7 @@ class Stage:
         if choice.form is None or choice.form in FORMS:
             return low_rank_module(layer, truncate(self.spectra[name], choice.rank, form))
         if choice.form in BLOCK_FORMS:
-            return self.blocks[name].module(layer, choice.ranks)
+            return self._in_blocks(name, choice).module(layer)
         conv = cast("nn.Conv2d", layer)
         factors = conv_factors(
             self._moved(name).view_as(conv.weight),
@@ -306,6 +306,20 @@ class Stage:
             pivot=form == "pivoted",
         )
         return factors.module(conv)
+
+    def _in_blocks(self, name: str, choice: Choice) -> BlockFactors:
+        """The factors of a choice of a block form."""
+        known = self._block_factors.get(name)
+        if known is None or known[0].ranks != choice.ranks:
+            factors = block_factors(
+                self._moved(name),
+                *damped_grams(self.collected.statistics[name], self.settings.dampings),
+                cast("BlockForm", choice.form),
+                choice.ranks,
+                self.block_orders[name],
+            )
+            known = self._block_factors[name] = choice, factors
+        return known[1]
 
     def build(self, plan: RankPlan) -> nn.Module:
         """A copy of the model with this plan's layers, the dense ones moved by the step."""
@@ -328,7 +342,7 @@ class Stage:
             return self.spectra[name].truncated(choice.rank).to(like.device, like.dtype)
         if choice.form in BLOCK_FORMS:
             like = self.collected.layers[name].weight
-            return self.blocks[name].truncated(choice.ranks).to(like.device, like.dtype)
+            return self._in_blocks(name, choice).weight().to(like.device, like.dtype)
         dense = cast("MatrixLayer", cast("Any", self.module(name, choice)).to_dense())
         return weight_matrix(dense)
 
@@ -490,7 +504,7 @@ class Stage:
             self.settings,
             progress=self.progress,
             release=True,
-            block_orders={name: blocks.order for name, blocks in self.blocks.items()},
+            block_orders=self.block_orders,
         )
         past = Round(
             candidate.ratio,
