@@ -75,7 +75,7 @@ def test_every_turn_lowers_the_change_and_whole_ranks_give_the_weight_back(
     alone = quadratic_change(truncated(block_spectra(weight, a, b, form), ranks) - weight, a, b)
     changes = [alone]
     for turns in range(2, 7):
-        factors = block_factors(weight, a, b, form, ranks, order, turns=turns)
+        factors = block_factors(weight, a, b, form, ranks, order, turns=turns, ridge=0)
         assert [right.shape[0] for _, right in factors.halves] == ranks
         changes.append(quadratic_change(factors.weight() - weight, a, b))
     for before, after in pairwise(changes):
@@ -83,11 +83,26 @@ def test_every_turn_lowers_the_change_and_whole_ranks_give_the_weight_back(
 
 
 @each_form
+def test_a_ridge_holds_back_how_much_one_half_makes_up_for_the_other(form):
+    weight, a, b = problem(form, long_side=30)
+    a, b = damped(a, 0.1), damped(b, 0.1)
+    blocks = block_spectra(weight, a, b, form)
+
+    def change(ridge):
+        factors = block_factors(weight, a, b, form, (2, 1), blocks.order, ridge=ridge)
+        return quadratic_change(factors.weight() - weight, a, b)
+
+    alone = quadratic_change(truncated(blocks, (2, 1)) - weight, a, b)
+    assert change(0) < change(0.3) < change(10) < alone
+    assert change(1e9) == pytest.approx(alone)
+
+
+@each_form
 def test_turns_end_where_no_half_can_do_better(form):
     weight, a, b = problem(form)
     a, b = damped(a, 0.3), damped(b, 0.3)
     order = order_of(form, weight, a, b)
-    found = block_factors(weight, a, b, form, (2, 3), order, turns=400)
+    found = block_factors(weight, a, b, form, (2, 3), order, turns=400, ridge=0)
     w, a, b = (weight, a, b) if form == "row-blocks" else (weight.T, b, a)
     got = found.weight() if form == "row-blocks" else found.weight().T
     first, second = order[:5], order[5:]

@@ -7,8 +7,8 @@ both halves' errors do to each other is counted in the predicted change of every
 
 At its ranks each half also makes up for the other's error (``block_factors``): with the error E_2
 of the second half given, the loss is lowest where the first is the truncation of
-``W_1 - B_11^-1 B_12 E_2`` in place of W_1, and they take turns. Every turn lowers the predicted
-change, and by nearly the same share at any ranks, so the share of one pair stands for all.
+``W_1 - B_11^-1 B_12 E_2`` in place of W_1, and they take turns. What that takes off the predicted
+change is nearly the same share at any ranks, so that of one pair stands for all.
 """
 
 from __future__ import annotations
@@ -34,12 +34,17 @@ from rankfold.block_modules import (
 from rankfold.factorize import pivoted, take_flags
 from rankfold.knapsack import hull
 from rankfold.layer_matrix import MatrixLayer, matrix_shape
-from rankfold.linalg import descending_eigh, inverse_factor
+from rankfold.linalg import damped, descending_eigh, inverse_factor
 from rankfold.spectrum import Spectrum, whitened_spectrum
 
 # How often a half is truncated, both together. On SmolLM2 three turns reach .64 of the predicted
 # change of single halves, five .62 and seven .615 (docs/theory.md, 4).
 TURNS = 5
+
+# Added to a half's Gram, as a share of its mean eigenvalue, where it makes up for the error of the
+# other: truncation smooths over what the data show only by chance, this regression of one half's
+# errors on the other's does not (docs/theory.md, 4).
+RIDGE = 0.3
 
 
 def block_form(layer: nn.Module) -> BlockForm | None:
@@ -173,12 +178,13 @@ def block_factors(
     order: Tensor,
     *,
     turns: int = TURNS,
+    ridge: float = RIDGE,
 ) -> BlockFactors:
     """Both halves at given ranks, each making up for the error of the other.
 
-    The halves are truncated in turn, the first one first; each is the best of its rank for the
-    other half as it stands (block coordinate descent), so the predicted change falls with every
-    turn. Before its first turn a half counts as free of error.
+    The halves are truncated in turn, the first one first; without a ridge each is the best of its
+    rank for the other half as it stands (block coordinate descent), so the predicted change falls
+    with every turn. Before its first turn a half counts as free of error.
 
     Args:
         weight: ``(out, in)``, moved by the step.
@@ -188,6 +194,7 @@ def block_factors(
         ranks: Of both halves.
         order: Rows (columns), those of the first half first.
         turns: How many truncations, of both halves together; 2 or more.
+        ridge: More damping where a half makes up for the other's error.
 
     Raises:
         ValueError: A half has no such rank.
@@ -201,7 +208,7 @@ def block_factors(
     targets = [whole[rows] for rows in parts]
     errors = [torch.zeros_like(target) for target in targets]
     grams = [b[rows][:, rows] for rows in parts]
-    whitening = [inverse_factor(gram) for gram in grams]
+    whitening = [inverse_factor(damped(gram, ridge)) for gram in grams]
     between = b[parts[0]][:, parts[1]]
     answers = [
         q_half @ (q_half.T @ gram)  # B_11^-1 B_12 and B_22^-1 B_21
