@@ -37,8 +37,8 @@ from rankfold.layer_matrix import MatrixLayer, matrix_shape
 from rankfold.linalg import damped, descending_eigh, inverse_factor
 from rankfold.spectrum import Spectrum, whitened_spectrum
 
-# How often a half is truncated, both together. On SmolLM2 three turns reach .64 of the predicted
-# change of single halves, five .62 and seven .615 (docs/theory.md, 4).
+# How often a half is truncated, both together. On SmolLM2 five come within half a percent of what
+# seven reach (docs/theory.md, 4).
 TURNS = 5
 
 # Added to a half's Gram, as a share of its mean eigenvalue, where it makes up for the error of the
