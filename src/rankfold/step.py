@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from rankfold.calibrate import LayerStatistics
 from rankfold.certify import Change, paired_change
-from rankfold.curvature import damped_grams
 from rankfold.data import Part
 from rankfold.layer_matrix import MatrixLayer, weight_matrix
-from rankfold.linalg import Damping
+from rankfold.linalg import Damping, damped
 from rankfold.progress import Progress
 from rankfold.spectrum import (
     GradientStep,
@@ -170,11 +169,12 @@ def step_directions(
     steps: dict[str, GradientStep] = {}
     for name in progress.track(layers, "gradient step per layer", len(layers)):
         stats = statistics[name]
-        if stats.gradients is None:
+        if stats.gradients is None or stats.output_gram is None:
             raise ValueError("the gradient step needs statistics with gradients")
         step = gradient_step(
             stats.gradients,
-            *damped_grams(stats, damping),
+            damped(stats.input_gram, damping.input),
+            damped(stats.output_gram, damping.output),
             estimator,
         )
         steps[name] = replace(step, direction=step.direction.to(stats.gradients[0].dtype))
