@@ -164,6 +164,17 @@ def test_the_module_is_the_weight_of_the_factors(form, seed):
 
 
 @each_form
+def test_each_half_of_the_spectra_is_the_best_of_its_rank(form):
+    weight, a, b = problem(form)
+    found = block_spectra(weight, a, b, form)
+    w, a, b = (weight, a, b) if form == "row-blocks" else (weight.T, b, a)
+    rows = found.order[:5]
+    best = whitened_spectrum(w[rows], a, b[rows][:, rows]).truncated(2)
+    got = truncated(found, (2, 4))
+    close((got if form == "row-blocks" else got.T)[rows], best)
+
+
+@each_form
 def test_the_rows_that_matter_most_come_first_and_a_given_order_is_kept(form):
     weight, a, b = problem(form)
     found = block_spectra(weight, a, b, form)

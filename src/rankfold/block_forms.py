@@ -29,6 +29,7 @@ from rankfold.block_modules import (
     RowBlocksLinear,
     block_module,
     block_sizes,
+    check_block_ranks,
     has_blocks,
 )
 from rankfold.factorize import pivoted, take_flags
@@ -89,6 +90,12 @@ class BlockFactors:
     order: Tensor
     halves: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Ranks of both halves."""
+        first, second = self.halves
+        return len(first[1]), len(second[1])
+
     def weight(self) -> Tensor:
         """The weight, ``(out, in)`` float64."""
         rows = [left @ right for left, right in self.halves]
@@ -103,9 +110,8 @@ class BlockFactors:
             rows[torch.argsort(cast("Tensor", part.order))]
             for rows, part in zip(split_rows(self.order), parts, strict=True)
         ]
-        ranks = [len(part.right) for part in parts]
-        pivots = [rows[:rank] for rows, rank in zip(placed, ranks, strict=True)]
-        rest = [rows[rank:] for rows, rank in zip(placed, ranks, strict=True)]
+        pivots = [rows[:rank] for rows, rank in zip(placed, self.ranks, strict=True)]
+        rest = [rows[rank:] for rows, rank in zip(placed, self.ranks, strict=True)]
         like = layer.weight
         shared, first, second = (
             factor.to(like.device, like.dtype)
@@ -199,10 +205,9 @@ def block_factors(
     Raises:
         ValueError: A half has no such rank.
     """
+    check_block_ranks(weight.shape[0], weight.shape[1], form, ranks)
     w, a, b = _by_rows(weight, input_gram, output_gram, form)
     parts = split_rows(order)
-    if not all(1 <= k <= min(len(rows), w.shape[1]) for k, rows in zip(ranks, parts, strict=True)):
-        raise ValueError(f"a {tuple(weight.shape)} weight has no {form} of ranks {tuple(ranks)}")
     q = inverse_factor(a)
     whole = w @ a @ q  # in coordinates where A is the identity
     targets = [whole[rows] for rows in parts]

@@ -50,6 +50,18 @@ def block_parameters(out: int, in_: int, form: BlockForm, ranks: Sequence[int]) 
     return sum(k * (size + short_side - k) for k, size in zip(ranks, sizes, strict=True))
 
 
+def check_block_ranks(out: int, in_: int, form: BlockForm, ranks: Sequence[int]) -> None:
+    """Refuse ranks that an ``(out, in_)`` matrix has not in a block form.
+
+    Raises:
+        ValueError: A block has no such rank.
+    """
+    long_side, short_side = (out, in_) if form == "row-blocks" else (in_, out)
+    sizes = block_sizes(long_side)
+    if not all(1 <= k <= min(n, short_side) for k, n in zip(ranks, sizes, strict=True)):
+        raise ValueError(f"a {(out, in_)} weight has no {form} of ranks {tuple(ranks)}")
+
+
 class _BlockLinear(nn.Module):
     """What both block forms share.
 
@@ -303,10 +315,9 @@ def empty_blocks(
     if not has_blocks(layer):
         raise ValueError(f"a {type(layer).__name__} of this geometry has no {form}")
     out, in_ = matrix_shape(layer)
+    check_block_ranks(out, in_, form, ranks)
     long_side, short_side = (out, in_) if form == "row-blocks" else (in_, out)
     sizes = block_sizes(long_side)
-    if not all(1 <= k <= min(n, short_side) for k, n in zip(ranks, sizes, strict=True)):
-        raise ValueError(f"a {(out, in_)} weight has no {form} of ranks {tuple(ranks)}")
     new = layer.weight.new_empty
     first, second = (new(n - k, k) for k, n in zip(ranks, sizes, strict=True))
     lines = torch.arange(long_side, device=layer.weight.device)

@@ -111,7 +111,7 @@ class Stage:
     _control: list[Evaluation] = field(default_factory=list)
     # By layer, the last block factors that were asked for: a plan is measured, then corrected on or
     # built, and plans of one size have many choices in common.
-    _block_factors: dict[str, tuple[Choice, BlockFactors]] = field(default_factory=dict)
+    _block_factors: dict[str, BlockFactors] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -310,16 +310,15 @@ class Stage:
     def _in_blocks(self, name: str, choice: Choice) -> BlockFactors:
         """The factors of a choice of a block form."""
         known = self._block_factors.get(name)
-        if known is None or known[0].ranks != choice.ranks:
-            factors = block_factors(
+        if known is None or known.ranks != choice.ranks:
+            known = self._block_factors[name] = block_factors(
                 self._moved(name),
                 *damped_grams(self.collected.statistics[name], self.settings.dampings),
                 cast("BlockForm", choice.form),
                 choice.ranks,
                 self.block_orders[name],
             )
-            known = self._block_factors[name] = choice, factors
-        return known[1]
+        return known
 
     def build(self, plan: RankPlan) -> nn.Module:
         """A copy of the model with this plan's layers, the dense ones moved by the step."""
