@@ -1,3 +1,4 @@
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import rankfold
 from rankfold import Data, InputError, collected, stage
 from rankfold.block_modules import BLOCK_FORMS
 from rankfold.conv_modules import CONV_FORMS
+from rankfold.integrations.transformers import own_text
 from rankfold.modules import FORMS, Form
 from rankfold.objectives import OBJECTIVES
 from rankfold.outcome import layer_entry
@@ -347,6 +349,23 @@ def test_a_share_of_the_calibration_text_is_written_by_the_model() -> None:
     assert torch.equal(torch.random.get_rng_state(), random)
     again = rankfold.lossless(model, token_data(), size=0.8, self_share=0.5)
     assert same_state(again.model, state(result.model))
+
+
+def test_a_text_that_ends_is_followed_by_the_next_one() -> None:
+    model = tiny_llama()
+    model.generation_config.eos_token_id = ends = [5, 6]
+    start = model.generation_config.bos_token_id
+    windows = own_text(model, 6, 40, seed=0)
+    assert [len(window) for window in windows] == [40] * 6
+    assert all(int(window[0]) == start for window in windows)
+    joints = [
+        (int(last), int(first))
+        for window in windows
+        for last, first in itertools.pairwise(window)
+        if int(last) in ends
+    ]
+    assert joints
+    assert {first for _, first in joints} == {start}
 
 
 def test_own_text_of_a_model_that_writes_none_is_refused() -> None:

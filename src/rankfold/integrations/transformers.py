@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import json
 import re
 import shutil
@@ -251,7 +252,7 @@ def writes_text(model: nn.Module) -> bool:
 def own_text(
     model: nn.Module, count: int, length: int, seed: int, progress: Progress | None = None
 ) -> list[Tensor]:
-    """Windows that the model writes itself, sampled at temperature 1 from its start token.
+    """Windows of texts that the model writes itself, sampled at temperature 1 from its start token.
 
     They need no data, and cover what the model knows in the proportions in which it would say it.
 
@@ -274,27 +275,44 @@ def own_text(
             f"{type(model).__name__} writes no text of its own; expected a causal language model "
             "of transformers with a start token. Give calibration data instead."
         )
+    texts = _own_texts(cast("Any", model), first, length, seed)
     progress = progress or SilentProgress()
-    hf = cast("Any", model)
+    drawn = itertools.islice(_filled(texts, length), count)
+    return list(progress.track(drawn, "the model writes text", count))
+
+
+def _filled(texts: Iterator[Tensor], length: int) -> Iterator[Tensor]:
+    """Windows that begin with a text, filled up by those that follow; no text is in two of them."""
+    while True:
+        window = next(texts)
+        while len(window) < length:
+            window = torch.cat([window, next(texts)])
+        yield window[:length].clone()
+
+
+def _own_texts(hf: Any, first: int, length: int, seed: int) -> Iterator[Tensor]:
+    """Texts without end, each from the start token to where the model ends it, or ``length``."""
     settings = copy.deepcopy(hf.generation_config)
     settings.update(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1,
         pad_token_id=0, use_cache=True,
     )  # fmt: skip
-    settings.eos_token_id = None  # a text that ends is followed by the next one
-    device = next(model.parameters()).device
-    starts = range(0, count, OWN_TEXTS_AT_ONCE)
-    windows: list[Tensor] = []
+    # Models trained to answer write nothing but padding after the token that ends an answer.
+    ends = settings.eos_token_id
+    ends = torch.tensor([] if ends is None else ends, dtype=torch.int64).view(-1)
+    device = next(hf.parameters()).device
     cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(cuda), evaluation_mode(model):
-        for start in progress.track(starts, "the model writes text", len(starts)):
-            torch.manual_seed(seed + start)
-            ids = torch.full((min(OWN_TEXTS_AT_ONCE, count - start), 1), first, device=device)
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        with torch.random.fork_rng(cuda), evaluation_mode(hf):
+            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            ids = torch.full((OWN_TEXTS_AT_ONCE, 1), first, device=device)
             written = hf.generate(
                 ids, attention_mask=torch.ones_like(ids), generation_config=settings
-            )
-            windows += [window.clone() for window in written.cpu()]
-    return windows
+            ).cpu()
+        for text in written:
+            ended = torch.isin(text[1:], ends).nonzero()
+            yield text[: 2 + int(ended[0])] if len(ended) else text
 
 
 def _start_token(model: nn.Module) -> int | None:
