@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rankfold.calibrate import Curvature, LayerStatistics
+from rankfold.calibrate import Curvature, DominantRows, LayerStatistics
 from rankfold.collected import Collected, collect
 from rankfold.data import Data
 from rankfold.device import device_of
@@ -65,6 +65,9 @@ def _write(collected: Collected, seconds: float, file: Path) -> None:
             tensors[f"{name} A"] = stats.input_gram
         if stats.output_gram is not None:
             tensors[f"{name} B"] = stats.output_gram
+        if stats.dominant is not None:
+            tensors[f"{name} A dominant"] = stats.dominant.input_gram
+            tensors[f"{name} B dominant"] = stats.dominant.output_gram
         for half, gradient in enumerate(stats.gradients or ()):
             tensors[f"{name} G{half}"] = gradient
     about = {
@@ -92,11 +95,13 @@ def _read(collected: Collected, file: Path) -> float:
     grams = {key.removesuffix(" A"): tensors.pop(key) for key in [*tensors] if key.endswith(" A")}
     for name, leader in about["leaders"].items():
         back = tensors.pop(f"{name} B", None)
+        inputs, outputs = (tensors.pop(f"{name} {side} dominant", None) for side in "AB")
         first, second = (tensors.pop(f"{name} G{half}", None) for half in (0, 1))
         collected.statistics[name] = LayerStatistics(
             input_gram=grams[leader or name],
             output_gram=back,
             gradients=None if first is None or second is None else (first, second),
             shares_input_with=leader,
+            dominant=None if inputs is None or outputs is None else DominantRows(inputs, outputs),
         )
     return float(about["seconds"])

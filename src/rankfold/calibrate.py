@@ -7,7 +7,8 @@ For a loss that is the mean over N terms (tokens, images), and a layer ``y = W x
 - ``gradients`` of the mean loss, one of each half of the examples,
 
 so that ``1/2 tr(B Delta A Delta^T)`` is the K-FAC model of the mean loss (a conv's positions are
-counted once: in B). Only hooks live here; the maths is in ``spectrum`` and ``layer_matrix``.
+counted once: in B), but for rows that dominate the gradient, which are counted apart
+(``curvature``). Only hooks live here; the maths is in ``spectrum`` and ``layer_matrix``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.nn import functional
 
 from rankfold.backward import each_gradient
 from rankfold.data import Batch, Part
+from rankfold.dominant_rows import dominant_rows
 from rankfold.embedding_statistics import EmbeddingRecorder
 from rankfold.errors import InputError
 from rankfold.layer_matrix import (
@@ -49,6 +51,19 @@ SMOOTHING = 0.1
 
 
 @dataclass(frozen=True)
+class DominantRows:
+    """What the rows that dominate a layer's gradient (``dominant_rows``) are of its statistics.
+
+    Attributes:
+        input_gram: ``(in, in)``, 1/N sum over these rows of ``|g|^2 x x^T``.
+        output_gram: ``(out, out)``, 1/N sum over these rows of ``g g^T``.
+    """
+
+    input_gram: Tensor
+    output_gram: Tensor
+
+
+@dataclass(frozen=True)
 class LayerStatistics:
     """Statistics of one layer's matrix ``(out, in)``, in float32, or float64 for a float64 model.
 
@@ -57,15 +72,18 @@ class LayerStatistics:
 
     Attributes:
         input_gram: ``(in, in)``; the same tensor for layers that share their input.
-        output_gram: ``(out, out)``, None when no backward pass was asked for.
+        output_gram: ``(out, out)``, of all rows but dominant ones; None when no backward pass was
+            asked for.
         gradients: Mean gradients ``(out, in)`` of the two halves, None when not asked for.
         shares_input_with: Name of the layer whose input Gram this is, or None.
+        dominant: Of the rows that dominate the gradient; None where none do.
     """
 
     input_gram: Tensor
     output_gram: Tensor | None
     gradients: tuple[Tensor, Tensor] | None
     shares_input_with: str | None
+    dominant: DominantRows | None = None
 
     @property
     def gradient(self) -> Tensor:
@@ -282,6 +300,15 @@ class _Sums:
     output_gram: Tensor
     gradients: tuple[Tensor, Tensor]
     rows: int = 0
+    dominant: DominantRows | None = None
+
+    def add_dominant(self, inputs: Tensor, gradients: Tensor) -> None:
+        """Count dominant rows: their inputs ``(few, in)`` and gradients ``(few, out)``."""
+        if self.dominant is None:
+            sides = (inputs.shape[1], gradients.shape[1])
+            self.dominant = DominantRows(*(inputs.new_zeros(side, side) for side in sides))
+        add_gram(self.dominant.input_gram, inputs * gradients.norm(dim=1, keepdim=True))
+        add_gram(self.dominant.output_gram, gradients)
 
 
 class _Recorder:
@@ -420,7 +447,10 @@ class _Recorder:
             _add_inputs(sums.input_gram, self.layers[name], inputs)
         sums.rows += output.numel() // matrix_shape(self.layers[name])[0]
         if output.requires_grad:
-            output.register_hook(partial(self._saw_gradient, name))
+            # Rows of a sequence, or of an image's places in the last axes but one.
+            several = isinstance(layer, nn.Linear) and output.dim() > 2
+            of_rows = inputs.detach() if several else None
+            output.register_hook(partial(self._saw_gradient, name, of_rows))
 
     def _start(self, name: str, first: str, device: torch.device) -> _Sums:
         """Empty sums; the input Gram is another's if both begin with the same input."""
@@ -452,10 +482,19 @@ class _Recorder:
                 _add_inputs(gram, self.layers[leader], inputs, sign=-1)
         sums.input_gram, sums.leader = gram, None
 
-    def _saw_gradient(self, name: str, gradient: Tensor) -> None:
-        if self.listening:
-            rows = output_rows(self.layers[name], gradient)
-            add_gram(self.sums[name].output_gram, rows)
+    def _saw_gradient(self, name: str, inputs: Tensor | None, gradient: Tensor) -> None:
+        """Add up the gradients at a layer's output; ``inputs`` where an example has several."""
+        if not self.listening:
+            return
+        layer, sums = self.layers[name], self.sums[name]
+        rows = output_rows(layer, gradient)
+        if inputs is not None:
+            squares = rows.square().sum(1)
+            few = dominant_rows(squares.view(len(gradient), -1)).flatten()
+            if bool(few.any()):
+                sums.add_dominant(inputs.reshape(len(rows), -1)[few].to(rows.dtype), rows[few])
+                rows = rows.where(~few[:, None], 0)
+        add_gram(sums.output_gram, rows)
 
     def statistics(self) -> dict[str, LayerStatistics]:
         """Sums to means."""
@@ -464,6 +503,9 @@ class _Recorder:
         for sums in self.sums.values():
             sums.input_gram = mirrored(sums.input_gram).div_(max(1, sums.rows))
             sums.output_gram = mirrored(sums.output_gram).div_(terms)
+            if sums.dominant is not None:
+                parts = (sums.dominant.input_gram, sums.dominant.output_gram)
+                sums.dominant = DominantRows(*(mirrored(part).div_(terms) for part in parts))
             for half, gradient in enumerate(sums.gradients):
                 gradient /= self.terms[half]
         backward = self.curvature is not None
@@ -473,6 +515,7 @@ class _Recorder:
                 output_gram=sums.output_gram if backward else None,
                 gradients=sums.gradients if self.gradients else None,
                 shares_input_with=sums.leader,
+                dominant=sums.dominant,
             )
             for name, sums in self.sums.items()
         }

@@ -28,6 +28,7 @@ from rankfold.block_modules import BlockForm, block_parameters
 from rankfold.calibrate import LayerStatistics
 from rankfold.conv_forms import conv_candidates
 from rankfold.conv_modules import CONV_FORMS, ConvForm, conv_factor_flops
+from rankfold.curvature import damped_grams, undamped_grams
 from rankfold.embedding_statistics import EmbeddingStatistics
 from rankfold.layer_matrix import MatrixLayer, matrix_shape, weight_matrix
 from rankfold.linalg import Damping, damped, marginal_product
@@ -101,17 +102,22 @@ def layer_spectrum(
     objective: Objective, weight: Tensor, statistics: LayerStatistics | None, damping: Damping
 ) -> Spectrum:
     """Spectrum of one (already moved) weight ``(out, in)`` under an objective."""
+    if objective.output_gram == "full":
+        if statistics is None:
+            raise ValueError("this objective needs statistics with gradients")
+        return whitened_spectrum(weight, *damped_grams(statistics, damping))
     a = b = None
     if objective.input_gram:
         if statistics is None:
             raise ValueError("this objective needs statistics")
         a = damped(statistics.input_gram, damping.input)
-    if objective.output_gram != "none":
-        gram = None if statistics is None else statistics.output_gram
-        if gram is None:
+    if objective.output_gram == "diagonal":
+        if statistics is None or statistics.output_gram is None:
             raise ValueError("this objective needs statistics with gradients")
-        diagonal = objective.output_gram == "diagonal"
-        b = damped(torch.diag(gram.diagonal()) if diagonal else gram, damping.output)
+        energies = statistics.output_gram.diagonal()
+        if statistics.dominant is not None:
+            energies = energies + statistics.dominant.output_gram.diagonal()
+        b = damped(torch.diag(energies), damping.output)
     return whitened_spectrum(weight, a, b)
 
 
@@ -301,27 +307,6 @@ def block_curve(
 def _beyond_rounding(changes: Tensor) -> Tensor:
     """Zeros where only rounding keeps from 0: a weight cut in rank before is not worth more."""
     return changes.where(changes > NEGLIGIBLE * changes.max(), 0)
-
-
-def damped_grams(statistics: LayerStatistics, damping: Damping) -> tuple[Tensor, Tensor]:
-    """A and B of a layer, damped.
-
-    Raises:
-        ValueError: The statistics were collected without gradients.
-    """
-    a, b = undamped_grams(statistics)
-    return damped(a, damping.input), damped(b, damping.output)
-
-
-def undamped_grams(statistics: LayerStatistics) -> tuple[Tensor, Tensor]:
-    """A and B of a layer as they were measured, in float64.
-
-    Raises:
-        ValueError: The statistics were collected without gradients.
-    """
-    if statistics.output_gram is None:
-        raise ValueError("this objective needs statistics with gradients")
-    return statistics.input_gram.to(torch.float64), statistics.output_gram.to(torch.float64)
 
 
 def rank_costs(layer: MatrixLayer, form: Form, cost_per_parameter: int) -> Tensor:

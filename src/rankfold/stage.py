@@ -29,6 +29,7 @@ from rankfold.certify import Change, paired_change
 from rankfold.collected import Collected
 from rankfold.conv_forms import conv_factors
 from rankfold.conv_modules import ConvForm
+from rankfold.curvature import damped_grams
 from rankfold.data import as_part
 from rankfold.errors import InputError
 from rankfold.factorize import low_rank_module, low_rank_uses, truncate
@@ -48,7 +49,6 @@ from rankfold.objectives import (
     Objective,
     block_curve,
     conv_curve,
-    damped_grams,
     embedding_curve,
     embedding_spectrum,
     layer_curve,

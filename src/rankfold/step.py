@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from rankfold.calibrate import LayerStatistics
 from rankfold.certify import Change, paired_change
+from rankfold.curvature import damped_grams
 from rankfold.data import Part
 from rankfold.layer_matrix import MatrixLayer, weight_matrix
-from rankfold.linalg import Damping, damped
+from rankfold.linalg import Damping
 from rankfold.progress import Progress
 from rankfold.spectrum import (
     GradientStep,
@@ -169,12 +170,11 @@ def step_directions(
     steps: dict[str, GradientStep] = {}
     for name in progress.track(layers, "gradient step per layer", len(layers)):
         stats = statistics[name]
-        if stats.gradients is None or stats.output_gram is None:
+        if stats.gradients is None:
             raise ValueError("the gradient step needs statistics with gradients")
         step = gradient_step(
             stats.gradients,
-            damped(stats.input_gram, damping.input),
-            damped(stats.output_gram, damping.output),
+            *damped_grams(stats, damping),
             estimator,
         )
         steps[name] = replace(step, direction=step.direction.to(stats.gradients[0].dtype))
