@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks import figures
-from benchmarks.ablation_runs import VARIANTS, Row
+from benchmarks.ablation_runs import OWN_TEXT, VARIANTS, Row
 from benchmarks.documents import DOCS, markdown, seconds, spread
 from benchmarks.figures import BLUE, GREEN, PURPLE, RED
 from rankfold.certify import DEFAULT_MARGIN
@@ -17,8 +17,11 @@ DOCUMENT = DOCS / "ablation.md"
 BEYOND = 0.4  # nats: larger changes are written at the figure's edge
 # By whether a step is taken: the variants whose calibration has more and more own text.
 OWN_TEXT_CURVES = {
-    True: ("all parts", "half own text"),
-    False: ("no gradient step", "half own text, no step", "own text, no step"),
+    True: ("twice the calibration data", "twice the calibration data, half own text"),
+    False: (
+        "twice the calibration data, no step",
+        *(f"twice the calibration data, {share} own text, no step" for share in OWN_TEXT),
+    ),
 }
 
 

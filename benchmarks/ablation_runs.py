@@ -65,7 +65,8 @@ class Variant:
         return self.models in ("all", "language" if model in LANGUAGE else "vision")
 
 
-OWN = {"self_share": 0.9}
+# Shares that text of the model's own has in what is calibrated on.
+OWN_TEXT = {"a third": 0.333, "half": 0.5, "three quarters": 0.75}
 # Where no step is wanted the curvature is another one (docs/theory.md, 3).
 NO_STEP = {"gradient_step": False}
 VARIANTS: dict[str, Variant] = {
@@ -97,6 +98,9 @@ VARIANTS: dict[str, Variant] = {
     "twice the calibration data, no step, damping 0.01 of A, 0.3 of B": Variant(
         {"damping": 0.01, "output_damping": 0.3}, statistics=NO_STEP, share_of_data=2.0
     ),
+    "twice the calibration data, no step, damping 1 of B": Variant(
+        {"output_damping": 1.0}, statistics=NO_STEP, share_of_data=2.0
+    ),
     "twice the calibration data, no block forms": Variant(
         {"block_forms": False}, share_of_data=2.0
     ),
@@ -118,15 +122,18 @@ VARIANTS: dict[str, Variant] = {
     "twice the calibration data, no step, empirical curvature": Variant(
         {}, "language", {"curvature": "empirical", **NO_STEP}, share_of_data=2.0
     ),
-    "half own text": Variant({}, "language", {"self_share": 0.5}),
-    "half own text, no step": Variant({}, "language", {"self_share": 0.5, **NO_STEP}),
-    "twice the calibration data, half own text, no step": Variant(
-        {}, "language", {"self_share": 0.5, **NO_STEP}, share_of_data=2.0
-    ),
+    **{
+        f"twice the calibration data, {share} own text, no step": Variant(
+            {}, "language", {"self_share": number, **NO_STEP}, share_of_data=2.0
+        )
+        for share, number in OWN_TEXT.items()
+    },
     "twice the calibration data, half own text, no step, damping 0.3": Variant(
         {"damping": 0.3}, "language", {"self_share": 0.5, **NO_STEP}, share_of_data=2.0
     ),
-    "own text, no step": Variant({}, "language", OWN | NO_STEP),
+    "twice the calibration data, half own text": Variant(
+        {}, "language", {"self_share": 0.5}, share_of_data=2.0
+    ),
     "half docstrings": Variant({}, "language", docstrings=0.5),
     "half docstrings, no step": Variant({}, "language", NO_STEP, docstrings=0.5),
     "twice the calibration data, half docstrings": Variant(

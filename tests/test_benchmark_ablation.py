@@ -60,10 +60,11 @@ def test_figures_are_the_same_for_the_same_rows(tmp_path: Path) -> None:
 
 def test_own_text_is_drawn_where_a_curve_has_two_points(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    tested = replace(FIRST, other_change=0.1, other_standard_error=0.01)
+    name = "twice the calibration data"
+    tested = replace(FIRST, variant=name, other_change=0.1, other_standard_error=0.01)
     assert draw_own_text([tested], tmp_path) is None
     assert draw_own_text(ROWS, tmp_path) is None
-    mixed = replace(tested, variant="half own text", other_change=0.05)
+    mixed = replace(tested, variant=f"{name}, half own text", other_change=0.05)
     file = draw_own_text([*ROWS, tested, mixed], tmp_path)
     assert file is not None
     first = file.read_bytes()

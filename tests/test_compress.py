@@ -1,4 +1,3 @@
-import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from rankfold.sizes import model_parameters
 from rankfold.stage import DAMPINGS
 from tests.cases import leave_identity_out
 from tests.small_models import (
+    VOCABULARY,
     SmallCNN,
     SmallMLP,
     flags,
@@ -339,12 +339,12 @@ def test_the_report_states_the_harmless_range_of_each_layer() -> None:
         without.harmless_range(next(iter(without.collected.layers)))
 
 
-def test_a_share_of_the_calibration_text_is_written_by_the_model() -> None:
+def test_text_that_the_model_writes_is_added_to_the_calibration_text() -> None:
     model = tiny_llama()
     before, random = state(model), torch.random.get_rng_state()
     result = rankfold.lossless(model, token_data(), size=0.8, self_share=0.5)
     counts = {name: entry["examples"] for name, entry in result.report["data"].items()}
-    assert (counts["calibration"], counts["own_text"]) == (6, 6)
+    assert (counts["calibration"], counts["own_text"]) == (12, 12)
     assert same_state(model, before)
     assert torch.equal(torch.random.get_rng_state(), random)
     again = rankfold.lossless(model, token_data(), size=0.8, self_share=0.5)
@@ -353,19 +353,13 @@ def test_a_share_of_the_calibration_text_is_written_by_the_model() -> None:
 
 def test_a_text_that_ends_is_followed_by_the_next_one() -> None:
     model = tiny_llama()
-    model.generation_config.eos_token_id = ends = [5, 6]
-    start = model.generation_config.bos_token_id
+    # Texts of three tokens on the mean: what generate() fills them up with would be all there is.
+    model.generation_config.eos_token_id = list(range(1, VOCABULARY, 3))
     windows = own_text(model, 6, 40, seed=0)
     assert [len(window) for window in windows] == [40] * 6
-    assert all(int(window[0]) == start for window in windows)
-    joints = [
-        (int(last), int(first))
-        for window in windows
-        for last, first in itertools.pairwise(window)
-        if int(last) in ends
-    ]
-    assert joints
-    assert {first for _, first in joints} == {start}
+    assert sum(int((window == 0).sum()) for window in windows) < 40
+    assert len({int(window[0]) for window in windows}) > 2
+    assert all(map(torch.equal, windows, own_text(model, 6, 40, seed=0)))
 
 
 def test_own_text_of_a_model_that_writes_none_is_refused() -> None:

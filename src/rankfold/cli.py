@@ -256,7 +256,10 @@ class Factorizing(Reading):
     ] = Settings.step_groups
     self_share: Annotated[
         float,
-        typer.Option(help="Share of the calibration text that the language model writes itself."),
+        typer.Option(
+            help="Share that the language model's own text gets in what is calibrated on: it is "
+            "added to the data, .5 as much as they are."
+        ),
     ] = Settings.self_share
     rounds: Annotated[
         int, typer.Option(help="Times that statistics are collected: 2 or more go in parts.")

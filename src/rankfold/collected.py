@@ -23,7 +23,6 @@ from rankfold.certify import (
     order_seed,
 )
 from rankfold.data import (
-    FEWEST,
     PARTS,
     Data,
     Part,
@@ -331,9 +330,9 @@ def _add_own_text(
     settings: Settings,
     progress: Progress | None,
 ) -> None:
-    """Put text that the model writes itself in the place of a share of the calibration examples."""
+    """Add text that the model writes itself until it is a share of what is calibrated on."""
     examples = parts["calibration"].examples
-    count = round(settings.self_share * len(examples))
+    count = round(settings.self_share / (1 - settings.self_share) * len(examples))
     if count == 0:
         return
     if task.name != "causal-lm":
@@ -341,8 +340,6 @@ def _add_own_text(
             f"self_share is {settings.self_share}, but the task is {task.name}: only causal "
             "language models write text. Leave self_share at 0."
         )
-    kept = max(FEWEST, len(examples) - count)
-    parts["calibration"] = as_part("calibration", examples[:kept], parts["calibration"].collate)
     first = cast("Any", example_input(examples[0]))
     ids = first["input_ids"] if isinstance(first, Mapping) else first
     windows = own_text(model, count, len(ids), settings.seed, progress)

@@ -28,7 +28,7 @@ from rankfold.tasks import BatchLoss, Task, on_device
 # Most examples that the shares are measured on, and the share of the calibration examples that
 # they are. The divergence is 0 at the original whatever the sample, so its gradient is far less
 # noisy than that of the loss, and few examples suffice.
-SHARE_EXAMPLES = {"causal-lm": 8}
+SHARE_EXAMPLES = {"causal-lm": 32}
 OTHER_SHARE_EXAMPLES = 512
 SHARE_OF_CALIBRATION = 0.25
 # A correction never changes a prediction by more than this, either way.

@@ -55,8 +55,8 @@ class Settings:
         gradient_step: Whether the joint objective moves the weights by its gradient term.
         step_estimator: How that term is estimated: ``cross-validated``, ``denoised`` or ``raw``.
         step_groups: Groups of neighbouring layers that have a length each; 1 for one length.
-        self_share: Share of the calibration examples that a language model writes itself, in
-            place of the user's; see ``integrations.transformers.own_text``.
+        self_share: Share that text of the language model's own has in what A and B are collected
+            on: .5 adds as much as the user gave; see ``integrations.transformers.own_text``.
         rounds: Times that the statistics are collected: more than one compresses in parts.
         interactions: Whether the plan is made again once a first one has shown each layer's share
             in the change of all of them together; see ``interactions``.
@@ -135,8 +135,8 @@ class Settings:
                 raise InputError(f"{name} is {getattr(self, name)}; expected 1 or more.")
         if not 0 <= self.self_share <= 0.9:
             raise InputError(
-                f"self_share is {self.self_share}; expected a share of the calibration examples "
-                "between 0 and 0.9."
+                f"self_share is {self.self_share}; expected a share of the text that is "
+                "calibrated on, between 0 and 0.9."
             )
         if not 0.5 < self.confidence < 1:
             raise InputError(f"confidence is {self.confidence}; expected between 0.5 and 1.")

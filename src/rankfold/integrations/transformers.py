@@ -240,26 +240,27 @@ def _check_counts(folder: Path) -> None:
 
 
 def writes_text(model: nn.Module) -> bool:
-    """Whether the model is a transformers model that generates text from a start token."""
+    """Whether the model is a transformers model that generates text."""
     return (
         is_transformers_model(model)
         and bool(cast("Any", model).can_generate())
         and not bool(getattr(cast("Any", model).config, "is_encoder_decoder", False))
-        and _start_token(model) is not None
     )
 
 
 def own_text(
     model: nn.Module, count: int, length: int, seed: int, progress: Progress | None = None
 ) -> list[Tensor]:
-    """Windows of texts that the model writes itself, sampled at temperature 1 from its start token.
+    """Windows of texts that the model writes itself, each from a token drawn from all there are.
 
-    They need no data, and cover what the model knows in the proportions in which it would say it.
+    They need no data. The first token is drawn evenly and the others at temperature 1, as for
+    LLM-QAT (Liu et al. 2023, arXiv 2305.17888): from the start token alone a model writes fewer
+    kinds of text (docs/theory.md, 10). A text that ends is followed by the next one.
 
     Args:
         model: For which ``writes_text`` is true; its weights are only read.
         count: Windows.
-        length: Tokens a window, start token included.
+        length: Tokens a window, the first one included.
         seed: Decides what is written; torch's own random state is untouched.
         progress: Shows the windows.
 
@@ -269,13 +270,12 @@ def own_text(
     Raises:
         InputError: The model writes no text.
     """
-    first = _start_token(model) if writes_text(model) else None
-    if first is None:
+    if not writes_text(model):
         raise InputError(
             f"{type(model).__name__} writes no text of its own; expected a causal language model "
-            "of transformers with a start token. Give calibration data instead."
+            "of transformers. Give calibration data instead."
         )
-    texts = _own_texts(cast("Any", model), first, length, seed)
+    texts = _own_texts(cast("Any", model), length, seed)
     progress = progress or SilentProgress()
     drawn = itertools.islice(_filled(texts, length), count)
     return list(progress.track(drawn, "the model writes text", count))
@@ -290,8 +290,8 @@ def _filled(texts: Iterator[Tensor], length: int) -> Iterator[Tensor]:
         yield window[:length].clone()
 
 
-def _own_texts(hf: Any, first: int, length: int, seed: int) -> Iterator[Tensor]:
-    """Texts without end, each from the start token to where the model ends it, or ``length``."""
+def _own_texts(hf: Any, length: int, seed: int) -> Iterator[Tensor]:
+    """Texts one after the other, each to where the model ends it, or of ``length`` tokens."""
     settings = copy.deepcopy(hf.generation_config)
     settings.update(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1,
@@ -302,28 +302,18 @@ def _own_texts(hf: Any, first: int, length: int, seed: int) -> Iterator[Tensor]:
     ends = torch.tensor([] if ends is None else ends, dtype=torch.int64).view(-1)
     device = next(hf.parameters()).device
     cuda = [device] if device.type == "cuda" else []
+    words = hf.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(seed)
     while True:
         with torch.random.fork_rng(cuda), evaluation_mode(hf):
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-            ids = torch.full((OWN_TEXTS_AT_ONCE, 1), first, device=device)
+            ids = torch.randint(words, (OWN_TEXTS_AT_ONCE, 1)).to(device)
             written = hf.generate(
                 ids, attention_mask=torch.ones_like(ids), generation_config=settings
             ).cpu()
         for text in written:
             ended = torch.isin(text[1:], ends).nonzero()
             yield text[: 2 + int(ended[0])] if len(ended) else text
-
-
-def _start_token(model: nn.Module) -> int | None:
-    hf = cast("Any", model)
-    for source in (getattr(hf, "generation_config", None), hf.config):
-        for name in ("bos_token_id", "eos_token_id"):
-            token = getattr(source, name, None)
-            token = token[0] if isinstance(token, list) and token else token
-            if isinstance(token, int):
-                return token
-    return None
 
 
 def write_configuration(
