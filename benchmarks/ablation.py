@@ -16,6 +16,7 @@ is also tested on text of another kind (``pydoc_data.topics``), none of which is
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import figures
@@ -32,6 +33,8 @@ from benchmarks.documents import write_tables
 from benchmarks.rows import read_rows
 
 RESULTS = Path(__file__).parent / "out" / "ablation.jsonl"
+# Rows of SmolLM2 by the code of before; what changed since stands in docs/ablation.md.
+EARLIER = RESULTS.with_name("ablation_earlier.jsonl")
 
 
 def size_or_compact(text: str) -> float | None:
@@ -53,13 +56,14 @@ def main() -> None:
             for seed in options.seeds:
                 runner.run(name, seed, options.variants, options.sizes)
     rows = read_rows(options.results, Row)
+    earlier = [replace(row, model=f"{row.model}_earlier") for row in read_rows(EARLIER, Row)]
     if options.command == "plot":
-        drawn = [*draw(rows, figures.FOLDER), draw_predictions(rows, figures.FOLDER)]
+        drawn = [*draw([*rows, *earlier], figures.FOLDER), draw_predictions(rows, figures.FOLDER)]
         own_text = draw_own_text(rows, figures.FOLDER)
         for file in drawn if own_text is None else [*drawn, own_text]:
             print(file)
     elif options.command == "table":
-        write_tables(DOCUMENT, tables(rows))
+        write_tables(DOCUMENT, tables([*rows, *earlier]))
         print(DOCUMENT)
     else:
         found = tables(rows)

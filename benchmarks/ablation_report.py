@@ -160,12 +160,12 @@ def draw_predictions(rows: Sequence[Row], folder: Path) -> Path:
 def draw_own_text(rows: Sequence[Row], folder: Path) -> Path | None:
     """What text of the model's own costs on the calibration's kind and gains on another.
 
-    A curve a size, with the step and without, from no own text to nearly nothing else.
+    A curve a size, with the step and without, of the first draw of the calibration data.
 
     Returns:
         None where no curve has two points.
     """
-    tested = [row for row in rows if row.other_change is not None]
+    tested = [row for row in rows if row.other_change is not None and row.seed == 0]
     sizes = _sizes(tested)
     curves: list[tuple[float, bool, list[Row]]] = []
     for size in sizes:

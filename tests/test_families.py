@@ -255,6 +255,8 @@ NO_PAIRS = {
     **dict.fromkeys(("mixtral", "qwen2-moe", "gpt-oss", "whisper", "regnet-grouped"), PACKED),
     **dict.fromkeys(("t5", "mobilenet-v2", "vit", "deit-without-labels", "clip"), READS),
 }
+# The layer that is read, where a plan may leave it dense: then the pairs open.
+READ_LAYER = dict.fromkeys(("vit", "deit-without-labels"), "patch_embeddings.projection")
 SEEN: dict[str, dict[str, Any]] = {}  # reports of the runs so far, by family
 
 
@@ -339,7 +341,8 @@ def test_compress_save_reload_compare(name: str, tmp_path: Path) -> None:
             rankfold.export(folder, tmp_path / "pairs", to="pairs")
         return
     pairs = _opened_by_its_readme(rankfold.export(folder, tmp_path / "pairs", to="pairs").folder)
-    if name in NO_PAIRS:
+    cut = [entry["name"] for entry in report["layers"] if entry["rank"] is not None]
+    if name in NO_PAIRS and any(READ_LAYER.get(name, "") in path for path in cut):
         with pytest.raises(AttributeError, match="Sequential"):
             _outputs(pairs, family.data()[0])
     else:
