@@ -359,7 +359,10 @@ class Stage:
         matrices = self.collected.matrices.values()
         if any(torch.finfo(matrix.weight.dtype).bits < 32 for matrix in matrices):
             return self.build(plan)
-        return with_replaced(self.collected.base, {}, self.weights(plan), share=True)
+        # Shown: the halves of block forms take a second a layer of SmolLM2, once for each plan.
+        choices = self.progress.track(plan.items(), "weights of the plan", len(plan))
+        weights = {name: self.weight(name, choice) for name, choice in choices}
+        return with_replaced(self.collected.base, {}, weights, share=True)
 
     def control(self) -> nn.Module | None:
         """The dense model moved by the same steps, None where no step was taken."""
