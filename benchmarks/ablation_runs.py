@@ -76,6 +76,7 @@ VARIANTS: dict[str, Variant] = {
     "no step, no interactions": Variant({"interactions": False}, statistics=NO_STEP),
     "pair form": Variant({"form": "pair"}),
     "no block forms": Variant({"block_forms": False}),
+    "no shrinkage": Variant({"shrinkage": False}, statistics={"shrinkage": False}),
     "no spatial or Tucker forms": Variant({"conv_forms": False}, "vision"),
     "raw step": Variant({"step_estimator": "raw"}),
     "denoised step": Variant({"step_estimator": "denoised"}),

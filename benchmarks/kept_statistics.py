@@ -20,8 +20,13 @@ from rankfold.calibrate import Curvature, DominantRows, LayerStatistics
 from rankfold.collected import Collected, collect
 from rankfold.data import Data
 from rankfold.device import device_of
+from rankfold.linalg import Damping
 from rankfold.progress import Progress
 from rankfold.settings import Settings
+
+
+# Of the files: what one of another number holds is not what the code would find today.
+FORMAT = 2
 
 
 def kept_file(
@@ -71,9 +76,11 @@ def _write(collected: Collected, seconds: float, file: Path) -> None:
         for half, gradient in enumerate(stats.gradients or ()):
             tensors[f"{name} G{half}"] = gradient
     about = {
+        "format": FORMAT,
         "leaders": leaders,
         "curvature": collected.curvature,
         "calibration_loss": collected.calibration_loss,
+        "noise": {name: stats.noise for name, stats in collected.statistics.items()},
         "seconds": seconds,
         "calibration": collected.parts["calibration"].digest,
     }
@@ -88,6 +95,8 @@ def _read(collected: Collected, file: Path) -> float:
     with safe_open(file, framework="pt", device=device_of(collected.model)) as opened:
         about = json.loads(opened.metadata()["about"])
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    if about.get("format") != FORMAT:
+        raise ValueError(f"{file} holds statistics of earlier code; delete it")
     if about["calibration"] != collected.parts["calibration"].digest:
         raise ValueError(f"{file} holds statistics of other examples; delete it")
     collected.curvature = cast("Curvature | None", about["curvature"])
@@ -102,6 +111,7 @@ def _read(collected: Collected, file: Path) -> float:
             output_gram=back,
             gradients=None if first is None or second is None else (first, second),
             shares_input_with=leader,
+            noise=Damping(*about["noise"][name]),
             dominant=None if inputs is None or outputs is None else DominantRows(inputs, outputs),
         )
     return float(about["seconds"])

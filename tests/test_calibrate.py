@@ -21,6 +21,8 @@ from rankfold.calibrate import (
 )
 from rankfold.data import Part, as_part
 from rankfold.layer_matrix import MatrixLayer
+from rankfold.linalg import UNDAMPED
+from rankfold.shrinkage import held_out_damping
 from rankfold.tasks import CausalLM, Classification, Regression, Teacher, UserLoss
 from tests.cases import normal
 from tests.small_models import (
@@ -345,6 +347,61 @@ def test_layers_whose_inputs_part_later_stop_sharing(order: str) -> None:
     torch.testing.assert_close(found["v"].input_gram, plain_gram(other))
 
 
+def halves_apart(model: nn.Module, part: Part) -> list[dict[str, LayerStatistics]]:
+    """Statistics of both halves, each from a pass of its own, with labels of the data."""
+    middle = len(part.examples) // 2
+    places = (range(middle), range(middle, len(part.examples)))
+    return [collect(model, part.take(half), task=EXACT) for half in places]
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_noise_is_what_the_first_half_lacks_by_the_second(batch_size: int) -> None:
+    model, part = trained_cnn().double(), image_part(30)
+    found = collect(model, part, task=EXACT, batch_size=batch_size)
+    first, second = halves_apart(model, part)
+    for name, layer in found.items():
+        a, b = (
+            held_out_damping(getattr(first[name], gram), getattr(second[name], gram))
+            for gram in ("input_gram", "output_gram")
+        )
+        assert layer.noise == pytest.approx((a, b))
+    assert max(layer.noise.input for layer in found.values()) > 0
+
+
+def test_layers_with_one_input_share_its_noise_until_they_part() -> None:
+    model = seeded(0, Branches).double()
+    same = double(pair_part(8, seed=1)).examples
+    different = [(x + torch.eye(6)[0] * 100, y) for x, y in double(pair_part(4, seed=2)).examples]
+    part = as_part("calibration", [*same, *different])
+    found = collect(model, part, task=EXACT, batch_size=2)
+    first, second = halves_apart(model, part)
+    assert found["v"].shares_input_with is None
+    for name in ("q", "k", "v"):
+        expected = held_out_damping(first[name].input_gram, second[name].input_gram)
+        assert found[name].noise.input == pytest.approx(expected)
+    assert found["v"].noise.input != found["q"].noise.input
+
+
+def test_noise_is_that_of_the_users_own_examples() -> None:
+    model, part = seeded(0, Branches).double(), double(pair_part(12))
+    prior = as_part("own text", double(pair_part(30, seed=7)).examples)
+    alone = collect(model, part, task=EXACT)
+    both = collect(model, part, task=EXACT, prior=prior)
+    assert [layer.noise for layer in both.values()] == [layer.noise for layer in alone.values()]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_example_has_no_halves_to_compare(count: int) -> None:
+    found = collect(mlp().double(), double(pair_part(count)), task=EXACT)
+    assert all((layer.noise == UNDAMPED) == (count == 1) for layer in found.values())
+
+
+def test_without_curvature_only_inputs_have_noise() -> None:
+    found = collect(mlp().double(), double(pair_part(8)), curvature=None)
+    assert all(layer.noise.output == 0 for layer in found.values())
+    assert any(layer.noise.input > 0 for layer in found.values())
+
+
 def test_a_tensor_changed_in_place_between_two_layers_is_not_shared() -> None:
     class InPlace(nn.Module):
         def __init__(self) -> None:
@@ -425,6 +482,8 @@ def test_a_layer_called_for_some_batches_only_counts_those() -> None:
     torch.testing.assert_close(found["rare"].input_gram, plain_gram(x))
     torch.testing.assert_close(found["rare"].gradients[0], torch.zeros(CLASSES, 6).double())
     assert found["rare"].shares_input_with is None
+    assert found["rare"].noise == UNDAMPED  # only one half reached it
+    assert found["always"].noise.input > 0
 
 
 def test_a_layer_that_gets_no_gradient_is_silent() -> None:

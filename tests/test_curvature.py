@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,10 +8,10 @@ from torch import nn
 from torch.nn import functional
 
 from rankfold.calibrate import DominantRows, LayerStatistics, collect_statistics
-from rankfold.curvature import damped_grams, undamped_grams
+from rankfold.curvature import damped_grams, expected_grams
 from rankfold.data import as_part
 from rankfold.dominant_rows import DOMINANT, HEAVY, dominant_rows
-from rankfold.linalg import Damping
+from rankfold.linalg import UNDAMPED, Damping
 from rankfold.spectrum import quadratic_change, whitened_spectrum
 from rankfold.tasks import UserLoss
 from tests.cases import SEEDS, gram, normal
@@ -130,13 +132,23 @@ def test_without_them_statistics_are_what_they_were() -> None:
     _, g = rows_by_hand(model)
     assert found.dominant is None
     close(found.output_gram, torch.einsum("nti,ntj->ij", g, g) / 12)
-    a, b = undamped_grams(found)
+    a, b = expected_grams(replace(found, noise=UNDAMPED))
     close(a, found.input_gram)
     close(b, found.output_gram)
 
 
-def statistics(dominant: DominantRows | None) -> LayerStatistics:
-    return LayerStatistics(gram(1, 5), gram(2, 4), None, None, dominant)
+def statistics(dominant: DominantRows | None, noise: Damping = UNDAMPED) -> LayerStatistics:
+    return LayerStatistics(gram(1, 5), gram(2, 4), None, None, dominant, noise)
+
+
+def test_what_a_gram_lacks_is_added_and_damps_where_it_is_more_than_the_damping() -> None:
+    plain, noisy = statistics(None), statistics(None, Damping(0.3, 0.05))
+    for found, expected in (
+        (expected_grams(noisy), damped_grams(plain, Damping(0.3, 0.05))),
+        (damped_grams(noisy, Damping(0.1, 0.2)), damped_grams(plain, Damping(0.3, 0.2))),
+        (damped_grams(noisy, Damping(0.4, 0.01)), damped_grams(plain, Damping(0.4, 0.05))),
+    ):
+        close(found, expected)
 
 
 def test_dominant_inputs_weigh_what_their_gradients_are_worth_and_are_not_damped() -> None:
@@ -151,7 +163,7 @@ def test_dominant_inputs_weigh_what_their_gradients_are_worth_and_are_not_damped
 
 def test_statistics_without_gradients_are_refused() -> None:
     with pytest.raises(ValueError, match="needs statistics with gradients"):
-        undamped_grams(LayerStatistics(gram(1, 5), None, None, None))
+        expected_grams(LayerStatistics(gram(1, 5), None, None, None))
 
 
 def test_what_the_layer_does_to_a_dominant_input_is_kept() -> None:
@@ -167,9 +179,9 @@ def test_what_the_layer_does_to_a_dominant_input_is_kept() -> None:
         error = whitened_spectrum(weight, a, b).truncated(3) - weight
         return float((functional.linear(x, error) * g).sum(2).square().sum()) / 2 / 12
 
-    apart = truth(*undamped_grams(found))
+    apart = truth(*expected_grams(found))
     together = truth(found.input_gram, found.output_gram + found.dominant.output_gram)
     assert apart < 0.5 * together
-    a, b = undamped_grams(found)
+    a, b = expected_grams(found)
     error = whitened_spectrum(weight, a, b).truncated(3) - weight
     assert 0.5 < quadratic_change(error, a, b) / apart < 2

@@ -14,11 +14,12 @@ counted once: in B), but for rows that dominate the gradient, which are counted 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from itertools import islice
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +37,10 @@ from rankfold.layer_matrix import (
     matrix_shape,
     output_rows,
 )
-from rankfold.linalg import add_gram, mirrored
+from rankfold.linalg import UNDAMPED, Damping, add_gram, mirrored
 from rankfold.modes import evaluation_mode
 from rankfold.progress import Progress, SilentProgress
+from rankfold.shrinkage import held_out_damping
 from rankfold.tasks import BatchLoss, Task, on_device, running
 
 Curvature: TypeAlias = Literal["empirical", "sampled"]
@@ -77,6 +79,8 @@ class LayerStatistics:
         gradients: Mean gradients ``(out, in)`` of the two halves, None when not asked for.
         shares_input_with: Name of the layer whose input Gram this is, or None.
         dominant: Of the rows that dominate the gradient; None where none do.
+        noise: What both Grams lack along their small eigenvalues (``shrinkage``), by what half of
+            the examples lack; 0 where only one half reached the layer.
     """
 
     input_gram: Tensor
@@ -84,6 +88,7 @@ class LayerStatistics:
     gradients: tuple[Tensor, Tensor] | None
     shares_input_with: str | None
     dominant: DominantRows | None = None
+    noise: Damping = UNDAMPED
 
     @property
     def gradient(self) -> Tensor:
@@ -244,6 +249,7 @@ def collect_statistics(
     *,
     curvature: Curvature | None,
     gradients: bool = True,
+    shrinkage: bool = True,
     seed: int = 0,
     prior: Part | None = None,
     batch_size: int | None = None,
@@ -260,6 +266,8 @@ def collect_statistics(
         curvature: Where B comes from; None collects A alone, without a backward pass.
         gradients: Whether the mean gradients are collected beside B. Without them the backward
             pass leaves out the weights, which is half of its work.
+        shrinkage: Whether the halves' Grams are compared, for which those of one are kept apart
+            until the pass is over.
         seed: Seeds the sampled labels.
         prior: Examples of what the model meets elsewhere (its own text): they count for A and B
             like the others, and not for the gradients, which are those of the user's task.
@@ -272,19 +280,38 @@ def collect_statistics(
     """
     progress = progress or SilentProgress()
     middle = len(part.examples) // 2
-    halves = [part.take(range(middle)), part.take(range(middle, len(part.examples)))]
-    sources: list[tuple[int | None, Part]] = [*enumerate(halves)]
-    sources += [] if prior is None else [(None, prior)]
-    schedule = [(half, b) for half, source in sources for b in source.batches(batch_size)]
+    first, second = part.take(range(middle)), part.take(range(middle, len(part.examples)))
     recorder = _Recorder(layers, curvature, gradients, seed, embeddings or EmbeddingRecorder({}))
+
+    def observe(source: Part, batches: Iterable[list[Any]], half: int | None) -> None:
+        for examples in batches:
+            recorder.observe(model, task, on_device(source.collate(examples), model), half)
+
     with (
         recorder.attached(),
         evaluation_mode(model, trainable=recorder.trainable),
         torch.set_grad_enabled(curvature is not None),
     ):
-        for half, examples in progress.track(schedule, "collect statistics", len(schedule)):
-            recorder.observe(model, task, on_device(part.collate(examples), model), half)
+        early, late = first.batches(batch_size), second.batches(batch_size)
+        shown = iter(progress.track([*early, *late], "collect statistics", len(early) + len(late)))
+        observe(first, islice(shown, len(early)), 0)
+        if shrinkage:
+            recorder.keep_first_half()
+        observe(second, shown, 1)
+        if shrinkage:
+            recorder.compare_halves(progress)
+        if prior is not None:
+            batches = prior.batches(batch_size)
+            observe(prior, progress.track(batches, "own text's statistics", len(batches)), None)
     return recorder.statistics()
+
+
+class _Half(NamedTuple):
+    """Sums of a layer over the first half of the examples; for its Grams see ``_Sums``."""
+
+    input_gram: Tensor
+    output_gram: Tensor
+    rows: int
 
 
 @dataclass
@@ -301,6 +328,8 @@ class _Sums:
     gradients: tuple[Tensor, Tensor]
     rows: int = 0
     dominant: DominantRows | None = None
+    first_half: _Half | None = None
+    noise: Damping = UNDAMPED
 
     def add_dominant(self, inputs: Tensor, gradients: Tensor) -> None:
         """Count dominant rows: their inputs ``(few, in)`` and gradients ``(few, out)``."""
@@ -363,6 +392,26 @@ class _Recorder:
                     )
                     stack.callback(before.remove)
             yield
+
+    def keep_first_half(self) -> None:
+        """What comes now belongs to the second half of the user's examples."""
+        for sums in self.sums.values():
+            sums.first_half = _Half(sums.input_gram.clone(), sums.output_gram.clone(), sums.rows)
+
+    def compare_halves(self, progress: Progress) -> None:
+        """Judge the Grams of the first half by those of the second.
+
+        The damping found is kept as it is, although all examples together lack less than a half of
+        them: halved it is worse (docs/theory.md, 1).
+        """
+        layers = self.sums.values()
+        for sums in progress.track(layers, "halves of the data compared", len(layers)):
+            first, sums.first_half = sums.first_half, None
+            if first is None or not 0 < first.rows < sums.rows:
+                continue
+            leader = self.sums.get(sums.leader or "")
+            inputs = leader.noise.input if leader else _lacking(first.input_gram, sums.input_gram)
+            sums.noise = Damping(inputs, _lacking(first.output_gram, sums.output_gram))
 
     def observe(self, model: nn.Module, task: Task, batch: Batch, half: int | None) -> None:
         """One pass: forward, then backward for the curvature, the mean gradients, or both.
@@ -481,6 +530,9 @@ class _Recorder:
             if name == leader:
                 _add_inputs(gram, self.layers[leader], inputs, sign=-1)
         sums.input_gram, sums.leader = gram, None
+        early = self.sums[leader].first_half
+        if sums.first_half is not None and early is not None:
+            sums.first_half = sums.first_half._replace(input_gram=early.input_gram)
 
     def _saw_gradient(self, name: str, inputs: Tensor | None, gradient: Tensor) -> None:
         """Add up the gradients at a layer's output; ``inputs`` where an example has several."""
@@ -516,9 +568,15 @@ class _Recorder:
                 gradients=sums.gradients if self.gradients else None,
                 shares_input_with=sums.leader,
                 dominant=sums.dominant,
+                noise=sums.noise,
             )
             for name, sums in self.sums.items()
         }
+
+
+def _lacking(early: Tensor, whole: Tensor) -> float:
+    """The damping that a running Gram needed when it was ``early``, by what came since."""
+    return held_out_damping(mirrored(early), mirrored(whole - early)) if len(whole) else 0.0
 
 
 def _add_inputs(gram: Tensor, layer: MatrixLayer, inputs: Tensor, sign: int = 1) -> None:

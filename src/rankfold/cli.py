@@ -241,6 +241,13 @@ class Factorizing(Reading):
     output_damping: Annotated[
         float | None, typer.Option(help="The same for the Grams of gradients.", show_default="same")
     ] = Settings.output_damping
+    shrinkage: Annotated[
+        bool,
+        typer.Option(
+            "--shrinkage/--no-shrinkage",
+            help="Damp Grams of few examples by what halves of the data show that they lack.",
+        ),
+    ] = Settings.shrinkage
     gradient_step: Annotated[
         bool,
         typer.Option(

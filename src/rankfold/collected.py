@@ -144,6 +144,7 @@ class Collected:
             self.layers,
             curvature=self.curvature,
             gradients=self.takes_step(settings) or objective.allocation == "first-order",
+            shrinkage=settings.shrinkage and objective.allocation == "multiplier",
             seed=settings.seed,
             prior=self.parts.get(OWN_TEXT),
             batch_size=settings.batch_size,

@@ -13,26 +13,29 @@ import torch
 from torch import Tensor
 
 from rankfold.calibrate import LayerStatistics
-from rankfold.linalg import Damping, damped
+from rankfold.linalg import UNDAMPED, Damping, damped
 
 
-def undamped_grams(statistics: LayerStatistics) -> tuple[Tensor, Tensor]:
-    """A and B of a layer as they were measured, in float64.
+def expected_grams(statistics: LayerStatistics) -> tuple[Tensor, Tensor]:
+    """A and B of a layer as other examples are expected to have them, in float64.
 
     Raises:
         ValueError: The statistics were collected without gradients.
     """
-    return damped_grams(statistics, Damping(0.0, 0.0))
+    return damped_grams(statistics, UNDAMPED)
 
 
 def damped_grams(statistics: LayerStatistics, damping: Damping) -> tuple[Tensor, Tensor]:
     """A and B of a layer, damped by shares of the mean eigenvalues of all other than dominant rows.
+
+    Where a Gram lacks more than the share, it is damped by what it lacks.
 
     Raises:
         ValueError: The statistics were collected without gradients.
     """
     if statistics.output_gram is None:
         raise ValueError("this objective needs statistics with gradients")
+    damping = damping.at_least(statistics.noise)
     a = damped(statistics.input_gram, damping.input)
     b = statistics.output_gram.to(torch.float64)
     if statistics.dominant is not None:

@@ -44,6 +44,13 @@ class Damping(NamedTuple):
     input: float
     output: float
 
+    def at_least(self, other: Damping) -> Damping:
+        """The larger one of two, for each Gram."""
+        return Damping(max(self.input, other.input), max(self.output, other.output))
+
+
+UNDAMPED = Damping(0.0, 0.0)
+
 
 def add_gram(upper: Tensor, rows: Tensor, sign: int = 1) -> None:
     """Add ``rows^T rows`` to a running Gram, as far as on and above its diagonal.

@@ -28,7 +28,7 @@ from rankfold.block_modules import BlockForm, block_parameters
 from rankfold.calibrate import LayerStatistics
 from rankfold.conv_forms import conv_candidates
 from rankfold.conv_modules import CONV_FORMS, ConvForm, conv_factor_flops
-from rankfold.curvature import damped_grams, undamped_grams
+from rankfold.curvature import damped_grams, expected_grams
 from rankfold.embedding_statistics import EmbeddingStatistics
 from rankfold.layer_matrix import MatrixLayer, matrix_shape, weight_matrix
 from rankfold.linalg import Damping, damped, marginal_product
@@ -150,7 +150,7 @@ def layer_curve(
     elif objective.allocation == "multiplier":
         if statistics is None:
             raise ValueError("this objective needs statistics with gradients")
-        changes = _beyond_rounding(spectrum.changes_under(*undamped_grams(statistics))[1:])
+        changes = _beyond_rounding(spectrum.changes_under(*expected_grams(statistics))[1:])
     else:
         changes = spectrum.truncation_changes()[1:]
     out, in_ = matrix_shape(layer)
@@ -237,7 +237,7 @@ def conv_curve(
         allowed=lambda conv_form, ranks: flops(conv_form, ranks) <= dense_flops,
     )
     regular = spectrum.truncation_changes()[1:-1].flip(0)  # rising
-    measured = spectrum.changes_under(*undamped_grams(statistics))[1:-1].flip(0)
+    measured = spectrum.changes_under(*expected_grams(statistics))[1:-1].flip(0)
     changes = np.array([candidate.change for candidate in found])
     if len(regular):
         share = (measured / regular.clamp(min=torch.finfo(torch.float64).tiny)).clamp(0, 1)
@@ -281,7 +281,7 @@ def block_curve(
         The curve, and the order.
     """
     shape = (weight.shape[0], weight.shape[1])
-    grams, chosen_by = undamped_grams(statistics), damped_grams(statistics, damping)
+    grams, chosen_by = expected_grams(statistics), damped_grams(statistics, damping)
     blocks = block_spectra(weight, *chosen_by, form, order)
     table = _beyond_rounding(block_changes(blocks, *grams))
     pairs = ranks_worth_having(table, form, shape)

@@ -52,6 +52,8 @@ class Settings:
         damping: Added to A, as a share of its mean eigenvalue; ``auto`` chooses among ``DAMPINGS``
             on selection data, for both Grams.
         output_damping: The same for B; None for the value of ``damping``.
+        shrinkage: Whether one half of the calibration examples says what the Grams of the other
+            lack; a Gram that lacks more than the damping is damped by that (``shrinkage``).
         gradient_step: Whether the joint objective moves the weights by its gradient term.
         step_estimator: How that term is estimated: ``cross-validated``, ``denoised`` or ``raw``.
         step_groups: Groups of neighbouring layers that have a length each; 1 for one length.
@@ -89,6 +91,7 @@ class Settings:
     curvature: Curvature | Literal["auto"] = "auto"
     damping: float | Literal["auto"] = 0.1
     output_damping: float | None = None
+    shrinkage: bool = True
     gradient_step: bool = True
     step_estimator: StepEstimator = "cross-validated"
     step_groups: int = 1
