@@ -24,7 +24,6 @@ from rankfold.linalg import Damping
 from rankfold.progress import Progress
 from rankfold.settings import Settings
 
-
 # Of the files: what one of another number holds is not what the code would find today.
 FORMAT = 2
 

@@ -25,8 +25,8 @@ from rankfold.modes import evaluation_mode
 from rankfold.progress import Progress, SilentProgress
 from rankfold.tasks import BatchLoss, Task, on_device
 
-# Most examples that the shares are measured on, and the share of the calibration examples that
-# they are. The divergence is 0 at the original whatever the sample, so its gradient is far less
+# Most examples that the shares are measured on, and the share of the number of calibration examples
+# that they are. The divergence is 0 at the original whatever the sample, so its gradient is far less
 # noisy than that of the loss, and few examples suffice.
 SHARE_EXAMPLES = {"causal-lm": 32}
 OTHER_SHARE_EXAMPLES = 512

@@ -30,7 +30,7 @@ from rankfold.collected import Collected
 from rankfold.conv_forms import conv_factors
 from rankfold.conv_modules import ConvForm
 from rankfold.curvature import damped_grams
-from rankfold.data import as_part
+from rankfold.data import Part
 from rankfold.errors import InputError
 from rankfold.factorize import low_rank_module, low_rank_uses, truncate
 from rankfold.interactions import (
@@ -428,14 +428,11 @@ class Stage:
                 self.weights(measured.plan),
             )
         )
-        calibration = collected.parts["calibration"]
-        most = SHARE_EXAMPLES.get(collected.task.name, OTHER_SHARE_EXAMPLES)
-        few = max(1, min(most, round(SHARE_OF_CALIBRATION * len(calibration.examples))))
         shares = measured_shares(
             before,
             after,
             collected.task,
-            as_part("calibration", calibration.examples[:few], calibration.collate),
+            self._share_examples(),
             list(collected.matrices),
             batch_size=self.settings.batch_size,
             progress=self.progress,
@@ -460,6 +457,17 @@ class Stage:
             curves=rescaled(self.curves),
             factors={name: known[name] * factor for name, factor in factors.items()},
         )
+
+    def _share_examples(self) -> Part:
+        """The examples that each layer's share is measured on, so many of either part.
+
+        Of selection data where there are as many: the Grams have seen the calibration examples, and
+        what is cut because these don't use it shows no change on them.
+        """
+        calibration, selection = (self.collected.parts[p] for p in ("calibration", "selection"))
+        most = SHARE_EXAMPLES.get(self.collected.task.name, OTHER_SHARE_EXAMPLES)
+        few = max(1, min(most, round(SHARE_OF_CALIBRATION * len(calibration.examples))))
+        return (selection if len(selection.examples) >= few else calibration).take(range(few))
 
     def next_round(self: StageT, budget: float, rounds_left: int) -> StageT:
         """Factorize a part of the way, and collect statistics again on what came out.
