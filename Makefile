@@ -10,6 +10,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
 
+# Processes that share the tests, each of one thread and up to 3 GiB.
+WORKERS ?= 2
+
 # torchvision is built for one torch: it doesn't import beside the one above.
 VISION := .venv-vision
 VISION_TORCH ?= torch==2.14.1 torchvision==0.29.1
@@ -30,7 +33,7 @@ demo: $(VENV)/.installed
 	$(BIN)/rankfold demo
 
 test: lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 test-vision: $(VISION)/.installed
 	$(VISION)/bin/python -m pytest tests/test_vision_models.py
