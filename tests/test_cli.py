@@ -111,8 +111,8 @@ def test_a_language_model_needs_no_data(llama: Path, tmp_path: Path) -> None:
     report = json.loads(mixed.stdout)
     assert report["data"]["own_text"]["examples"] == report["data"]["calibration"]["examples"]
     assert report["step"] is None
-    assert len(report["rounds"]) == 1  # the second one came out best
-    assert 4 <= len(report["selection"]) <= 8  # two rounds, and the best corrected twice or more
+    # Two rounds, whichever came out best, and the best corrected twice or more.
+    assert 4 <= len(report["selection"]) <= 8
 
 
 def test_own_text_needs_a_language_model(work: Path) -> None:

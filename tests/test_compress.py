@@ -327,6 +327,15 @@ def test_an_output_damping_beside_auto_is_refused() -> None:
         Settings(damping="auto", output_damping=0.3)
 
 
+def test_the_report_states_what_the_grams_of_each_layer_lack() -> None:
+    found, without = (
+        rankfold.lossless(trained_cnn(), image_data(40), size=0.8, shrinkage=shrinkage).report
+        for shrinkage in (True, False)
+    )
+    assert max(entry["grams_lack"]["input"] for entry in found["layers"]) > 0
+    assert all(entry["grams_lack"] == {"input": 0, "output": 0} for entry in without["layers"])
+
+
 def test_the_report_states_the_harmless_range_of_each_layer() -> None:
     prepared = rankfold.prepare(trained_cnn(), image_data(100))
     result = prepared.lossless(0.6)

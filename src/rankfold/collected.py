@@ -92,6 +92,8 @@ class Collected:
         openings: Of the held-out part, by this process.
         damping_trials: Dampings tried and the change on selection data that each gave.
         embedding_statistics: By the names in ``embeddings``.
+        lacking: By layer, what its Grams lack, as shares of their mean eigenvalues
+            (``shrinkage``); kept when the statistics are dropped.
     """
 
     model: nn.Module
@@ -113,6 +115,7 @@ class Collected:
     damping_trials: list[tuple[Damping, float]] = field(default_factory=list)
     embeddings: dict[str, EmbeddingMatrix] = field(default_factory=dict)
     embedding_statistics: dict[str, EmbeddingStatistics] = field(default_factory=dict)
+    lacking: dict[str, Damping] = field(default_factory=dict)
 
     @property
     def matrices(self) -> dict[str, MatrixLayer | EmbeddingMatrix]:
@@ -152,6 +155,7 @@ class Collected:
             embeddings=recorder,
         )
         self.embedding_statistics = recorder.statistics()
+        self.lacking = {name: found.noise for name, found in self.statistics.items()}
 
     def takes_step(self, settings: Settings) -> bool:
         """Whether the weights are moved by the gradient step before they are truncated.

@@ -25,9 +25,9 @@ from rankfold.modes import evaluation_mode
 from rankfold.progress import Progress, SilentProgress
 from rankfold.tasks import BatchLoss, Task, on_device
 
-# Most examples that the shares are measured on, and the share of the number of calibration examples
-# that they are. The divergence is 0 at the original whatever the sample, so its gradient is far less
-# noisy than that of the loss, and few examples suffice.
+# Most examples that the shares are measured on, and how many for each calibration example. The
+# divergence is 0 at the original whatever the sample, so its gradient is far less noisy than that
+# of the loss, and few examples suffice.
 SHARE_EXAMPLES = {"causal-lm": 32}
 OTHER_SHARE_EXAMPLES = 512
 SHARE_OF_CALIBRATION = 0.25

@@ -305,10 +305,12 @@ def layer_entry(stage: Stage, name: str, choice: Choice) -> dict[str, Any]:
     """What the report says of one layer."""
     predicts = stage.objective.predicts_loss
     ranged = stage.step is not None and name in stage.collected.layers
+    lacking = stage.collected.lacking.get(name)
     return {
         **layer_report(stage.collected, stage.settings.form, name, choice),
         "predicted_change": choice.change if predicts else None,
         "predicted_by_rank": predicted_by_rank(stage.ranked[name]) if predicts else None,
         "interaction_factor": None if stage.factors is None else stage.factors[name],
+        "grams_lack": None if lacking is None else lacking._asdict(),
         "harmless_range": asdict(stage.harmless_range(name)) if ranged else None,
     }
