@@ -34,12 +34,14 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
 def _model(rows: Sequence[Row]) -> str:
     """A table a size: means over the seeds, and their spread."""
     first = rows[0]
-    text = f"Dense: test loss {first.dense_loss:.4f}, accuracy {first.dense_accuracy:.4f}.\n"
+    labelled = first.dense_accuracy is not None
+    text = f"Dense: test loss {first.dense_loss:.4f}"
+    text += f", accuracy {first.dense_accuracy:.4f}.\n" if labelled else ".\n"
     for size in _sizes(rows):
         here = [row for row in rows if row.size == size]
         language = any(row.other_change is not None for row in here)
         columns = ["variant", "seeds", "change of the loss", "predicted", "control"]
-        columns += ["other text", "control there"] if language else ["accuracy"]
+        columns += ["other text", "control there"] if language else ["accuracy"] * labelled
         columns += ["parameters", "bytes", "seconds"]
         lines = [
             _line(variant, found, language)
@@ -88,8 +90,8 @@ def _line(variant: str, rows: list[Row], language: bool) -> list[str]:
         errors = [r.other_standard_error or 0.0 for r in rows]
         cells.append(spread([r.other_change or 0.0 for r in rows], errors))
         cells.append(_mean([r.other_control for r in rows]))
-    else:
-        cells.append(f"{mean(r.accuracy for r in rows):.3f}")
+    elif accuracies := [r.accuracy for r in rows if r.accuracy is not None]:
+        cells.append(f"{mean(accuracies):.3f}")
     cells += [f"{mean(r.kept for r in rows):.4f}", f"{mean(r.bytes_kept for r in rows):.4f}"]
     return [*cells, seconds((r.device, r.seconds) for r in rows)]
 

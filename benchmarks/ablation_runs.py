@@ -30,7 +30,9 @@ from rankfold.settings import Settings
 from rankfold.stage import choose_damping
 from rankfold.tasks import Evaluation, evaluate
 
-MODELS = [*LANGUAGE, *(name for name in VISION if name not in TASKS)]  # those with labels
+MODELS = [*LANGUAGE, *VISION]
+# What only the gradient of the loss at the labels makes a difference to.
+OF_LABELS = ("gradient_step", "step_estimator", "step_groups", "curvature")
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,12 @@ class Variant:
 
     def fits(self, model: str) -> bool:
         """Whether the variant is run for a model."""
+        differs = {**self.settings, **self.statistics}
+        of_labels = differs.get("objective") == "first-order" or any(
+            k in differs for k in OF_LABELS
+        )
+        if model in TASKS and of_labels:
+            return False
         return self.models in ("all", "language" if model in LANGUAGE else "vision")
 
 
@@ -163,8 +171,8 @@ class Row:
     dense_loss: float
     change: float
     standard_error: float
-    accuracy: float
-    dense_accuracy: float
+    accuracy: float | None  # where there are labels
+    dense_accuracy: float | None
     predicted: float | None
     control: float | None
     other_change: float | None  # on text of another kind
@@ -223,7 +231,7 @@ class Runner(Recorder[Row]):
             other = other_text(length)
             data = mixed_with_docstrings(data, first.docstrings, length, seed)
             refuse_copies([as_part("calibration", list(data.calibration)), other])
-        common = {"seed": seed, "limit": count, **first.statistics}
+        common = {"seed": seed, "limit": count, "task": TASKS.get(name), **first.statistics}
         collected, spent = collect_or_read(
             model,
             data,

@@ -12,6 +12,7 @@ from rankfold import Data, InputError, collected, stage
 from rankfold.block_modules import BLOCK_FORMS
 from rankfold.conv_modules import CONV_FORMS
 from rankfold.integrations.transformers import own_text
+from rankfold.interactions import measured_shares
 from rankfold.modules import FORMS, Form
 from rankfold.objectives import OBJECTIVES
 from rankfold.outcome import layer_entry
@@ -325,6 +326,29 @@ def test_damping_auto_of_an_objective_without_grams_tries_nothing() -> None:
 def test_an_output_damping_beside_auto_is_refused() -> None:
     with pytest.raises(InputError, match="leave output_damping out"):
         Settings(damping="auto", output_damping=0.3)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "selection", "name", "count"),
+    [(40, 10, "selection", 10), (40, 30, "selection", 10), (40, 9, "calibration", 10)],
+)
+def test_shares_are_measured_on_examples_that_the_grams_have_not_seen(
+    calibration: int,
+    selection: int,
+    name: str,
+    count: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def watched(before: nn.Module, after: nn.Module, task: Any, part: Any, *rest: Any, **more: Any):
+        seen.append((part.name, len(part.examples)))
+        return measured_shares(before, after, task, part, *rest, **more)
+
+    monkeypatch.setattr(stage, "measured_shares", watched)
+    data = Data(*(images(n, seed) for seed, n in enumerate((calibration, selection, 20))))
+    rankfold.lossless(trained_cnn(), data, size=0.6)
+    assert set(seen) == {(name, count)}
 
 
 def test_the_report_states_what_the_grams_of_each_layer_lack() -> None:
