@@ -5,6 +5,8 @@ from typing import Any, cast
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import default_collate
@@ -13,10 +15,12 @@ import rankfold
 from rankfold import Data, InputError
 from rankfold.calibrate import (
     MEMORISED_SHARE,
+    TEXT,
     LayerStatistics,
     calibration_loss,
     choose_curvature,
     collect_statistics,
+    halves,
     trace,
 )
 from rankfold.data import Part, as_part
@@ -47,6 +51,17 @@ def layers_of(model: nn.Module) -> dict[str, MatrixLayer]:
 def double(part: Part) -> Part:
     examples = [(x.double(), label) for x, label in part.examples]
     return as_part(part.name, examples)
+
+
+def seen_in_turn(examples: list[Any]) -> Part:
+    """A part whose examples a pass sees in this order: those of the first half come first."""
+    middle = len(examples) // 2
+    first, second = halves(EXACT.name, len(examples))
+    order: list[Any] = [None] * len(examples)
+    for places, some in ((first, examples[:middle]), (second, examples[middle:])):
+        for place, example in zip(places, some, strict=True):
+            order[place] = example
+    return as_part("calibration", order)
 
 
 def image_part(count: int, seed: int = 0) -> Part:
@@ -97,7 +112,7 @@ class ByHand:
                 self.a += torch.outer(x, x)
                 self.b += torch.outer(g, g)
                 positions += 1
-            self.halves[index >= middle] += gradient.flatten(1)
+            self.halves[index % 2 == 0] += gradient.flatten(1)
         self.a /= positions
         self.b /= count
         self.halves = [self.halves[0] / middle, self.halves[1] / (count - middle)]
@@ -337,7 +352,7 @@ def test_layers_whose_inputs_part_later_stop_sharing(order: str) -> None:
     same = double(pair_part(6, seed=1)).examples
     different = [(x + torch.eye(6)[0] * 100, y) for x, y in double(pair_part(6, seed=2)).examples]
     examples = [*same, *different] if order == "same first" else [*different, *same]
-    found = collect(model, as_part("calibration", examples), batch_size=2)
+    found = collect(model, seen_in_turn(examples), batch_size=2)
     assert found["k"].shares_input_with == "q"
     assert found["v"].shares_input_with is None
     x_same, x_different = (torch.stack([x for x, _ in part]) for part in (same, different))
@@ -347,10 +362,25 @@ def test_layers_whose_inputs_part_later_stop_sharing(order: str) -> None:
     torch.testing.assert_close(found["v"].input_gram, plain_gram(other))
 
 
+@given(count=st.integers(1, 50), task=st.sampled_from([*TEXT, "classification", "teacher"]))
+def test_halves_are_disjoint_and_all_there_is(count: int, task: str) -> None:
+    first, second = halves(task, count)
+    assert sorted([*first, *second]) == [*range(count)]
+    assert len(second) - len(first) in (0, 1)
+
+
+def test_each_half_of_a_sorted_set_has_every_class_and_each_half_of_a_text_its_own_documents() -> (
+    None
+):
+    classes = [place // 10 for place in range(100)]
+    assert all({classes[place] for place in half} == {*range(10)} for half in halves("", 100))
+    first, second = halves("causal-lm", 100)
+    assert max(first) < min(second)
+
+
 def halves_apart(model: nn.Module, part: Part) -> list[dict[str, LayerStatistics]]:
     """Statistics of both halves, each from a pass of its own, with labels of the data."""
-    middle = len(part.examples) // 2
-    places = (range(middle), range(middle, len(part.examples)))
+    places = halves(EXACT.name, len(part.examples))
     return [collect(model, part.take(half), task=EXACT) for half in places]
 
 
@@ -372,7 +402,7 @@ def test_layers_with_one_input_share_its_noise_until_they_part() -> None:
     model = seeded(0, Branches).double()
     same = double(pair_part(8, seed=1)).examples
     different = [(x + torch.eye(6)[0] * 100, y) for x, y in double(pair_part(4, seed=2)).examples]
-    part = as_part("calibration", [*same, *different])
+    part = seen_in_turn([*same, *different])
     found = collect(model, part, task=EXACT, batch_size=2)
     first, second = halves_apart(model, part)
     assert found["v"].shares_input_with is None
@@ -476,7 +506,7 @@ def test_a_layer_called_for_some_batches_only_counts_those() -> None:
 
     model = Gated().double()
     shifted = [(x + 100 * torch.eye(6)[0], y) for x, y in double(pair_part(4)).examples]
-    part = as_part("calibration", [*double(pair_part(4, seed=9)).examples, *shifted])
+    part = seen_in_turn([*double(pair_part(4, seed=9)).examples, *shifted])
     found = collect(model, part, batch_size=2)
     x = torch.stack([x for x, _ in shifted])
     torch.testing.assert_close(found["rare"].input_gram, plain_gram(x))

@@ -4,7 +4,7 @@ For a loss that is the mean over N terms (tokens, images), and a layer ``y = W x
 
 - ``input_gram`` A = mean over rows of ``x x^T``,
 - ``output_gram`` B = 1/N sum over rows of ``g g^T``, g the gradient of the summed loss at y,
-- ``gradients`` of the mean loss, one of each half of the examples,
+- ``gradients`` of the mean loss, one of each half of the examples (``halves``),
 
 so that ``1/2 tr(B Delta A Delta^T)`` is the K-FAC model of the mean loss (a conv's positions are
 counted once: in B), but for rows that dominate the gradient, which are counted apart
@@ -48,6 +48,8 @@ Curvature: TypeAlias = Literal["empirical", "sampled"]
 # A model whose calibration loss is below this share of the loss of guessing (log K) has nearly
 # memorised its labels: their gradients say little about the curvature around the model.
 MEMORISED_SHARE = 0.15
+# Tasks whose examples are pieces of text.
+TEXT = ("causal-lm", "masked-lm", "seq2seq")
 # Share of the probability spread over all classes before labels are sampled.
 SMOOTHING = 0.1
 
@@ -279,8 +281,7 @@ def collect_statistics(
         InputError: The loss is not finite.
     """
     progress = progress or SilentProgress()
-    middle = len(part.examples) // 2
-    first, second = part.take(range(middle)), part.take(range(middle, len(part.examples)))
+    first, second = (part.take(half) for half in halves(task.name, len(part.examples)))
     recorder = _Recorder(layers, curvature, gradients, seed, embeddings or EmbeddingRecorder({}))
 
     def observe(source: Part, batches: Iterable[list[Any]], half: int | None) -> None:
@@ -304,6 +305,17 @@ def collect_statistics(
             batches = prior.batches(batch_size)
             observe(prior, progress.track(batches, "own text's statistics", len(batches)), None)
     return recorder.statistics()
+
+
+def halves(task: str, count: int) -> tuple[range, range]:
+    """Places of two halves of the examples, the second one no smaller.
+
+    Neighbouring windows of text are of one document, so its halves are the first and the second.
+    Images are often listed class by class: there, and in all other data, every other one.
+    """
+    if task in TEXT:
+        return range(count // 2), range(count // 2, count)
+    return range(1, count, 2), range(0, count, 2)
 
 
 class _Half(NamedTuple):

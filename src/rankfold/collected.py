@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.calibrate import (
+    TEXT,
     Curvature,
     LayerStatistics,
     Trace,
@@ -63,7 +64,7 @@ from rankfold.unpack import Unpacked, unpack
 OWN_TEXT = "own_text"  # the part that the model writes itself, beside the user's calibration part
 
 # Examples used by default: calibration, selection, held-out. A sequence has hundreds of terms.
-DEFAULT_LIMITS = dict.fromkeys(("causal-lm", "masked-lm", "seq2seq"), (64, 32, 128))
+DEFAULT_LIMITS = dict.fromkeys(TEXT, (64, 32, 128))
 OTHER_LIMITS = (2048, 2048, 10000)
 
 
