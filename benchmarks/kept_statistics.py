@@ -79,7 +79,7 @@ def _write(collected: Collected, seconds: float, file: Path) -> None:
         "leaders": leaders,
         "curvature": collected.curvature,
         "calibration_loss": collected.calibration_loss,
-        "noise": {name: stats.noise for name, stats in collected.statistics.items()},
+        "lacking": {name: stats.lacking for name, stats in collected.statistics.items()},
         "seconds": seconds,
         "calibration": collected.parts["calibration"].digest,
     }
@@ -110,7 +110,7 @@ def _read(collected: Collected, file: Path) -> float:
             output_gram=back,
             gradients=None if first is None or second is None else (first, second),
             shares_input_with=leader,
-            noise=Damping(*about["noise"][name]),
+            lacking=Damping(*about["lacking"][name]),
             dominant=None if inputs is None or outputs is None else DominantRows(inputs, outputs),
         )
     return float(about["seconds"])

@@ -394,8 +394,8 @@ def test_noise_is_what_the_first_half_lacks_by_the_second(batch_size: int) -> No
             held_out_damping(getattr(first[name], gram), getattr(second[name], gram))
             for gram in ("input_gram", "output_gram")
         )
-        assert layer.noise == pytest.approx((a, b))
-    assert max(layer.noise.input for layer in found.values()) > 0
+        assert layer.lacking == pytest.approx((a, b))
+    assert max(layer.lacking.input for layer in found.values()) > 0
 
 
 def test_layers_with_one_input_share_its_noise_until_they_part() -> None:
@@ -408,8 +408,8 @@ def test_layers_with_one_input_share_its_noise_until_they_part() -> None:
     assert found["v"].shares_input_with is None
     for name in ("q", "k", "v"):
         expected = held_out_damping(first[name].input_gram, second[name].input_gram)
-        assert found[name].noise.input == pytest.approx(expected)
-    assert found["v"].noise.input != found["q"].noise.input
+        assert found[name].lacking.input == pytest.approx(expected)
+    assert found["v"].lacking.input != found["q"].lacking.input
 
 
 def test_noise_is_that_of_the_users_own_examples() -> None:
@@ -417,19 +417,19 @@ def test_noise_is_that_of_the_users_own_examples() -> None:
     prior = as_part("own text", double(pair_part(30, seed=7)).examples)
     alone = collect(model, part, task=EXACT)
     both = collect(model, part, task=EXACT, prior=prior)
-    assert [layer.noise for layer in both.values()] == [layer.noise for layer in alone.values()]
+    assert [layer.lacking for layer in both.values()] == [layer.lacking for layer in alone.values()]
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_one_example_has_no_halves_to_compare(count: int) -> None:
     found = collect(mlp().double(), double(pair_part(count)), task=EXACT)
-    assert all((layer.noise == UNDAMPED) == (count == 1) for layer in found.values())
+    assert all((layer.lacking == UNDAMPED) == (count == 1) for layer in found.values())
 
 
 def test_without_curvature_only_inputs_have_noise() -> None:
     found = collect(mlp().double(), double(pair_part(8)), curvature=None)
-    assert all(layer.noise.output == 0 for layer in found.values())
-    assert any(layer.noise.input > 0 for layer in found.values())
+    assert all(layer.lacking.output == 0 for layer in found.values())
+    assert any(layer.lacking.input > 0 for layer in found.values())
 
 
 def test_a_tensor_changed_in_place_between_two_layers_is_not_shared() -> None:
@@ -512,8 +512,8 @@ def test_a_layer_called_for_some_batches_only_counts_those() -> None:
     torch.testing.assert_close(found["rare"].input_gram, plain_gram(x))
     torch.testing.assert_close(found["rare"].gradients[0], torch.zeros(CLASSES, 6).double())
     assert found["rare"].shares_input_with is None
-    assert found["rare"].noise == UNDAMPED  # only one half reached it
-    assert found["always"].noise.input > 0
+    assert found["rare"].lacking == UNDAMPED  # only one half reached it
+    assert found["always"].lacking.input > 0
 
 
 def test_a_layer_that_gets_no_gradient_is_silent() -> None:

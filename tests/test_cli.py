@@ -111,7 +111,8 @@ def test_a_language_model_needs_no_data(llama: Path, tmp_path: Path) -> None:
     report = json.loads(mixed.stdout)
     assert report["data"]["own_text"]["examples"] == report["data"]["calibration"]["examples"]
     assert report["step"] is None
-    # Two rounds, whichever came out best, and the best corrected twice or more.
+    assert "start of the round on selection data" in mixed.stderr  # whichever came out best
+    # Two rounds, and the best corrected twice or more.
     assert 4 <= len(report["selection"]) <= 8
 
 

@@ -132,13 +132,13 @@ def test_without_them_statistics_are_what_they_were() -> None:
     _, g = rows_by_hand(model)
     assert found.dominant is None
     close(found.output_gram, torch.einsum("nti,ntj->ij", g, g) / 12)
-    a, b = expected_grams(replace(found, noise=UNDAMPED))
+    a, b = expected_grams(replace(found, lacking=UNDAMPED))
     close(a, found.input_gram)
     close(b, found.output_gram)
 
 
-def statistics(dominant: DominantRows | None, noise: Damping = UNDAMPED) -> LayerStatistics:
-    return LayerStatistics(gram(1, 5), gram(2, 4), None, None, dominant, noise)
+def statistics(dominant: DominantRows | None, lacking: Damping = UNDAMPED) -> LayerStatistics:
+    return LayerStatistics(gram(1, 5), gram(2, 4), None, None, dominant, lacking)
 
 
 def test_what_a_gram_lacks_is_added_and_damps_where_it_is_more_than_the_damping() -> None:

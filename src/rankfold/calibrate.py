@@ -81,7 +81,7 @@ class LayerStatistics:
         gradients: Mean gradients ``(out, in)`` of the two halves, None when not asked for.
         shares_input_with: Name of the layer whose input Gram this is, or None.
         dominant: Of the rows that dominate the gradient; None where none do.
-        noise: What both Grams lack along their small eigenvalues (``shrinkage``), by what half of
+        lacking: What both Grams lack along their small eigenvalues (``shrinkage``), by what half of
             the examples lack; 0 where only one half reached the layer.
     """
 
@@ -90,7 +90,7 @@ class LayerStatistics:
     gradients: tuple[Tensor, Tensor] | None
     shares_input_with: str | None
     dominant: DominantRows | None = None
-    noise: Damping = UNDAMPED
+    lacking: Damping = UNDAMPED
 
     @property
     def gradient(self) -> Tensor:
@@ -341,7 +341,7 @@ class _Sums:
     rows: int = 0
     dominant: DominantRows | None = None
     first_half: _Half | None = None
-    noise: Damping = UNDAMPED
+    lacking: Damping = UNDAMPED
 
     def add_dominant(self, inputs: Tensor, gradients: Tensor) -> None:
         """Count dominant rows: their inputs ``(few, in)`` and gradients ``(few, out)``."""
@@ -422,8 +422,8 @@ class _Recorder:
             if first is None or not 0 < first.rows < sums.rows:
                 continue
             leader = self.sums.get(sums.leader or "")
-            inputs = leader.noise.input if leader else _lacking(first.input_gram, sums.input_gram)
-            sums.noise = Damping(inputs, _lacking(first.output_gram, sums.output_gram))
+            inputs = leader.lacking.input if leader else _lacking(first.input_gram, sums.input_gram)
+            sums.lacking = Damping(inputs, _lacking(first.output_gram, sums.output_gram))
 
     def observe(self, model: nn.Module, task: Task, batch: Batch, half: int | None) -> None:
         """One pass: forward, then backward for the curvature, the mean gradients, or both.
@@ -580,7 +580,7 @@ class _Recorder:
                 gradients=sums.gradients if self.gradients else None,
                 shares_input_with=sums.leader,
                 dominant=sums.dominant,
-                noise=sums.noise,
+                lacking=sums.lacking,
             )
             for name, sums in self.sums.items()
         }

@@ -156,7 +156,7 @@ class Collected:
             embeddings=recorder,
         )
         self.embedding_statistics = recorder.statistics()
-        self.lacking = {name: found.noise for name, found in self.statistics.items()}
+        self.lacking = {name: found.lacking for name, found in self.statistics.items()}
 
     def takes_step(self, settings: Settings) -> bool:
         """Whether the weights are moved by the gradient step before they are truncated.

@@ -35,7 +35,7 @@ def damped_grams(statistics: LayerStatistics, damping: Damping) -> tuple[Tensor,
     """
     if statistics.output_gram is None:
         raise ValueError("this objective needs statistics with gradients")
-    damping = damping.at_least(statistics.noise)
+    damping = damping.at_least(statistics.lacking)
     a = damped(statistics.input_gram, damping.input)
     b = statistics.output_gram.to(torch.float64)
     if statistics.dominant is not None:
