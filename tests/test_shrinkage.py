@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankfold.shrinkage import LEAST, MOST, held_out_damping
+from rankfold import shrinkage
+from rankfold.shrinkage import LEAST, MOST, held_out_damping, quadrature
 
 SIDE = 48
 
@@ -90,3 +91,45 @@ def test_float32_grams_give_what_float64_ones_do() -> None:
     found = held_out_damping(gram.float(), other.float())
     assert found == pytest.approx(held_out_damping(gram, other))
     assert LEAST < found < MOST
+
+
+@given(slope=st.floats(0, 2), rows=st.integers(5, 400), seed=st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_the_quadrature_of_a_whole_space_is_exact_but_for_its_probes(
+    slope: float, rows: int, seed: int
+) -> None:
+    gram, other = sample(decaying(slope), rows, seed), sample(decaying(slope), 500, seed + 1)
+    shift = 0.1 * float(gram.trace()) / SIDE
+    nodes, counts, energies = quadrature(gram, other, probes=400)
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    for f in (torch.log, torch.reciprocal):
+        matrix = (vectors * f(eigenvalues.clamp(min=0) + shift)) @ vectors.T
+        for weights, truth in ((counts, matrix), (energies, matrix @ other)):
+            deviation = float(truth.norm()) * (2 / 400) ** 0.5  # at most, of the mean over signs
+            found = float((weights * f(nodes.clamp(min=0) + shift)).sum())
+            assert found == pytest.approx(float(truth.trace()), abs=5 * deviation)
+    assert float(counts.sum()) == pytest.approx(SIDE)
+
+
+def test_a_space_that_ends_early_adds_nothing() -> None:
+    gram = torch.eye(SIDE) * 3
+    nodes, counts, energies = quadrature(gram, 2 * torch.eye(SIDE))
+    assert bool(torch.isfinite(nodes).all())
+    there = counts > 1e-6
+    torch.testing.assert_close(nodes[there], torch.full_like(nodes[there], 3))
+    assert float(counts.sum()) == pytest.approx(SIDE)
+    assert float(energies.sum()) == pytest.approx(2 * SIDE)
+    assert bool(torch.isfinite(torch.stack(quadrature(torch.zeros(5, 5), torch.eye(5)))).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [100, 1600])
+def test_large_grams_get_the_damping_that_they_would_get_decomposed(
+    rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spectrum = torch.arange(1, 401, dtype=torch.float64) ** -1.0
+    gram, other = sample(spectrum, rows, 1).to(dtype), sample(spectrum, rows, 2).to(dtype)
+    exact = held_out_damping(gram, other)
+    monkeypatch.setattr(shrinkage, "LARGEST_DECOMPOSED", 300)
+    assert exact / 1.8 < held_out_damping(gram, other) < exact * 1.8
+    assert held_out_damping(gram, other) == held_out_damping(gram, other)
