@@ -39,8 +39,8 @@ def truncated(blocks, ranks):
     return rows if blocks.form == "row-blocks" else rows.T
 
 
-def order_of(form, weight, a, b):
-    return block_spectra(weight, a, b, form).order
+def cut_of(form, weight, a, b):
+    return block_spectra(weight, a, b, form).cut(a, b)
 
 
 @each_form
@@ -68,14 +68,14 @@ def test_every_turn_lowers_the_change_and_whole_ranks_give_the_weight_back(
 ):
     weight, a, b = problem(form, seed, long_side, short_side)
     a, b = damped(a, 0.1), damped(b, 0.1)
-    order = order_of(form, weight, a, b)
+    cut = cut_of(form, weight, a, b)
     most = [min(size, short_side) for size in block_sizes(long_side)]
-    close(block_factors(weight, a, b, form, most, order).weight(), weight)
+    close(block_factors(weight, a, b, cut, most).weight(), weight)
     ranks = [max(1, rank - 1) for rank in most]
     alone = quadratic_change(truncated(block_spectra(weight, a, b, form), ranks) - weight, a, b)
     changes = [alone]
     for turns in range(2, 7):
-        factors = block_factors(weight, a, b, form, ranks, order, turns=turns, ridge=0)
+        factors = block_factors(weight, a, b, cut, ranks, turns=turns, ridge=0)
         assert [right.shape[0] for _, right in factors.halves] == ranks
         changes.append(quadratic_change(factors.weight() - weight, a, b))
     for before, after in pairwise(changes):
@@ -87,9 +87,10 @@ def test_a_ridge_holds_back_how_much_one_half_makes_up_for_the_other(form):
     weight, a, b = problem(form, long_side=30)
     a, b = damped(a, 0.1), damped(b, 0.1)
     blocks = block_spectra(weight, a, b, form)
+    cut = blocks.cut(a, b)
 
     def change(ridge):
-        factors = block_factors(weight, a, b, form, (2, 1), blocks.order, ridge=ridge)
+        factors = block_factors(weight, a, b, cut, (2, 1), ridge=ridge)
         return quadratic_change(factors.weight() - weight, a, b)
 
     alone = quadratic_change(truncated(blocks, (2, 1)) - weight, a, b)
@@ -101,11 +102,11 @@ def test_a_ridge_holds_back_how_much_one_half_makes_up_for_the_other(form):
 def test_turns_end_where_no_half_can_do_better(form):
     weight, a, b = problem(form)
     a, b = damped(a, 0.3), damped(b, 0.3)
-    order = order_of(form, weight, a, b)
-    found = block_factors(weight, a, b, form, (2, 3), order, turns=400, ridge=0)
+    cut = cut_of(form, weight, a, b)
+    found = block_factors(weight, a, b, cut, (2, 3), turns=400, ridge=0)
     w, a, b = (weight, a, b) if form == "row-blocks" else (weight.T, b, a)
     got = found.weight() if form == "row-blocks" else found.weight().T
-    first, second = order[:5], order[5:]
+    first, second = cut.order[:5], cut.order[5:]
     for rows, others, rank in ((first, second, 2), (second, first, 3)):
         answer = torch.linalg.solve(b[rows][:, rows], b[rows][:, others] @ (got - w)[others])
         best = whitened_spectrum(w[rows] - answer, a, b[rows][:, rows]).truncated(rank)
@@ -120,7 +121,7 @@ def test_halves_that_say_nothing_of_each_other_are_the_truncated_spectra(form):
     else:
         a = torch.diag(a.diagonal())
     blocks = block_spectra(weight, a, b, form)
-    factors = block_factors(weight, a, b, form, (3, 2), blocks.order)
+    factors = block_factors(weight, a, b, blocks.cut(a, b), (3, 2))
     close(factors.weight(), truncated(blocks, (3, 2)))
 
 
@@ -129,8 +130,7 @@ def test_singular_grams_lose_nothing_where_nothing_was_seen(form):
     weight, a, b = problem(form)
     a = normal(7, 2, len(a))
     a = a.T @ a  # of rank 2
-    order = order_of(form, weight, a, b)
-    factors = block_factors(weight, a, b, form, (3, 2), order)
+    factors = block_factors(weight, a, b, cut_of(form, weight, a, b), (3, 2))
     assert bool(torch.isfinite(factors.weight()).all())
     alone = quadratic_change(truncated(block_spectra(weight, a, b, form), (3, 2)) - weight, a, b)
     assert quadratic_change(factors.weight() - weight, a, b) <= alone + 1e-9
@@ -141,7 +141,7 @@ def test_singular_grams_lose_nothing_where_nothing_was_seen(form):
 def test_ranks_that_a_half_has_not_are_refused(form, ranks):
     weight, a, b = problem(form)
     with pytest.raises(ValueError, match=rf"{form} of ranks \({ranks[0]}, {ranks[1]}\)"):
-        block_factors(weight, a, b, form, ranks, torch.arange(10))
+        block_factors(weight, a, b, cut_of(form, weight, a, b), ranks)
 
 
 @each_form
@@ -150,7 +150,7 @@ def test_ranks_that_a_half_has_not_are_refused(form, ranks):
 def test_the_module_is_the_weight_of_the_factors(form, seed):
     weight, a, b = problem(form, seed)
     a, b = damped(a, 0.1), damped(b, 0.1)
-    found = block_factors(weight, a, b, form, (3, 2), order_of(form, weight, a, b))
+    found = block_factors(weight, a, b, cut_of(form, weight, a, b), (3, 2))
     layer = nn.Linear(weight.shape[1], weight.shape[0]).double()
     layer.requires_grad_(False).eval()
     module = found.module(layer)
@@ -232,7 +232,7 @@ def test_only_long_matrices_have_block_forms():
 @each_form
 def test_the_module_of_a_pointwise_conv_has_the_weight_of_the_factors(form):
     weight, a, b = problem(form)
-    found = block_factors(weight, a, b, form, (3, 2), order_of(form, weight, a, b))
+    found = block_factors(weight, a, b, cut_of(form, weight, a, b), (3, 2))
     conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, stride=2).double()
     module = found.module(conv)
     close(module.weight + 0, found.weight()[:, :, None, None])

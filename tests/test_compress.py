@@ -936,7 +936,7 @@ def test_a_later_round_cuts_layers_where_the_first_one_did() -> None:
     cut = [name for name, choice in following.start.items() if choice.form in BLOCK_FORMS]
     assert cut
     for name in cut:
-        assert torch.equal(following.block_orders[name], prepared.block_orders[name])
+        assert torch.equal(following.cuts[name].order, prepared.cuts[name].order)
         # What the round before cut to these ranks costs nothing at them.
         choice = following.start[name]
         whole = following.block_curves[name]

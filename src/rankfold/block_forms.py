@@ -9,6 +9,8 @@ At its ranks each half also makes up for the other's error (``block_factors``): 
 of the second half given, the loss is lowest where the first is the truncation of
 ``W_1 - B_11^-1 B_12 E_2`` in place of W_1, and they take turns. What that takes off the predicted
 change is nearly the same share at any ranks, so that of one pair stands for all.
+
+What doesn't depend on the ranks is kept for each layer (``Cut``): plans are made many times.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from rankfold.block_modules import (
     BlockForm,
@@ -35,12 +38,12 @@ from rankfold.block_modules import (
 from rankfold.factorize import pivoted, take_flags
 from rankfold.knapsack import hull
 from rankfold.layer_matrix import MatrixLayer, matrix_shape
-from rankfold.linalg import damped, descending_eigh, inverse_factor
+from rankfold.linalg import damped, descending_eigh, inverse_factor, solved
 from rankfold.spectrum import Spectrum, whitened_spectrum
 
-# How often a half is truncated, both together. On SmolLM2 five come within half a percent of what
-# seven reach (docs/theory.md, 4).
-TURNS = 5
+# How often a half is truncated, both together, after the second one alone. On SmolLM2 three come
+# within half a percent of what five reach (docs/theory.md, 4).
+TURNS = 3
 
 # Added to a half's Gram, as a share of its mean eigenvalue, where it makes up for the error of the
 # other: truncation smooths over what the data show only by chance, this regression of one half's
@@ -62,6 +65,22 @@ def block_form(layer: nn.Module) -> BlockForm | None:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """How a weight is cut in halves, and where they start to make up for each other.
+
+    Attributes:
+        form: ``row-blocks``; or ``column-blocks``, for which all is that of the transposed weight.
+        order: ``(long side,)`` rows (columns) of the weight, those of the first half first.
+        directions: ``(r, short side)``, singular directions of the second half where A is the
+            identity, the largest first: its truncation alone keeps the first so many.
+    """
+
+    form: BlockForm
+    order: Tensor
+    directions: Tensor
+
+
+@dataclass(frozen=True)
 class BlockSpectra:
     """The spectra of both halves of a weight.
 
@@ -74,6 +93,21 @@ class BlockSpectra:
     form: BlockForm
     order: Tensor
     halves: tuple[Spectrum, Spectrum]
+
+    def cut(
+        self, input_gram: Tensor, output_gram: Tensor, dtype: torch.dtype = torch.float64
+    ) -> Cut:
+        """What of them ``block_factors`` starts from.
+
+        Args:
+            input_gram: A that they were made with, ``(in, in)`` float64.
+            output_gram: B, ``(out, out)`` float64, likewise.
+            dtype: To keep it in.
+        """
+        a = input_gram if self.form == "row-blocks" else output_gram
+        # Their norms are 1 already, or the singular values where the half is wider than long.
+        directions = normalize(self.halves[1].right @ (a @ inverse_factor(a)), dim=1)
+        return Cut(self.form, self.order, directions.to(dtype))
 
 
 @dataclass(frozen=True)
@@ -179,46 +213,44 @@ def block_factors(
     weight: Tensor,
     input_gram: Tensor,
     output_gram: Tensor,
-    form: BlockForm,
+    cut: Cut,
     ranks: Sequence[int],
-    order: Tensor,
     *,
     turns: int = TURNS,
     ridge: float = RIDGE,
 ) -> BlockFactors:
     """Both halves at given ranks, each making up for the error of the other.
 
-    The halves are truncated in turn, the first one first; without a ridge each is the best of its
-    rank for the other half as it stands (block coordinate descent), so the predicted change falls
-    with every turn. Before its first turn a half counts as free of error.
+    The halves are truncated in turn, the first one first, for the error that the truncation of the
+    second one alone would make. Without a ridge each is the best of its rank for the other half as
+    it stands (block coordinate descent), so the predicted change falls with every turn.
 
     Args:
         weight: ``(out, in)``, moved by the step.
         input_gram: A, ``(in, in)`` float64, damped as wanted.
         output_gram: B, ``(out, out)`` float64, likewise.
-        form: Which side is cut.
+        cut: From the spectra of this weight under these Grams.
         ranks: Of both halves.
-        order: Rows (columns), those of the first half first.
         turns: How many truncations, of both halves together; 2 or more.
         ridge: More damping where a half makes up for the other's error.
 
     Raises:
         ValueError: A half has no such rank.
     """
-    check_block_ranks(weight.shape[0], weight.shape[1], form, ranks)
-    w, a, b = _by_rows(weight, input_gram, output_gram, form)
-    parts = split_rows(order)
+    check_block_ranks(weight.shape[0], weight.shape[1], cut.form, ranks)
+    w, a, b = _by_rows(weight, input_gram, output_gram, cut.form)
+    parts = split_rows(cut.order)
     q = inverse_factor(a)
     whole = w @ a @ q  # in coordinates where A is the identity
     targets = [whole[rows] for rows in parts]
-    errors = [torch.zeros_like(target) for target in targets]
     grams = [b[rows][:, rows] for rows in parts]
-    whitening = [inverse_factor(damped(gram, ridge)) for gram in grams]
     between = b[parts[0]][:, parts[1]]
-    answers = [
-        q_half @ (q_half.T @ gram)  # B_11^-1 B_12 and B_22^-1 B_21
-        for q_half, gram in zip(whitening, (between, between.T), strict=True)
+    answers = [  # B_11^-1 B_12 and B_22^-1 B_21
+        solved(damped(gram, ridge), rest)
+        for gram, rest in zip(grams, (between, between.T), strict=True)
     ]
+    kept = cut.directions[: ranks[1]].to(w)
+    errors = {1: (targets[1] @ kept.T) @ kept - targets[1]}
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for turn in range(turns):
         half, other = turn % 2, 1 - turn % 2
@@ -227,7 +259,7 @@ def block_factors(
         left, v = wanted @ v[:, : ranks[half]], v[:, : ranks[half]]
         errors[half] = left @ v.T - targets[half]
         found[half] = left, v.T @ q.T
-    return BlockFactors(form, order, (found[0], found[1]))
+    return BlockFactors(cut.form, cut.order, (found[0], found[1]))
 
 
 def block_changes(blocks: BlockSpectra, input_gram: Tensor, output_gram: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from rankfold.allocate import (
     uniform_within_cost,
 )
 from rankfold.block_forms import (
+    Cut,
     block_changes,
     block_factors,
     block_spectra,
@@ -262,7 +263,7 @@ def block_curve(
     damping: Damping,
     order: Tensor | None,
     cost_per_parameter: int,
-) -> tuple[Curve, Tensor]:
+) -> tuple[Curve, Cut]:
     """What the block form of a Linear or 1x1 conv offers: pairs of ranks; see ``block_forms``.
 
     The changes are those of the halves' spectra, times what is left of them at one pair of ranks
@@ -278,11 +279,12 @@ def block_curve(
         cost_per_parameter: 1 for parameters, 2 x rows for FLOPs.
 
     Returns:
-        The curve, and the order.
+        The curve, and how the layer is cut.
     """
     shape = (weight.shape[0], weight.shape[1])
     grams, chosen_by = expected_grams(statistics), damped_grams(statistics, damping)
     blocks = block_spectra(weight, *chosen_by, form, order)
+    cut = blocks.cut(*chosen_by, torch.promote_types(weight.dtype, torch.float32))
     table = _beyond_rounding(block_changes(blocks, *grams))
     pairs = ranks_worth_having(table, form, shape)
     costs = torch.tensor([block_parameters(*shape, form, pair) for pair in pairs.tolist()])
@@ -290,7 +292,7 @@ def block_curve(
     dense_cost = shape[0] * shape[1]
     typical = int((costs - TYPICAL_SIZE * dense_cost).abs().argmin())
     if float(changes[typical]) > 0:
-        factors = block_factors(weight, *chosen_by, form, pairs[typical].tolist(), blocks.order)
+        factors = block_factors(weight, *chosen_by, cut, pairs[typical].tolist())
         left = quadratic_change(factors.weight() - weight.to(torch.float64), *grams)
         changes = changes * (left / float(changes[typical]))
     curve = Curve(
@@ -301,7 +303,7 @@ def block_curve(
         forms=(form,),
         second_ranks=pairs[:, 1].contiguous(),
     )
-    return curve, blocks.order
+    return curve, cut
 
 
 def _beyond_rounding(changes: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ from rankfold.allocate import (
     total_change,
     total_cost,
 )
-from rankfold.block_forms import BlockFactors, block_factors, block_form
-from rankfold.block_modules import BLOCK_FORMS, BlockForm
+from rankfold.block_forms import BlockFactors, Cut, block_factors, block_form
+from rankfold.block_modules import BLOCK_FORMS
 from rankfold.certify import Change, paired_change
 from rankfold.collected import Collected
 from rankfold.conv_forms import conv_factors
@@ -87,7 +87,7 @@ class Stage:
         spectra: By layer.
         ranked: The choices of each layer by its rank in the settings' form.
         curves: All choices of each layer, in the unit of ``settings.cost``.
-        block_orders: How the layers that have block forms are cut.
+        cuts: How the layers that have block forms are cut.
         block_curves: The choices in these forms.
         earlier: The rounds before this one.
         start: The plan that made ``collected.base``, None in the first round.
@@ -102,7 +102,7 @@ class Stage:
     spectra: dict[str, Spectrum] = field(default_factory=dict)
     ranked: dict[str, Curve] = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
-    block_orders: dict[str, Tensor] = field(default_factory=dict)
+    cuts: dict[str, Cut] = field(default_factory=dict)
     block_curves: dict[str, Curve] = field(default_factory=dict)
     earlier: list[Round] = field(default_factory=list)
     start: RankPlan | None = None
@@ -163,7 +163,7 @@ class Stage:
             )
             cut = block_form(layer) if _has_forms(settings, settings.block_forms) else None
             if cut is not None and statistics is not None:
-                self.block_curves[name], self.block_orders[name] = block_curve(
+                self.block_curves[name], self.cuts[name] = block_curve(
                     weight, statistics, cut, settings.dampings, block_orders.get(name), price
                 )
             if release and name not in self.block_curves and not _has_conv_forms(layer, settings):
@@ -314,9 +314,8 @@ class Stage:
             known = self._block_factors[name] = block_factors(
                 self._moved(name),
                 *damped_grams(self.collected.statistics[name], self.settings.dampings),
-                cast("BlockForm", choice.form),
+                self.cuts[name],
                 choice.ranks,
-                self.block_orders[name],
             )
         return known
 
@@ -516,7 +515,7 @@ class Stage:
             self.settings,
             progress=self.progress,
             release=True,
-            block_orders=self.block_orders,
+            block_orders={name: cut.order for name, cut in self.cuts.items()},
         )
         past = Round(
             candidate.ratio,
