@@ -621,6 +621,17 @@ def test_calibration_loss_is_the_mean_loss_and_counts_logits() -> None:
     assert calibration_loss(model, custom, part)[1] is None
 
 
+def test_calibration_loss_is_of_all_classes_where_examples_are_listed_by_class() -> None:
+    values = torch.randn(3000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    examples = [(value, place * 3 // 3000) for place, value in enumerate(values)]
+    part = as_part("calibration", examples)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 3))
+    nn.init.zeros_(model[1].weight)
+    model[1].bias.data = torch.tensor([9.0, 0.0, 0.0])  # knows the first class only
+    found, _ = calibration_loss(model, Classification(), part)
+    assert found == pytest.approx(6, rel=0.01)
+
+
 def test_calibration_loss_refuses_nan() -> None:
     model = mlp()
     nn.init.constant_(model.last.bias, math.nan)

@@ -121,6 +121,12 @@ def test_limit_draws_by_seed() -> None:
     assert len(select_part(data, "calibration", 10, 0).examples) == 10
 
 
+def test_spread_examples_come_from_all_over_the_part() -> None:
+    part = as_part("calibration", [torch.tensor([place]) for place in range(10)])
+    for count, expected in ((1, [0]), (4, [0, 2, 5, 7]), (10, [*range(10)])):
+        assert [int(example) for example in part.spread(count).examples] == expected
+
+
 def test_batches_hold_one_shape_each() -> None:
     examples = [torch.zeros(length, dtype=torch.long) for length in (4, 4, 4, 6, 6, 4)]
     part = as_part("calibration", [e + i for i, e in enumerate(examples)])

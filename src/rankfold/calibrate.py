@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rankfold.backward import each_gradient
-from rankfold.data import Batch, Part
+from rankfold.data import Batch, Part, default_batch_size
 from rankfold.dominant_rows import dominant_rows
 from rankfold.embedding_statistics import EmbeddingRecorder
 from rankfold.errors import InputError
@@ -168,14 +168,15 @@ SQUARED = 0  # in place of the number of logits, where the loss is a squared err
 
 
 def calibration_loss(model: nn.Module, task: Task, part: Part) -> tuple[float, int | None]:
-    """Mean loss of the first calibration batches, and the number of logits.
+    """Mean loss of two batches from all over the calibration examples, and the number of logits.
 
     The number is ``SQUARED`` for a squared error and None for a user's loss.
 
     Raises:
         InputError: The loss is not finite.
     """
-    few = part.batches()[:2]
+    count = 2 * default_batch_size(part.examples[0])
+    few = part.spread(min(count, len(part.examples))).batches()
     losses = terms = 0.0
     classes = None
     with evaluation_mode(model):
@@ -187,8 +188,9 @@ def calibration_loss(model: nn.Module, task: Task, part: Part) -> tuple[float, i
             classes = classes if result.squared is None else SQUARED
     if not math.isfinite(losses) or terms == 0:
         raise InputError(
-            f"the mean loss of the first calibration examples is {losses}/{terms:.0f}; expected a "
-            "finite loss of at least one term. Check the model's weights and the data."
+            f"the mean loss of {len(few)} batches of calibration examples is "
+            f"{losses}/{terms:.0f}; expected a finite loss of at least one term. Check the model's "
+            "weights and the data."
         )
     return losses / terms, classes
 

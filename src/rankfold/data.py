@@ -108,6 +108,10 @@ class Part:
             None if self.groups is None else [self.groups[i] for i in indices],
         )
 
+    def spread(self, count: int) -> Part:
+        """So many examples from all over the part: they are often listed by class, or document."""
+        return self.take([place * len(self.examples) // count for place in range(count)])
+
     def batches(self, size: int | None = None) -> list[list[Example]]:
         """Consecutive examples of the same shape in lists of ``size`` (default: by their size)."""
         batches: list[list[Example]] = []

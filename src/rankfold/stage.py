@@ -467,8 +467,7 @@ class Stage:
         most = SHARE_EXAMPLES.get(self.collected.task.name, OTHER_SHARE_EXAMPLES)
         few = max(1, min(most, round(SHARE_OF_CALIBRATION * len(calibration.examples))))
         part = selection if len(selection.examples) >= few else calibration
-        # From all over it: examples are often listed by class, or by document.
-        return part.take([place * len(part.examples) // few for place in range(few)])
+        return part.spread(few)
 
     def next_round(self: StageT, budget: float, rounds_left: int) -> StageT:
         """Factorize a part of the way, and collect statistics again on what came out.
