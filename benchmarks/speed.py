@@ -130,7 +130,15 @@ def measure_speed(
         device: Where the models are made and run.
         dtype: What the finished models are cast to before they are timed, by torch's name.
         calibration: Number of calibration examples, in place of the model's own.
+
+    Raises:
+        InputError: There are fewer calibration examples than the largest batch has.
     """
+    if calibration is not None and calibration < BATCHES[-1]:
+        raise InputError(
+            f"--calibration {calibration} is too few: batches of {BATCHES[-1]} are timed. Give at "
+            f"least {BATCHES[-1]}."
+        )
     file = sibling(results, "speed")
     done = {row.key for row in read_rows(file, SpeedRow)}
     wanted = [

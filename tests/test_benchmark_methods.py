@@ -49,10 +49,11 @@ from benchmarks.methods.svd_llm import (
 )
 from benchmarks.methods.zero_sum import projection, score_changes, zero_sum_ranks
 from benchmarks.rows import read_rows
-from benchmarks.speed import SpeedRow, forward_bytes, interleaved
+from benchmarks.speed import SpeedRow, forward_bytes, interleaved, measure_speed
 from rankfold.allocate import Curve, best_within_cost, total_cost, uniform_within_cost
 from rankfold.collected import collect
 from rankfold.data import Data
+from rankfold.errors import InputError
 from rankfold.factorize import truncate
 from rankfold.progress import SilentProgress
 from rankfold.report import model_sizes
@@ -538,6 +539,11 @@ def test_what_was_not_measured_is_no_row_of_the_forward_table() -> None:
     assert "SVD-LLM" not in forward_table([row])
     measured = replace(row, memory=0.7, weights=0.5)
     assert "| net | 0.5 | SVD-LLM | 0.50 | 0.70 |" in forward_table([measured])
+
+
+def test_speed_is_not_measured_of_batches_that_there_are_no_examples_for(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--calibration 16 is too few: batches of 32"):
+        measure_speed(tmp_path / "field.jsonl", "smollm2", 0, ["svd"], [0.8], calibration=16)
 
 
 def test_models_are_timed_in_turn() -> None:
