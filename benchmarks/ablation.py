@@ -33,13 +33,20 @@ from benchmarks.documents import write_tables
 from benchmarks.rows import read_rows
 
 RESULTS = Path(__file__).parent / "out" / "ablation.jsonl"
-# Rows of SmolLM2 by the code of before; what changed since stands in docs/ablation.md.
-EARLIER = RESULTS.with_name("ablation_earlier.jsonl")
+# Rows of SmolLM2 by other code than the main table's, earlier and later; what differs stands in
+# docs/ablation.md.
+EARLIER, SHRINKAGE = (RESULTS.with_name(f"ablation_{n}.jsonl") for n in ("earlier", "shrinkage"))
 
 
 def size_or_compact(text: str) -> float | None:
     """A size, or None for ``compact``."""
     return None if text == "compact" else float(text)
+
+
+def rows_apart(file: Path) -> list[Row]:
+    """Rows of a file whose tables stand apart, under the model's name and the file's."""
+    suffix = file.stem.removeprefix(RESULTS.stem)
+    return [replace(row, model=f"{row.model}{suffix}") for row in read_rows(file, Row)]
 
 
 def main() -> None:
@@ -56,14 +63,14 @@ def main() -> None:
             for seed in options.seeds:
                 runner.run(name, seed, options.variants, options.sizes)
     rows = read_rows(options.results, Row)
-    earlier = [replace(row, model=f"{row.model}_earlier") for row in read_rows(EARLIER, Row)]
     if options.command == "plot":
-        drawn = [*draw([*rows, *earlier], figures.FOLDER), draw_predictions(rows, figures.FOLDER)]
+        drawn = draw([*rows, *rows_apart(EARLIER)], figures.FOLDER)
+        drawn.append(draw_predictions(rows, figures.FOLDER))
         own_text = draw_own_text(rows, figures.FOLDER)
         for file in drawn if own_text is None else [*drawn, own_text]:
             print(file)
     elif options.command == "table":
-        write_tables(DOCUMENT, tables([*rows, *earlier]))
+        write_tables(DOCUMENT, tables([*rows, *rows_apart(EARLIER), *rows_apart(SHRINKAGE)]))
         print(DOCUMENT)
     else:
         found = tables(rows)
