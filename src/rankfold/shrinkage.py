@@ -65,7 +65,7 @@ def decomposed(gram: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         f(eigenvalues)`` is ``tr(f(gram) other)``.
     """
     eigenvalues, vectors = torch.linalg.eigh(gram)
-    energies = ((other @ vectors) * vectors).sum(0)
+    energies = ((other @ vectors) * vectors).sum(0).clamp(min=0)  # below 0 only by rounding
     return eigenvalues, torch.ones_like(eigenvalues), energies
 
 
