@@ -12,7 +12,6 @@ from rankfold.linalg import (
     inverse_factor,
     mirrored,
     pivot_rows,
-    solved,
     symmetric_roots,
     thin_svd,
 )
@@ -110,20 +109,6 @@ def test_inverse_factor_whitens_also_singular_grams(seed, side, rank):
     null = side - min(rank, side)
     expected = torch.cat([torch.zeros(null), torch.ones(side - null)]).double()
     close(whitened, expected, rtol=0, atol=1e-6)
-
-
-@property_test
-@given(SEEDS, SIDES, SIDES)
-@example(seed=12212083, side=8, rank=7)
-def test_solved_is_the_pseudo_inverse_times_the_matrix(seed, side, rank):
-    g, matrix = gram(seed, side, rank), normal(seed + 1, side, 3)
-    close(
-        solved(g, matrix),
-        torch.linalg.pinv(g, rtol=1e-10, hermitian=True) @ matrix,
-        rtol=1e-6,
-        atol=1e-6,
-    )
-    assert not solved(torch.zeros_like(g), matrix).any()
 
 
 def test_inverse_factor_of_a_gram_with_a_dead_channel():

@@ -10,7 +10,7 @@ of the second half given, the loss is lowest where the first is the truncation o
 ``W_1 - B_11^-1 B_12 E_2`` in place of W_1, and they take turns. What that takes off the predicted
 change is nearly the same share at any ranks, so that of one pair stands for all.
 
-What doesn't depend on the ranks is kept for each layer (``Cut``): plans are made many times.
+The turns start from the truncation of the second half alone, whose directions are kept (``Cut``).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from rankfold.block_modules import (
 from rankfold.factorize import pivoted, take_flags
 from rankfold.knapsack import hull
 from rankfold.layer_matrix import MatrixLayer, matrix_shape
-from rankfold.linalg import damped, descending_eigh, inverse_factor, solved
+from rankfold.linalg import damped, descending_eigh, inverse_factor
 from rankfold.spectrum import Spectrum, whitened_spectrum
 
 # How often a half is truncated, both together, after the second one alone. On SmolLM2 three come
@@ -245,9 +245,10 @@ def block_factors(
     targets = [whole[rows] for rows in parts]
     grams = [b[rows][:, rows] for rows in parts]
     between = b[parts[0]][:, parts[1]]
-    answers = [  # B_11^-1 B_12 and B_22^-1 B_21
-        solved(damped(gram, ridge), rest)
-        for gram, rest in zip(grams, (between, between.T), strict=True)
+    whitening = [inverse_factor(damped(gram, ridge)) for gram in grams]
+    answers = [
+        q_half @ (q_half.T @ rest)  # B_11^-1 B_12 and B_22^-1 B_21
+        for q_half, rest in zip(whitening, (between, between.T), strict=True)
     ]
     kept = cut.directions[: ranks[1]].to(w)
     errors = {1: (targets[1] @ kept.T) @ kept - targets[1]}

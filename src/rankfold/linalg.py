@@ -176,23 +176,6 @@ def inverse_factor(gram: Tensor) -> Tensor:
     return symmetric_roots(gram)[1]
 
 
-def solved(gram: Tensor, matrix: Tensor) -> Tensor:
-    """``gram^-1 @ matrix``, or with the pseudo-inverse where the Gram is numerically singular.
-
-    Args:
-        gram: ``(n, n)`` float64, symmetric positive semi-definite.
-        matrix: ``(n, m)`` float64.
-    """
-    factor, info = torch.linalg.cholesky_ex(gram)
-    pivots = factor.diagonal().square()
-    # Below that a pivot may be rounding of 0.
-    if int(info) == 0 and float(pivots.min()) > len(gram) * RELATIVE_CUTOFF * float(pivots.max()):
-        answer: Tensor = torch.cholesky_solve(matrix, factor)
-        return answer
-    root = symmetric_roots(gram)[1]
-    return root @ (root @ matrix)
-
-
 def descending_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, clamped at 0, and eigenvectors of a Gram, the largest first.
 
