@@ -168,15 +168,14 @@ SQUARED = 0  # in place of the number of logits, where the loss is a squared err
 
 
 def calibration_loss(model: nn.Module, task: Task, part: Part) -> tuple[float, int | None]:
-    """Mean loss of two batches from all over the calibration examples, and the number of logits.
+    """Mean loss of two batches' calibration examples, from all over, and the number of logits.
 
     The number is ``SQUARED`` for a squared error and None for a user's loss.
 
     Raises:
         InputError: The loss is not finite.
     """
-    count = 2 * default_batch_size(part.examples[0])
-    few = part.spread(min(count, len(part.examples))).batches()
+    few = part.spread(2 * default_batch_size(part.examples[0])).batches()
     losses = terms = 0.0
     classes = None
     with evaluation_mode(model):

@@ -109,7 +109,8 @@ class Part:
         )
 
     def spread(self, count: int) -> Part:
-        """So many examples from all over the part: they are often listed by class, or document."""
+        """So many examples, or all, from all over the part: not of one class or document."""
+        count = min(count, len(self.examples))
         return self.take([place * len(self.examples) // count for place in range(count)])
 
     def batches(self, size: int | None = None) -> list[list[Example]]:
