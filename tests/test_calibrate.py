@@ -385,7 +385,7 @@ def halves_apart(model: nn.Module, part: Part) -> list[dict[str, LayerStatistics
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
-def test_noise_is_what_the_first_half_lacks_by_the_second(batch_size: int) -> None:
+def test_grams_lack_what_the_second_half_shows_of_the_first(batch_size: int) -> None:
     model, part = trained_cnn().double(), image_part(30)
     found = collect(model, part, task=EXACT, batch_size=batch_size)
     first, second = halves_apart(model, part)
@@ -398,7 +398,7 @@ def test_noise_is_what_the_first_half_lacks_by_the_second(batch_size: int) -> No
     assert max(layer.lacking.input for layer in found.values()) > 0
 
 
-def test_layers_with_one_input_share_its_noise_until_they_part() -> None:
+def test_layers_with_one_input_share_what_it_lacks_until_they_part() -> None:
     model = seeded(0, Branches).double()
     same = double(pair_part(8, seed=1)).examples
     different = [(x + torch.eye(6)[0] * 100, y) for x, y in double(pair_part(4, seed=2)).examples]
@@ -412,7 +412,7 @@ def test_layers_with_one_input_share_its_noise_until_they_part() -> None:
     assert found["v"].lacking.input != found["q"].lacking.input
 
 
-def test_noise_is_that_of_the_users_own_examples() -> None:
+def test_grams_lack_what_the_users_own_examples_lack() -> None:
     model, part = seeded(0, Branches).double(), double(pair_part(12))
     prior = as_part("own text", double(pair_part(30, seed=7)).examples)
     alone = collect(model, part, task=EXACT)
@@ -426,7 +426,7 @@ def test_one_example_has_no_halves_to_compare(count: int) -> None:
     assert all((layer.lacking == UNDAMPED) == (count == 1) for layer in found.values())
 
 
-def test_without_curvature_only_inputs_have_noise() -> None:
+def test_without_curvature_only_inputs_lack_anything() -> None:
     found = collect(mlp().double(), double(pair_part(8)), curvature=None)
     assert all(layer.lacking.output == 0 for layer in found.values())
     assert any(layer.lacking.input > 0 for layer in found.values())
