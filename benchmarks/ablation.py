@@ -33,7 +33,7 @@ from benchmarks.documents import write_tables
 from benchmarks.rows import read_rows
 
 RESULTS = Path(__file__).parent / "out" / "ablation.jsonl"
-# Rows of SmolLM2 by other code than the main table's, earlier and later; what differs stands in
+# Rows by other code than those of the main tables, earlier and later; what differs stands in
 # docs/ablation.md.
 EARLIER, SHRINKAGE = (RESULTS.with_name(f"ablation_{n}.jsonl") for n in ("earlier", "shrinkage"))
 
