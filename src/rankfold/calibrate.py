@@ -165,17 +165,18 @@ def trace(model: nn.Module, task: Task, part: Part) -> Trace:
 
 
 SQUARED = 0  # in place of the number of logits, where the loss is a squared error
+FEWEST = 8  # examples that say whether a model has memorised its data
 
 
 def calibration_loss(model: nn.Module, task: Task, part: Part) -> tuple[float, int | None]:
-    """Mean loss of two batches' calibration examples, from all over, and the number of logits.
+    """Mean loss of a few calibration examples, from all over, and the number of logits.
 
     The number is ``SQUARED`` for a squared error and None for a user's loss.
 
     Raises:
         InputError: The loss is not finite.
     """
-    few = part.spread(2 * default_batch_size(part.examples[0])).batches()
+    few = part.spread(max(FEWEST, 2 * default_batch_size(part.examples[0]))).batches()
     losses = terms = 0.0
     classes = None
     with evaluation_mode(model):

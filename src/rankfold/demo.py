@@ -74,7 +74,6 @@ def run_demo(out: Path, console: Console, progress: Progress) -> int:
         limit=CALIBRATION,
         selection_limit=SELECTION,
         held_out_limit=HELD_OUT,
-        batch_size=1,
     )
     results = dict(zip(names, (prepared.compact(), prepared.lossless(SIZE)), strict=True))
     models = {"original": model, **{name: result.model for name, result in results.items()}}
