@@ -23,6 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rankfold.losses import logits_of
+
 PerChannel: TypeAlias = tuple[float, float, float]
 CLASSES = 10
 TRAINING_FILES = 5
@@ -285,7 +287,7 @@ def accuracy_and_loss(
     net: nn.Module, images: Tensor, labels: Tensor, batch: int = 250
 ) -> tuple[float, float]:
     """The share of images classified correctly, and the mean cross-entropy in nats."""
-    logits = torch.cat([net(part) for part in images.split(batch)])
+    logits = torch.cat([logits_of(net(part)) for part in images.split(batch)])
     right = (logits.argmax(1) == labels).double().mean().item()
     return right, F.cross_entropy(logits.double(), labels).item()
 

@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 
 from benchmarks import package_folder, shared_data
 from benchmarks.cifar_nets import cifar10_test, cifar10_train, load_cifar_net
+from benchmarks.cifar_training import kept_images, load_trained
 from rankfold.data import Data, Part, as_part
 
 # Builds a model and its data from a seed and the number of calibration examples.
@@ -25,6 +26,7 @@ SELECTION_IMAGES = 300
 SENTENCE_TOKENS = 24  # longer sentences are cut
 SENTENCES = (200, 300)  # selection, held-out
 PHOTOGRAPHS = (60, 120)  # selection, held-out
+KEPT_IMAGES = (1000, 4000)  # selection, held-out
 OTHER_TEXT_WINDOWS = 16
 
 
@@ -71,6 +73,13 @@ def resnet(name: str, seed: int, calibration: int) -> tuple[nn.Module, Data]:
         held_out=cast("Any", TensorDataset(images[test], labels[test])),
     )
     return model, data
+
+
+def trained_here(name: str, seed: int, calibration: int) -> tuple[nn.Module, Data]:
+    """A net of ``benchmarks.cifar_training`` on training images that were kept from it."""
+    images, labels = kept_images()
+    examples = list(zip(images, labels, strict=True))
+    return load_trained(name)[0], _drawn(examples, seed, calibration, *KEPT_IMAGES)
 
 
 def minilm(seed: int, calibration: int) -> tuple[nn.Module, Data]:
@@ -164,6 +173,10 @@ def _cifar(name: str) -> tuple[Build, int]:
     return partial(resnet, name), 2000
 
 
+def _ours(name: str) -> tuple[Build, int]:
+    return partial(trained_here, name), 2000
+
+
 # By name: how a model is built, the calibration examples that it gets, its task if not recognised.
 FIELD_MODELS: dict[str, tuple[Build, int]] = {
     "smollm2": (smollm2, 64),
@@ -176,6 +189,8 @@ FIELD_MODELS: dict[str, tuple[Build, int]] = {
     "shufflenetv2": _cifar("chenyaofo_shufflenetv2_x0_5"),
     "minilm": (minilm, 512),
     "efficientnet_lite0": (efficientnet_lite0, 120),
+    "resnext": _ours("resnext"),
+    "vit": _ours("vit"),
 }
 # Where neither labels nor the model say what the loss is.
 TASKS: dict[str, Any] = {"efficientnet_lite0": "teacher"}

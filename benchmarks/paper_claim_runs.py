@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from benchmarks.cifar_nets import cifar10_test
-from benchmarks.resnext import kept_images, load_resnext, normalised, training_images
+from benchmarks.cifar_training import kept_images, load_trained, normalised, training_images
 from benchmarks.rows import Recorder
 from rankfold.allocate import RankPlan
 from rankfold.certify import Change, weighted_mean
@@ -131,7 +131,7 @@ def split_kept(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def load_data(setting: str, seed: int) -> tuple[nn.Module, Data]:
     """The net; held out are first the kept test images, then the 1,000 test images."""
-    net, mean_, std = load_resnext()
+    net, mean_, std = load_trained("resnext")
     images, labels = kept_images()
     calibration, selection, test = split_kept(len(images), seed)
     calibration_set = TensorDataset(images[calibration], labels[calibration])

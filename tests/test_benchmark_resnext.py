@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.cifar_training import NETS, augmented_batches, normalised, rate_at
 from benchmarks.paper_claim_report import draw, tables
 from benchmarks.paper_claim_runs import (
     CALIBRATION,
@@ -18,8 +19,8 @@ from benchmarks.paper_claim_runs import (
     compare,
     split_kept,
 )
-from benchmarks.resnext import Recipe, Stage, augmented_batches, normalised, rate_at, resnext
 from benchmarks.resnext import ResNeXt as ResNeXtNet
+from benchmarks.resnext import Stage, resnext
 from rankfold.tasks import Evaluation
 
 
@@ -44,7 +45,7 @@ def test_pointwise_convolutions_hold_the_parameters() -> None:
 
 
 def test_rate_rises_then_falls_to_zero_in_each_cycle() -> None:
-    recipe = Recipe(seed=0, cycles=(10, 5))
+    recipe = NETS["resnext"].recipe._replace(cycles=(10, 5))
     first = [rate_at(recipe, step / 10) for step in range(100)]
     second = [rate_at(recipe, 10 + step / 10) for step in range(51)]
     for rates in (first, second):
