@@ -132,3 +132,19 @@ def test_batches_hold_one_shape_each() -> None:
     part = as_part("calibration", [e + i for i, e in enumerate(examples)])
     assert [len(batch) for batch in part.batches(2)] == [2, 1, 2, 1]
     assert [len(batch) for batch in part.batches()] == [3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("example", "size"),
+    [
+        (torch.zeros(512, dtype=torch.int64), 1),
+        (torch.zeros(2048, dtype=torch.int64), 1),
+        (torch.zeros(24, dtype=torch.int64), 21),
+        ({"input_ids": torch.zeros(128, dtype=torch.int64)}, 4),
+        (torch.zeros(3, 224, 224), 6),
+        (torch.zeros(3, 32, 32), 256),
+    ],
+)
+def test_batches_hold_512_tokens_or_a_million_values(example: object, size: int) -> None:
+    part = as_part("calibration", [example] * 300)
+    assert max(map(len, part.batches())) == size
