@@ -17,7 +17,7 @@ from rankfold.allocate import RankPlan
 from rankfold.certify import paired_change
 from rankfold.interactions import LARGEST_CORRECTION, corrections, measured_shares
 from rankfold.search import CORRECTIONS, MOST_CORRECTIONS, of_size
-from rankfold.stage import Candidate, Stage, lowest
+from rankfold.stage import Candidate, Stage, last_prediction, lowest
 from rankfold.tasks import Classification, Task, UserLoss
 from tests.small_models import mlp, same_state, state
 from tests.test_compress import image_data, ranks, trained_cnn
@@ -140,6 +140,46 @@ def test_a_corrected_plan_is_predicted_at_what_its_model_measured() -> None:
     harm = measured.change.mean - prepared.gain
     assert harm > 0
     assert sum(c.change for c in again.values()) == pytest.approx(harm, rel=1e-6)
+
+
+def test_a_first_plan_that_is_kept_is_predicted_by_what_was_measured_since() -> None:
+    prepared = rankfold.prepare(trained_cnn(), image_data(200))
+    budget = 0.5 * prepared.factorizable
+    first = prepared.measure(prepared.plan(budget))
+    once = prepared.corrected(first)
+    second = once.measure(once.plan(budget))
+    # The correction by a plan brings it to its measured change; one by another plan, to its curves.
+    assert last_prediction(first, [first]) == pytest.approx(first.predicted)
+    assert last_prediction(first, [first, second]) == pytest.approx(first.change.mean, rel=1e-6)
+    assert last_prediction(second, [first, second]) == pytest.approx(second.predicted)
+    twice = once.corrected(second)
+    third = twice.measure(twice.plan(budget))
+    again = {
+        name: next(c for c in twice.curves[name].choices() if c.ranks == choice.ranks)
+        for name, choice in first.plan.items()
+    }
+    expected = twice.gain + sum(c.change for c in again.values())
+    assert last_prediction(first, [first, second, third]) == pytest.approx(expected)
+
+
+def test_a_plan_of_another_round_keeps_its_prediction() -> None:
+    prepared = rankfold.prepare(trained_cnn(), image_data(200))
+    first = prepared.measure(prepared.plan(0.5 * prepared.factorizable))
+    corrected = prepared.corrected(first)
+    other = replace(corrected, collected=replace(corrected.collected))
+    later = other.measure(other.plan(0.5 * prepared.factorizable))
+    assert last_prediction(first, [first, later]) == pytest.approx(first.predicted)
+
+
+def test_a_result_reports_the_last_prediction() -> None:
+    result = rankfold.lossless(trained_cnn(), image_data(200), size=0.5, size_of="factorizable")
+    tried = result.report["selection"]
+    chosen = min(tried, key=lambda entry: entry["change"])
+    predicted = result.report["loss"]["predicted_change"]
+    if chosen is tried[-1]:
+        assert predicted == pytest.approx(chosen["predicted_change"])
+    else:
+        assert predicted != chosen["predicted_change"]
 
 
 def test_corrections_add_up() -> None:

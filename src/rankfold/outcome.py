@@ -28,7 +28,7 @@ from rankfold.report import (
     step_report,
 )
 from rankfold.result import Result
-from rankfold.stage import Candidate, Stage
+from rankfold.stage import Candidate, Stage, last_prediction
 from rankfold.tasks import Evaluation, Metric, evaluate, joined, metric_values
 
 LOOKS = 16  # times that the betting test looks whether it may stop
@@ -263,7 +263,9 @@ def _report(
         "original": before,
         "factorized": after,
         "ratio": after["parameters"] / before["parameters"],
-        "loss": loss_report(original, factorized, control, certificate, chosen.predicted),
+        "loss": loss_report(
+            original, factorized, control, certificate, last_prediction(chosen, tried)
+        ),
         "accuracy": {"original": original.accuracy, "factorized": factorized.accuracy},
         "certificate": certificate.as_dict(),
         "allocation": _allocation_report(stage, chosen.plan),

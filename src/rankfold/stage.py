@@ -92,6 +92,8 @@ class Stage:
         earlier: The rounds before this one.
         start: The plan that made ``collected.base``, None in the first round.
         factors: By layer, what measured interactions made of its predictions; None before that.
+        scales: By layer, what its curves were multiplied by since they were made: the factors, and
+            what brought all of them to the measured change.
     """
 
     collected: Collected
@@ -107,6 +109,7 @@ class Stage:
     earlier: list[Round] = field(default_factory=list)
     start: RankPlan | None = None
     factors: dict[str, float] | None = None
+    scales: dict[str, float] = field(default_factory=dict)
     # A list, so that copies with other curves or another form share what was evaluated once.
     _control: list[Evaluation] = field(default_factory=list)
     # By layer, the last block factors that were asked for: a plan is measured, then corrected on or
@@ -386,6 +389,20 @@ class Stage:
         """Predicted change of the loss: the step's measured gain and the truncation's cost."""
         return self.gain + total_change(plan) if self.objective.predicts_loss else None
 
+    def foresees(self, candidate: Candidate) -> float | None:
+        """Predicted change of a candidate of the same round, by the curves of this stage.
+
+        Those that made its plan may have been corrected since, by what it or another plan showed.
+        """
+        if candidate.predicted is None:
+            return None
+        made_with = candidate.stage.scales
+        costs = [
+            choice.change * self.scales.get(name, 1.0) / made_with.get(name, 1.0)
+            for name, choice in candidate.plan.items()
+        ]
+        return self.gain + math.fsum(costs)
+
     def kept(self, plan: RankPlan) -> float:
         """Share kept of the whole model, in the unit of the cost."""
         return (self.total - self.factorizable + total_cost(plan)) / self.total
@@ -443,10 +460,11 @@ class Stage:
         harm = measured.change.mean - self.gain
         level = harm / foreseen if harm > 0 and foreseen > 0 else 1.0
         level = min(LARGEST_CORRECTION, max(1 / LARGEST_CORRECTION, level))
+        scales = {name: level * factor for name, factor in factors.items()}
 
         def rescaled(curves: Mapping[str, Curve]) -> dict[str, Curve]:
             return {
-                name: replace(curve, changes=curve.changes * (level * factors[name]))
+                name: replace(curve, changes=curve.changes * scales[name])
                 for name, curve in curves.items()
             }
 
@@ -455,6 +473,7 @@ class Stage:
             ranked=rescaled(self.ranked),
             curves=rescaled(self.curves),
             factors={name: known[name] * factor for name, factor in factors.items()},
+            scales={name: self.scales.get(name, 1.0) * scale for name, scale in scales.items()},
         )
 
     def _share_examples(self) -> Part:
@@ -601,6 +620,16 @@ class Candidate:
         harm = self.change.mean - self.stage.gain
         foreseen = self.predicted - self.stage.gain
         return harm <= TRUSTED * foreseen + 2 * self.change.standard_error
+
+
+def last_prediction(chosen: Candidate, tried: Sequence[Candidate]) -> float | None:
+    """Predicted change of the chosen plan, by what was last measured in its round.
+
+    The first plan may be the best on selection data, and be predicted before anything was measured.
+    """
+    collected = chosen.stage.collected
+    stages = [chosen.stage, *(c.stage for c in tried if c.stage.collected is collected)]
+    return stages[-1].foresees(chosen)
 
 
 @dataclass(frozen=True)
