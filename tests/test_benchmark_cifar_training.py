@@ -1,4 +1,4 @@
-"""The ResNeXt of the benchmarks, and the splits that the claim is examined on."""
+"""The nets that the benchmarks train, and the splits that the claim is examined on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.cifar_training import NETS, augmented_batches, normalised, rate_at
+from benchmarks.cifar_training import (
+    MODELS,
+    NETS,
+    augmented_batches,
+    load_trained,
+    normalised,
+    rate_at,
+    start_training,
+)
 from benchmarks.paper_claim_report import draw, tables
 from benchmarks.paper_claim_runs import (
     CALIBRATION,
@@ -21,6 +29,7 @@ from benchmarks.paper_claim_runs import (
 )
 from benchmarks.resnext import ResNeXt as ResNeXtNet
 from benchmarks.resnext import Stage, resnext
+from rankfold.losses import logits_of
 from rankfold.tasks import Evaluation
 
 
@@ -42,6 +51,32 @@ def test_pointwise_convolutions_hold_the_parameters() -> None:
     )
     assert pointwise / total > 0.85
     assert 2 * total < 8e6  # bytes, as float16
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_trained_nets_are_kept_in_few_bytes(name: str) -> None:
+    net, _, _ = load_trained(name)
+    assert not net.training
+    with torch.no_grad():
+        logits = logits_of(net(torch.zeros(2, 3, 32, 32)))
+    assert logits.shape == (2, 10)
+    assert logits.isfinite().all()
+    assert (MODELS / f"{name}_seed0.log").exists()
+    assert sum(file.stat().st_size for file in MODELS.iterdir()) < 8e6
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_training_starts_as_the_recipe_says(name: str) -> None:
+    recipe = NETS[name].recipe._replace(peak_rate=0.5, weight_decay=0.25)
+    net, optimizer = start_training(NETS[name], recipe)
+    again, _ = start_training(NETS[name], recipe)
+    for one, other in zip(net.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)  # the seed decides
+    assert type(optimizer).__name__.lower() == recipe.optimizer
+    decayed, others = optimizer.param_groups
+    assert decayed["weight_decay"] == 0.25 and others["weight_decay"] == 0
+    assert all(p.dim() > 1 for p in decayed["params"])
+    assert all(p.dim() <= 1 for p in others["params"])
 
 
 def test_rate_rises_then_falls_to_zero_in_each_cycle() -> None:
