@@ -92,8 +92,7 @@ class Stage:
         earlier: The rounds before this one.
         start: The plan that made ``collected.base``, None in the first round.
         factors: By layer, what measured interactions made of its predictions; None before that.
-        scales: By layer, what its curves were multiplied by since they were made: the factors, and
-            what brought all of them to the measured change.
+        level: What brought the predictions of all layers, beside the factors, to measured changes.
     """
 
     collected: Collected
@@ -109,7 +108,7 @@ class Stage:
     earlier: list[Round] = field(default_factory=list)
     start: RankPlan | None = None
     factors: dict[str, float] | None = None
-    scales: dict[str, float] = field(default_factory=dict)
+    level: float = 1.0
     # A list, so that copies with other curves or another form share what was evaluated once.
     _control: list[Evaluation] = field(default_factory=list)
     # By layer, the last block factors that were asked for: a plan is measured, then corrected on or
@@ -396,12 +395,15 @@ class Stage:
         """
         if candidate.predicted is None:
             return None
-        made_with = candidate.stage.scales
         costs = [
-            choice.change * self.scales.get(name, 1.0) / made_with.get(name, 1.0)
+            choice.change * self._scale(name) / candidate.stage._scale(name)
             for name, choice in candidate.plan.items()
         ]
         return self.gain + math.fsum(costs)
+
+    def _scale(self, name: str) -> float:
+        """What a layer's curves were multiplied by since they were made."""
+        return self.level * (self.factors[name] if self.factors else 1.0)
 
     def kept(self, plan: RankPlan) -> float:
         """Share kept of the whole model, in the unit of the cost."""
@@ -460,11 +462,10 @@ class Stage:
         harm = measured.change.mean - self.gain
         level = harm / foreseen if harm > 0 and foreseen > 0 else 1.0
         level = min(LARGEST_CORRECTION, max(1 / LARGEST_CORRECTION, level))
-        scales = {name: level * factor for name, factor in factors.items()}
 
         def rescaled(curves: Mapping[str, Curve]) -> dict[str, Curve]:
             return {
-                name: replace(curve, changes=curve.changes * scales[name])
+                name: replace(curve, changes=curve.changes * (level * factors[name]))
                 for name, curve in curves.items()
             }
 
@@ -473,7 +474,7 @@ class Stage:
             ranked=rescaled(self.ranked),
             curves=rescaled(self.curves),
             factors={name: known[name] * factor for name, factor in factors.items()},
-            scales={name: self.scales.get(name, 1.0) * scale for name, scale in scales.items()},
+            level=self.level * level,
         )
 
     def _share_examples(self) -> Part:
