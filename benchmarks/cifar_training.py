@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from benchmarks import shared_data
 from benchmarks.cifar_nets import PerChannel, accuracy_and_loss, cifar10_test
-from benchmarks.resnext import resnext, start_as_shortcuts
+from benchmarks.resnext import resnext
 from benchmarks.vit import vit
 from rankfold.losses import logits_of
 
@@ -54,20 +54,15 @@ class Recipe(NamedTuple):
 
 
 class Net(NamedTuple):
-    """A net that is trained here: how it is built, how its weights start, and its recipe."""
+    """A net that is trained here: how it is built, untrained, and its recipe."""
 
     build: Callable[[], nn.Module]
-    start: Callable[[nn.Module], None]
     recipe: Recipe
 
 
-def as_built(net: nn.Module) -> None:
-    """Leave the weights as they were drawn."""
-
-
 NETS = {
-    "resnext": Net(resnext, start_as_shortcuts, Recipe(0, (18, 12), 0.1, 5e-4, optimizer="sgd")),
-    "vit": Net(vit, as_built, Recipe(0, (20,), 1e-3, 0.05, optimizer="adamw")),
+    "resnext": Net(resnext, Recipe(0, (18, 12), 0.1, 5e-4, optimizer="sgd")),
+    "vit": Net(vit, Recipe(0, (20,), 1e-3, 0.05, optimizer="adamw")),
 }
 
 
@@ -157,7 +152,6 @@ def start_training(net: Net, recipe: Recipe) -> tuple[nn.Module, torch.optim.Opt
     """An untrained net and its optimizer; norms and biases are not decayed."""
     torch.manual_seed(recipe.seed)
     started = net.build().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    net.start(started)
     matrices = [p for p in started.parameters() if p.dim() > 1]
     vectors = [p for p in started.parameters() if p.dim() <= 1]
     groups = [
@@ -175,8 +169,8 @@ def train(name: str, recipe: Recipe) -> None:
     """Train, a line an epoch in the log, and write weights and log to ``models``.
 
     It goes on from the last finished epoch if it was interrupted, also when the recipe has since
-    been given one more cycle. The order of the images and
-    their crops depend on the seed and the epoch alone.
+    been given one more cycle. The order of the images and their crops depend on the seed and the
+    epoch alone.
     """
     checkpoint = CHECKPOINTS / f"{name}_seed{recipe.seed}.pt"
     net, optimizer = start_training(NETS[name], recipe)
@@ -257,18 +251,12 @@ def _epoch(
     return loss_sum / steps, right / (steps * recipe.batch)
 
 
-@torch.no_grad()
 def evaluate(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
     """The share of images classified correctly, and the mean loss, in bfloat16 arithmetic."""
     net.eval()
+    images = images.contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
-        parts = [
-            logits_of(net(part.contiguous(memory_format=torch.channels_last)))
-            for part in images.split(250)
-        ]
-    logits = torch.cat(parts).double()
-    right = (logits.argmax(1) == labels).double().mean().item()
-    return right, F.cross_entropy(logits, labels).item()
+        return accuracy_and_loss(net, images, labels)
 
 
 def _write(

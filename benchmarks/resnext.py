@@ -81,12 +81,9 @@ class ResNeXt(nn.Module):
 
 
 def resnext() -> ResNeXt:
-    """The untrained net."""
-    return ResNeXt(STEM_CHANNELS, STAGES)
-
-
-def start_as_shortcuts(net: nn.Module) -> None:
-    """Let every block start as its shortcut."""
+    """The untrained net; every block starts as its shortcut."""
+    net = ResNeXt(STEM_CHANNELS, STAGES)
     for module in net.modules():
         if isinstance(module, ResNeXtBlock):
             nn.init.zeros_(module.bn3.weight)
+    return net

@@ -11,7 +11,8 @@ from typing import cast
 
 from torch import nn
 
-CLASSES = 10
+from benchmarks.cifar_nets import CLASSES
+
 WIDTH, BLOCKS, HEADS, HIDDEN, PATCH = 160, 6, 5, 480, 8
 
 
