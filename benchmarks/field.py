@@ -379,5 +379,13 @@ def flops_of_one(collected: Collected, model: nn.Module) -> int:
     counter = FlopCounterMode(display=False)
     with evaluation_mode(model), torch.no_grad(), counter:
         output_of(model, without_labels(batch))
-    total: int = counter.get_total_flops()
-    return total
+    return without_attention(counter)
+
+
+def without_attention(counter: FlopCounterMode) -> int:
+    """What was counted, but for scores and sums of attention: it has no weights.
+
+    PyTorch counts those of its kernels for a GPU and not of that for a CPU.
+    """
+    counts = counter.get_flop_counts()["Global"]
+    return sum(flops for operation, flops in counts.items() if "attention" not in str(operation))

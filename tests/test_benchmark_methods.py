@@ -10,10 +10,11 @@ import pytest
 import torch
 from scipy import optimize
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import field
 from benchmarks.documents import filled
-from benchmarks.field import Row, Runner, layer_shares
+from benchmarks.field import Row, Runner, layer_shares, without_attention
 from benchmarks.field_report import (
     certified_table,
     draw,
@@ -414,6 +415,14 @@ def test_shares_of_the_layers_add_up_to_the_plan(study: Study) -> None:
     kept = sum(share * study.weights[name].numel() for name, share in shares.items())
     assert kept == pytest.approx(total_cost(plan))
     assert set(layer_shares(study, study.collected.model).values()) == {1.0}
+
+
+def test_flops_of_attention_are_left_out() -> None:
+    q, weight = torch.empty(1, 2, 8, 4, device="meta"), torch.empty(4, 4, device="meta")
+    with FlopCounterMode(display=False) as counter:  # as a GPU has it
+        y = torch.ops.aten._scaled_dot_product_efficient_attention(q, q, q, None, False)[0]
+        y.reshape(-1, 4) @ weight
+    assert without_attention(counter) == 2 * 16 * 4 * 4 < counter.get_total_flops()
 
 
 def test_results_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
