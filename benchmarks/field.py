@@ -383,9 +383,9 @@ def flops_of_one(collected: Collected, model: nn.Module) -> int:
 
 
 def without_attention(counter: FlopCounterMode) -> int:
-    """What was counted, but for scores and sums of attention: it has no weights.
+    """What was counted, but for fused attention, which has no weights.
 
-    PyTorch counts those of its kernels for a GPU and not of that for a CPU.
+    PyTorch counts its fused kernels for a GPU and not the one for a CPU.
     """
     counts = counter.get_flop_counts()["Global"]
     return sum(flops for operation, flops in counts.items() if "attention" not in str(operation))
