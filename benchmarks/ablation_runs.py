@@ -101,8 +101,8 @@ VARIANTS: dict[str, Variant] = {
     "twice the calibration data, no step, damping by selection": Variant(
         {"damping": "auto"}, statistics=NO_STEP, share_of_data=2.0
     ),
-    "twice the calibration data, no step, four times the selection data": Variant(
-        {}, "language", NO_STEP, share_of_data=2.0, windows=(48, 32)
+    "twice the calibration data, no step, 32 windows to select": Variant(
+        {}, "language", NO_STEP, share_of_data=2.0, windows=(32, 32)
     ),
     "twice the calibration data, no step, damping 0.01 of A, 0.3 of B": Variant(
         {"damping": 0.01, "output_damping": 0.3}, statistics=NO_STEP, share_of_data=2.0
@@ -117,8 +117,8 @@ VARIANTS: dict[str, Variant] = {
         {"block_forms": False}, statistics=NO_STEP, share_of_data=2.0
     ),
     "twice the calibration data, two rounds": Variant({"rounds": 2}, share_of_data=2.0),
-    "twice the calibration data, two rounds, 48 windows to select, 128 to test": Variant(
-        {"rounds": 2}, "language", share_of_data=2.0, windows=(48, 128)
+    "twice the calibration data, two rounds, 32 windows to select, 128 to test": Variant(
+        {"rounds": 2}, "language", share_of_data=2.0, windows=(32, 128)
     ),
     "twice the calibration data, three rounds": Variant({"rounds": 3}, share_of_data=2.0),
     "twice the calibration data, two rounds, no step": Variant(
@@ -231,7 +231,14 @@ class Runner(Recorder[Row]):
             other = other_text(length)
             data = mixed_with_docstrings(data, first.docstrings, length, seed)
             refuse_copies([as_part("calibration", list(data.calibration)), other])
-        common = {"seed": seed, "limit": count, "task": TASKS.get(name), **first.statistics}
+        common = {
+            "seed": seed,
+            "limit": count,
+            "selection_limit": len(data.selection),
+            "held_out_limit": len(data.held_out),
+            "task": TASKS.get(name),
+            **first.statistics,
+        }
         collected, spent = collect_or_read(
             model,
             data,

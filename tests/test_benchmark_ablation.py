@@ -10,7 +10,9 @@ import torch
 
 from benchmarks.ablation_report import draw, draw_own_text, draw_predictions, tables
 from benchmarks.ablation_runs import Row, mixed_with_docstrings
-from rankfold.data import Data
+from rankfold.collected import collect
+from rankfold.data import Data, as_part
+from rankfold.settings import Settings
 
 FIRST = Row(
     model="net", seed=0, variant="all parts", size=0.9, kept=0.91, bytes_kept=0.92, dense_loss=1.0,
@@ -42,6 +44,36 @@ def test_what_compact_found_has_a_table_of_its_own() -> None:
 def test_seconds_of_a_gpu_stand_apart() -> None:
     printed = tables([FIRST, replace(FIRST, seed=1, device="cuda", seconds=3.0)])["ablation net"]
     assert "| 1; 3 (cuda) |" in printed
+
+
+def test_a_variant_uses_all_windows_that_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    from benchmarks import ablation_runs
+    from tests.tiny_language_model import tiny_llama
+
+    def windows(count: int, first: int) -> list[torch.Tensor]:
+        return [torch.full((4,), first + place) for place in range(count)]
+
+    many = Data(calibration=windows(5, 0), selection=windows(40, 10), held_out=windows(6, 60))
+    parts: dict[str, int] = {}
+
+    def stopped(model: torch.nn.Module, data: Data, settings: Settings, *_: object) -> None:
+        found = collect(model, data, replace(settings, objective="svd"))
+        parts.update({name: len(part.examples) for name, part in found.parts.items()})
+        raise InterruptedError
+
+    monkeypatch.setitem(
+        ablation_runs.FIELD_MODELS, "smollm2", (lambda seed, count: (tiny_llama(0)[0], many), 5)
+    )
+    monkeypatch.setattr(
+        ablation_runs, "other_text", lambda length: as_part("other", windows(2, 80))
+    )
+    monkeypatch.setattr(ablation_runs, "collect_or_read", stopped)
+    with pytest.raises(InterruptedError):
+        ablation_runs.Runner(tmp_path / "rows.jsonl").run("smollm2", 0, ["all parts"], [0.9])
+    assert parts == {"calibration": 5, "selection": 40, "held_out": 6}
 
 
 def test_figures_are_the_same_for_the_same_rows(tmp_path: Path) -> None:
