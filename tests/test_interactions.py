@@ -20,7 +20,7 @@ from rankfold.search import CORRECTIONS, MOST_CORRECTIONS, of_size
 from rankfold.stage import Candidate, Stage, last_prediction, lowest
 from rankfold.tasks import Classification, Task, UserLoss
 from tests.small_models import mlp, same_state, state
-from tests.test_compress import image_data, ranks, trained_cnn
+from tests.test_compress import image_data, long_mlp, pair_data, ranks, trained_cnn
 from tests.test_step import taught
 
 NAMES = ["first", "second", "last"]
@@ -140,6 +140,20 @@ def test_a_corrected_plan_is_predicted_at_what_its_model_measured() -> None:
     harm = measured.change.mean - prepared.gain
     assert harm > 0
     assert sum(c.change for c in again.values()) == pytest.approx(harm, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("build", "data"), [(trained_cnn, image_data(200)), (long_mlp, pair_data(60))]
+)
+def test_corrections_stay_when_factors_are_stored_in_another_form(build, data) -> None:
+    prepared = rankfold.prepare(build(), data)
+    corrected = prepared.corrected(prepared.measure(prepared.plan(0.5 * prepared.factorizable)))
+    again = corrected.in_form("pair").in_form("pivoted")
+    several = [name for name, curve in corrected.curves.items() if len(curve.forms) > 1]
+    assert several
+    for name, curve in corrected.curves.items():
+        assert not torch.equal(curve.changes, prepared.curves[name].changes)
+        torch.testing.assert_close(again.curves[name].changes, curve.changes)
 
 
 def test_a_first_plan_that_is_kept_is_predicted_by_what_was_measured_since() -> None:

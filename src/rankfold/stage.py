@@ -256,7 +256,7 @@ class Stage:
         collected, settings = self.collected, self.settings
         curves = dict(self.ranked)
         if settings.form == "pivoted":
-            curves |= {n: merged([self.ranked[n], other]) for n, other in self.block_curves.items()}
+            curves |= {n: self._merged(n, other) for n, other in self.block_curves.items()}
         several = [n for n, layer in collected.layers.items() if _has_conv_forms(layer, settings)]
         for name in self.progress.track(several, "conv forms", len(several)) if several else ():
             layer = cast("nn.Conv2d", collected.layers[name])
@@ -271,8 +271,13 @@ class Stage:
                 collected.seen.rows.get(name, 0),
                 collected.seen.image_sizes.get(name, ()),
             )
-            curves[name] = merged([self.ranked[name], other])
+            curves[name] = self._merged(name, other)
         return replace(self, curves=curves)
+
+    def _merged(self, name: str, other: Curve) -> Curve:
+        """A layer's choices by rank and those of another form, as predicted before corrections."""
+        corrected = replace(other, changes=other.changes * self._scale(name))
+        return merged([self.ranked[name], corrected])
 
     def _moved(self, name: str) -> Tensor:
         """The layer's weight after the step, if there is one, ``(out, in)``."""
