@@ -1,4 +1,4 @@
-"""CIFAR-10 and the published nets trained on it, as plain PyTorch.
+"""Published nets trained on CIFAR-10, as plain PyTorch.
 
 Names and shapes are those of the weight files in ``cifar10-nets`` of the shared data. The
 architectures follow akamaster/pytorch_resnet_cifar10 (``akamaster_*``: option-A shortcuts) and
@@ -13,11 +13,9 @@ Every factory takes no argument and returns an untrained net, so that this works
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -25,10 +23,10 @@ from torch.nn import functional as F
 
 from rankfold.losses import logits_of
 
-PerChannel: TypeAlias = tuple[float, float, float]
+if TYPE_CHECKING:
+    from benchmarks.cifar10 import PerChannel
+
 CLASSES = 10
-TRAINING_FILES = 5
-IMAGES_PER_FILE = 10_000
 
 
 class OptionAShortcut(nn.Module):
@@ -244,42 +242,13 @@ def load_cifar_net(name: str) -> tuple[nn.Module, PerChannel, PerChannel]:
     """
     if name not in NETS:
         raise ValueError(f"no net is called {name!r}; there are {', '.join(NETS)}")
+    # Imported late: the CLI loads this file by its path, where `benchmarks` may be no package.
+    from benchmarks import shared_data
+
     recipe = NETS[name]
     net = recipe.build()
-    net.load_state_dict(load_file(_shared_data() / "cifar10-nets" / f"{name}.safetensors"))
+    net.load_state_dict(load_file(shared_data() / "cifar10-nets" / f"{name}.safetensors"))
     return net.eval(), recipe.mean, recipe.std
-
-
-def cifar10_test(mean: PerChannel, std: PerChannel) -> tuple[Tensor, Tensor]:
-    """The first 1,000 test images, (1000, 3, 32, 32) float32, and their labels."""
-    with np.load(_shared_data() / "cifar10" / "cifar10_test1000.npz") as archive:
-        images, labels = archive["x"], archive["y"]
-    return _normalised(torch.from_numpy(images), mean, std), torch.from_numpy(labels).long()
-
-
-def cifar10_train(
-    count: int, seed: int, mean: PerChannel, std: PerChannel
-) -> tuple[Tensor, Tensor]:
-    """Training images drawn without replacement, (count, 3, 32, 32) float32, and their labels.
-
-    Raises:
-        ValueError: There are not as many images.
-    """
-    total = TRAINING_FILES * IMAGES_PER_FILE
-    if not 0 < count <= total:
-        raise ValueError(f"count must be in 1..{total}, not {count}")
-    drawn = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]
-    images = torch.empty(count, 32, 32, 3, dtype=torch.uint8)
-    labels = torch.empty(count, dtype=torch.long)
-    for number in range(TRAINING_FILES):
-        here = drawn // IMAGES_PER_FILE == number
-        if not here.any():
-            continue
-        rows = drawn[here] % IMAGES_PER_FILE
-        with np.load(_shared_data() / "cifar10" / f"cifar10_train_{number}.npz") as archive:
-            images[here] = torch.from_numpy(archive["x"])[rows]
-            labels[here] = torch.from_numpy(archive["y"])[rows].long()
-    return _normalised(images, mean, std), labels
 
 
 @torch.no_grad()
@@ -307,24 +276,10 @@ def _depthwise(channels: int, stride: int) -> nn.Conv2d:
     return nn.Conv2d(channels, channels, 3, stride=stride, padding=1, groups=channels, bias=False)
 
 
-def _normalised(images: Tensor, mean: PerChannel, std: PerChannel) -> Tensor:
-    scaled = images.permute(0, 3, 1, 2).float() / 255  # (n, 3, 32, 32)
-    return ((scaled - _per_channel(mean)) / _per_channel(std)).contiguous()
-
-
-def _per_channel(values: Iterable[float]) -> Tensor:
-    return torch.tensor(list(values)).view(3, 1, 1)
-
-
-def _shared_data() -> Path:
-    # Imported late: the CLI loads this file by its path, where `benchmarks` may be no package.
-    from benchmarks import shared_data
-
-    return shared_data()
-
-
 def main(training_images: int = 2_000, seed: int = 0) -> None:
     """Print accuracy and loss of every net on the test images and on some training images."""
+    from benchmarks.cifar10 import cifar10_test, cifar10_train
+
     print(f"test: 1000 images; training: {training_images} images, seed {seed}; loss in nats")
     print(f"{'net':<28} {'test acc':>8} {'loss':>8} {'train acc':>9} {'loss':>9}")
     for name in NETS:

@@ -14,18 +14,17 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import shared_data
-from benchmarks.cifar_nets import PerChannel, accuracy_and_loss, cifar10_test
+from benchmarks.cifar10 import PerChannel, cifar10_test, normalised, training_files
+from benchmarks.cifar_nets import accuracy_and_loss
 from benchmarks.resnext import resnext
 from benchmarks.vit import vit
 from rankfold.losses import logits_of
@@ -79,28 +78,13 @@ def load_trained(name: str, seed: int = 0) -> tuple[nn.Module, PerChannel, PerCh
 
 def kept_images() -> tuple[Tensor, Tensor]:
     """The 10,000 images that no net here is trained on, (n, 3, 32, 32) float32, and labels."""
-    images, labels = _read([KEPT_FILE])
-    return normalised(images), labels
+    images, labels = training_files([KEPT_FILE])
+    return normalised(images, MEAN, STD), labels
 
 
 def training_images() -> tuple[Tensor, Tensor]:
-    """The 40,000 images that the net is trained on, uint8 (n, 3, 32, 32), and labels."""
-    return _read(TRAINING_FILES)
-
-
-def normalised(images: Tensor) -> Tensor:
-    """uint8 (n, 3, h, w) to the float32 images that the net expects."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    return (images.float() / 255 - mean) / std
-
-
-def _read(files: Iterable[int]) -> tuple[Tensor, Tensor]:
-    images, labels = [], []
-    for number in files:
-        with np.load(shared_data() / "cifar10" / f"cifar10_train_{number}.npz") as archive:
-            images.append(torch.from_numpy(archive["x"]))
-            labels.append(torch.from_numpy(archive["y"]).long())
-    return torch.cat(images).permute(0, 3, 1, 2).contiguous(), torch.cat(labels)
+    """The 40,000 images that the nets are trained on, uint8 (n, 3, 32, 32), and labels."""
+    return training_files(TRAINING_FILES)
 
 
 def rate_at(recipe: Recipe, epochs: float) -> float:
@@ -145,7 +129,10 @@ def augmented_batches(
             down[:, None, :, None],
             across[:, None, None, :],
         ]
-        yield normalised(images).contiguous(memory_format=torch.channels_last), labels[rows]
+        yield (
+            normalised(images, MEAN, STD).contiguous(memory_format=torch.channels_last),
+            labels[rows],
+        )
 
 
 def start_training(net: Net, recipe: Recipe) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -342,7 +342,8 @@ def real(sizes: Sequence[float], done: set[tuple[str, int, str]]) -> Iterator[Ro
     import torch
     from torch.utils.data import TensorDataset
 
-    from benchmarks.cifar_nets import cifar10_test, cifar10_train, load_cifar_net
+    from benchmarks.cifar10 import cifar10_test, cifar10_train
+    from benchmarks.cifar_nets import load_cifar_net
     from rankfold.compress import prepare
     from rankfold.data import Data
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from benchmarks import package_folder, shared_data
-from benchmarks.cifar_nets import cifar10_test, cifar10_train, load_cifar_net
+from benchmarks.cifar10 import cifar10_test, cifar10_train
+from benchmarks.cifar_nets import load_cifar_net
 from benchmarks.cifar_training import kept_images, load_trained
 from rankfold.data import Data, Part, as_part
 

@@ -34,7 +34,8 @@ from torch.nn import functional
 
 import rankfold
 from benchmarks import shared_data
-from benchmarks.cifar_nets import akamaster_resnet20, cifar10_test, load_cifar_net
+from benchmarks.cifar10 import cifar10_test
+from benchmarks.cifar_nets import akamaster_resnet20, load_cifar_net
 from benchmarks.documents import markdown
 from benchmarks.rows import append_row, read_rows
 from rankfold.data import Data

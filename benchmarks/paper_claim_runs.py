@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from benchmarks.cifar_nets import cifar10_test
-from benchmarks.cifar_training import kept_images, load_trained, normalised, training_images
+from benchmarks.cifar10 import cifar10_test, normalised
+from benchmarks.cifar_training import MEAN, STD, kept_images, load_trained, training_images
 from benchmarks.rows import Recorder
 from rankfold.allocate import RankPlan
 from rankfold.certify import Change, weighted_mean
@@ -139,7 +139,7 @@ def load_data(setting: str, seed: int) -> tuple[nn.Module, Data]:
         seen, seen_labels = training_images()
         order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(seed))
         drawn = order[:CALIBRATION]
-        calibration_set = TensorDataset(normalised(seen[drawn]), seen_labels[drawn])
+        calibration_set = TensorDataset(normalised(seen[drawn], MEAN, STD), seen_labels[drawn])
     more_images, more_labels = cifar10_test(mean_, std)
     held_out = TensorDataset(
         torch.cat([images[test], more_images]), torch.cat([labels[test], more_labels])

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.cifar10 import normalised
 from benchmarks.cifar_training import (
+    MEAN,
     MODELS,
     NETS,
+    STD,
     augmented_batches,
     load_trained,
-    normalised,
     rate_at,
     start_training,
 )
@@ -101,7 +103,7 @@ def test_batches_are_crops_of_the_images_flipped_or_not() -> None:
     for crops, labels in batches:
         for crop, label in zip(crops, labels.tolist(), strict=True):
             windows = padded[label].unfold(1, 32, 1).unfold(2, 32, 1)  # (3, 9, 9, 32, 32)
-            places = normalised(windows.permute(1, 2, 0, 3, 4).reshape(-1, 3, 32, 32))
+            places = normalised(windows.permute(1, 2, 0, 3, 4).reshape(-1, 3, 32, 32), MEAN, STD)
             either = torch.cat([places, places.flip(-1)])
             assert (either == crop).flatten(1).all(1).any()
 

@@ -11,7 +11,8 @@ from torch.utils.data import TensorDataset
 
 import rankfold
 from benchmarks import shared_data
-from benchmarks.cifar_nets import akamaster_resnet20, cifar10_test, cifar10_train, load_cifar_net
+from benchmarks.cifar10 import cifar10_test, cifar10_train
+from benchmarks.cifar_nets import akamaster_resnet20, load_cifar_net
 from rankfold.data import Data
 from rankfold.sizes import model_parameters
 from rankfold.sources import read_image_folder
