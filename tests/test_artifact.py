@@ -13,9 +13,8 @@ from torch import nn
 
 import rankfold
 from rankfold import ArtifactError, InputError, artifact
-from rankfold.artifact import load_weights, read_manifest, read_report, save_artifact
+from rankfold.artifact import read_manifest, read_report, save_artifact
 from rankfold.integrations.transformers import load_folder
-from rankfold.sizes import stored_tensors
 from tests.small_models import (
     SmallCNN,
     image_data,
@@ -481,35 +480,6 @@ def test_a_configuration_that_asks_for_far_more_than_its_weights_is_refused(
 def edit_config(folder: Path, **fields: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | fields))
-
-
-# Plain weights files
-
-
-def test_load_weights_fills_a_model_from_safetensors(tmp_path: Path) -> None:
-    trained, fresh = tiny_llama(), tiny_llama()
-    for parameter in fresh.parameters():
-        nn.init.zeros_(parameter)
-    save_file(stored_tensors(trained)[0], tmp_path / "w.safetensors")
-    load_weights(fresh, tmp_path / "w.safetensors")
-    assert same_state(fresh, state(trained))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("w.safetensors", None, "no such weights file"),
-        ("w.pt", b"x", "reads no pickles"),
-        ("w.safetensors", b"x", "can't be read"),
-    ],
-)
-def test_load_weights_refuses_what_it_cannot_read(
-    name: str, content: bytes | None, message: str, tmp_path: Path
-) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=message):
-        load_weights(mlp(), tmp_path / name)
 
 
 def test_whoever_may_enter_the_folder_may_read_its_files(tmp_path: Path) -> None:

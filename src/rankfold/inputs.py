@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from rankfold.artifact import MANIFEST_FILE, load, load_weights
+from rankfold.artifact import MANIFEST_FILE, load
 from rankfold.certify import weighted_mean
 from rankfold.data import FEWEST, PARTS, SHARES, Data, Examples, as_examples, as_part, split
 from rankfold.errors import InputError
@@ -36,6 +36,7 @@ from rankfold.sources import (
     token_windows,
 )
 from rankfold.tasks import evaluate, recognise_task
+from rankfold.weights_file import load_weights
 
 # A text is split in blocks of consecutive windows, about this many in all, so that few windows
 # have a neighbour in another part.
