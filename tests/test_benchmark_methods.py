@@ -52,6 +52,7 @@ from benchmarks.methods.zero_sum import projection, score_changes, zero_sum_rank
 from benchmarks.rows import read_rows
 from benchmarks.speed import SpeedRow, forward_bytes, interleaved, measure_speed
 from rankfold.allocate import Curve, best_within_cost, total_cost, uniform_within_cost
+from rankfold.calibrate import halves, noise_directions
 from rankfold.collected import collect
 from rankfold.data import Data
 from rankfold.errors import InputError
@@ -343,6 +344,29 @@ def test_clipped_grams_without_clipping_are_rankfolds_own(
         torch.testing.assert_close(
             found[name] / terms, statistics.output_gram.double(), rtol=1e-4, atol=1e-7
         )
+
+
+def test_clipped_grams_have_as_many_directions_of_noise_as_rankfolds_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("benchmarks.methods.gradients.clip_norms", lambda gradients: gradients)
+    model, data = small_net(0, 40)
+    calibration, selection, held_out = (
+        [image for image, _ in part] for part in (data.calibration, data.selection, data.held_out)
+    )
+    images = Data(calibration, selection, held_out)
+    study = Study(collect(model, images, Settings(task="teacher")), 0, SilentProgress())
+    assert noise_directions(len(calibration)) > 1
+    # Both draw for one example after the other, but see the examples in another order.
+    found = clipped_output_grams(study, Gradients.of(study))
+    study.collected.parts["calibration"] = study.collected.parts["calibration"].take(
+        [place for half in halves("teacher", len(calibration)) for place in half]
+    )
+    in_order = clipped_output_grams(study, Gradients.of(study))
+    for name, statistics in study.collected.statistics.items():
+        own = statistics.output_gram.double()
+        torch.testing.assert_close(in_order[name] / len(calibration), own, rtol=1e-4, atol=1e-8)
+        assert not torch.allclose(found[name] / len(calibration), own, rtol=1e-3)
 
 
 def test_gradient_samples_are_the_mean_gradients_of_groups_of_examples(

@@ -21,6 +21,8 @@ from rankfold.calibrate import (
     choose_curvature,
     collect_statistics,
     halves,
+    noise_directions,
+    sampled_losses,
     trace,
 )
 from rankfold.data import Part, as_part
@@ -665,7 +667,7 @@ def test_curvature_of_a_squared_error_is_that_of_the_model_not_of_its_residuals(
     """B of a linear model under a mean squared error is 2 / d I exactly, whatever the labels."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4)).double()
-    examples = [(x, y) for x, y in zip(normal(1, 4000, 3), 50 * normal(2, 4000, 4), strict=True)]
+    examples = [(x, y) for x, y in zip(normal(1, 9000, 3), 50 * normal(2, 9000, 4), strict=True)]
     part = as_part("calibration", examples)
     loss, classes = calibration_loss(model, Regression(), part)
     assert choose_curvature(loss, classes, labels=True) == "sampled"
@@ -673,6 +675,89 @@ def test_curvature_of_a_squared_error_is_that_of_the_model_not_of_its_residuals(
     found = collect_statistics(model, Regression(), part, layers, curvature="sampled")["0"]
     expected = torch.eye(4, dtype=torch.float64) * 2 / 4
     torch.testing.assert_close(found.output_gram, expected, atol=0.03, rtol=0)
+
+
+class Features(nn.Module):
+    """Sixty features of six inputs, compared with the original's: a squared distance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 12), nn.Linear(12, 60)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.outer(torch.tanh(self.inner(values)))
+
+
+def unlabelled(count: int) -> Part:
+    return as_part("calibration", [values for values, _ in pair_part(count).examples])
+
+
+def test_the_curvature_of_a_squared_distance_nears_its_own_with_more_directions() -> None:
+    model = seeded(1, Features).double()
+    part = as_part("calibration", [values.double() for values in unlabelled(40).examples])
+    inputs = torch.stack([*part.examples])
+    weight = model.get_submodule("outer").weight.detach()
+    with torch.no_grad():
+        norms = model(inputs).square().sum(1)
+        slopes = 1 - torch.tanh(model.get_submodule("inner")(inputs)).square()
+        back = (
+            slopes[:, None, :] * (2 * weight.T @ weight / norms[:, None, None]) * slopes[:, :, None]
+        )
+    exact = back.mean(0)  # of 1/2 |f - f0|^2 / |f0|^2 times 2, at the inner layer's outputs
+
+    def error(directions: int) -> float:
+        generator = torch.Generator().manual_seed(0)
+        found = torch.zeros_like(exact)
+        task = Teacher([model], part.collate(part.examples[:1]))
+        hidden: list[Tensor] = []
+        hook = model.get_submodule("inner").register_forward_hook(
+            lambda _layer, _inputs, output: hidden.append(output)
+        )
+        result = task.batch_loss(model, part.collate(part.examples))
+        hook.remove()
+        for loss in sampled_losses(result, generator, directions):
+            (gradient,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+            found += gradient.T @ gradient / len(inputs)
+        return float((found - exact).norm() / exact.norm())
+
+    assert error(4000) < 0.02
+    assert error(16) < error(1)
+
+
+@pytest.mark.parametrize("count", [40, 700, 2048])
+def test_the_fewer_examples_the_more_directions_of_noise(count: int) -> None:
+    """What a pass finds is what so many directions have of each example."""
+    model = seeded(1, Features)
+    part = unlabelled(count)
+    task = Teacher([model], part.collate(part.examples[:1]))
+    layers = layers_of(model)
+    found = collect_statistics(model, task, part, layers, curvature="sampled", batch_size=64)
+    places = [place for half in halves(task.name, count) for place in half]
+    batch = part.collate([part.examples[place] for place in places])
+    generator = torch.Generator().manual_seed(0)
+    gram = torch.zeros(12, 12)
+    outputs: list[Tensor] = []
+    layers["inner"].register_forward_hook(lambda _layer, _inputs, out: outputs.append(out))
+    expected = {40: 4, 700: 2, 2048: 1}[count]
+    assert noise_directions(count) == expected
+    for loss in sampled_losses(task.batch_loss(model, batch), generator, expected):
+        (gradient,) = torch.autograd.grad(loss, outputs[:1], retain_graph=True)
+        gram += gradient.T @ gradient / count
+    torch.testing.assert_close(found["inner"].output_gram, gram, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_noise_does_not_depend_on_the_batch(batch_size: int) -> None:
+    model, part = seeded(1, Features), unlabelled(21)
+    task = Teacher([model], part.collate(part.examples[:1]))
+    one, other = (
+        collect_statistics(
+            model, task, part, layers_of(model), curvature="sampled", batch_size=size
+        )
+        for size in (5, batch_size)
+    )
+    for name, stats in one.items():
+        torch.testing.assert_close(stats.output_gram, other[name].output_gram)
 
 
 def test_a_teacher_has_a_curvature_though_its_gradient_is_zero() -> None:

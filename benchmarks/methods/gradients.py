@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.methods.method import Study
-from rankfold.calibrate import sampled_loss
+from rankfold.calibrate import noise_directions, sampled_losses
 from rankfold.data import Part
 from rankfold.layer_matrix import MatrixLayer, output_rows
 from rankfold.modes import evaluation_mode
@@ -49,21 +49,29 @@ class Gradients:
         part: Part,
         weights: Sequence[Tensor],
         batch_size: int | None = None,
+        directions: int = 1,
     ) -> Iterator[tuple[tuple[Tensor | None, ...], float]]:
-        """Gradients of the summed loss of each batch, and the batch's number of terms."""
+        """Gradients of the summed loss of each batch, and the batch's number of terms.
+
+        Of several directions of noise those of the last one are given; hooks see all.
+        """
         generator = torch.Generator().manual_seed(self.seed)
         with evaluation_mode(model, trainable=weights):
             for examples in part.batches(batch_size):
                 batch = on_device(part.collate(examples), model)
                 result = task.batch_loss(model, batch)
-                loss = self._loss(result, generator)
-                found = torch.autograd.grad(loss, weights, allow_unused=True)
+                *others, last = self._losses(result, generator, directions)
+                for loss in others:
+                    torch.autograd.grad(loss, weights, allow_unused=True, retain_graph=True)
+                found = torch.autograd.grad(last, weights, allow_unused=True)
                 yield found, float(result.terms.sum())
 
-    def _loss(self, result: BatchLoss, generator: torch.Generator) -> Tensor:
+    def _losses(
+        self, result: BatchLoss, generator: torch.Generator, directions: int
+    ) -> list[Tensor]:
         if self.sampled:
-            return sampled_loss(result, generator)
-        return (result.losses * result.terms).sum()
+            return sampled_losses(result, generator, directions)
+        return [(result.losses * result.terms).sum()]
 
 
 def mean_gradients(
@@ -146,7 +154,11 @@ def clipped_output_grams(study: Study, source: Gradients) -> dict[str, Tensor]:
         weights = [layer.weight for layer in study.layers.values()]
         part = study.collected.parts["calibration"]
         collected = study.collected
-        passes = source.passes(collected.model, collected.task, part, weights)
+        # As many directions as rankfold's own statistics have.
+        directions = noise_directions(len(part.examples))
+        passes = source.passes(
+            collected.model, collected.task, part, weights, directions=directions
+        )
         batches = len(part.batches())
         for _ in study.progress.track(passes, "clipped output gradients", batches):
             pass

@@ -52,6 +52,10 @@ MEMORISED_SHARE = 0.15
 TEXT = ("causal-lm", "masked-lm", "seq2seq")
 # Share of the probability spread over all classes before labels are sampled.
 SMOOTHING = 0.1
+# Directions of noise that all examples together get where the loss is a squared distance, and the
+# most that one gets, each for another backward pass.
+ENOUGH_DIRECTIONS = 2048
+MOST_DIRECTIONS = 4
 
 
 @dataclass(frozen=True)
@@ -216,23 +220,30 @@ def choose_curvature(calibration_loss: float, classes: int | None, labels: bool)
     return "sampled" if memorised else "empirical"
 
 
-def sampled_loss(result: BatchLoss, generator: torch.Generator) -> Tensor:
-    """A loss at labels drawn from what the model itself predicts, summed over the terms.
+def sampled_losses(
+    result: BatchLoss, generator: torch.Generator, directions: int = 1
+) -> list[Tensor]:
+    """Losses at labels drawn from what the model itself predicts, each summed over the terms.
 
-    Cross-entropy with labels from its smoothed predictions; or the squared error from its own
-    values plus noise. The mean Gram of their gradients is the curvature of the loss.
+    One cross-entropy with labels from its smoothed predictions; or squared errors from its own
+    values plus noise, in so many directions. The Grams of their gradients add up to the curvature
+    of the loss.
 
     Args:
         result: What the model gave, with its graph.
         generator: Draws the labels, on the CPU.
+        directions: Of the noise, for each example.
 
     Raises:
         InputError: The loss shows neither logits nor squared values.
     """
     if result.squared is not None:
         # |f - y|^2 has the Hessian 2 I in f; e ~ N(0, I) gives E[(sqrt 2 e)(sqrt 2 e)^T] = 2 I.
-        noise = torch.randn(result.squared.shape, generator=generator)
-        return math.sqrt(2) * (result.squared * noise.to(result.squared)).sum()
+        shape = (directions, *result.squared.shape[1:])
+        # Drawn an example at a time: what it gets doesn't depend on those beside it.
+        each = [torch.randn(shape, generator=generator) for _ in result.squared]
+        noise = math.sqrt(2 / directions) * torch.stack(each, dim=1).to(result.squared)
+        return [(result.squared * one).sum() for one in noise]
     if result.logits is None:
         raise InputError(
             "the sampled curvature needs logits, which a loss of your own does not show; "
@@ -242,7 +253,15 @@ def sampled_loss(result: BatchLoss, generator: torch.Generator) -> Tensor:
     smooth = (1 - SMOOTHING) * logits.detach().softmax(-1) + SMOOTHING / logits.shape[-1]
     uniform = torch.rand(len(logits), 1, generator=generator).to(logits.device)
     drawn = (smooth.cumsum(-1) < uniform).sum(-1).clamp(max=logits.shape[-1] - 1)
-    return functional.cross_entropy(logits, drawn, reduction="sum")
+    return [functional.cross_entropy(logits, drawn, reduction="sum")]
+
+
+def noise_directions(examples: int) -> int:
+    """How many directions of noise each example gets where the loss is a squared distance.
+
+    Values have as many directions as features, and a few hundred examples show few of them.
+    """
+    return max(1, min(MOST_DIRECTIONS, ENOUGH_DIRECTIONS // examples))
 
 
 def collect_statistics(
@@ -284,7 +303,9 @@ def collect_statistics(
     """
     progress = progress or SilentProgress()
     first, second = (part.take(half) for half in halves(task.name, len(part.examples)))
-    recorder = _Recorder(layers, curvature, gradients, seed, embeddings or EmbeddingRecorder({}))
+    directions = noise_directions(len(part.examples))
+    embeddings = embeddings or EmbeddingRecorder({})
+    recorder = _Recorder(layers, curvature, gradients, seed, directions, embeddings)
 
     def observe(source: Part, batches: Iterable[list[Any]], half: int | None) -> None:
         for examples in batches:
@@ -363,6 +384,7 @@ class _Recorder:
         curvature: Curvature | None,
         gradients: bool,
         seed: int,
+        directions: int,
         embeddings: EmbeddingRecorder,
     ):
         self.layers = layers
@@ -370,6 +392,7 @@ class _Recorder:
         self.curvature = curvature
         self.gradients = gradients and curvature is not None
         self.generator = torch.Generator().manual_seed(seed)
+        self.directions = directions
         self.sums: dict[str, _Sums] = {}
         self.terms: dict[int | None, float] = {0: 0.0, 1: 0.0, None: 0.0}
         self.passes = 0
@@ -447,8 +470,10 @@ class _Recorder:
             return
         sums_gradients = self.gradients and half is not None
         if self.curvature == "sampled":
-            sampled = sampled_loss(result, self.generator)
-            self._backward(sampled, listening=True, half=None, more=sums_gradients)
+            losses = sampled_losses(result, self.generator, self.directions)
+            for left, sampled in zip(reversed(range(len(losses))), losses, strict=True):
+                more = sums_gradients or left > 0
+                self._backward(sampled, listening=True, half=None, more=more)
             if not sums_gradients:
                 return
         loss = (result.losses * result.terms).sum()
