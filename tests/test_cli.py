@@ -340,6 +340,14 @@ def test_interrupted_halfway(work: Path, sent: signal.Signals, expected: int) ->
     assert {path.name for path in work.iterdir()} - before <= {"started", "__pycache__"}
 
 
+def test_where_nothing_can_be_written_no_work_is_done(work: Path) -> None:
+    slow = [*LOSSLESS]
+    slow[1] = "net.py:slow"
+    done = rankfold(*slow, "--out", "net.py/out", cwd=work, expect=2)
+    assert "the output folder net.py/out can't be written" in done.stderr
+    assert not (work / "started").exists()
+
+
 def test_full_disk(work: Path) -> None:
     before = {path.name for path in work.iterdir()}
     done = rankfold(*LOSSLESS, cwd=work, expect=2, limit_bytes=4096)

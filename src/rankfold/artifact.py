@@ -56,7 +56,8 @@ def check_output(folder: Path, overwrite: bool, mark: str = MANIFEST_FILE) -> No
         mark: The file by which an earlier output is known.
 
     Raises:
-        InputError: It exists and is not empty (without ``overwrite``), or is a file.
+        InputError: It exists and is not empty (without ``overwrite``), or is a file, or nothing can
+            be written where it shall stand.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"the output {folder} is a file; expected a folder that is new or empty.")
@@ -70,6 +71,14 @@ def check_output(folder: Path, overwrite: bool, mark: str = MANIFEST_FILE) -> No
             f"the output folder {folder} holds no {mark}, so it is no earlier result of this; it "
             "is not overwritten. Choose another folder or empty this one."
         )
+    beside = next((one for one in folder.absolute().parents if one.exists()), folder)
+    try:
+        Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=beside)).rmdir()
+    except OSError as error:
+        raise InputError(
+            f"the output folder {folder} can't be written: {error}. Choose one in a folder where "
+            "you may write."
+        ) from error
 
 
 def save_artifact(
