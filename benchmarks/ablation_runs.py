@@ -16,6 +16,7 @@ from benchmarks.field_models import (
     LANGUAGE,
     TASKS,
     VISION,
+    limits_of,
     other_text,
     smollm2,
 )
@@ -231,14 +232,7 @@ class Runner(Recorder[Row]):
             other = other_text(length)
             data = mixed_with_docstrings(data, first.docstrings, length, seed)
             refuse_copies([as_part("calibration", list(data.calibration)), other])
-        common = {
-            "seed": seed,
-            "limit": count,
-            "selection_limit": len(data.selection),
-            "held_out_limit": len(data.held_out),
-            "task": TASKS.get(name),
-            **first.statistics,
-        }
+        common = {"seed": seed, "task": TASKS.get(name), **limits_of(data), **first.statistics}
         collected, spent = collect_or_read(
             model,
             data,

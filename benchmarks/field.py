@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.choices import Questions, answered, make_questions
-from benchmarks.field_models import FIELD_MODELS, LANGUAGE, TASKS, other_text
+from benchmarks.field_models import FIELD_MODELS, LANGUAGE, TASKS, limits_of, other_text
 from benchmarks.kept_statistics import collect_or_read, kept_file
 from benchmarks.methods import METHODS
 from benchmarks.methods.method import Compressed, Study
@@ -127,14 +127,7 @@ def open_study(
     count = calibration or default
     model, data = build(seed, count)
     model.to(device)
-    settings = Settings(
-        objective="joint",
-        task=TASKS.get(name),
-        seed=seed,
-        limit=count,
-        selection_limit=len(data.selection),
-        held_out_limit=len(data.held_out),
-    )
+    settings = Settings(objective="joint", task=TASKS.get(name), seed=seed, **limits_of(data))
 
     def collected_with(different: dict[str, Any]) -> tuple[Collected, float]:
         chosen = replace(settings, **different)

@@ -31,6 +31,15 @@ KEPT_IMAGES = (1000, 4000)  # selection, held-out
 OTHER_TEXT_WINDOWS = 16
 
 
+def limits_of(data: Data) -> dict[str, Any]:
+    """The limits of ``Settings`` that leave out nothing; the defaults may be below a part."""
+    return {
+        "limit": len(data.calibration),
+        "selection_limit": len(data.selection),
+        "held_out_limit": len(data.held_out),
+    }
+
+
 def smollm2(
     seed: int, calibration: int, selection: int = 12, held_out: int = 32
 ) -> tuple[nn.Module, Data]:

@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 
 from benchmarks.cifar10 import cifar10_test, normalised
 from benchmarks.cifar_training import MEAN, STD, kept_images, load_trained, training_images
+from benchmarks.field_models import limits_of
 from benchmarks.rows import Recorder
 from rankfold.allocate import RankPlan
 from rankfold.certify import Change, weighted_mean
@@ -171,13 +172,7 @@ class Runner(Recorder[Row]):
             return
         net, data = load_data(setting, seed)
         net.to(self.device)
-        everything = Settings(
-            objective="joint",
-            seed=seed,
-            limit=CALIBRATION,
-            selection_limit=SELECTION,
-            held_out_limit=len(data.held_out),
-        )
+        everything = Settings(objective="joint", seed=seed, **limits_of(data))
         collected = collect(net, data, everything, progress=self.progress)
         for objective in dict.fromkeys(v.objective for v in variants if missing[v]):
             settings = replace(everything, objective=objective)
