@@ -154,6 +154,9 @@ FAMILIES = {
         SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.1}, _tokens, "causal-lm",
     ),
     "phi": Family("PhiForCausalLM", "PhiConfig", SMALL | GPT, _tokens, "causal-lm"),
+    "falcon": Family(  # its Linears write their product in another way
+        "FalconForCausalLM", "FalconConfig", SMALL, _tokens, "causal-lm"
+    ),
     "mixtral": Family(
         "MixtralForCausalLM", "MixtralConfig",
         SMALL | GPT | {"num_local_experts": 4, "num_experts_per_tok": 2}, _tokens, "causal-lm",

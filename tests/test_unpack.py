@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
@@ -590,6 +591,91 @@ def test_layers_with_a_rule_of_their_own(tmp_path: Path) -> None:
     again = rankfold.load(result.save(tmp_path / "out"), model=make())
     assert torch.equal(again(images), result.model(images))
     assert {e["name"] for e in result.report["layers"]} == set(layers)
+
+
+class _Product(nn.Linear):
+    """Falcon's: a stock Linear in other words."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = x @ self.weight.T
+        return product if self.bias is None else product + self.bias
+
+
+class _Einsum(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("...i,oi->...o", x, self.weight) + self.bias
+
+
+class _Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight + self.weight).T + self.bias
+
+
+class _BiasTwice(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias + self.bias)
+
+
+class _Gated(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.weight.T).relu() + self.bias
+
+
+class _OfMatrices(nn.Linear):
+    """What it does with one row is not what it does with several."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = x @ self.weight.T + self.bias
+        return product if x.dim() == 2 else product.flip(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_linear_in_other_words_is_a_linear(dtype: torch.dtype) -> None:
+    for layer in (_Product(6, 4), _Product(6, 4, bias=False), _Einsum(6, 4)):
+        model = nn.Sequential(nn.Linear(5, 6), layer.eval()).to(dtype)
+        model[1].weight.requires_grad_(False)
+        unpacked = unpack(model)
+        plain = unpacked.model[1]
+        assert unpacked.names == ["1"]
+        assert type(plain) is nn.Linear
+        assert plain.weight is layer.weight
+        assert plain.bias is layer.bias
+        assert not plain.training
+        assert type(model[1]) is type(layer)
+        for shape in ((5,), (3, 5), (2, 3, 5), (2, 2, 3, 5)):
+            inputs = torch.randn(shape, dtype=dtype)
+            found, expected = unpacked.model(inputs), model(inputs)
+            torch.testing.assert_close(found, expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
+def test_a_linear_that_computes_something_else_is_left_dense() -> None:
+    for layer in (_Doubled(6, 4), _BiasTwice(6, 4), _Gated(6, 4), _OfMatrices(6, 4)):
+        model = nn.Sequential(nn.Linear(5, 6), layer)
+        unpacked = unpack(model)
+        assert unpacked.names == []
+        _, skipped = find_layers(unpacked.model)
+        (entry,) = skipped
+        assert f"kind {type(layer).__name__} can't be factorized yet" in entry.reason
+
+
+def test_a_linear_in_other_words_is_saved_loaded_and_exported(tmp_path: Path) -> None:
+    def make() -> nn.Sequential:
+        torch.manual_seed(3)
+        return nn.Sequential(_Product(12, 16), nn.ReLU(), _Product(16, 4, bias=False))
+
+    model = make()
+    data = [(torch.randn(12), i % 4) for i in range(80)]
+    before = state(model)
+    result = rankfold.lossless(model, data, size=0.7)
+    assert same_state(model, before)
+    result.save(tmp_path / "out")
+    inputs = torch.randn(3, 12)
+    again = rankfold.load(tmp_path / "out", model=make())
+    assert torch.equal(again(inputs), result.model(inputs))
+    rankfold.export(tmp_path / "out", tmp_path / "dense", to="dense", model=make())
+    dense = make()
+    dense.load_state_dict(load_file(tmp_path / "dense" / "model.safetensors"))
+    torch.testing.assert_close(dense(inputs), result.model(inputs), rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_that_was_unpacked_is_verified_against_the_users_own(tmp_path: Path) -> None:

@@ -8,14 +8,16 @@ would be changed silently by factorizing it is refused by name: adapters, quanti
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankfold.errors import InputError
 from rankfold.integrations.transformers_layers import unpack_transformers_layer
@@ -30,8 +32,17 @@ from rankfold.unpacked_modules import (
     UnpackedConvTranspose2d,
     UnpackedGroups,
     UnpackedRule,
-    linear,
 )
+
+# Operators of torch that an affine map of the last dimension is made of.
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+_SUMS = {"add", "add_"}
+_VIEWS = {
+    "t", "transpose", "permute", "view", "_unsafe_view", "expand", "unsqueeze", "squeeze", "detach",
+    "alias",
+}  # fmt: skip
+
+LayerT = TypeVar("LayerT", bound=nn.Module)
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -210,39 +221,43 @@ def _plain(module: nn.Module) -> nn.Module | None:
         if kind is nn.ConvTranspose2d:
             return UnpackedConvTranspose2d(cast("nn.ConvTranspose2d", module))
     if kind is None and isinstance(module, nn.Linear | nn.Conv2d):
-        return _with_own_rule(module)
+        kept_apart = _with_own_rule(module)
+        if kept_apart is None and isinstance(module, nn.Linear):
+            return _in_other_words(module)
+        return kept_apart
     return unpack_transformers_layer(module)
 
 
 def _with_own_rule(module: nn.Linear | nn.Conv2d) -> nn.Module | None:
     """A subclass that calls torch's function once with its own weight, its matrix kept apart.
 
-    It is run on zeros to see; None where it does anything else, or can't be run so.
+    A copy is run to see; None where it does anything else, or can't be run so.
     """
     if isinstance(module, nn.Conv2d) and groups_reason(module) is not None:
+        return None
+    probe = _probe(module)
+    if probe is None:
         return None
     calls: list[tuple[Tensor | None, tuple[Any, ...]]] = []
 
     def compute(inputs: Tensor, bias: Tensor | None, call: tuple[Any, ...]) -> Tensor:
         calls.append((bias, call))
-        kind = functional.conv2d if isinstance(module, nn.Conv2d) else functional.linear
-        return kind(inputs, module.weight, bias, *call)
+        kind = functional.conv2d if isinstance(probe, nn.Conv2d) else functional.linear
+        return kind(inputs, probe.weight, bias, *call)
 
     shape: tuple[int, ...] = (2, module.weight.shape[1])
     if isinstance(module, nn.Conv2d):
         reach = max(d * k for d, k in zip(module.dilation, module.kernel_size, strict=True))
         shape = (1, module.in_channels, 2 * reach + 5, 2 * reach + 5)
-    weight = module._parameters.get("weight")
-    if weight is None or weight.is_meta:
-        return None
-    with evaluation_mode(module), RedirectedCall(weight, compute):
+    with RedirectedCall(probe.weight, compute):
         try:
-            outputs = module(weight.new_zeros(shape))
+            outputs = probe(probe.weight.new_zeros(shape))
         except Exception:
             return None
-    if len(calls) != 1 or calls[0][0] is not module.bias or not torch.is_tensor(outputs):
+    if len(calls) != 1 or calls[0][0] is not probe.bias or not torch.is_tensor(outputs):
         return None
     (call,) = (call for _, call in calls)
+    weight = module.weight
     if isinstance(module, nn.Conv2d):
         defaults: tuple[Any, ...] = (1, 0, 1, 1)
         stride, padding, dilation, groups = call + defaults[len(call) :]
@@ -258,12 +273,100 @@ def _with_own_rule(module: nn.Linear | nn.Conv2d) -> nn.Module | None:
             groups,
             bias=module.bias is not None,
         )
+        matrix = _holding_parameters_of(module, matrix)
     else:
-        matrix = linear(weight, module.bias)
-    matrix._parameters["weight"] = weight
-    matrix._parameters["bias"] = module._parameters.get("bias")
+        matrix = _plain_linear(module)
     rule = copy.deepcopy(module, {id(p): p for p in module.parameters()})
-    return UnpackedRule(rule, matrix.train(module.training), call)
+    return UnpackedRule(rule, matrix, call)
+
+
+def _in_other_words(module: nn.Linear) -> nn.Linear | None:
+    """A stock Linear with the parameters of a subclass that writes the same product otherwise.
+
+    Such as ``inputs @ self.weight.T + self.bias`` (Falcon). A copy is run on random numbers to see:
+    None where it does more than one product and one sum, gives other values, or can't be run so.
+    """
+    probe = _probe(module)
+    if probe is None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((3, probe.in_features), (2, 3, probe.in_features)):
+        inputs = torch.empty(shape, device="cpu").normal_(generator=generator).to(probe.weight)
+        with torch.no_grad():
+            expected = functional.linear(inputs, probe.weight, probe.bias)
+            try:
+                with _Operators() as operators:
+                    outputs = probe(inputs)
+            except Exception:
+                return None
+        if not operators.one_product or not torch.is_tensor(outputs):
+            return None
+        if outputs.shape != expected.shape or outputs.dtype != expected.dtype:
+            return None
+        rounding = float(expected.abs().max()) * math.sqrt(torch.finfo(expected.dtype).eps)
+        if not torch.allclose(outputs, expected, rtol=0, atol=rounding):
+            return None
+    return _plain_linear(module)
+
+
+def _probe(module: LayerT) -> LayerT | None:
+    """A copy of a layer to run: in evaluation mode, on the CPU, its parameters random numbers.
+
+    So a model that is opened before its weights are read (on the device meta) is looked at as one
+    with weights is. None where the layer has no weight of its own.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None or not weight.is_floating_point():
+        return None
+    generator = torch.Generator().manual_seed(0)
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        numbers = torch.empty(parameter.shape, device="cpu").normal_(generator=generator)
+        memo[id(parameter)] = nn.Parameter(numbers.to(parameter.dtype))
+    for buffer in module.buffers():
+        known = torch.zeros_like(buffer, device="cpu") if buffer.is_meta else buffer.cpu()
+        memo[id(buffer)] = known.clone()
+    return copy.deepcopy(module, memo).eval()
+
+
+def _plain_linear(module: nn.Linear) -> nn.Linear:
+    out, in_ = module.weight.shape
+    bias = module.bias is not None
+    plain: nn.Linear = empty(nn.Linear, module.weight, in_, out, bias=bias)
+    return _holding_parameters_of(module, plain)
+
+
+def _holding_parameters_of(module: nn.Module, plain: LayerT) -> LayerT:
+    for name in ("weight", "bias"):
+        plain._parameters[name] = module._parameters.get(name)
+    return plain.train(module.training)
+
+
+class _Operators(TorchDispatchMode):
+    """Sees whether what runs is one matrix product, at most one sum, and views."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Note the operator's name and run it."""
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def one_product(self) -> bool:
+        """Whether nothing was seen that a stock Linear would not do."""
+        products = [name for name in self.names if name in _PRODUCTS]
+        sums = [name for name in self.names if name in _SUMS]
+        rest = {*self.names} - _PRODUCTS - _SUMS - _VIEWS
+        return len(products) == 1 and len(sums) <= 1 and not rest
 
 
 def _weight_hooks(module: nn.Module) -> list[tuple[int, Any]]:
