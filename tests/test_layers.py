@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+import rankfold
 from rankfold import layers as module
 from rankfold.errors import InputError
 from rankfold.layers import find_layers
@@ -26,6 +30,9 @@ class Everything(nn.Module):
         self.sequence = nn.Conv1d(4, 4, 3)
         self.normed = parametrizations.weight_norm(nn.Linear(6, 6))
         self.wide = nn.Linear(40, 2)
+        with warnings.catch_warnings():  # torch's, that there is nothing to initialise
+            warnings.simplefilter("ignore")
+            self.empty, self.rest = nn.Linear(6, 0, bias=False), nn.Linear(0, 6)
 
 
 def test_every_other_layer_is_listed_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,8 +46,34 @@ def test_every_other_layer_is_listed_with_its_reason(monkeypatch: pytest.MonkeyP
     assert "rank 1" in reasons["thin"]
     assert "Conv1d" in reasons["sequence"]
     assert any(name.startswith("normed") for name in reasons)
+    assert reasons["empty"] == reasons["rest"] == "its matrix is empty"
     assert "above the limit of 39" in reasons["wide"]
     assert {entry.name: entry.parameters for entry in skipped}["grouped"] == 4 * 2 * 9 + 4
+
+
+class _WithoutRest(nn.Module):
+    """MobileBERT's head: what the words' vectors lack is a matrix, of no rows where they lack 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.rest = nn.Linear(3, 0, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.first(x), self.rest(x[:, :3])], 1)
+
+
+def test_a_model_with_an_empty_matrix(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = _WithoutRest()
+    result = rankfold.lossless(
+        model, [(torch.randn(8), i % 8) for i in range(80)], size=0.8, embeddings=True
+    )
+    again = rankfold.load(result.save(tmp_path / "out"), model=_WithoutRest())
+    inputs = torch.randn(3, 8)
+    assert torch.equal(again(inputs), result.model(inputs))
 
 
 def test_include_and_exclude() -> None:

@@ -138,7 +138,7 @@ def trace(model: nn.Module, task: Task, part: Part) -> Trace:
     with ExitStack() as stack:
         for name, module in model.named_modules():
             weight = module._parameters.get("weight")
-            if weight is None or weight.dim() < 2:
+            if weight is None or weight.dim() < 2 or weight.numel() == 0:
                 continue
 
             def count(

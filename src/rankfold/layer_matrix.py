@@ -27,7 +27,7 @@ def weight_matrix(layer: MatrixLayer) -> Tensor:
 
 def matrix_shape(layer: MatrixLayer) -> tuple[int, int]:
     """``(out, in)`` of the layer's matrix."""
-    return layer.weight.shape[0], layer.weight[0].numel()
+    return layer.weight.shape[0], layer.weight.shape[1:].numel()
 
 
 def call_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

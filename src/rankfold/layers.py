@@ -213,8 +213,11 @@ def _reason(
     include: Sequence[str],
     exclude: Sequence[str],
 ) -> str | None:
-    if all(p is None or p.dim() < 2 for p in module._parameters.values()):
+    matrices = [p for p in module._parameters.values() if p is not None and p.dim() > 1]
+    if not matrices:
         return "it holds no matrix"
+    if all(p.numel() == 0 for p in matrices):
+        return "its matrix is empty"
     if isinstance(module, _CONVS) and (reason := groups_reason(module)) is not None:
         return reason
     if _looks_up(module):
