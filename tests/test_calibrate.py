@@ -589,6 +589,25 @@ def test_a_loss_that_is_not_finite_is_refused() -> None:
         collect(model, as_part("calibration", examples))
 
 
+def test_gradients_that_are_not_finite_are_refused_with_their_layer() -> None:
+    """The root of 0 is finite, and its slope is not."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))
+    task = UserLoss(lambda model, batch: (0 * model(batch[0])).sum(1).sqrt())
+    with pytest.raises(InputError, match=r"output gradients of the layer 0\b.*float32"):
+        collect_statistics(
+            model, task, pair_part(8), dict(model.named_children()), curvature="empirical"
+        )
+
+
+def test_inputs_that_hardly_differ_and_are_0_for_the_most_part() -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(960, 8), nn.ReLU(), nn.Linear(8, 2))
+    rows = torch.rand(960, generator=generator) + 1e-6 * torch.randn(80, 960, generator=generator)
+    rows[:, torch.randperm(960, generator=generator)[:605]] = 0
+    result = rankfold.lossless(model, [(row, i % 2) for i, row in enumerate(rows)], size=0.5)
+    assert result.ratio <= 0.5
+
+
 # What a forward pass shows
 
 

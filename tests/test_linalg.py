@@ -12,6 +12,7 @@ from rankfold.linalg import (
     inverse_factor,
     mirrored,
     pivot_rows,
+    symmetric_eigh,
     symmetric_roots,
     thin_svd,
 )
@@ -247,3 +248,45 @@ def test_few_swaps_for_ordinary_matrices(monkeypatch):
     monkeypatch.setattr(linalg, "_swap_rows", refuse)
     for seed, (rows, k) in enumerate([(64, 32), (200, 50), (150, 149)]):
         assert_row_basis(pivot_rows(normal(seed, rows, k)), normal(seed, rows, k))
+
+
+def hardly_differing(seed: int, side: int, dead: int) -> torch.Tensor:
+    """The Gram of rows that are nearly one another, most of their columns 0."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.rand(side, generator=generator) + 1e-6 * torch.randn(60, side, generator=generator)
+    rows[:, torch.randperm(side, generator=generator)[:dead]] = 0
+    return mirrored(rows.T @ rows)
+
+
+def assert_decomposed(matrix):
+    eigenvalues, vectors = symmetric_eigh(matrix)
+    assert eigenvalues.dtype == vectors.dtype == matrix.dtype
+    assert bool((eigenvalues.diff() >= 0).all())
+    size, rounding = float(eigenvalues.max()), 100 * torch.finfo(matrix.dtype).eps
+    close((vectors * eigenvalues[..., None, :]) @ vectors.mT, matrix, rtol=0, atol=rounding * size)
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype).expand_as(matrix)
+    close(vectors.mT @ vectors, identity, rtol=0, atol=rounding)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_eigenvalues_where_divide_and_conquer_does_not_converge(seed):
+    matrix = hardly_differing(seed, 960, 605)  # LAPACK's ssyevd gives up on it
+    assert_decomposed(matrix)
+    assert_decomposed(matrix.double())
+
+
+def test_eigenvalues_without_divide_and_conquer(monkeypatch):
+    def give_up(_):
+        raise torch.linalg.LinAlgError("no convergence")
+
+    matrices = torch.stack([gram(seed, 7) for seed in range(3)])
+    expected = torch.linalg.eigh(matrices)[0]
+    monkeypatch.setattr(torch.linalg, "eigh", give_up)
+    assert_decomposed(matrices)
+    assert_decomposed(matrices[0].float())
+    close(symmetric_eigh(matrices)[0], expected)
+
+
+def test_a_matrix_that_is_not_finite_has_no_eigenvalues():
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        symmetric_eigh(torch.tensor([[1.0, torch.nan], [torch.nan, 1.0]]))

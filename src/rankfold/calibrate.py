@@ -299,7 +299,7 @@ def collect_statistics(
         embeddings: Sees the same passes.
 
     Raises:
-        InputError: The loss is not finite.
+        InputError: The loss, or what a layer sees, is not finite.
     """
     progress = progress or SilentProgress()
     first, second = (part.take(half) for half in halves(task.name, len(part.examples)))
@@ -322,11 +322,13 @@ def collect_statistics(
         if shrinkage:
             recorder.keep_first_half()
         observe(second, shown, 1)
+        recorder.refuse_infinite()
         if shrinkage:
             recorder.compare_halves(progress)
         if prior is not None:
             batches = prior.batches(batch_size)
             observe(prior, progress.track(batches, "own text's statistics", len(batches)), None)
+            recorder.refuse_infinite()
     return recorder.statistics()
 
 
@@ -434,6 +436,23 @@ class _Recorder:
         """What comes now belongs to the second half of the user's examples."""
         for sums in self.sums.values():
             sums.first_half = _Half(sums.input_gram.clone(), sums.output_gram.clone(), sums.rows)
+
+    def refuse_infinite(self) -> None:
+        """Refuse statistics that are not finite: losses may be so where gradients are not.
+
+        Raises:
+            InputError: Names the layer.
+        """
+        for name, sums in self.sums.items():
+            parts = {"inputs": sums.input_gram, "output gradients": sums.output_gram}
+            for what, gram in parts.items():
+                if not bool(torch.isfinite(gram).all()):
+                    dtype = str(self.layers[name].weight.dtype).removeprefix("torch.")
+                    raise InputError(
+                        f"the squares of the {what} of the layer {name}, added up, are NaN or "
+                        f"infinite; expected finite ones. Its weight is {dtype}: give the model "
+                        "in a type of wider range (float32), or check its weights and the data."
+                    )
 
     def compare_halves(self, progress: Progress) -> None:
         """Judge the Grams of the first half by those of the second.

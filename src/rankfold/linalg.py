@@ -99,6 +99,37 @@ def damped(gram: Tensor, damping: float) -> Tensor:
     )
 
 
+def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, the smallest first, and eigenvectors, also where ``torch.linalg.eigh`` fails.
+
+    LAPACK's divide and conquer does not converge for some Grams with many rows of zeros beside few
+    directions (channels that never fire, inputs that hardly differ), in float32 most of all. QR
+    iteration in float64 takes its place there: slower, and it converges.
+
+    Args:
+        matrix: ``(..., n, n)`` symmetric, finite.
+
+    Returns:
+        ``(eigenvalues (..., n), vectors (..., n, n))`` of its dtype.
+
+    Raises:
+        ValueError: Its values are not finite.
+    """
+    if not bool(torch.isfinite(matrix).all()):
+        raise ValueError("a matrix with NaN or infinite values has no eigenvalues")
+    try:
+        eigenvalues, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        single = matrix.to("cpu", torch.float64).reshape(-1, *matrix.shape[-2:])
+        found = [scipy.linalg.eigh(one.numpy(), driver="ev") for one in single]
+        shapes = matrix.shape[:-1], matrix.shape
+        eigenvalues, vectors = (
+            torch.from_numpy(np.stack(parts)).to(matrix).reshape(shape)
+            for parts, shape in zip(zip(*found, strict=True), shapes, strict=True)
+        )
+    return eigenvalues, vectors
+
+
 def symmetric_roots(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric square root of a Gram, and its pseudo-inverse.
 
@@ -112,7 +143,7 @@ def symmetric_roots(gram: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``(root, inverse_root)``, both of the same shape, float64, with ``root @ root == gram``.
     """
-    eigenvalues, vectors = (gram, None) if gram.dim() == 1 else torch.linalg.eigh(gram)
+    eigenvalues, vectors = (gram, None) if gram.dim() == 1 else symmetric_eigh(gram)
     kept = eigenvalues > RELATIVE_CUTOFF * eigenvalues.max().clamp(min=0)
     roots = torch.where(kept, eigenvalues, 0).sqrt()
     inverse = torch.where(kept, 1 / torch.where(kept, roots, 1), 0)
@@ -185,7 +216,7 @@ def descending_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``(eigenvalues (n,), vectors (n, n))``.
     """
-    eigenvalues, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    eigenvalues, vectors = symmetric_eigh((gram + gram.T) / 2)
     return eigenvalues.flip(0).clamp(min=0), vectors.flip(1)
 
 

@@ -15,6 +15,8 @@ import math
 import torch
 from torch import Tensor
 
+from rankfold.linalg import symmetric_eigh
+
 # Dampings looked at, as shares of the mean eigenvalue: where the first one is best, none is needed.
 LEAST, MOST = 1e-6, 10.0
 STEPS_PER_DECADE = 8
@@ -64,7 +66,7 @@ def decomposed(gram: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         Three ``(n,)`` tensors: ``sum counts f(eigenvalues)`` is ``tr f(gram)``, and ``sum energies
         f(eigenvalues)`` is ``tr(f(gram) other)``.
     """
-    eigenvalues, vectors = torch.linalg.eigh(gram)
+    eigenvalues, vectors = symmetric_eigh(gram)
     energies = ((other @ vectors) * vectors).sum(0).clamp(min=0)  # below 0 only by rounding
     return eigenvalues, torch.ones_like(eigenvalues), energies
 
@@ -110,7 +112,7 @@ def quadrature(
             basis[step + 1] = torch.where(ended, 0, following / norms.where(~ended, 1))
     between = off_diagonals[:, : steps - 1]
     tridiagonal = torch.diag_embed(diagonals) + torch.diag_embed(between, 1)
-    nodes, vectors = torch.linalg.eigh((tridiagonal + torch.diag_embed(between, -1)).double())
+    nodes, vectors = symmetric_eigh((tridiagonal + torch.diag_embed(between, -1)).double())
     seen = torch.einsum("jnp,np->pj", basis, other @ start).double()
     first, along = vectors[:, 0], torch.einsum("pji,pj->pi", vectors, seen)
     weight = side / probes
