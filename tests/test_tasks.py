@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 from torch.nn import functional
 from transformers import T5Config, T5ForConditionalGeneration
@@ -258,4 +259,16 @@ def test_embeddings_are_unit_means_over_the_tokens() -> None:
 def test_what_a_model_is_made_for() -> None:
     assert task_hint(mlp()) is None
     assert task_hint(tiny_llama()) == "causal-lm"
+    for name, config, expected in (
+        ("MarianMTModel", hf.MarianConfig(), "seq2seq"),
+        ("BertGenerationDecoder", hf.BertGenerationConfig(is_decoder=True), "causal-lm"),
+        ("BertForMaskedLM", hf.BertConfig(), "masked-lm"),
+        ("BertForQuestionAnswering", hf.BertConfig(), None),
+        ("BertModel", hf.BertConfig(), "embedding"),
+        ("ViTForImageClassification", hf.ViTConfig(), "classification"),
+        ("VideoMAEForVideoClassification", hf.VideoMAEConfig(), "classification"),
+        ("DeiTForImageClassificationWithTeacher", hf.DeiTConfig(), "classification"),
+    ):
+        with torch.device("meta"):
+            assert task_hint(getattr(hf, name)(config)) == expected, name
     assert set(TASKS) >= {"causal-lm", "teacher"}

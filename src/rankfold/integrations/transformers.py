@@ -74,6 +74,7 @@ _PURPOSES = {
     "ForSequenceClassification": "classification",
     "ForImageClassification": "classification",
     "ForAudioClassification": "classification",
+    "ForVideoClassification": "classification",
     "ForConditionalGeneration": "seq2seq",
     "ForSpeechSeq2Seq": "seq2seq",
 }
@@ -87,12 +88,14 @@ def task_hint(model: nn.Module) -> str | None:
     if not is_transformers_model(model):
         return None
     name, config = type(model).__name__, cast("Any", model).config
-    purpose = next((p for end, p in _PURPOSES.items() if name.endswith(end)), None)
+    purpose = next((p for part, p in _PURPOSES.items() if part in name), None)
+    generates = bool(cast("Any", model).can_generate())
     if purpose == "classification" and getattr(config, "problem_type", None) == "regression":
         return "regression"
-    if purpose == "seq2seq" and not getattr(config, "is_encoder_decoder", False):
-        return "causal-lm"  # a language model that looks at images, too
-    if purpose is None and not cast("Any", model).can_generate() and name.endswith("Model"):
+    if purpose == "seq2seq" or (purpose is None and generates):
+        # Of a decoder alone it is a language model, which may look at images, too.
+        return "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal-lm"
+    if purpose is None and name.endswith("Model"):
         return "embedding"
     return purpose
 
