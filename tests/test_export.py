@@ -27,6 +27,7 @@ from rankfold import InputError
 from rankfold.export import packed
 from rankfold.inputs import open_inputs
 from rankfold.unpack import unpack
+from tests.cases import normal
 from tests.command_line import environment, make_project
 from tests.command_line import rankfold as command
 from tests.small_models import (
@@ -222,11 +223,40 @@ def test_unpacked_tensors_go_back_to_where_they_were() -> None:
         assert torch.equal(back[name], tensor), name
 
 
-def test_a_computed_weight_is_refused_by_name() -> None:
-    original = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)))
-    unpacked = unpack(original)
-    with pytest.raises(InputError, match=r"the weight of 0 is computed.*weight_norm"):
-        packed(unpacked.model.state_dict(), original, unpacked.names, "here")
+class Computed(nn.Module):
+    """Weights that are computed from others, as those of wav2vec2's positions are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        normed = nn.utils.parametrizations.weight_norm
+        self.positions = normed(nn.Conv1d(8, 8, 3, padding=1, groups=2), dim=2)
+        self.inner = normed(nn.Linear(8, 12))
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.head(self.inner(self.positions(values).transpose(1, 2)).relu().mean(1))
+
+
+def test_computed_weights_are_given_back_to_what_computes_them(tmp_path: Path) -> None:
+    model = seeded(4, Computed)
+    data = [(x, i % 3) for i, x in enumerate(normal(5, 80, 8, 10).float())]
+    result = rankfold.lossless(model, data, size=0.7)
+    result.save(tmp_path / "out")
+    rankfold.export(tmp_path / "out", tmp_path / "dense", to="dense", model=seeded(6, Computed))
+    opened = seeded(7, Computed).eval()
+    opened.load_state_dict(load_file(tmp_path / "dense" / "model.safetensors"))
+    values = normal(8, 4, 8, 10).float()
+    torch.testing.assert_close(opened(values), result.model(values), rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_that_can_not_be_computed_again_is_refused_by_name() -> None:
+    normed = nn.utils.parametrizations
+    for layer in (normed.spectral_norm(nn.Linear(6, 5)), normed.orthogonal(nn.Linear(6, 6))):
+        original = nn.Sequential(layer)
+        unpacked = unpack(original)
+        tensors = {name: 3 * tensor for name, tensor in unpacked.model.state_dict().items()}
+        with pytest.raises(InputError, match=r"the weight of 0 is computed.*can't be undone"):
+            packed(tensors, original, unpacked.names, "here")
 
 
 # The command

@@ -98,6 +98,12 @@ def _pictures_with_texts() -> list[dict[str, Tensor]]:
     ]
 
 
+def _sounds() -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(1)
+    sounds = torch.randn(40, 400, generator=generator)
+    return [{"input_values": x, "labels": torch.tensor(i % 3)} for i, x in enumerate(sounds)]
+
+
 def _sounds_with_texts() -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     return [
@@ -198,10 +204,21 @@ FAMILIES = {
     ),
     "t5": Family("T5ForConditionalGeneration", "T5Config", T5, _pairs_of_text, "seq2seq"),
     "bart": Family("BartForConditionalGeneration", "BartConfig", BART, _pairs_of_text, "seq2seq"),
+    "marian": Family("MarianMTModel", "MarianConfig", BART, _pairs_of_text, "seq2seq"),
     "whisper": Family(
         "WhisperForConditionalGeneration", "WhisperConfig",
         BART | {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 16},
         _sounds_with_texts, "seq2seq",
+    ),
+    "wav2vec2": Family(  # its positions are a conv with groups, whose weight is weight-normed
+        "Wav2Vec2ForSequenceClassification", "Wav2Vec2Config",
+        SMALL | {
+            "conv_dim": [16, 16], "conv_kernel": [10, 3], "conv_stride": [5, 2],
+            "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 8,
+            "num_conv_pos_embedding_groups": 4, "classifier_proj_size": 16, "num_labels": 3,
+            "mask_time_prob": 0.0,
+        },
+        _sounds, "classification",
     ),
     "resnet": Family(
         "ResNetForImageClassification", "ResNetConfig",
@@ -255,7 +272,9 @@ FAMILIES = {
 
 PACKED, READS = "no: packed layers", "no: the model reads a layer's attributes"
 NO_PAIRS = {
-    **dict.fromkeys(("mixtral", "qwen2-moe", "gpt-oss", "whisper", "regnet-grouped"), PACKED),
+    **dict.fromkeys(
+        ("mixtral", "qwen2-moe", "gpt-oss", "whisper", "wav2vec2", "regnet-grouped"), PACKED
+    ),
     **dict.fromkeys(("t5", "mobilenet-v2", "vit", "deit-without-labels", "clip"), READS),
 }
 # The layer that is read, where a plan may leave it dense: then the pairs open.

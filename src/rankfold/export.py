@@ -14,11 +14,12 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from rankfold.artifact import (
     METADATA,
@@ -54,6 +55,7 @@ FILES: dict[Target, str] = {
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 EXPORT_FILE = "export.json"  # says what the folder is, and that it may be overwritten
 PAIRS_FILE = "pairs.safetensors"  # not the usual name: from_pretrained can't open it
+PARTS = "parametrizations."  # torch's, before the names of what a weight is computed from
 _FACTORIZED = (
     LowRankLinear, LowRankConv2d, RowBlocksLinear, ColumnBlocksLinear, BlocksConv2d, SpatialConv2d,
     TuckerConv2d, LowRankEmbedding, LowRankHead,
@@ -235,7 +237,8 @@ def packed(
     """Tensors of an unpacked model as those of the model that it was made from.
 
     Unpacking only moves numbers. So a copy of the original, filled with 1, 2, 3.. and unpacked,
-    tells where each number went, whatever the kind of module.
+    tells where each number went, whatever the kind of module. Computed weights (weight norm and
+    other parametrizations) are given to the parametrization's own inverse, where it has one.
 
     Args:
         tensors: Of the unpacked model, under all its names.
@@ -252,13 +255,17 @@ def packed(
     if not names:
         return moved
     numbered = copy.deepcopy(original)
-    places: dict[str, tuple[int, int]] = {}  # of each tensor: its first number, and one past it
+    computed = [n for n in dict.fromkeys(names) if _is_computed(original, n)]
+    for name in computed:  # from here on it holds the weight that it computes
+        names.remove(name)
+        unpack_named(numbered, [name], where)
+    places: dict[str, tuple[int, torch.Size]] = {}  # of each tensor: its first number, its shape
     count = 1
     with torch.no_grad():
         for name, tensor in numbered.state_dict(keep_vars=True).items():
             if _inside(name, outer) and tensor.is_floating_point():
-                places[name] = (count, count + tensor.numel())
-                numbers = torch.arange(*places[name], dtype=torch.float64)
+                places[name] = (count, tensor.shape)
+                numbers = torch.arange(count, count + tensor.numel(), dtype=torch.float64)
                 tensor.data = numbers.view(tensor.shape)
                 count += tensor.numel()
     unpack_named(numbered, names, where)
@@ -275,20 +282,61 @@ def packed(
             wrong |= {module for module in outer if _inside(name, [module])}
             continue
         values[index] = tensors[name].flatten().double()
-    shapes = original.state_dict()
-    for name, place in places.items():
-        found = values[slice(*place)]
+    for name, (first, shape) in places.items():
+        found = values[first : first + shape.numel()]
         if bool(found.isnan().any()):
             wrong |= {module for module in outer if _inside(name, [module])}
         dtype = next(t.dtype for n, t in tensors.items() if _inside(n, outer))
-        moved[name] = found.view(shapes[name].shape).to(dtype)
+        moved[name] = found.view(shape).to(dtype)
+    for name in computed:
+        parts = _parts_of_weights(original.get_submodule(name), f"{name}.", moved)
+        if parts is None:
+            wrong.add(name)
+        else:
+            moved |= parts
     if wrong:
         named = ", ".join(sorted(wrong)[:5])
         raise InputError(
             f"{where} can't be exported in the names of the original: the weight of {named} "
-            "is computed from others there, as by weight_norm. Open it with rankfold.load."
+            "is computed from others there, in a way that can't be undone. Open it with "
+            "rankfold.load."
         )
     return moved
+
+
+def _is_computed(model: nn.Module, name: str) -> bool:
+    """Whether the model has a module of this name whose weight a parametrization computes."""
+    try:
+        return parametrize.is_parametrized(model.get_submodule(name))
+    except AttributeError:  # inside a module that was unpacked
+        return False
+
+
+def _parts_of_weights(
+    module: nn.Module, prefix: str, moved: dict[str, Tensor]
+) -> dict[str, Tensor] | None:
+    """What the parametrizations of a module compute its weights from; None where none gives them.
+
+    Args:
+        module: It stays as it is.
+        prefix: Of its names in ``moved``.
+        moved: All tensors; the weights are taken out.
+    """
+    twin = copy.deepcopy(module).eval()
+    found = True
+    for name in cast("nn.ModuleDict", twin.parametrizations):
+        wanted = moved.pop(f"{prefix}{name}")
+        try:
+            with torch.no_grad():
+                setattr(twin, name, wanted.to(getattr(twin, name)))
+                given = getattr(twin, name).to(wanted)
+        except (NotImplementedError, RuntimeError, ValueError):  # no inverse, or not of this weight
+            return None
+        rounding = 16 * torch.finfo(wanted.dtype).eps * float(wanted.abs().max())
+        found = found and torch.allclose(given, wanted, rtol=0, atol=rounding)
+    if not found:
+        return None
+    return {f"{prefix}{n}": t for n, t in twin.state_dict().items() if n.startswith(PARTS)}
 
 
 def _within(index: Tensor, count: int) -> bool:
