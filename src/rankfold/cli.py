@@ -99,7 +99,11 @@ class Reading:
     ] = None
     std: Annotated[str | None, typer.Option(help="Divided by, per channel.")] = None
     image_size: Annotated[
-        int | None, typer.Option(help="Side of the images of a folder, in pixels. (default: 224)")
+        int | None,
+        typer.Option(
+            help="Side of the images of a folder, in pixels. (default: 224; without this, --mean "
+            "and --std as the model's preprocessor_config.json says)"
+        ),
     ] = None
     skip_broken: Annotated[
         bool,

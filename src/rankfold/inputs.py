@@ -18,10 +18,12 @@ from rankfold.errors import InputError
 from rankfold.examples import hidden_words, record_examples
 from rankfold.integrations import transformers as hf
 from rankfold.integrations.example_inputs import Given
+from rankfold.integrations.processors import has_processor, image_preparation, sound_preparation
 from rankfold.integrations.vision import is_named, make_named, parse_named
 from rankfold.progress import Progress, TerminalProgress
 from rankfold.sources import (
     ClassFolder,
+    ImagePreparation,
     Kind,
     image_reader,
     is_spec,
@@ -70,7 +72,8 @@ class DataOptions:
     Attributes:
         mean: Per channel, for images and arrays, or None.
         std: Likewise.
-        image_size: Side that images of a folder are resized and cropped to, or None.
+        image_size: Side that images of a folder are resized and cropped to, or None. Where all
+            three are None the model's folder says how images are prepared, if it does.
         length: Tokens a window of text, or None for 512 or what the model takes.
         seed: Seeds the split.
         task: One of ``rankfold.tasks.TASKS``, or None to go by what the model is made for.
@@ -264,12 +267,23 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
         return cast("Examples", read_npz(path, options.mean, options.std))
     if kind == "images":
         found = read_image_folder(
-            path, options.mean, options.std, options.image_size, skip_broken=options.skip_broken
+            path,
+            options.mean,
+            options.std,
+            options.image_size,
+            prepare=_image_preparation(opened, options),
+            label_ids=_label_ids(opened),
+            skip_broken=options.skip_broken,
         )
         _tell_skipped(path, found)
         return cast("Examples", found)
     if kind == "sounds":
-        sounds = read_wav_folder(path, skip_broken=options.skip_broken)
+        prepare = None
+        if opened.folder is not None and has_processor(opened.folder):
+            prepare = sound_preparation(opened.folder)
+        sounds = read_wav_folder(
+            path, prepare=prepare, label_ids=_label_ids(opened), skip_broken=options.skip_broken
+        )
         _tell_skipped(path, sounds)
         return cast("Examples", sounds)
     task = options.task or hf.task_hint(opened.model)
@@ -292,6 +306,19 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
             "teacher, which needs none."
         )
     return windows
+
+
+def _image_preparation(opened: OpenedModel, options: DataOptions) -> ImagePreparation | None:
+    """The image processor of the model's folder, unless options say how images are prepared."""
+    told = (options.image_size, options.mean, options.std) != (None, None, None)
+    if told or opened.folder is None or not has_processor(opened.folder):
+        return None
+    return image_preparation(opened.folder)
+
+
+def _label_ids(opened: OpenedModel) -> dict[str, int] | None:
+    """The model's number of each label, None for a model that says nothing of labels."""
+    return getattr(getattr(opened.model, "config", None), "label2id", None)
 
 
 def _kind(spec: str, options: DataOptions) -> Kind | None:
@@ -317,7 +344,6 @@ def _tell_skipped(folder: Path, found: ClassFolder) -> None:
 def _records(
     file: Path, opened: OpenedModel, options: DataOptions, task: str | None
 ) -> Sequence[Any]:
-    config = getattr(opened.model, "config", None)
     return record_examples(
         file,
         opened.tokenizer,
@@ -330,9 +356,11 @@ def _records(
             "tokens": options.tokens_column,
             "tags": options.tags_column,
         },
-        label_ids=getattr(config, "label2id", None),
+        label_ids=_label_ids(opened),
         seed=options.seed,
-        images=lambda: image_reader(options.mean, options.std, options.image_size),
+        images=lambda: image_reader(
+            options.mean, options.std, options.image_size, _image_preparation(opened, options)
+        ),
     )
 
 

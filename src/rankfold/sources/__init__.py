@@ -7,19 +7,27 @@ from rankfold.sources.arrays import read_npz
 from rankfold.sources.arrow import class_names
 from rankfold.sources.class_folders import ClassFolder
 from rankfold.sources.conversations import conversation_tokens
-from rankfold.sources.images import ImageReader, TableImages, image_reader, read_image_folder
+from rankfold.sources.images import (
+    ImagePreparation,
+    ImageReader,
+    TableImages,
+    image_reader,
+    read_image_folder,
+)
 from rankfold.sources.kind import Kind, source_kind
 from rankfold.sources.python_object import is_spec, load_object
 from rankfold.sources.records import Record, column, numbers, read_records
 from rankfold.sources.registry import read_registered, register_source, registered_source
-from rankfold.sources.sounds import read_wav_folder
+from rankfold.sources.sounds import SoundPreparation, read_wav_folder
 from rankfold.sources.text import read_text, token_windows
 
 __all__ = [
     "ClassFolder",
+    "ImagePreparation",
     "ImageReader",
     "Kind",
     "Record",
+    "SoundPreparation",
     "TableImages",
     "class_names",
     "column",

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import torch
 from torch.utils.data import Dataset
 
 from rankfold.errors import InputError
 
 
-class ClassFolder(Dataset[tuple[Tensor, int]]):
-    """Pairs of what a file holds and its class, in the order of the paths; read when used.
+def labelled(inputs: Any, label: int) -> Any:
+    """An example: inputs by name with ``labels`` among them, or a pair of anything else."""
+    if isinstance(inputs, Mapping):
+        return {**inputs, "labels": torch.tensor(label)}
+    return inputs, label
+
+
+class ClassFolder(Dataset[Any]):
+    """What a file holds and its class (``labelled``), in the order of the paths; read when used.
 
     Attributes:
         files: The files and their classes.
@@ -22,7 +30,7 @@ class ClassFolder(Dataset[tuple[Tensor, int]]):
     def __init__(
         self,
         files: Sequence[tuple[Path, int]],
-        read: Callable[[Path], Tensor],
+        read: Callable[[Path], Any],
         skipped: Sequence[str] = (),
     ) -> None:
         self.files, self.read, self.skipped = files, read, skipped
@@ -30,10 +38,10 @@ class ClassFolder(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> Any:
         file, label = self.files[index]
         try:
-            return self.read(file), label
+            return labelled(self.read(file), label)
         except InputError as error:
             raise refused(error) from error
 
@@ -43,16 +51,24 @@ def refused(error: InputError) -> InputError:
     return InputError(f"{error} Or leave out such files with --skip-broken.")
 
 
-def class_files(folder: Path, suffixes: Sequence[str], what: str) -> list[tuple[Path, int]]:
+def class_files(
+    folder: Path,
+    suffixes: Sequence[str],
+    what: str,
+    label_ids: Mapping[str, int] | None = None,
+) -> list[tuple[Path, int]]:
     """The files of each class; the class is the place of its folder's name among the sorted names.
 
     Args:
         folder: Holds one folder per class.
         suffixes: Of the files that count, in lower case.
         what: What one file is called: ``image``.
+        label_ids: The model's number of each label. Where the folders' names are labels, theirs
+            are the classes, whatever their order.
 
     Raises:
-        InputError: Fewer than two classes, or a class without files.
+        InputError: Fewer than two classes, a class without files, or names of which some are labels
+            and others not.
     """
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
     if len(classes) < 2:
@@ -61,8 +77,9 @@ def class_files(folder: Path, suffixes: Sequence[str], what: str) -> list[tuple[
             f"the {what} folder {folder} has {found}; expected two or more folders, one a class, "
             f"with the {what}s of that class in it."
         )
+    labels = _labels(folder, [path.name for path in classes], label_ids or {})
     files: list[tuple[Path, int]] = []
-    for label, directory in enumerate(classes):
+    for label, directory in zip(labels, classes, strict=True):
         own = sorted(path for path in directory.rglob("*") if path.suffix.lower() in suffixes)
         if not own:
             raise InputError(
@@ -73,15 +90,26 @@ def class_files(folder: Path, suffixes: Sequence[str], what: str) -> list[tuple[
     return files
 
 
+def _labels(folder: Path, names: Sequence[str], label_ids: Mapping[str, int]) -> Sequence[int]:
+    unknown = [name for name in names if name not in label_ids]
+    if not unknown:
+        return [label_ids[name] for name in names]
+    if len(unknown) < len(names):
+        raise InputError(
+            f"the class folders {', '.join(unknown[:5])} in {folder} are no labels of the model, "
+            f"and others there are. Expected its labels: {', '.join(list(label_ids)[:10])}; or no "
+            "name of a label at all, then the sorted names count from 0."
+        )
+    return range(len(names))
+
+
 def holds_files(folder: Path, suffixes: Sequence[str]) -> bool:
     """Whether a class folder holds a file of one of these suffixes."""
     found = (path.suffix.lower() in suffixes for path in folder.glob("[!.]*/**/*"))
     return any(found)
 
 
-def without_broken(
-    files: Sequence[tuple[Path, int]], read: Callable[[Path], Tensor]
-) -> ClassFolder:
+def without_broken(files: Sequence[tuple[Path, int]], read: Callable[[Path], Any]) -> ClassFolder:
     """The files that can be read; each is read once here to find out, and not kept.
 
     Raises:

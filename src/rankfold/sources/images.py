@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rankfold.errors import InputError, require
-from rankfold.sources.class_folders import ClassFolder, class_files, without_broken
+from rankfold.sources.class_folders import ClassFolder, class_files, labelled, without_broken
 from rankfold.sources.normalize import channel_values, normalize_images
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 DEFAULT_SIZE = 224
-ImageReader: TypeAlias = Callable[[Path | BytesIO, str], Tensor]
+ImageReader: TypeAlias = Callable[[Path | BytesIO, str], Any]
+# Of an RGB image of Pillow, and of what messages call it, to what the model is given.
+ImagePreparation: TypeAlias = Callable[[Any, str], Any]
 
 
 def read_image_folder(
@@ -27,6 +29,8 @@ def read_image_folder(
     std: Sequence[float] | None = None,
     size: int | None = None,
     *,
+    prepare: ImagePreparation | None = None,
+    label_ids: Mapping[str, int] | None = None,
     skip_broken: bool = False,
 ) -> ClassFolder:
     """Images whose class is the place of their folder's name among the sorted names.
@@ -39,26 +43,32 @@ def read_image_folder(
         mean: Subtracted, per channel (red, green, blue).
         std: Divided by, per channel.
         size: Side of the square, pixels.
+        prepare: In place of all that: what the model's own image processor makes of an image.
+        label_ids: The model's number of each label: that of the folders' names, where it has them.
         skip_broken: Leave out images that can't be read; ``skipped`` of the result names them.
 
     Returns:
-        Pairs of a ``(3, size, size)`` float32 image and its class.
+        Pairs of a ``(3, size, size)`` float32 image, or what ``prepare`` gives, and its class.
 
     Raises:
-        InputError: Fewer than two classes, a class without images, or Pillow isn't installed;
-            when an image is used: it can't be read.
+        InputError: Fewer than two classes, a class without images, names of which the model has
+            some as labels and others not, or Pillow isn't installed; when an image is used: it
+            can't be read.
     """
-    read_image = image_reader(mean, std, size)
-    files = class_files(folder, SUFFIXES, "image")
+    read_image = image_reader(mean, std, size, prepare)
+    files = class_files(folder, SUFFIXES, "image", label_ids)
 
-    def read(file: Path) -> Tensor:
+    def read(file: Path) -> Any:
         return read_image(file, f"the image {file}")
 
     return without_broken(files, read) if skip_broken else ClassFolder(files, read)
 
 
 def image_reader(
-    mean: Sequence[float] | None, std: Sequence[float] | None, size: int | None
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: int | None = None,
+    prepare: ImagePreparation | None = None,
 ) -> ImageReader:
     """A function of a file, or of one in memory, and of what messages call it: an image's values.
 
@@ -66,6 +76,7 @@ def image_reader(
         mean: As for ``read_image_folder``.
         std: Likewise.
         size: Likewise.
+        prepare: Likewise.
 
     Raises:
         InputError: A value is out of its range, or Pillow isn't installed.
@@ -76,7 +87,12 @@ def image_reader(
     channels = 3
     means = channel_values("--mean", mean, channels)
     stds = channel_values("--std", std, channels)
-    return lambda file, what: normalize_images(_read(file, what, size or DEFAULT_SIZE), means, stds)
+
+    def squares(image: Any, _: str) -> Tensor:
+        return normalize_images(_square(image, size or DEFAULT_SIZE), means, stds)
+
+    make = prepare or squares
+    return lambda file, what: make(_opened(file, what), what)
 
 
 class TableImages(Dataset[Any]):
@@ -104,16 +120,21 @@ class TableImages(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         what = f"the image in record {index} of {self.where}"
         image = self.read(BytesIO(self.images[index]), what)
-        return image if self.labels is None else (image, self.labels[index])
+        return image if self.labels is None else labelled(image, self.labels[index])
 
 
-def _read(file: Path | BytesIO, what: str, size: int) -> Tensor:
+def _opened(file: Path | BytesIO, what: str) -> Any:
     pillow: Any = require("PIL.Image", "images")
     try:
         with pillow.open(file) as opened:
-            image = opened.convert("RGB")
+            return opened.convert("RGB")
     except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
         raise InputError(f"{what} can't be read: {error}. Replace or remove it.") from error
+
+
+def _square(image: Any, size: int) -> Tensor:
+    """The middle square of an image whose shorter side is resized to it, ``(3, size, size)``."""
+    pillow: Any = require("PIL.Image", "images")
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     if (width, height) != image.size:

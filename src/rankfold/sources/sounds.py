@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,33 +17,45 @@ from rankfold.errors import InputError
 from rankfold.sources.class_folders import ClassFolder, class_files, refused, without_broken
 
 SUFFIXES = (".wav",)
+# Of (channels, samples), samples a second and what messages call it, to what the model is given.
+SoundPreparation: TypeAlias = Callable[[Tensor, int, str], Any]
 # What scipy raises where it says what is wrong, and where it trips over a damaged header.
 SAID = (OSError, ValueError, wavfile.WavFileWarning)
 DAMAGED = (struct.error, ZeroDivisionError, UnboundLocalError)
 
 
-def read_wav_folder(folder: Path, *, skip_broken: bool = False) -> ClassFolder:
+def read_wav_folder(
+    folder: Path,
+    *,
+    prepare: SoundPreparation | None = None,
+    label_ids: Mapping[str, int] | None = None,
+    skip_broken: bool = False,
+) -> ClassFolder:
     """Sounds whose class is the place of their folder's name among the sorted names.
 
     Every file is read once here, to compare the sample rates, and not kept. Lengths may differ.
 
     Args:
         folder: Holds one folder per class.
+        prepare: What the model's own feature extractor makes of a sound.
+        label_ids: The model's number of each label: that of the folders' names, where it has them.
         skip_broken: Leave out files that can't be read; ``skipped`` of the result names them. One
             of another sample rate is not broken: it is refused all the same.
 
     Returns:
-        Pairs of ``(channels, samples)`` float32 in -1..1 and the class.
+        Pairs of ``(channels, samples)`` float32 in -1..1, or what ``prepare`` gives, and the class.
 
     Raises:
         InputError: Fewer than two classes, a class without wav files, a file that can't be read or
-            is empty, or sample rates or numbers of channels that differ.
+            is empty, sample rates or numbers of channels that differ, or names of folders of which
+            the model has some as labels and others not.
     """
 
-    def read(file: Path) -> Tensor:
-        return _read(file)[0]
+    def read(file: Path) -> Any:
+        sound, rate = _read(file)
+        return sound if prepare is None else prepare(sound, rate, f"the wav file {file}")
 
-    files = class_files(folder, SUFFIXES, "wav file")
+    files = class_files(folder, SUFFIXES, "wav file", label_ids)
     found = without_broken(files, read) if skip_broken else ClassFolder(files, read)
     _refuse_mixtures([file for file, _ in found.files])
     return found
