@@ -10,6 +10,7 @@ from torch import nn
 import rankfold
 from rankfold import Data, InputError, collected, stage
 from rankfold.block_modules import BLOCK_FORMS
+from rankfold.conv_forms import conv_factors
 from rankfold.conv_modules import CONV_FORMS
 from rankfold.integrations.transformers import own_text
 from rankfold.interactions import measured_shares
@@ -927,6 +928,28 @@ def test_a_choice_in_blocks_has_the_weight_of_its_module() -> None:
                 p.numel() for n, p in module.named_parameters() if n != "bias"
             )
         assert blocks
+
+
+def test_factors_of_a_choice_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan is measured, corrected on and built: each time its conv would be factorized anew."""
+    found: list[tuple[str, bool]] = []
+
+    def counted(*arguments: Any, pivot: bool) -> object:
+        found.append((arguments[3], pivot))
+        return conv_factors(*arguments, pivot=pivot)
+
+    monkeypatch.setattr(stage, "conv_factors", counted)
+    prepared = rankfold.prepare(trained_cnn(), image_data())
+    name = "features.3"
+    choice, other = [c for c in prepared.curves[name].choices() if c.form == "tucker"][:2]
+    weight = prepared.weight(name, choice)
+    module = prepared.module(name, choice)
+    assert torch.equal(weight, prepared.weight(name, choice))
+    torch.testing.assert_close(module.to_dense().weight.flatten(1), weight)
+    assert found == [("tucker", True)]
+    assert not torch.equal(weight, prepared.weight(name, other))
+    prepared.in_form("pair").module(name, other)
+    assert found == [("tucker", True)] * 2 + [("tucker", False)]
 
 
 def test_a_later_round_cuts_layers_where_the_first_one_did() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, TypeAlias, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from rankfold.block_forms import BlockFactors, Cut, block_factors, block_form
 from rankfold.block_modules import BLOCK_FORMS
 from rankfold.certify import Change, paired_change
 from rankfold.collected import Collected
-from rankfold.conv_forms import conv_factors
+from rankfold.conv_forms import SpatialFactors, TuckerFactors, conv_factors
 from rankfold.conv_modules import ConvForm
 from rankfold.curvature import damped_grams
 from rankfold.data import Part
@@ -72,6 +72,7 @@ DAMPINGS = (Damping(0.1, 0.1), Damping(0.01, 0.3), Damping(0.1, 1.0), Damping(0.
 DAMPING_SIZE = 0.8
 
 StageT = TypeVar("StageT", bound="Stage")
+Factors: TypeAlias = BlockFactors | SpatialFactors | TuckerFactors
 
 
 @dataclass
@@ -111,9 +112,9 @@ class Stage:
     level: float = 1.0
     # A list, so that copies with other curves or another form share what was evaluated once.
     _control: list[Evaluation] = field(default_factory=list)
-    # By layer, the last block factors that were asked for: a plan is measured, then corrected on or
-    # built, and plans of one size have many choices in common.
-    _block_factors: dict[str, BlockFactors] = field(default_factory=dict)
+    # By layer, the last factors of a block or conv form, and the choice that they were asked for: a
+    # plan is measured, then corrected on or built, and plans of one size have much in common.
+    _factors: dict[str, tuple[object, Factors]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -302,29 +303,28 @@ class Stage:
             raise ValueError(f"the choice leaves {name} dense")
         if choice.form is None or choice.form in FORMS:
             return low_rank_module(layer, truncate(self.spectra[name], choice.rank, form))
+        return self._factors_of(name, choice).module(cast("nn.Conv2d", layer))
+
+    def _factors_of(self, name: str, choice: Choice) -> Factors:
+        """The factors of a choice of a block or conv form."""
+        asked = (self.settings.form, choice.form, choice.ranks)
+        known = self._factors.get(name)
+        if known is None or known[0] != asked:
+            known = self._factors[name] = asked, self._find_factors(name, choice)
+        return known[1]
+
+    def _find_factors(self, name: str, choice: Choice) -> Factors:
+        weight = self._moved(name)
+        grams = damped_grams(self.collected.statistics[name], self.settings.dampings)
         if choice.form in BLOCK_FORMS:
-            return self._in_blocks(name, choice).module(layer)
-        conv = cast("nn.Conv2d", layer)
-        factors = conv_factors(
-            self._moved(name).view_as(conv.weight),
-            *damped_grams(self.collected.statistics[name], self.settings.dampings),
+            return block_factors(weight, *grams, self.cuts[name], choice.ranks)
+        return conv_factors(
+            weight.view_as(self.collected.layers[name].weight),
+            *grams,
             cast("ConvForm", choice.form),
             choice.ranks,
-            pivot=form == "pivoted",
+            pivot=self.settings.form == "pivoted",
         )
-        return factors.module(conv)
-
-    def _in_blocks(self, name: str, choice: Choice) -> BlockFactors:
-        """The factors of a choice of a block form."""
-        known = self._block_factors.get(name)
-        if known is None or known.ranks != choice.ranks:
-            known = self._block_factors[name] = block_factors(
-                self._moved(name),
-                *damped_grams(self.collected.statistics[name], self.settings.dampings),
-                self.cuts[name],
-                choice.ranks,
-            )
-        return known
 
     def build(self, plan: RankPlan) -> nn.Module:
         """A copy of the model with this plan's layers, the dense ones moved by the step."""
@@ -346,8 +346,8 @@ class Stage:
             like = self.collected.matrices[name].weight
             return self.spectra[name].truncated(choice.rank).to(like.device, like.dtype)
         if choice.form in BLOCK_FORMS:
-            like = self.collected.layers[name].weight
-            return self._in_blocks(name, choice).weight().to(like.device, like.dtype)
+            like, blocks = self.collected.layers[name].weight, self._factors_of(name, choice)
+            return cast("BlockFactors", blocks).weight().to(like.device, like.dtype)
         dense = cast("MatrixLayer", cast("Any", self.module(name, choice)).to_dense())
         return weight_matrix(dense)
 
