@@ -50,6 +50,38 @@ def test_a_class_of_broken_images_only_is_refused(tmp_path: Path) -> None:
         read_image_folder(folder, skip_broken=True)
 
 
+@pytest.mark.parametrize("inside", [".", "all", "some/where"])
+def test_images_without_labels_may_stand_anywhere(tmp_path: Path, inside: str) -> None:
+    place = tmp_path / inside
+    place.mkdir(parents=True, exist_ok=True)
+    (tmp_path / ".hidden").mkdir()
+    for file in (*(place / f"{number}.png" for number in range(3)), tmp_path / ".hidden/4.png"):
+        Image.new("RGB", (6, 4), (9, 0, 0)).save(file)
+    assert source_kind(str(tmp_path)) == "images"
+    with pytest.raises(InputError, match=r"two or more folders.*--task teacher"):
+        read_image_folder(tmp_path, size=4)
+    found = read_image_folder(tmp_path, size=4, labels_wanted=False)
+    assert [file.name for file, _ in found.files] == ["0.png", "1.png", "2.png"]
+    assert found[0].shape == (3, 4, 4)
+    for number in range(3):
+        (place / f"{number}.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"none of the files can be read.*0\.png"):
+        read_image_folder(tmp_path, size=4, labels_wanted=False, skip_broken=True)
+
+
+def test_class_folders_keep_their_classes_where_no_labels_are_wanted(tmp_path: Path) -> None:
+    folder = _images(tmp_path)
+    assert read_image_folder(folder, size=4, labels_wanted=False)[3][1] == 1
+    Image.new("RGB", (6, 4), (9, 0, 0)).save(folder / "loose.png")
+    found = read_image_folder(folder, size=4, labels_wanted=False)
+    assert [label for _, label in found.files] == [None] * 5
+
+
+def test_a_folder_without_a_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no image; expected \.jpg"):
+        read_image_folder(tmp_path, labels_wanted=False)
+
+
 def _sounds(folder: Path, count: int = 2, rate: int = 8000) -> Path:
     generator = np.random.default_rng(0)
     for label, pitch in (("high", 0.9), ("low", 0.2)):

@@ -106,6 +106,15 @@ def test_folders_whose_names_are_no_labels_count_from_0(vit: Path, tmp_path: Pat
         open_examples(str(mixed), opened, DataOptions())
 
 
+def test_images_without_labels_are_read_for_tasks_that_need_none(vit: Path, tmp_path: Path) -> None:
+    images, opened = _images(tmp_path / "images", ("all",)), open_model(str(vit))
+    found = open_examples(str(images), opened, DataOptions(task="teacher"))
+    assert len(found) == 16
+    assert found[0].keys() == {"pixel_values"}
+    with pytest.raises(InputError, match="two or more folders"):
+        open_examples(str(images), opened, DataOptions())
+
+
 def test_sounds_are_prepared_as_the_models_folder_says(listener: Path, tmp_path: Path) -> None:
     sounds, opened = _sounds(tmp_path / "sounds"), open_model(str(listener))
     found = open_examples(str(sounds), opened, DataOptions())

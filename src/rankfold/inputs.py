@@ -263,6 +263,8 @@ def _own_text(opened: OpenedModel, options: DataOptions, part: int) -> Examples:
 
 def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) -> Examples:
     path = Path(spec)
+    task = options.task or hf.task_hint(opened.model)
+    labels_wanted = task not in ("teacher", "embedding")
     if kind == "npz":
         return cast("Examples", read_npz(path, options.mean, options.std))
     if kind == "images":
@@ -273,6 +275,7 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
             options.image_size,
             prepare=_image_preparation(opened, options),
             label_ids=_label_ids(opened),
+            labels_wanted=labels_wanted,
             skip_broken=options.skip_broken,
         )
         _tell_skipped(path, found)
@@ -282,11 +285,14 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
         if opened.folder is not None and has_processor(opened.folder):
             prepare = sound_preparation(opened.folder)
         sounds = read_wav_folder(
-            path, prepare=prepare, label_ids=_label_ids(opened), skip_broken=options.skip_broken
+            path,
+            prepare=prepare,
+            label_ids=_label_ids(opened),
+            labels_wanted=labels_wanted,
+            skip_broken=options.skip_broken,
         )
         _tell_skipped(path, sounds)
         return cast("Examples", sounds)
-    task = options.task or hf.task_hint(opened.model)
     if kind == "records":
         return _records(path, opened, options, task)
     if opened.tokenizer is None:

@@ -31,6 +31,7 @@ def read_image_folder(
     *,
     prepare: ImagePreparation | None = None,
     label_ids: Mapping[str, int] | None = None,
+    labels_wanted: bool = True,
     skip_broken: bool = False,
 ) -> ClassFolder:
     """Images whose class is the place of their folder's name among the sorted names.
@@ -45,10 +46,12 @@ def read_image_folder(
         size: Side of the square, pixels.
         prepare: In place of all that: what the model's own image processor makes of an image.
         label_ids: The model's number of each label: that of the folders' names, where it has them.
+        labels_wanted: Without it files that don't stand in class folders have no class.
         skip_broken: Leave out images that can't be read; ``skipped`` of the result names them.
 
     Returns:
-        Pairs of a ``(3, size, size)`` float32 image, or what ``prepare`` gives, and its class.
+        Pairs of a ``(3, size, size)`` float32 image, or what ``prepare`` gives, and its class
+        (``class_folders.labelled``).
 
     Raises:
         InputError: Fewer than two classes, a class without images, names of which the model has
@@ -56,7 +59,7 @@ def read_image_folder(
             can't be read.
     """
     read_image = image_reader(mean, std, size, prepare)
-    files = class_files(folder, SUFFIXES, "image", label_ids)
+    files = class_files(folder, SUFFIXES, "image", label_ids, labels_wanted=labels_wanted)
 
     def read(file: Path) -> Any:
         return read_image(file, f"the image {file}")

@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 
 from rankfold.errors import InputError
 from rankfold.sources.arrow import is_dataset_folder
-from rankfold.sources.class_folders import holds_files
+from rankfold.sources.class_folders import files_below
 from rankfold.sources.images import SUFFIXES as IMAGES
 from rankfold.sources.python_object import is_spec
 from rankfold.sources.records import SUFFIXES
@@ -60,11 +60,11 @@ def source_kind(spec: str) -> Kind:
 def _folder_kind(folder: Path) -> Kind:
     if is_dataset_folder(folder):
         return "records"
-    if not holds_files(folder, SOUNDS):
+    if not any(files_below(folder, SOUNDS)):
         return "images"
-    if holds_files(folder, IMAGES):
+    if any(files_below(folder, IMAGES)):
         raise InputError(
-            f"the folder {folder} holds both images and wav files; expected class folders of one "
-            "of them. Put them in two folders."
+            f"the folder {folder} holds both images and wav files; expected those of one kind. "
+            "Put them in two folders."
         )
     return "sounds"

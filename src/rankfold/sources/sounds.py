@@ -29,6 +29,7 @@ def read_wav_folder(
     *,
     prepare: SoundPreparation | None = None,
     label_ids: Mapping[str, int] | None = None,
+    labels_wanted: bool = True,
     skip_broken: bool = False,
 ) -> ClassFolder:
     """Sounds whose class is the place of their folder's name among the sorted names.
@@ -39,11 +40,13 @@ def read_wav_folder(
         folder: Holds one folder per class.
         prepare: What the model's own feature extractor makes of a sound.
         label_ids: The model's number of each label: that of the folders' names, where it has them.
+        labels_wanted: Without it files that don't stand in class folders have no class.
         skip_broken: Leave out files that can't be read; ``skipped`` of the result names them. One
             of another sample rate is not broken: it is refused all the same.
 
     Returns:
-        Pairs of ``(channels, samples)`` float32 in -1..1, or what ``prepare`` gives, and the class.
+        Pairs of ``(channels, samples)`` float32 in -1..1, or what ``prepare`` gives, and the class
+        (``class_folders.labelled``).
 
     Raises:
         InputError: Fewer than two classes, a class without wav files, a file that can't be read or
@@ -55,7 +58,7 @@ def read_wav_folder(
         sound, rate = _read(file)
         return sound if prepare is None else prepare(sound, rate, f"the wav file {file}")
 
-    files = class_files(folder, SUFFIXES, "wav file", label_ids)
+    files = class_files(folder, SUFFIXES, "wav file", label_ids, labels_wanted=labels_wanted)
     found = without_broken(files, read) if skip_broken else ClassFolder(files, read)
     _refuse_mixtures([file for file, _ in found.files])
     return found
