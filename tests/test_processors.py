@@ -96,6 +96,27 @@ def test_images_are_prepared_as_the_models_folder_says(vit: Path, tmp_path: Path
     assert label == NUMBERS["cat"]
 
 
+def test_images_of_an_array_are_prepared_too(vit: Path, tmp_path: Path) -> None:
+    opened = open_model(str(vit))
+    processor = AutoImageProcessor.from_pretrained(str(vit))
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3)).astype(np.uint8)
+    for x in (pixels, pixels[..., :1], pixels[..., 0]):
+        file = tmp_path / "data.npz"
+        np.savez(file, x=x, y=np.array([2, 0, 1]))
+        found = open_examples(str(file), opened, DataOptions())
+        colours = x if x.shape[-1] == 3 else np.repeat(pixels[..., :1], 3, -1)
+        expected = processor(images=Image.fromarray(colours[1]), return_tensors="pt")
+        assert len(found) == 3
+        assert torch.equal(found[1]["pixel_values"], expected["pixel_values"][0])
+        assert int(found[0]["labels"]) == 2
+    floats = np.ones((3, 3, 16, 16), np.float32)
+    np.savez(tmp_path / "floats.npz", x=floats, y=np.array([2, 0, 1]))
+    inputs, _ = open_examples(str(tmp_path / "floats.npz"), opened, DataOptions())[0]
+    assert torch.equal(inputs, torch.ones(3, 16, 16))
+    told = open_examples(str(tmp_path / "data.npz"), opened, DataOptions(mean=[0.5]))
+    assert told[0][0].shape == (1, 20, 30)
+
+
 def test_folders_whose_names_are_no_labels_count_from_0(vit: Path, tmp_path: Path) -> None:
     opened = open_model(str(vit))
     others = _images(tmp_path / "others", ("ant", "bee", "fly"))

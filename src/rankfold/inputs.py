@@ -266,7 +266,8 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
     task = options.task or hf.task_hint(opened.model)
     labels_wanted = task not in ("teacher", "embedding")
     if kind == "npz":
-        return cast("Examples", read_npz(path, options.mean, options.std))
+        prepare_array = _image_preparation(opened, options)
+        return cast("Examples", read_npz(path, options.mean, options.std, prepare=prepare_array))
     if kind == "images":
         found = read_image_folder(
             path,

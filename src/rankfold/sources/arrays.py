@@ -5,19 +5,52 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
-from rankfold.errors import InputError
+from rankfold.errors import InputError, require
+from rankfold.sources.class_folders import labelled
+from rankfold.sources.images import ImagePreparation
 from rankfold.sources.normalize import channel_values, normalize_images
 
 
+class PreparedImages(Dataset[Any]):
+    """Images of an array and their labels, each prepared when it is used.
+
+    Args:
+        images: uint8 ``(n, h, w, 3)``, or ``(n, h, w)`` or ``(n, h, w, 1)`` of grey ones.
+        labels: ``(n,)`` int64.
+        prepare: Of an RGB image of Pillow.
+        file: For messages.
+    """
+
+    def __init__(
+        self, images: np.ndarray, labels: Tensor, prepare: ImagePreparation, file: Path
+    ) -> None:
+        self.images, self.labels, self.prepare, self.file = images, labels, prepare, file
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Any:
+        pillow: Any = require("PIL.Image", "images")
+        pixels = self.images[index]
+        image = pillow.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
+        inputs = self.prepare(image.convert("RGB"), f"image {index} of {self.file}")
+        return labelled(inputs, int(self.labels[index]))
+
+
 def read_npz(
-    file: Path, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
-) -> TensorDataset:
+    file: Path,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    *,
+    prepare: ImagePreparation | None = None,
+) -> TensorDataset | PreparedImages:
     """Inputs ``x`` and labels ``y``.
 
     Args:
@@ -25,9 +58,10 @@ def read_npz(
             ``(n, c, h, w)`` or of any other shape, taken as it is; ``y`` ``(n,)`` whole numbers.
         mean: Subtracted, per channel.
         std: Divided by, per channel.
+        prepare: What the model's own image processor makes of an image, where ``x`` is uint8.
 
     Returns:
-        Pairs of a float32 input and an int64 label.
+        Pairs of a float32 input and an int64 label; what ``prepare`` gives in place of the input.
 
     Raises:
         InputError: Names what is wrong with the file.
@@ -41,7 +75,9 @@ def read_npz(
         raise InputError(f"{file} has {len(x)} inputs in x but {len(y)} labels in y.")
     if len(x) == 0:
         raise InputError(f"{file} is empty: x and y hold no example.")
-    inputs = _inputs(file, x)
+    labels, inputs = _labels(file, y), _inputs(file, x)
+    if prepare is not None and x.dtype == np.uint8 and inputs.shape[1] in (1, 3):
+        return PreparedImages(x, labels, prepare, file)
     if mean is not None or std is not None:
         if inputs.dim() != 4:
             raise InputError(
@@ -52,7 +88,7 @@ def read_npz(
         inputs = normalize_images(
             inputs, channel_values("--mean", mean, channels), channel_values("--std", std, channels)
         )
-    return TensorDataset(inputs, _labels(file, y))
+    return TensorDataset(inputs, labels)
 
 
 def _arrays(file: Path) -> tuple[np.ndarray, np.ndarray]:
