@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from rankfold.errors import InputError
-from rankfold.inputs import DataOptions, open_examples, open_model
+from rankfold.inputs import DataOptions, OpenedModel, open_examples, open_model
 from tests.command_line import rankfold
 
 NAMES = ("cat", "dog", "owl")
@@ -115,6 +115,28 @@ def test_images_of_an_array_are_prepared_too(vit: Path, tmp_path: Path) -> None:
     assert torch.equal(inputs, torch.ones(3, 16, 16))
     told = open_examples(str(tmp_path / "data.npz"), opened, DataOptions(mean=[0.5]))
     assert told[0][0].shape == (1, 20, 30)
+
+
+def test_images_are_prepared_as_timm_keeps_it_with_its_models(tmp_path: Path) -> None:
+    model = torch.nn.Flatten()
+    model.pretrained_cfg = {
+        "mean": (0.5, 0.4, 0.3),
+        "std": (0.2, 0.1, 0.2),
+        "input_size": (3, 8, 8),
+    }  # type: ignore[assignment]
+    images = _images(tmp_path / "images", count=2)
+    for options in (
+        DataOptions(),
+        DataOptions(mean=[0.5, 0.4, 0.3], std=[0.2, 0.1, 0.2], image_size=8),
+    ):
+        image, label = open_examples(str(images), OpenedModel(model, None, None), options)[5]
+        with Image.open(images / "owl" / "01.png") as opened:
+            pixels = opened.resize((12, 8), Image.Resampling.BILINEAR).crop((2, 0, 10, 8))
+        expected = (np.asarray(pixels) / 255 - [0.5, 0.4, 0.3]) / [0.2, 0.1, 0.2]
+        torch.testing.assert_close(
+            image, torch.from_numpy(expected).permute(2, 0, 1).float(), rtol=0, atol=1e-4
+        )
+        assert label == 2
 
 
 def test_folders_whose_names_are_no_labels_count_from_0(vit: Path, tmp_path: Path) -> None:

@@ -95,15 +95,15 @@ class Reading:
     """Options that say how data is read."""
 
     mean: Annotated[
-        str | None, typer.Option(help="Subtracted from images, per channel: .485,.456,.406")
+        str | None,
+        typer.Option(
+            help="Subtracted from images, per channel: .485,.456,.406. (default, with --std "
+            "and --image-size: as the model's preprocessor_config.json or timm says; else nothing)"
+        ),
     ] = None
     std: Annotated[str | None, typer.Option(help="Divided by, per channel.")] = None
     image_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Side of the images of a folder, in pixels. (default: 224; without this, --mean "
-            "and --std as the model's preprocessor_config.json says)"
-        ),
+        int | None, typer.Option(help="Side of the images of a folder, in pixels. (default: 224)")
     ] = None
     skip_broken: Annotated[
         bool,

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from rankfold.integrations.processors import has_processor, image_preparation, s
 from rankfold.integrations.vision import is_named, make_named, parse_named
 from rankfold.progress import Progress, TerminalProgress
 from rankfold.sources import (
+    DEFAULT_SIZE,
     ClassFolder,
     ImagePreparation,
     Kind,
@@ -73,7 +74,7 @@ class DataOptions:
         mean: Per channel, for images and arrays, or None.
         std: Likewise.
         image_size: Side that images of a folder are resized and cropped to, or None. Where all
-            three are None the model's folder says how images are prepared, if it does.
+            three are None the model's folder says how images are prepared, or timm, if one does.
         length: Tokens a window of text, or None for 512 or what the model takes.
         seed: Seeds the split.
         task: One of ``rankfold.tasks.TASKS``, or None to go by what the model is made for.
@@ -266,15 +267,16 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
     task = options.task or hf.task_hint(opened.model)
     labels_wanted = task not in ("teacher", "embedding")
     if kind == "npz":
-        prepare_array = _image_preparation(opened, options)
+        prepare_array = _pixels(opened, options).prepare
         return cast("Examples", read_npz(path, options.mean, options.std, prepare=prepare_array))
     if kind == "images":
+        pixels = _pixels(opened, options)
         found = read_image_folder(
             path,
-            options.mean,
-            options.std,
-            options.image_size,
-            prepare=_image_preparation(opened, options),
+            pixels.mean,
+            pixels.std,
+            pixels.size,
+            prepare=pixels.prepare,
             label_ids=_label_ids(opened),
             labels_wanted=labels_wanted,
             skip_broken=options.skip_broken,
@@ -315,12 +317,26 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
     return windows
 
 
-def _image_preparation(opened: OpenedModel, options: DataOptions) -> ImagePreparation | None:
-    """The image processor of the model's folder, unless options say how images are prepared."""
-    told = (options.image_size, options.mean, options.std) != (None, None, None)
-    if told or opened.folder is None or not has_processor(opened.folder):
-        return None
-    return image_preparation(opened.folder)
+class _Pixels(NamedTuple):
+    """How images are prepared: the arguments of ``sources.image_reader``."""
+
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    size: int | None = None
+    prepare: ImagePreparation | None = None
+
+
+def _pixels(opened: OpenedModel, options: DataOptions) -> _Pixels:
+    """As the options say, or the model's folder, or what timm keeps with its models."""
+    if (options.image_size, options.mean, options.std) != (None, None, None):
+        return _Pixels(options.mean, options.std, options.image_size)
+    if opened.folder is not None and has_processor(opened.folder):
+        return _Pixels(prepare=image_preparation(opened.folder))
+    kept = getattr(opened.model, "pretrained_cfg", None)
+    if isinstance(kept, Mapping) and kept.get("mean") and kept.get("std"):
+        size = kept.get("input_size") or (DEFAULT_SIZE,)
+        return _Pixels(kept["mean"], kept["std"], size[-1])
+    return _Pixels()
 
 
 def _label_ids(opened: OpenedModel) -> dict[str, int] | None:
@@ -365,9 +381,7 @@ def _records(
         },
         label_ids=_label_ids(opened),
         seed=options.seed,
-        images=lambda: image_reader(
-            options.mean, options.std, options.image_size, _image_preparation(opened, options)
-        ),
+        images=lambda: image_reader(*_pixels(opened, options)),
     )
 
 

@@ -8,6 +8,7 @@ from rankfold.sources.arrow import class_names
 from rankfold.sources.class_folders import ClassFolder
 from rankfold.sources.conversations import conversation_tokens
 from rankfold.sources.images import (
+    DEFAULT_SIZE,
     ImagePreparation,
     ImageReader,
     TableImages,
@@ -22,6 +23,7 @@ from rankfold.sources.sounds import SoundPreparation, read_wav_folder
 from rankfold.sources.text import read_text, token_windows
 
 __all__ = [
+    "DEFAULT_SIZE",
     "ClassFolder",
     "ImagePreparation",
     "ImageReader",
