@@ -284,12 +284,10 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
         _tell_skipped(path, found)
         return cast("Examples", found)
     if kind == "sounds":
-        prepare = None
-        if opened.folder is not None and has_processor(opened.folder):
-            prepare = sound_preparation(opened.folder)
+        folder = _processor_folder(opened)
         sounds = read_wav_folder(
             path,
-            prepare=prepare,
+            prepare=None if folder is None else sound_preparation(folder),
             label_ids=_label_ids(opened),
             labels_wanted=labels_wanted,
             skip_broken=options.skip_broken,
@@ -317,6 +315,12 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
     return windows
 
 
+def _processor_folder(opened: OpenedModel) -> Path | None:
+    """The model's folder, where it says how inputs are prepared."""
+    folder = opened.folder
+    return folder if folder is not None and has_processor(folder) else None
+
+
 class _Pixels(NamedTuple):
     """How images are prepared: the arguments of ``sources.image_reader``."""
 
@@ -330,8 +334,9 @@ def _pixels(opened: OpenedModel, options: DataOptions) -> _Pixels:
     """As the options say, or the model's folder, or what timm keeps with its models."""
     if (options.image_size, options.mean, options.std) != (None, None, None):
         return _Pixels(options.mean, options.std, options.image_size)
-    if opened.folder is not None and has_processor(opened.folder):
-        return _Pixels(prepare=image_preparation(opened.folder))
+    folder = _processor_folder(opened)
+    if folder is not None:
+        return _Pixels(prepare=image_preparation(folder))
     kept = getattr(opened.model, "pretrained_cfg", None)
     if isinstance(kept, Mapping) and kept.get("mean") and kept.get("std"):
         size = kept.get("input_size") or (DEFAULT_SIZE,)

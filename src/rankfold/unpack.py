@@ -221,23 +221,30 @@ def _plain(module: nn.Module) -> nn.Module | None:
         if kind is nn.ConvTranspose2d:
             return UnpackedConvTranspose2d(cast("nn.ConvTranspose2d", module))
     if kind is None and isinstance(module, nn.Linear | nn.Conv2d):
-        kept_apart = _with_own_rule(module)
-        if kept_apart is None and isinstance(module, nn.Linear):
-            return _in_other_words(module)
-        return kept_apart
+        return _of_subclass(module)
     return unpack_transformers_layer(module)
 
 
-def _with_own_rule(module: nn.Linear | nn.Conv2d) -> nn.Module | None:
-    """A subclass that calls torch's function once with its own weight, its matrix kept apart.
-
-    A copy is run to see; None where it does anything else, or can't be run so.
-    """
+def _of_subclass(module: nn.Linear | nn.Conv2d) -> nn.Module | None:
+    """What computes the same as a subclass with a ``forward`` of its own; a copy is run to see."""
     if isinstance(module, nn.Conv2d) and groups_reason(module) is not None:
         return None
     probe = _probe(module)
     if probe is None:
         return None
+    kept_apart = _with_own_rule(module, probe)
+    if kept_apart is None and isinstance(module, nn.Linear) and _in_other_words(probe):
+        return _plain_linear(module)
+    return kept_apart
+
+
+def _with_own_rule(
+    module: nn.Linear | nn.Conv2d, probe: nn.Linear | nn.Conv2d
+) -> UnpackedRule | None:
+    """A subclass that calls torch's function once with its own weight, its matrix kept apart.
+
+    None where its probe does anything else, or can't be run on zeros.
+    """
     calls: list[tuple[Tensor | None, tuple[Any, ...]]] = []
 
     def compute(inputs: Tensor, bias: Tensor | None, call: tuple[Any, ...]) -> Tensor:
@@ -280,33 +287,31 @@ def _with_own_rule(module: nn.Linear | nn.Conv2d) -> nn.Module | None:
     return UnpackedRule(rule, matrix, call)
 
 
-def _in_other_words(module: nn.Linear) -> nn.Linear | None:
-    """A stock Linear with the parameters of a subclass that writes the same product otherwise.
+def _in_other_words(probe: nn.Module) -> bool:
+    """Whether a probe of a Linear's subclass computes what a stock one does, written otherwise.
 
-    Such as ``inputs @ self.weight.T + self.bias`` (Falcon). A copy is run on random numbers to see:
-    None where it does more than one product and one sum, gives other values, or can't be run so.
+    Such as ``inputs @ self.weight.T + self.bias`` (Falcon): run on random numbers it does no more
+    than one product and one sum, and gives a stock Linear's values.
     """
-    probe = _probe(module)
-    if probe is None:
-        return None
+    layer = cast("nn.Linear", probe)
     generator = torch.Generator().manual_seed(0)
-    for shape in ((3, probe.in_features), (2, 3, probe.in_features)):
-        inputs = torch.empty(shape, device="cpu").normal_(generator=generator).to(probe.weight)
+    for shape in ((3, layer.in_features), (2, 3, layer.in_features)):
+        inputs = torch.empty(shape, device="cpu").normal_(generator=generator).to(layer.weight)
         with torch.no_grad():
-            expected = functional.linear(inputs, probe.weight, probe.bias)
+            expected = functional.linear(inputs, layer.weight, layer.bias)
             try:
                 with _Operators() as operators:
-                    outputs = probe(inputs)
+                    outputs = layer(inputs)
             except Exception:
-                return None
+                return False
         if not operators.one_product or not torch.is_tensor(outputs):
-            return None
+            return False
         if outputs.shape != expected.shape or outputs.dtype != expected.dtype:
-            return None
+            return False
         rounding = float(expected.abs().max()) * math.sqrt(torch.finfo(expected.dtype).eps)
         if not torch.allclose(outputs, expected, rtol=0, atol=rounding):
-            return None
-    return _plain_linear(module)
+            return False
+    return True
 
 
 def _probe(module: LayerT) -> LayerT | None:

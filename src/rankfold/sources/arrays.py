@@ -75,9 +75,11 @@ def read_npz(
         raise InputError(f"{file} has {len(x)} inputs in x but {len(y)} labels in y.")
     if len(x) == 0:
         raise InputError(f"{file} is empty: x and y hold no example.")
-    labels, inputs = _labels(file, y), _inputs(file, x)
-    if prepare is not None and x.dtype == np.uint8 and inputs.shape[1] in (1, 3):
+    labels = _labels(file, y)
+    pictures = x.dtype == np.uint8 and (x.ndim == 3 or (x.ndim == 4 and x.shape[3] in (1, 3)))
+    if prepare is not None and pictures:
         return PreparedImages(x, labels, prepare, file)
+    inputs = _inputs(file, x)
     if mean is not None or std is not None:
         if inputs.dim() != 4:
             raise InputError(
