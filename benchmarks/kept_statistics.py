@@ -25,7 +25,7 @@ from rankfold.progress import Progress
 from rankfold.settings import Settings
 
 # Of the files: what one of another number holds is not what the code would find today.
-FORMAT = 2
+FORMAT = 3
 
 
 def kept_file(
@@ -70,8 +70,8 @@ def _write(collected: Collected, seconds: float, file: Path) -> None:
         if stats.output_gram is not None:
             tensors[f"{name} B"] = stats.output_gram
         if stats.dominant is not None:
-            tensors[f"{name} A dominant"] = stats.dominant.input_gram
-            tensors[f"{name} B dominant"] = stats.dominant.output_gram
+            tensors[f"{name} A dominant"] = stats.dominant.inputs
+            tensors[f"{name} B dominant"] = stats.dominant.output_squares
         for half, gradient in enumerate(stats.gradients or ()):
             tensors[f"{name} G{half}"] = gradient
     about = {

@@ -115,13 +115,14 @@ def test_dominant_rows_are_counted_apart_and_nothing_is_lost() -> None:
     assert found.dominant is not None
     close(found.input_gram, torch.einsum("nti,ntj->ij", x, x) / (12 * 40))
     close(found.output_gram, torch.einsum("nti,ntj->ij", g[:, 1:], g[:, 1:]) / 12)
-    close(found.dominant.output_gram, g[:, 0].T @ g[:, 0] / 12)
+    close(found.dominant.output_squares, g[:, 0].square().sum(0) / 12)
     weighted = g[:, 0].norm(dim=1, keepdim=True) * x[:, 0]
-    close(found.dominant.input_gram, weighted.T @ weighted / 12)
+    close(found.dominant.inputs.T @ found.dominant.inputs, weighted.T @ weighted / 12)
     other = collected(model, batch_size=5)
     assert other.dominant is not None
-    close(found.dominant.input_gram, other.dominant.input_gram)
-    close(found.dominant.output_gram, other.dominant.output_gram)
+    rows, others = found.dominant.inputs, other.dominant.inputs
+    close(rows.T @ rows, others.T @ others)
+    close(found.dominant.output_squares, other.dominant.output_squares)
     close(found.output_gram, other.output_gram)
 
 
@@ -152,12 +153,13 @@ def test_what_a_gram_lacks_is_added_and_damps_where_it_is_more_than_the_damping(
 
 
 def test_dominant_inputs_weigh_what_their_gradients_are_worth_and_are_not_damped() -> None:
-    plain, dominant = statistics(None), DominantRows(gram(3, 5), gram(4, 4))
+    rows = normal(3, 3, 5)
+    plain, dominant = statistics(None), DominantRows(rows, gram(4, 4).diagonal())
     a, b = damped_grams(plain, Damping(0.1, 0.2))
     close(a, gram(1, 5) + 0.1 * gram(1, 5).trace() / 5 * torch.eye(5).double())
     close(b, gram(2, 4) + 0.2 * gram(2, 4).trace() / 4 * torch.eye(4).double())
     with_rows = damped_grams(statistics(dominant), Damping(0.1, 0.2))
-    close(with_rows[0], a + gram(3, 5) / gram(2, 4).trace())
+    close(with_rows[0], a + rows.T @ rows / gram(2, 4).trace())
     close(with_rows[1], b)
 
 
@@ -180,7 +182,8 @@ def test_what_the_layer_does_to_a_dominant_input_is_kept() -> None:
         return float((functional.linear(x, error) * g).sum(2).square().sum()) / 2 / 12
 
     apart = truth(*expected_grams(found))
-    together = truth(found.input_gram, found.output_gram + found.dominant.output_gram)
+    of_dominant = g[:, 0].T @ g[:, 0] / 12
+    together = truth(found.input_gram, found.output_gram + of_dominant)
     assert apart < 0.5 * together
     a, b = expected_grams(found)
     error = whitened_spectrum(weight, a, b).truncated(3) - weight

@@ -10,8 +10,11 @@ from rankfold.linalg import (
     damped,
     descending_eigh,
     inverse_factor,
+    keep_below,
+    kept_below,
     mirrored,
     pivot_rows,
+    rows_of_same_gram,
     symmetric_eigh,
     symmetric_roots,
     thin_svd,
@@ -44,8 +47,31 @@ def test_a_gram_leaves_out_what_lies_below_its_diagonal():
     rows = normal(0, 40, 600)
     upper = torch.zeros(600, 600, dtype=torch.float64)
     add_gram(upper, rows)
-    assert not upper[300:, :300].any()
+    assert not upper.tril(-1).any()
     torch.testing.assert_close(mirrored(upper), rows.T @ rows)
+
+
+@property_test
+@given(seed=SEEDS, side=st.integers(0, 40), rows=st.integers(0, 60))
+def test_what_a_running_gram_was_is_kept_below_its_diagonal(seed, side, rows):
+    first, second = normal(seed, rows, side), normal(seed + 1, 7, side)
+    running = torch.zeros(side, side, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linalg, "GRAM_SIDE", 8)
+        add_gram(running, first)
+        diagonal = keep_below(running)
+        add_gram(running, second)
+    torch.testing.assert_close(kept_below(running, diagonal), first.T @ first)
+    torch.testing.assert_close(mirrored(running), first.T @ first + second.T @ second)
+
+
+@property_test
+@given(seed=SEEDS, side=st.integers(1, 12), rows=st.integers(0, 60))
+def test_many_rows_become_few_of_the_same_gram(seed, side, rows):
+    many = normal(seed, rows, side)
+    few = rows_of_same_gram(many)
+    assert len(few) == (rows if rows <= 2 * side else side)
+    torch.testing.assert_close(few.T @ few, many.T @ many)
 
 
 def test_damped_adds_a_share_of_the_mean_eigenvalue():

@@ -354,3 +354,16 @@ def test_the_harmless_radius_is_where_the_quadratic_model_with_its_global_term_i
 def test_a_gradient_that_is_all_noise_leaves_no_harmless_range():
     found = harmless_range(torch.ones(4, dtype=torch.float64), 2.0, -3.0, 5.0)
     assert (found.radius, found.lossless_rank) == (0, 4)
+
+
+def test_a_spectrum_kept_in_float32_gives_the_same_weights_to_float32() -> None:
+    weight, a, b = normal(0, 9, 6), gram(1, 6), gram(2, 9)
+    exact = whitened_spectrum(weight, a, b)
+    kept = exact.kept(torch.float32)
+    assert kept.left.dtype == kept.right.dtype == torch.float32
+    assert kept.truncated(3).dtype == torch.float64
+    torch.testing.assert_close(kept.truncated(3), exact.truncated(3), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        kept.changes_under(a, b), exact.changes_under(a, b), rtol=1e-5, atol=1e-5
+    )
+    assert torch.equal(kept.singular_values, exact.singular_values)

@@ -117,7 +117,8 @@ class BlockFactors:
     Attributes:
         form: ``row-blocks``; or ``column-blocks``, for which all is that of the transposed weight.
         order: ``(long side,)`` rows (columns) of the weight, those of the first half first.
-        halves: Of both, ``(rows, k)`` and ``(k, short side)`` float64; a half is their product.
+        halves: Of both, ``(rows, k)`` and ``(k, short side)``; a half is their product. In float64,
+            or as ``kept`` in another dtype.
     """
 
     form: BlockForm
@@ -130,15 +131,23 @@ class BlockFactors:
         first, second = self.halves
         return len(first[1]), len(second[1])
 
+    def kept(self, dtype: torch.dtype) -> BlockFactors:
+        """The same with factors in another dtype, where those of all layers are kept at once."""
+        first, second = ((left.to(dtype), right.to(dtype)) for left, right in self.halves)
+        return BlockFactors(self.form, self.order, (first, second))
+
+    def _exact(self) -> list[tuple[Tensor, Tensor]]:
+        return [(left.to(torch.float64), right.to(torch.float64)) for left, right in self.halves]
+
     def weight(self) -> Tensor:
         """The weight, ``(out, in)`` float64."""
-        rows = [left @ right for left, right in self.halves]
+        rows = [left @ right for left, right in self._exact()]
         weight = torch.cat(rows)[torch.argsort(self.order)]
         return weight if self.form == "row-blocks" else weight.T
 
     def module(self, layer: MatrixLayer) -> RowBlocksLinear | ColumnBlocksLinear | BlocksConv2d:
         """The module that replaces a layer: its dtype, device and bias kept."""
-        parts = [pivoted(left, right) for left, right in self.halves]
+        parts = [pivoted(left, right) for left, right in self._exact()]
         # order[i] of a factor is the place of its row i among [pivots; rest].
         placed = [
             rows[torch.argsort(cast("Tensor", part.order))]

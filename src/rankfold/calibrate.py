@@ -34,10 +34,19 @@ from rankfold.layer_matrix import (
     MatrixLayer,
     call_input,
     input_rows,
+    kept_dtype,
     matrix_shape,
     output_rows,
 )
-from rankfold.linalg import UNDAMPED, Damping, add_gram, mirrored
+from rankfold.linalg import (
+    UNDAMPED,
+    Damping,
+    add_gram,
+    keep_below,
+    kept_below,
+    mirrored,
+    rows_of_same_gram,
+)
 from rankfold.modes import evaluation_mode
 from rankfold.progress import Progress, SilentProgress
 from rankfold.shrinkage import held_out_damping
@@ -62,21 +71,20 @@ MOST_DIRECTIONS = 4
 class DominantRows:
     """What the rows that dominate a layer's gradient (``dominant_rows``) are of its statistics.
 
+    They are few, so what has their Gram is kept in place of it.
+
     Attributes:
-        input_gram: ``(in, in)``, 1/N sum over these rows of ``|g|^2 x x^T``.
-        output_gram: ``(out, out)``, 1/N sum over these rows of ``g g^T``.
+        inputs: ``(few, in)``; ``inputs^T inputs`` is 1/N sum over these rows of ``|g|^2 x x^T``.
+        output_squares: ``(out,)``, 1/N sum over these rows of ``g^2``.
     """
 
-    input_gram: Tensor
-    output_gram: Tensor
+    inputs: Tensor
+    output_squares: Tensor
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
     """Statistics of one layer's matrix ``(out, in)``, in float32, or float64 for a float64 model.
-
-    The batches that they are sums of are no more exact, and of a large model they are what takes
-    the most memory.
 
     Attributes:
         input_gram: ``(in, in)``; the same tensor for layers that share their input.
@@ -344,10 +352,14 @@ def halves(task: str, count: int) -> tuple[range, range]:
 
 
 class _Half(NamedTuple):
-    """Sums of a layer over the first half of the examples; for its Grams see ``_Sums``."""
+    """Sums of a layer over the first half of the examples.
 
-    input_gram: Tensor
-    output_gram: Tensor
+    Of its Grams the diagonals; the rest is below the diagonals of the running ones
+    (``linalg.keep_below``).
+    """
+
+    input_diagonal: Tensor
+    output_diagonal: Tensor
     rows: int
 
 
@@ -355,7 +367,7 @@ class _Half(NamedTuple):
 class _Sums:
     """Running sums of one layer; ``leader`` names the layer whose input Gram it uses, if any.
 
-    Of the Grams what lies below the diagonal is left out (``linalg.add_gram``).
+    The Grams are added up on and above the diagonal (``linalg.add_gram``).
     """
 
     started: int
@@ -370,11 +382,11 @@ class _Sums:
 
     def add_dominant(self, inputs: Tensor, gradients: Tensor) -> None:
         """Count dominant rows: their inputs ``(few, in)`` and gradients ``(few, out)``."""
-        if self.dominant is None:
-            sides = (inputs.shape[1], gradients.shape[1])
-            self.dominant = DominantRows(*(inputs.new_zeros(side, side) for side in sides))
-        add_gram(self.dominant.input_gram, inputs * gradients.norm(dim=1, keepdim=True))
-        add_gram(self.dominant.output_gram, gradients)
+        rows, squares = inputs * gradients.norm(dim=1, keepdim=True), gradients.square().sum(0)
+        if self.dominant is not None:
+            rows = torch.cat([self.dominant.inputs, rows])
+            squares += self.dominant.output_squares
+        self.dominant = DominantRows(rows_of_same_gram(rows), squares)
 
 
 class _Recorder:
@@ -435,7 +447,8 @@ class _Recorder:
     def keep_first_half(self) -> None:
         """What comes now belongs to the second half of the user's examples."""
         for sums in self.sums.values():
-            sums.first_half = _Half(sums.input_gram.clone(), sums.output_gram.clone(), sums.rows)
+            inputs, outputs = keep_below(sums.input_gram), keep_below(sums.output_gram)
+            sums.first_half = _Half(inputs, outputs, sums.rows)
 
     def refuse_infinite(self) -> None:
         """Refuse statistics that are not finite: losses may be so where gradients are not.
@@ -466,8 +479,10 @@ class _Recorder:
             if first is None or not 0 < first.rows < sums.rows:
                 continue
             leader = self.sums.get(sums.leader or "")
-            inputs = leader.lacking.input if leader else _lacking(first.input_gram, sums.input_gram)
-            sums.lacking = Damping(inputs, _lacking(first.output_gram, sums.output_gram))
+            inputs = (
+                leader.lacking.input if leader else _lacking(first.input_diagonal, sums.input_gram)
+            )
+            sums.lacking = Damping(inputs, _lacking(first.output_diagonal, sums.output_gram))
 
     def observe(self, model: nn.Module, task: Task, batch: Batch, half: int | None) -> None:
         """One pass: forward, then backward for the curvature, the mean gradients, or both.
@@ -565,8 +580,7 @@ class _Recorder:
         leader = None
         if first != name and self.sums[first].leader is None:
             leader = first if self.sums[first].started == self.passes else None
-        weight = self.layers[name].weight
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        dtype = kept_dtype(self.layers[name].weight)
         side = 0 if leader else in_
         back = 0 if self.curvature is None else out
         moved = out if self.gradients else 0
@@ -590,7 +604,7 @@ class _Recorder:
         sums.input_gram, sums.leader = gram, None
         early = self.sums[leader].first_half
         if sums.first_half is not None and early is not None:
-            sums.first_half = sums.first_half._replace(input_gram=early.input_gram)
+            sums.first_half = sums.first_half._replace(input_diagonal=early.input_diagonal)
 
     def _saw_gradient(self, name: str, inputs: Tensor | None, gradient: Tensor) -> None:
         """Add up the gradients at a layer's output; ``inputs`` where an example has several."""
@@ -614,8 +628,8 @@ class _Recorder:
             sums.input_gram = mirrored(sums.input_gram).div_(max(1, sums.rows))
             sums.output_gram = mirrored(sums.output_gram).div_(terms)
             if sums.dominant is not None:
-                parts = (sums.dominant.input_gram, sums.dominant.output_gram)
-                sums.dominant = DominantRows(*(mirrored(part).div_(terms) for part in parts))
+                inputs, squares = sums.dominant.inputs, sums.dominant.output_squares
+                sums.dominant = DominantRows(inputs / math.sqrt(terms), squares / terms)
             for half, gradient in enumerate(sums.gradients):
                 gradient /= self.terms[half]
         backward = self.curvature is not None
@@ -632,9 +646,12 @@ class _Recorder:
         }
 
 
-def _lacking(early: Tensor, whole: Tensor) -> float:
-    """The damping that a running Gram needed when it was ``early``, by what came since."""
-    return held_out_damping(mirrored(early), mirrored(whole - early)) if len(whole) else 0.0
+def _lacking(early_diagonal: Tensor, running: Tensor) -> float:
+    """The damping that a running Gram needed at its first half, by what came since."""
+    if not len(running):
+        return 0.0
+    early = kept_below(running, early_diagonal)
+    return held_out_damping(early, mirrored(running) - early)
 
 
 def _add_inputs(gram: Tensor, layer: MatrixLayer, inputs: Tensor, sign: int = 1) -> None:

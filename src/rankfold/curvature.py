@@ -39,5 +39,6 @@ def damped_grams(statistics: LayerStatistics, damping: Damping) -> tuple[Tensor,
     a = damped(statistics.input_gram, damping.input)
     b = statistics.output_gram.to(torch.float64)
     if statistics.dominant is not None:
-        a = a + statistics.dominant.input_gram / b.trace()
+        rows = statistics.dominant.inputs.to(torch.float64)
+        a = a + rows.T @ rows / b.trace()
     return a, damped(b, damping.output)

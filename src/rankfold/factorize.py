@@ -43,7 +43,7 @@ def truncate(spectrum: Spectrum, rank: int, form: Form) -> Factors:
     """
     if not 1 <= rank <= len(spectrum.singular_values):
         raise ValueError(f"rank {rank} is not in 1..{len(spectrum.singular_values)}")
-    left, right = spectrum.left[:, :rank], spectrum.right[:rank]
+    left, right = spectrum.factors(rank)
     return balanced_pair(left, right) if form == "pair" else pivoted(left, right)
 
 

@@ -30,6 +30,14 @@ def matrix_shape(layer: MatrixLayer) -> tuple[int, int]:
     return layer.weight.shape[0], layer.weight.shape[1:].numel()
 
 
+def kept_dtype(weight: Tensor) -> torch.dtype:
+    """In what is kept of each layer: float32, or float64 for a float64 model.
+
+    Batches are no more exact, and of a large model what is kept takes the most memory.
+    """
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
 def call_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """What a layer was called with; torch's own layers name it ``input``."""
     return args[0] if args else kwargs["input"]

@@ -59,13 +59,13 @@ def add_gram(upper: Tensor, rows: Tensor, sign: int = 1) -> None:
     data: what is left out below the diagonal, nearly half, ``mirrored`` puts back once at the end.
 
     Args:
-        upper: ``(n, n)``, changed in place; what lies below its diagonal says nothing.
+        upper: ``(n, n)``, changed in place but for what lies below its diagonal.
         rows: ``(rows, n)``, of the same dtype.
         sign: -1 to subtract.
     """
     side = len(upper)
     if side <= GRAM_SIDE:
-        upper.addmm_(rows.T, rows, alpha=sign)
+        upper.add_((rows.T @ rows).triu_(), alpha=sign)
         return
     middle = side // 2
     first, second = rows[:, :middle], rows[:, middle:]
@@ -77,6 +77,45 @@ def add_gram(upper: Tensor, rows: Tensor, sign: int = 1) -> None:
 def mirrored(upper: Tensor) -> Tensor:
     """The symmetric ``(n, n)`` matrix of what ``add_gram`` added up."""
     return upper.triu() + upper.triu(1).T
+
+
+def keep_below(upper: Tensor) -> Tensor:
+    """Keep what a running Gram is now where nothing is added, below its diagonal.
+
+    Args:
+        upper: ``(n, n)``, changed in place below its diagonal.
+
+    Returns:
+        ``(n,)``, the diagonal as it is now.
+    """
+    upper.copy_(mirrored(upper))
+    return upper.diagonal().clone()
+
+
+def kept_below(running: Tensor, diagonal: Tensor) -> Tensor:
+    """The symmetric ``(n, n)`` matrix that a running Gram was at ``keep_below``.
+
+    Args:
+        running: ``(n, n)``, added to since then.
+        diagonal: ``(n,)``, what ``keep_below`` returned.
+    """
+    below = running.tril(-1)
+    return below + below.T + diagonal.diag()
+
+
+def rows_of_same_gram(rows: Tensor) -> Tensor:
+    """The rows themselves, or where there are twice as many as columns one for each column.
+
+    Args:
+        rows: ``(m, n)``.
+
+    Returns:
+        ``(2 n, n)`` at most, with the same ``rows^T rows``.
+    """
+    if len(rows) <= 2 * rows.shape[1]:
+        return rows
+    triangle: Tensor = torch.linalg.qr(rows, mode="r").R
+    return triangle
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:

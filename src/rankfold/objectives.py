@@ -31,7 +31,7 @@ from rankfold.conv_forms import conv_candidates
 from rankfold.conv_modules import CONV_FORMS, ConvForm, conv_factor_flops
 from rankfold.curvature import damped_grams, expected_grams
 from rankfold.embedding_statistics import EmbeddingStatistics
-from rankfold.layer_matrix import MatrixLayer, matrix_shape, weight_matrix
+from rankfold.layer_matrix import MatrixLayer, kept_dtype, matrix_shape, weight_matrix
 from rankfold.linalg import Damping, damped, marginal_product
 from rankfold.modules import Form, factor_parameters
 from rankfold.spectrum import Spectrum, quadratic_change, whitened_spectrum
@@ -117,8 +117,8 @@ def layer_spectrum(
             raise ValueError("this objective needs statistics with gradients")
         energies = statistics.output_gram.diagonal()
         if statistics.dominant is not None:
-            energies = energies + statistics.dominant.output_gram.diagonal()
-        b = damped(torch.diag(energies), damping.output)
+            energies = energies + statistics.dominant.output_squares
+        b = damped(energies, damping.output)
     return whitened_spectrum(weight, a, b)
 
 
@@ -284,7 +284,7 @@ def block_curve(
     shape = (weight.shape[0], weight.shape[1])
     grams, chosen_by = expected_grams(statistics), damped_grams(statistics, damping)
     blocks = block_spectra(weight, *chosen_by, form, order)
-    cut = blocks.cut(*chosen_by, torch.promote_types(weight.dtype, torch.float32))
+    cut = blocks.cut(*chosen_by, kept_dtype(weight))
     table = _beyond_rounding(block_changes(blocks, *grams))
     pairs = ranks_worth_having(table, form, shape)
     costs = torch.tensor([block_parameters(*shape, form, pair) for pair in pairs.tolist()])

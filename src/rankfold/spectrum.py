@@ -36,17 +36,26 @@ class Spectrum:
 
     Attributes:
         singular_values: ``(r,)`` float64, descending, r = min(out, in).
-        left: ``(out, r)`` float64.
-        right: ``(r, in)`` float64; the best rank-k weight is ``left[:, :k] @ right[:k]``.
+        left: ``(out, r)`` float64, or as ``kept`` in another dtype.
+        right: ``(r, in)`` likewise; the best rank-k weight is ``left[:, :k] @ right[:k]``.
     """
 
     singular_values: Tensor
     left: Tensor
     right: Tensor
 
+    def kept(self, dtype: torch.dtype) -> Spectrum:
+        """The same with factors in another dtype, where those of all layers are kept at once."""
+        return Spectrum(self.singular_values, self.left.to(dtype), self.right.to(dtype))
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Factors of the best weight of a rank, ``(out, rank)`` and ``(rank, in)`` float64."""
+        return self.left[:, :rank].to(torch.float64), self.right[:rank].to(torch.float64)
+
     def truncated(self, rank: int) -> Tensor:
         """The best weight of a rank, ``(out, in)`` float64."""
-        return self.left[:, :rank] @ self.right[:rank]
+        left, right = self.factors(rank)
+        return left @ right
 
     def truncation_changes(self) -> Tensor:
         """Predicted loss change of every rank 0..r, ``(r + 1,)``: half the tail's energy."""
@@ -71,9 +80,9 @@ class Spectrum:
         Returns:
             ``(r + 1,)`` float64; the last is 0.
         """
-        left = self.left.T @ times(output_gram, self.left)
-        right = self.right @ times(input_gram, self.right.T)
-        blocks = (left * right).flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
+        left, right = self.factors(len(self.singular_values))
+        outputs, inputs = left.T @ times(output_gram, left), right @ times(input_gram, right.T)
+        blocks = (outputs * inputs).flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
         return 0.5 * torch.cat([blocks, blocks.new_zeros(1)]).clamp(min=0)
 
     def changes_along(self, vectors: Tensor, weights: Tensor) -> Tensor:
@@ -89,9 +98,10 @@ class Spectrum:
         Returns:
             ``(r + 1,)`` float64; the last is 0.
         """
-        changes = self.left.new_zeros(len(self.singular_values) + 1)
+        left, right = self.factors(len(self.singular_values))
+        changes = left.new_zeros(len(self.singular_values) + 1)
         for rows in torch.arange(len(weights), device=weights.device).split(ROWS_AT_ONCE):
-            parts = self.left[rows] * (vectors[rows].to(torch.float64) @ self.right.T)
+            parts = left[rows] * (vectors[rows].to(torch.float64) @ right.T)
             along = parts.flip(1).cumsum(1).flip(1)  # (rows, r), of E_0 .. E_{r - 1}
             changes[:-1] += 0.5 * (weights[rows] @ along.square())
         return changes

@@ -41,7 +41,7 @@ from rankfold.interactions import (
     corrections,
     measured_shares,
 )
-from rankfold.layer_matrix import MatrixLayer, weight_matrix
+from rankfold.layer_matrix import MatrixLayer, kept_dtype, weight_matrix
 from rankfold.linalg import Damping
 from rankfold.modules import FORMS, Form
 from rankfold.objectives import (
@@ -160,7 +160,7 @@ class Stage:
             statistics = collected.statistics.get(name)
             weight, price = self._moved(name), collected.cost_per_parameter(name, settings.cost)
             spectrum = layer_spectrum(self.objective, weight, statistics, settings.dampings)
-            self.spectra[name] = spectrum
+            self.spectra[name] = spectrum.kept(kept_dtype(weight))
             self.ranked[name] = layer_curve(
                 self.objective, layer, spectrum, statistics, settings.form, price
             )
@@ -177,7 +177,7 @@ class Stage:
         for name, matrix in collected.embeddings.items():
             uses = collected.embedding_statistics[name]
             spectrum = embedding_spectrum(matrix.weight, uses, settings.dampings)
-            self.spectra[name] = spectrum
+            self.spectra[name] = spectrum.kept(kept_dtype(matrix.weight))
             self.ranked[name] = embedding_curve(
                 spectrum,
                 uses,
@@ -317,7 +317,8 @@ class Stage:
         weight = self._moved(name)
         grams = damped_grams(self.collected.statistics[name], self.settings.dampings)
         if choice.form in BLOCK_FORMS:
-            return block_factors(weight, *grams, self.cuts[name], choice.ranks)
+            blocks = block_factors(weight, *grams, self.cuts[name], choice.ranks)
+            return blocks.kept(kept_dtype(weight))
         return conv_factors(
             weight.view_as(self.collected.layers[name].weight),
             *grams,
