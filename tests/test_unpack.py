@@ -554,11 +554,11 @@ class _Cast(nn.Linear):
         return functional.linear(x.to(self.weight.dtype), self.weight, self.bias).tanh()
 
 
-class _Standardised(nn.Linear):
+class _OfInput(nn.Linear):
     """Its weight is another at each call: no plain layer computes the same."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight / self.weight.std(), self.bias)
+        return functional.linear(x, self.weight * x.mean(), self.bias)
 
 
 class _Same(nn.Linear):
@@ -571,7 +571,7 @@ def test_layers_with_a_rule_of_their_own(tmp_path: Path) -> None:
         return nn.Sequential(
             _SamePadding(3, 8, 3, stride=2), _SamePadding(8, 8, 3, groups=2, bias=False),
             _SamePadding(8, 8, 3, groups=8), nn.Flatten(), _Cast(8 * 9, 12),
-            _Standardised(12, 12), _Same(12, 4),
+            _OfInput(12, 12), _Same(12, 4),
         )  # fmt: skip
 
     model, images = make(), torch.randn(4, 3, 6, 6)
@@ -583,7 +583,7 @@ def test_layers_with_a_rule_of_their_own(tmp_path: Path) -> None:
     )
     reasons = {entry.name: entry.reason for entry in skipped}
     assert reasons["2"] == "each of its 8 groups is a matrix of rank 1 already"
-    assert "kind _Standardised can't be factorized yet" in reasons["5"]
+    assert "kind _OfInput can't be factorized yet" in reasons["5"]
     data = [(x, i % 4) for i, x in enumerate(torch.randn(80, 3, 6, 6))]
     before = state(model)
     result = rankfold.lossless(model, data, size=0.7)
@@ -591,6 +591,66 @@ def test_layers_with_a_rule_of_their_own(tmp_path: Path) -> None:
     again = rankfold.load(result.save(tmp_path / "out"), model=make())
     assert torch.equal(again(images), result.model(images))
     assert {e["name"] for e in result.report["layers"]} == set(layers)
+
+
+class _Standardised(nn.Conv2d):
+    """A conv of BiT or NFNet: every filter of mean 0 and variance ``gain^2``, at each call."""
+
+    def __init__(self, *args: Any, pads: bool = False, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.pads = pads
+        self.gain = nn.Parameter(torch.linspace(0.5, 1.5, self.out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.pad(x, (1, 1, 1, 1)) if self.pads else x
+        weight = functional.batch_norm(
+            self.weight.reshape(1, self.out_channels, -1), None, None, self.gain, training=True
+        ).view_as(self.weight)
+        return functional.conv2d(
+            x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
+
+
+class _GainTwice(_Standardised):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gain[:, None, None]
+
+
+class _DropsWeights(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = functional.dropout(self.weight, 0.5, self.training)
+        return functional.linear(x, weight, self.bias)
+
+
+def test_layers_that_compute_their_weight_at_each_call(tmp_path: Path) -> None:
+    def make() -> nn.Sequential:
+        torch.manual_seed(4)
+        return nn.Sequential(
+            _Standardised(3, 8, 3, stride=2, pads=True), nn.ReLU(), _Standardised(8, 12, 3),
+            _Standardised(12, 8, 1, groups=2, bias=False), _GainTwice(8, 8, 1), nn.Flatten(),
+            _DropsWeights(8 * 4, 12), nn.Linear(12, 4),
+        ).eval()  # fmt: skip
+
+    model, images = make(), torch.randn(4, 3, 8, 8)
+    model[2].weight.requires_grad_(False)
+    before = state(model)
+    unpacked = unpack(model).model
+    assert torch.equal(unpacked(images), model(images))
+    assert same_state(model, before)
+    # Nothing of what the weights are computed from is left beside them.
+    assert [name for name, _ in unpacked.named_parameters() if "gain" in name] == ["4.gain"]
+    assert type(unpacked[2]) is nn.Conv2d and not unpacked[2].weight.requires_grad
+    layers, skipped = find_layers(unpacked)
+    assert set(layers) == {"0.matrix", "2", "3.groups_of.0", "3.groups_of.1", "7"}
+    # One that uses its gain for its output too, and one that is trained with another weight.
+    assert {entry.name for entry in skipped} == {"4", "6"}
+    data = [(x, i % 4) for i, x in enumerate(torch.randn(80, 3, 8, 8))]
+    result = rankfold.lossless(model, data, size=0.7)
+    folder = result.save(tmp_path / "out")
+    assert torch.equal(rankfold.load(folder, model=make())(images), result.model(images))
+    with pytest.raises(InputError, match="computed from others there"):
+        rankfold.export(folder, tmp_path / "dense", to="dense", model=make())
+    rankfold.export(folder, tmp_path / "pt2", to="pt2", model=make(), inputs=images)
 
 
 class _Product(nn.Linear):

@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from rankfold.unpacked_modules import (
     UnpackedConvTranspose2d,
     UnpackedGroups,
     UnpackedRule,
+    without_parameters_of_weight,
 )
 
 # Operators of torch that an affine map of the last dimension is made of.
@@ -232,43 +233,118 @@ def _of_subclass(module: nn.Linear | nn.Conv2d) -> nn.Module | None:
     probe = _probe(module)
     if probe is None:
         return None
-    kept_apart = _with_own_rule(module, probe)
-    if kept_apart is None and isinstance(module, nn.Linear) and _in_other_words(probe):
+    call = _one_call(probe)
+    if call is not None and call.bias is probe.bias and _same_at_every_call(probe, call.weight):
+        if call.weight is probe.weight:
+            return _rule_and_matrix(module, call, module.weight)
+        return _with_computed_weight(module, probe, call.weight)
+    if isinstance(module, nn.Linear) and _in_other_words(probe):
         return _plain_linear(module)
-    return kept_apart
+    return None
 
 
-def _with_own_rule(
-    module: nn.Linear | nn.Conv2d, probe: nn.Linear | nn.Conv2d
-) -> UnpackedRule | None:
-    """A subclass that calls torch's function once with its own weight, its matrix kept apart.
+class _Call(NamedTuple):
+    """How a layer calls torch's function, and what of it is the call's alone."""
 
-    None where its probe does anything else, or can't be run on zeros.
+    weight: Tensor
+    bias: Tensor | None
+    rest: tuple[Any, ...]
+    whole: bool  # what goes in is the layer's own input, and what comes out is its output
+
+
+def _one_call(probe: nn.Linear | nn.Conv2d, seed: int | None = None) -> _Call | None:
+    """The one call of torch's function with a weight of the layer's shape.
+
+    None where a layer does anything else, or can't be run on zeros (or random numbers).
     """
-    calls: list[tuple[Tensor | None, tuple[Any, ...]]] = []
+    calls: list[_Call] = []
+    results: list[tuple[Tensor, Tensor]] = []
 
-    def compute(inputs: Tensor, bias: Tensor | None, call: tuple[Any, ...]) -> Tensor:
-        calls.append((bias, call))
+    def compute(
+        inputs: Tensor, weight: Tensor, bias: Tensor | None, call: tuple[Any, ...]
+    ) -> Tensor:
         kind = functional.conv2d if isinstance(probe, nn.Conv2d) else functional.linear
-        return kind(inputs, probe.weight, bias, *call)
+        with torch._C.DisableTorchFunction():
+            outputs: Tensor = kind(inputs, weight, bias, *call)
+        calls.append(_Call(weight, bias, call, False))
+        results.append((inputs, outputs))
+        return outputs
 
-    shape: tuple[int, ...] = (2, module.weight.shape[1])
-    if isinstance(module, nn.Conv2d):
-        reach = max(d * k for d, k in zip(module.dilation, module.kernel_size, strict=True))
-        shape = (1, module.in_channels, 2 * reach + 5, 2 * reach + 5)
-    with RedirectedCall(probe.weight, compute):
+    given = _inputs_of(probe, seed)
+    with RedirectedCall(probe.weight.shape, compute), torch.no_grad():
         try:
-            outputs = probe(probe.weight.new_zeros(shape))
+            outputs = probe(given)
         except Exception:
             return None
-    if len(calls) != 1 or calls[0][0] is not probe.bias or not torch.is_tensor(outputs):
+    if len(calls) != 1 or not torch.is_tensor(outputs):
         return None
-    (call,) = (call for _, call in calls)
-    weight = module.weight
-    if isinstance(module, nn.Conv2d):
+    ((inputs, made),) = results
+    return calls[0]._replace(whole=inputs is given and outputs is made)
+
+
+def _inputs_of(layer: nn.Linear | nn.Conv2d, seed: int | None) -> Tensor:
+    """Something that a layer can be run on: zeros, or random numbers."""
+    shape: tuple[int, ...] = (2, layer.weight.shape[1])
+    if isinstance(layer, nn.Conv2d):
+        reach = max(d * k for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
+        shape = (1, layer.in_channels, 2 * reach + 5, 2 * reach + 5)
+    zeros = layer.weight.new_zeros(shape)
+    if seed is None:
+        return zeros
+    generator = torch.Generator().manual_seed(seed)
+    return torch.empty(shape).normal_(generator=generator).to(zeros)
+
+
+def _same_at_every_call(probe: nn.Linear | nn.Conv2d, weight: Tensor) -> bool:
+    """Whether a layer gives torch's function this weight whatever its input, also in training."""
+    calls = [_one_call(copy.deepcopy(probe).train(training), 1) for training in (False, True)]
+    return all(call is not None and torch.equal(call.weight, weight) for call in calls)
+
+
+def _with_computed_weight(
+    module: nn.Linear | nn.Conv2d, probe: nn.Linear | nn.Conv2d, first: Tensor
+) -> nn.Module | None:
+    """A subclass that standardises its weight, or computes it otherwise, at each call.
+
+    With the weight that it computes in a plain layer. None where what is left of the subclass can't
+    run without its parameters. ``first`` is the weight that the probe computes.
+    """
+    own = _one_call(copy.deepcopy(module).eval())
+    if own is None:
+        return None
+    trainable = module.weight.requires_grad
+    weight = nn.Parameter(own.weight.detach().clone(), requires_grad=trainable)
+    if own.whole:
+        return _matrix(module, own, weight)
+    tried = _rule_and_matrix(copy.deepcopy(probe), own, nn.Parameter(first), computed=True)
+    inputs = _inputs_of(probe, 1)
+    try:
+        with torch.no_grad():
+            same = torch.equal(tried(inputs), probe(inputs))
+    except Exception:
+        return None
+    return _rule_and_matrix(module, own, weight, computed=True) if same else None
+
+
+def _rule_and_matrix(
+    module: nn.Linear | nn.Conv2d, call: _Call, weight: Tensor, *, computed: bool = False
+) -> UnpackedRule:
+    """A subclass' rule, and a plain layer with the weight that it gives torch's function."""
+    matrix = _matrix(module, call, weight)
+    rule = copy.deepcopy(module, {id(p): p for p in module.parameters()})
+    if computed:
+        without_parameters_of_weight(rule)
+    return UnpackedRule(rule, matrix, call.rest)
+
+
+def _matrix(module: nn.Linear | nn.Conv2d, call: _Call, weight: Tensor) -> nn.Linear | nn.Conv2d:
+    """The plain layer that does what a subclass asks torch's function for."""
+    if isinstance(module, nn.Linear):
+        plain: nn.Linear | nn.Conv2d = _plain_linear(module)
+    else:
         defaults: tuple[Any, ...] = (1, 0, 1, 1)
-        stride, padding, dilation, groups = call + defaults[len(call) :]
-        matrix: nn.Module = empty(
+        stride, padding, dilation, groups = call.rest + defaults[len(call.rest) :]
+        conv: nn.Conv2d = empty(
             nn.Conv2d,
             weight,
             module.in_channels,
@@ -280,23 +356,22 @@ def _with_own_rule(
             groups,
             bias=module.bias is not None,
         )
-        matrix = _holding_parameters_of(module, matrix)
-    else:
-        matrix = _plain_linear(module)
-    rule = copy.deepcopy(module, {id(p): p for p in module.parameters()})
-    return UnpackedRule(rule, matrix, call)
+        plain = _holding_parameters_of(module, conv)
+    plain._parameters["weight"] = cast("nn.Parameter", weight)
+    return plain
 
 
 def _in_other_words(probe: nn.Module) -> bool:
     """Whether a probe of a Linear's subclass computes what a stock one does, written otherwise.
 
     Such as ``inputs @ self.weight.T + self.bias`` (Falcon): run on random numbers it does no more
-    than one product and one sum, and gives a stock Linear's values.
+    than one product and one sum, and gives a stock Linear's values, also in training.
     """
-    layer = cast("nn.Linear", probe)
     generator = torch.Generator().manual_seed(0)
-    for shape in ((3, layer.in_features), (2, 3, layer.in_features)):
-        inputs = torch.empty(shape, device="cpu").normal_(generator=generator).to(layer.weight)
+    for training, shape in ((False, (3,)), (False, (2, 3)), (True, (3,))):
+        layer = cast("nn.Linear", copy.deepcopy(probe).train(training))
+        numbers = torch.empty(*shape, layer.in_features, device="cpu")
+        inputs = numbers.normal_(generator=generator).to(layer.weight)
         with torch.no_grad():
             expected = functional.linear(inputs, layer.weight, layer.bias)
             try:

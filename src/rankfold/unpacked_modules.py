@@ -388,9 +388,7 @@ class UnpackedRule(nn.Module):
 
     def __init__(self, rule: nn.Module, matrix: nn.Module, call: tuple[Any, ...]) -> None:
         super().__init__()
-        weight = cast("Tensor", rule._parameters.pop("weight"))
-        # It has the shape that a rule may ask for, takes no memory, and can't be computed with.
-        rule.weight = torch.empty_like(weight, device="meta", requires_grad=False)
+        _take_out(rule, "weight")
         rule._parameters["bias"] = None
         self.rule = rule
         self.matrix = matrix
@@ -402,11 +400,13 @@ class UnpackedRule(nn.Module):
         Raises:
             RuntimeError: It calls torch's function otherwise than when it was looked at.
         """
-        with RedirectedCall(cast("Tensor", self.rule.weight), self._compute):
+        with RedirectedCall(cast("Tensor", self.rule.weight).shape, self._compute):
             outputs: Tensor = self.rule(*args, **kwargs)
         return outputs
 
-    def _compute(self, inputs: Tensor, _: Tensor | None, call: tuple[Any, ...]) -> Tensor:
+    def _compute(
+        self, inputs: Tensor, _weight: Tensor, _bias: Tensor | None, call: tuple[Any, ...]
+    ) -> Tensor:
         if call != self.call:
             raise RuntimeError(
                 f"{type(self.rule).__name__} computed with {self.call} before and now with {call}"
@@ -415,19 +415,38 @@ class UnpackedRule(nn.Module):
         return outputs
 
 
+def without_parameters_of_weight(rule: nn.Module) -> None:
+    """Take out all that a layer computes its weight from: every parameter but the bias.
+
+    Its weight then costs neither memory nor time. Where a parameter is used otherwise too, the
+    layer can't run any more.
+    """
+    for name in [name for name in rule._parameters if name not in ("weight", "bias")]:
+        _take_out(rule, name)
+
+
+def _take_out(rule: nn.Module, name: str) -> None:
+    """Leave of a parameter its shape, which a rule may ask for; it can't be computed with."""
+    parameter = rule._parameters.pop(name)
+    held = None if parameter is None else torch.empty_like(parameter, device="meta")
+    setattr(rule, name, None if held is None else held.requires_grad_(False))
+
+
 class RedirectedCall(TorchFunctionMode):
-    """Calls of torch's linear and conv2d with one weight go to a function instead.
+    """Calls of torch's linear and conv2d with a weight of one shape go to a function instead.
 
     Args:
-        weight: The weight.
-        compute: Takes the input, the bias and the other arguments.
+        shape: Of the weight.
+        compute: Takes the input, the weight, the bias and the other arguments.
     """
 
     def __init__(
-        self, weight: Tensor, compute: Callable[[Tensor, Tensor | None, tuple[Any, ...]], Tensor]
+        self,
+        shape: torch.Size,
+        compute: Callable[[Tensor, Tensor, Tensor | None, tuple[Any, ...]], Tensor],
     ) -> None:
         super().__init__()
-        self.weight = weight
+        self.shape = shape
         self.compute = compute
 
     def __torch_function__(
@@ -441,7 +460,7 @@ class RedirectedCall(TorchFunctionMode):
         given = dict(kwargs or {})
         if func in (functional.linear, functional.conv2d) and len(args) > 1 and not given:
             inputs, weight, bias, *call = (*args, None)[: max(3, len(args))]
-            if weight is self.weight:
+            if weight.shape == self.shape:
                 plain = tuple(tuple(v) if isinstance(v, list) else v for v in call)
-                return self.compute(inputs, bias, plain)
+                return self.compute(inputs, weight, bias, plain)
         return func(*args, **given)
