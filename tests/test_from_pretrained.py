@@ -16,6 +16,8 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitConfig,
+    BitForImageClassification,
     PreTrainedModel,
     Wav2Vec2Config,
     Wav2Vec2ForSequenceClassification,
@@ -250,6 +252,27 @@ def test_a_layer_that_was_unpacked_several_times(tmp_path: Path) -> None:
         rankfold.export(folder, tmp_path / "dense", to="dense")
         dense = Wav2Vec2ForSequenceClassification.from_pretrained(tmp_path / "dense")
         torch.testing.assert_close(dense(sounds[:2]).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_convs_that_standardise_their_weight(tmp_path: Path) -> None:
+    """They are looked at before their weights are read, by random numbers."""
+    config = BitConfig(
+        embedding_size=16, hidden_sizes=[32, 64], depths=[1, 1], num_groups=8, num_labels=3,
+        layer_type="bottleneck",
+    )  # fmt: skip
+    model = seeded(2, lambda: BitForImageClassification(config)).eval()
+    images = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    data = [{"pixel_values": x, "labels": torch.tensor(i % 3)} for i, x in enumerate(images)]
+    result = rankfold.lossless(model, data, size=0.7)
+    assert len(result.report["unpacked"]) == 9
+    folder = result.save(tmp_path / "a")
+    again = BitForImageClassification.from_pretrained(folder)
+    with torch.no_grad():
+        assert torch.equal(again(images[:2]).logits, result.model(images[:2]).logits)
+    with pytest.raises(
+        InputError, match=r"computed from others there.*Open it with rankfold\.load"
+    ):
+        rankfold.export(folder, tmp_path / "dense", to="dense")
 
 
 # Damaged folders

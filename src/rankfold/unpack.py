@@ -292,7 +292,7 @@ def _inputs_of(layer: nn.Linear | nn.Conv2d, seed: int | None) -> Tensor:
     if seed is None:
         return zeros
     generator = torch.Generator().manual_seed(seed)
-    return torch.empty(shape).normal_(generator=generator).to(zeros)
+    return torch.empty(shape, device="cpu").normal_(generator=generator).to(zeros)
 
 
 def _same_at_every_call(probe: nn.Linear | nn.Conv2d, weight: Tensor) -> bool:
