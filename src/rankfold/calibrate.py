@@ -460,11 +460,14 @@ class _Recorder:
             parts = {"inputs": sums.input_gram, "output gradients": sums.output_gram}
             for what, gram in parts.items():
                 if not bool(torch.isfinite(gram).all()):
-                    dtype = str(self.layers[name].weight.dtype).removeprefix("torch.")
+                    dtype = self.layers[name].weight.dtype
+                    wider = "float64" if dtype == torch.float32 else "float32"
+                    advice = "" if dtype == torch.float64 else f", or give the model in {wider}"
                     raise InputError(
                         f"the squares of the {what} of the layer {name}, added up, are NaN or "
-                        f"infinite; expected finite ones. Its weight is {dtype}: give the model "
-                        "in a type of wider range (float32), or check its weights and the data."
+                        "infinite; expected finite ones. Its weight is "
+                        f"{str(dtype).removeprefix('torch.')}: check the model's weights and the "
+                        f"data{advice}."
                     )
 
     def compare_halves(self, progress: Progress) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -303,10 +304,12 @@ def _check_agreement(task: Task, objective: Objective, settings: Settings) -> No
 
 def _require_layers(collected: Collected) -> None:
     if not collected.matrices:
+        counts = Counter(layer.reason for layer in collected.skipped)
+        reasons = "; ".join(f"{reason} ({count})" for reason, count in counts.most_common(4))
         raise InputError(
             f"none of the {len(collected.skipped)} weighted layers of "
-            f"{type(collected.model).__name__} can be factorized: no forward pass calls them, or "
-            "the calibration data does not reach them. Check the data, and the model's forward."
+            f"{type(collected.model).__name__} can be factorized: {reasons or 'there are none'}. "
+            "Check the data, the model's forward, and --include and --exclude."
         )
 
 
