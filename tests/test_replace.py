@@ -30,6 +30,22 @@ def test_a_copy_gets_the_new_modules_and_the_model_keeps_its_own() -> None:
     assert twin.features[3].weight.data_ptr() != model.features[3].weight.data_ptr()
 
 
+def test_a_copy_to_look_at_shares_what_is_not_moved_and_takes_weights_as_they_are() -> None:
+    model = trained_cnn()
+    before, moved = state(model), torch.zeros(8, 27)
+    model.features[0].weight.requires_grad_(False)
+    twin = with_replaced(model, {}, {"features.0": moved}, share=True)
+    assert twin.features[0].weight.data_ptr() == moved.data_ptr()
+    assert twin.features[0].weight.shape == model.features[0].weight.shape
+    assert not twin.features[0].weight.requires_grad and twin.features[3].weight.requires_grad
+    assert twin.features[3].weight is model.features[3].weight
+    assert same_state(model, before)
+    llama = tiny_llama()
+    tied = with_replaced(llama, {}, {"lm_head": llama.lm_head.weight + 1}, share=True)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert torch.equal(tied.lm_head.weight, llama.lm_head.weight + 1)
+
+
 def test_shared_modules_and_tied_weights_stay_shared() -> None:
     new = nn.Linear(4, 4)
     twin = with_replaced(Twice(), {"first": new})

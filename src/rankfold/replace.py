@@ -27,24 +27,29 @@ def with_replaced(
         model: The model.
         modules: New modules by the name of the one that they replace.
         weights: New weights by the name of the module that holds them.
-        share: Leave all other parameters the model's own, for a copy that is only looked at.
+        share: Leave all other parameters the model's own, and take the new weights as they are,
+            for a copy that is only looked at.
     """
+    weights = weights or {}
     memo: dict[int, object] = {
         id(model.get_submodule(name)): module for name, module in modules.items()
     }
     if share:
-        moved = {id(model.get_submodule(name).weight) for name in weights or {}}
-        memo |= {id(p): p for p in model.parameters() if id(p) not in moved}
+        memo |= {id(p): p for p in model.parameters()}
+        for name, weight in weights.items():
+            old = cast("nn.Parameter", model.get_submodule(name).weight)
+            memo[id(old)] = nn.Parameter(weight.to(old).view_as(old), old.requires_grad)
     twin = copy.deepcopy(model, memo)
     for name, module in modules.items():
         # A bias that stands in another module, too, as a masked language model's does.
         bias = memo.get(id(getattr(model.get_submodule(name), "bias", None)))
         if isinstance(bias, nn.Parameter) and getattr(module, "bias", None) is not None:
             module.bias = bias
-    for name, weight in (weights or {}).items():
-        parameter = cast("nn.Parameter", twin.get_submodule(name).weight)
+    if not share:
         with torch.no_grad():
-            parameter.copy_(weight.view_as(parameter))
+            for name, weight in weights.items():
+                parameter = cast("nn.Parameter", twin.get_submodule(name).weight)
+                parameter.copy_(weight.view_as(parameter))
     return twin
 
 

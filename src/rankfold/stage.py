@@ -377,7 +377,7 @@ class Stage:
         if self.step and self.step.eta:
             layers = {n: cast("MatrixLayer", dense.get_submodule(n)) for n in self.collected.layers}
             moved = {name: self.step.moved(name, layer) for name, layer in layers.items()}
-            return with_replaced(dense, {}, moved)
+            return with_replaced(dense, {}, moved, share=True)
         return None if dense is self.collected.model else dense
 
     def harmless_range(self, name: str) -> HarmlessRange:
