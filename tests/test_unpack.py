@@ -616,6 +616,11 @@ class _GainTwice(_Standardised):
         return super().forward(x) * self.gain[:, None, None]
 
 
+class _DropsInputs(_Standardised):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(functional.dropout(x, 0.5, self.training))
+
+
 class _DropsWeights(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         weight = functional.dropout(self.weight, 0.5, self.training)
@@ -637,6 +642,10 @@ def test_layers_that_compute_their_weight_at_each_call(tmp_path: Path) -> None:
     unpacked = unpack(model).model
     assert torch.equal(unpacked(images), model(images))
     assert same_state(model, before)
+    dropping = unpack(nn.Sequential(_DropsInputs(8, 8, 3))).model.train()
+    with torch.no_grad():
+        assert not torch.equal(dropping(torch.ones(2, 8, 5, 5)), dropping(torch.ones(2, 8, 5, 5)))
+    assert type(dropping[0]) is not nn.Conv2d
     # Nothing of what the weights are computed from is left beside them.
     assert [name for name, _ in unpacked.named_parameters() if "gain" in name] == ["4.gain"]
     assert type(unpacked[2]) is nn.Conv2d and not unpacked[2].weight.requires_grad

@@ -233,11 +233,11 @@ def _of_subclass(module: nn.Linear | nn.Conv2d) -> nn.Module | None:
     probe = _probe(module)
     if probe is None:
         return None
-    call = _one_call(probe)
-    if call is not None and call.bias is probe.bias and _same_at_every_call(probe, call.weight):
-        if call.weight is probe.weight:
-            return _rule_and_matrix(module, call, module.weight)
-        return _with_computed_weight(module, probe, call.weight)
+    call = _steady_call(probe)
+    if call is not None and call.weight is probe.weight:
+        return _rule_and_matrix(module, call, module.weight)
+    if call is not None:
+        return _with_computed_weight(module, probe, call)
     if isinstance(module, nn.Linear) and _in_other_words(probe):
         return _plain_linear(module)
     return None
@@ -264,8 +264,7 @@ def _one_call(probe: nn.Linear | nn.Conv2d, seed: int | None = None) -> _Call | 
         inputs: Tensor, weight: Tensor, bias: Tensor | None, call: tuple[Any, ...]
     ) -> Tensor:
         kind = functional.conv2d if isinstance(probe, nn.Conv2d) else functional.linear
-        with torch._C.DisableTorchFunction():
-            outputs: Tensor = kind(inputs, weight, bias, *call)
+        outputs: Tensor = kind(inputs, weight, bias, *call)
         calls.append(_Call(weight, bias, call, False))
         results.append((inputs, outputs))
         return outputs
@@ -295,35 +294,46 @@ def _inputs_of(layer: nn.Linear | nn.Conv2d, seed: int | None) -> Tensor:
     return torch.empty(shape, device="cpu").normal_(generator=generator).to(zeros)
 
 
-def _same_at_every_call(probe: nn.Linear | nn.Conv2d, weight: Tensor) -> bool:
-    """Whether a layer gives torch's function this weight whatever its input, also in training."""
-    calls = [_one_call(copy.deepcopy(probe).train(training), 1) for training in (False, True)]
-    return all(call is not None and torch.equal(call.weight, weight) for call in calls)
+def _steady_call(probe: nn.Linear | nn.Conv2d) -> _Call | None:
+    """The layer's one call, if it has its own bias and the same weight for any input.
+
+    Also in training: what drops weights then is no plain layer.
+    """
+    first = _one_call(probe)
+    if first is None or first.bias is not probe.bias:
+        return None
+    whole = first.whole
+    for training in (False, True):
+        other = _one_call(copy.deepcopy(probe).train(training), seed=1)
+        if other is None or not torch.equal(other.weight, first.weight):
+            return None
+        whole = whole and other.whole
+    return first._replace(whole=whole)
 
 
 def _with_computed_weight(
-    module: nn.Linear | nn.Conv2d, probe: nn.Linear | nn.Conv2d, first: Tensor
+    module: nn.Linear | nn.Conv2d, probe: nn.Linear | nn.Conv2d, seen: _Call
 ) -> nn.Module | None:
     """A subclass that standardises its weight, or computes it otherwise, at each call.
 
     With the weight that it computes in a plain layer. None where what is left of the subclass can't
-    run without its parameters. ``first`` is the weight that the probe computes.
+    run without its parameters. ``seen`` is the probe's call.
     """
     own = _one_call(copy.deepcopy(module).eval())
     if own is None:
         return None
     trainable = module.weight.requires_grad
     weight = nn.Parameter(own.weight.detach().clone(), requires_grad=trainable)
-    if own.whole:
-        return _matrix(module, own, weight)
-    tried = _rule_and_matrix(copy.deepcopy(probe), own, nn.Parameter(first), computed=True)
+    if seen.whole:
+        return _matrix(module, seen, weight)
+    tried = _rule_and_matrix(copy.deepcopy(probe), seen, nn.Parameter(seen.weight), computed=True)
     inputs = _inputs_of(probe, 1)
     try:
         with torch.no_grad():
             same = torch.equal(tried(inputs), probe(inputs))
     except Exception:
         return None
-    return _rule_and_matrix(module, own, weight, computed=True) if same else None
+    return _rule_and_matrix(module, seen, weight, computed=True) if same else None
 
 
 def _rule_and_matrix(
