@@ -30,6 +30,7 @@ class Everything(nn.Module):
         self.sequence = nn.Conv1d(4, 4, 3)
         self.normed = parametrizations.weight_norm(nn.Linear(6, 6))
         self.wide = nn.Linear(40, 2)
+        self.positions = nn.Parameter(torch.zeros(7, 6))
         with warnings.catch_warnings():  # torch's, that there is nothing to initialise
             warnings.simplefilter("ignore")
             self.empty, self.rest = nn.Linear(6, 0, bias=False), nn.Linear(0, 6)
@@ -48,6 +49,7 @@ def test_every_other_layer_is_listed_with_its_reason(monkeypatch: pytest.MonkeyP
     assert any(name.startswith("normed") for name in reasons)
     assert reasons["empty"] == reasons["rest"] == "its matrix is empty"
     assert "above the limit of 39" in reasons["wide"]
+    assert "parameters of the model itself" in reasons[""]
     assert {entry.name: entry.parameters for entry in skipped}["grouped"] == 4 * 2 * 9 + 4
 
 

@@ -224,6 +224,9 @@ def _reason(
         return "embeddings are left out: --embeddings includes them"
     plain = plain_kind(module) in (nn.Linear, nn.Conv2d)
     if not (plain and isinstance(module, nn.Linear | nn.Conv2d)):
+        stock = type(module).__module__.startswith("torch.")
+        if name == "" and not stock and any(True for _ in module.children()):
+            return "parameters of the model itself, outside its layers, stay as they are"
         if name == "":
             return "the model is this one layer: wrap it in a module so that it can be replaced"
         return f"layers of kind {type(module).__name__} can't be factorized yet ({SUPPORTED})"
