@@ -46,6 +46,8 @@ MODELS = {
     "timm:efficientnet_lite0,num_classes=4": 32,
     "timm:mobilenetv3_small_050,num_classes=4": 32,
     "timm:convnext_atto,num_classes=4": 32,
+    "timm:resnetv2_50x1_bit,num_classes=4": 32,
+    "timm:test_nfnet,num_classes=4": 32,
     "timm:vit_tiny_patch16_224,num_classes=4,img_size=32,depth=3": 32,
     "timm:deit_tiny_distilled_patch16_224,num_classes=4,img_size=32,depth=2": 32,
     "timm:swin_tiny_patch4_window7_224,num_classes=4,img_size=56,embed_dim=24": 56,
@@ -60,6 +62,7 @@ MODELS = {
 # Of those that come in large sizes only, the first blocks.
 INCLUDED = {
     "timm:resnext50_32x4d,num_classes=4": ("layer1.*",),
+    "timm:resnetv2_50x1_bit,num_classes=4": ("stages.0.*",),
     "torchvision:convnext_tiny,num_classes=4": ("features.1.*",),
     "torchvision:vit_b_16,num_classes=4,image_size=32": ("encoder.layers.encoder_layer_0.*",),
     "torchvision:swin_t,num_classes=4": ("features.1.*",),
