@@ -1,3 +1,5 @@
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -29,13 +31,19 @@ def assert_pseudo_inverse(found, matrix):
     close(found, torch.linalg.pinv(matrix, rtol=1e-10, hermitian=True), rtol=1e-6, atol=1e-8)
 
 
+@contextmanager
+def cut_at(side):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linalg, "GRAM_SIDE", side)
+        yield
+
+
 @property_test
 @given(seed=SEEDS, side=st.integers(1, 70), rows=st.integers(0, 30))
 def test_added_grams_are_the_products_wherever_they_are_cut(seed, side, rows):
     first, second = normal(seed, rows, side), normal(seed + 1, 5, side)
     upper = torch.zeros(side, side, dtype=torch.float64)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linalg, "GRAM_SIDE", 8)
+    with cut_at(8):
         add_gram(upper, first)
         add_gram(upper, second)
         add_gram(upper, second, sign=-1)
@@ -56,8 +64,7 @@ def test_a_gram_leaves_out_what_lies_below_its_diagonal():
 def test_what_a_running_gram_was_is_kept_below_its_diagonal(seed, side, rows):
     first, second = normal(seed, rows, side), normal(seed + 1, 7, side)
     running = torch.zeros(side, side, dtype=torch.float64)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linalg, "GRAM_SIDE", 8)
+    with cut_at(8):
         add_gram(running, first)
         diagonal = keep_below(running)
         add_gram(running, second)
