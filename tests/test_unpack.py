@@ -638,10 +638,11 @@ def test_layers_that_compute_their_weight_at_each_call(tmp_path: Path) -> None:
 
     model, images = make(), torch.randn(4, 3, 8, 8)
     model[2].weight.requires_grad_(False)
-    before = state(model)
+    before, numbers = state(model), torch.get_rng_state()
     unpacked = unpack(model).model
     assert torch.equal(unpacked(images), model(images))
     assert same_state(model, before)
+    assert torch.equal(torch.get_rng_state(), numbers)
     dropping = unpack(nn.Sequential(_DropsInputs(8, 8, 3))).model.train()
     with torch.no_grad():
         assert not torch.equal(dropping(torch.ones(2, 8, 5, 5)), dropping(torch.ones(2, 8, 5, 5)))

@@ -233,13 +233,14 @@ def _of_subclass(module: nn.Linear | nn.Conv2d) -> nn.Module | None:
     probe = _probe(module)
     if probe is None:
         return None
-    call = _steady_call(probe)
-    if call is not None and call.weight is probe.weight:
-        return _rule_and_matrix(module, call, module.weight)
-    if call is not None:
-        return _with_computed_weight(module, probe, call)
-    if isinstance(module, nn.Linear) and _in_other_words(probe):
-        return _plain_linear(module)
+    with torch.random.fork_rng(devices=[]):  # dropout in a probe draws from torch's own numbers
+        call = _steady_call(probe)
+        if call is not None and call.weight is probe.weight:
+            return _rule_and_matrix(module, call, module.weight)
+        if call is not None:
+            return _with_computed_weight(module, probe, call)
+        if isinstance(module, nn.Linear) and _in_other_words(cast("nn.Linear", probe)):
+            return _plain_linear(module)
     return None
 
 
@@ -304,7 +305,7 @@ def _steady_call(probe: nn.Linear | nn.Conv2d) -> _Call | None:
         return None
     whole = first.whole
     for training in (False, True):
-        other = _one_call(copy.deepcopy(probe).train(training), seed=1)
+        other = _one_call(probe.train(training), seed=1)
         if other is None or not torch.equal(other.weight, first.weight):
             return None
         whole = whole and other.whole
@@ -326,7 +327,7 @@ def _with_computed_weight(
     weight = nn.Parameter(own.weight.detach().clone(), requires_grad=trainable)
     if seen.whole:
         return _matrix(module, seen, weight)
-    tried = _rule_and_matrix(copy.deepcopy(probe), seen, nn.Parameter(seen.weight), computed=True)
+    tried = _rule_and_matrix(probe.eval(), seen, nn.Parameter(seen.weight), computed=True)
     inputs = _inputs_of(probe, 1)
     try:
         with torch.no_grad():
@@ -371,7 +372,7 @@ def _matrix(module: nn.Linear | nn.Conv2d, call: _Call, weight: Tensor) -> nn.Li
     return plain
 
 
-def _in_other_words(probe: nn.Module) -> bool:
+def _in_other_words(probe: nn.Linear) -> bool:
     """Whether a probe of a Linear's subclass computes what a stock one does, written otherwise.
 
     Such as ``inputs @ self.weight.T + self.bias`` (Falcon): run on random numbers it does no more
@@ -379,14 +380,14 @@ def _in_other_words(probe: nn.Module) -> bool:
     """
     generator = torch.Generator().manual_seed(0)
     for training, shape in ((False, (3,)), (False, (2, 3)), (True, (3,))):
-        layer = cast("nn.Linear", copy.deepcopy(probe).train(training))
-        numbers = torch.empty(*shape, layer.in_features, device="cpu")
-        inputs = numbers.normal_(generator=generator).to(layer.weight)
+        probe.train(training)
+        numbers = torch.empty(*shape, probe.in_features, device="cpu")
+        inputs = numbers.normal_(generator=generator).to(probe.weight)
         with torch.no_grad():
-            expected = functional.linear(inputs, layer.weight, layer.bias)
+            expected = functional.linear(inputs, probe.weight, probe.bias)
             try:
                 with _Operators() as operators:
-                    outputs = layer(inputs)
+                    outputs = probe(inputs)
             except Exception:
                 return False
         if not operators.one_product or not torch.is_tensor(outputs):

@@ -428,8 +428,7 @@ def without_parameters_of_weight(rule: nn.Module) -> None:
 def _take_out(rule: nn.Module, name: str) -> None:
     """Leave of a parameter its shape, which a rule may ask for; it can't be computed with."""
     parameter = rule._parameters.pop(name)
-    held = None if parameter is None else torch.empty_like(parameter, device="meta")
-    setattr(rule, name, None if held is None else held.requires_grad_(False))
+    setattr(rule, name, None if parameter is None else torch.empty_like(parameter, device="meta"))
 
 
 class RedirectedCall(TorchFunctionMode):
