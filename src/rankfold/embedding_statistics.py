@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.layer_matrix import BLOCK_VALUES, call_input
+from rankfold.layer_matrix import BLOCK_VALUES, call_input, kept_dtype
 from rankfold.layers import EmbeddingMatrix
 from rankfold.linalg import Damping, damped
 from rankfold.spectrum import Spectrum
@@ -180,13 +180,12 @@ class EmbeddingRecorder:
             return
         if name not in self._sums:
             (words, dim), zeros = matrix.weight.shape, partial(torch.zeros, device=output.device)
-            dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
             looks_up = name in matrix.lookups
             self._sums[name] = _Sums(
                 energies=zeros(words, dtype=torch.float64),
                 gram=zeros(dim, dim, dtype=torch.float64),
                 counts=zeros(words, dtype=torch.int64) if looks_up else None,
-                means=None if looks_up else zeros(words, dim, dtype=dtype),
+                means=None if looks_up else zeros(words, dim, dtype=kept_dtype(output)),
             )
         inputs = call_input(args, kwargs).detach()
         if name in matrix.lookups:
@@ -251,5 +250,5 @@ def expected_squares(scores: Tensor, slopes: Tensor) -> Tensor:
 
 def _rows(values: Tensor) -> Tensor:
     """``(rows, last dimension)``, float32 or float64."""
-    values = values if values.dtype == torch.float64 else values.float()
+    values = values.to(kept_dtype(values))
     return values.reshape(-1, values.shape[-1])

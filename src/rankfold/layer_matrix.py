@@ -30,12 +30,12 @@ def matrix_shape(layer: MatrixLayer) -> tuple[int, int]:
     return layer.weight.shape[0], layer.weight.shape[1:].numel()
 
 
-def kept_dtype(weight: Tensor) -> torch.dtype:
-    """In what is kept of each layer: float32, or float64 for a float64 model.
+def kept_dtype(values: Tensor) -> torch.dtype:
+    """In what statistics and factors are kept: float32, or float64 for a float64 model.
 
     Batches are no more exact, and of a large model what is kept takes the most memory.
     """
-    return torch.promote_types(weight.dtype, torch.float32)
+    return torch.promote_types(values.dtype, torch.float32)
 
 
 def call_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -77,7 +77,7 @@ def input_rows(layer: MatrixLayer, inputs: Tensor) -> Iterator[Tensor]:
         ``(rows, in)`` blocks.
     """
     values = inputs.detach()
-    values = values if values.dtype == torch.float64 else values.float()
+    values = values.to(kept_dtype(values))
     if isinstance(layer, nn.Linear):
         yield from values.reshape(-1, layer.in_features).split(1 << 14)
         return
@@ -98,7 +98,7 @@ def output_rows(layer: MatrixLayer, outputs: Tensor) -> Tensor:
         ``(rows, out)``, in the order of ``input_rows``.
     """
     values = outputs.detach()
-    values = values if values.dtype == torch.float64 else values.float()
+    values = values.to(kept_dtype(values))
     if isinstance(layer, nn.Linear):
         return values.reshape(-1, layer.out_features)
     return values.movedim(-3, -1).reshape(-1, layer.out_channels)
