@@ -82,6 +82,7 @@ VARIANTS: dict[str, Variant] = {
     "all parts": Variant({}),
     "no gradient step": Variant({}, statistics=NO_STEP),
     "no interactions": Variant({"interactions": False}),
+    "no refit": Variant({"refit": False}),
     "no step, no interactions": Variant({"interactions": False}, statistics=NO_STEP),
     "pair form": Variant({"form": "pair"}),
     "no block forms": Variant({"block_forms": False}),

@@ -225,7 +225,7 @@ def test_corrections_add_up() -> None:
 def test_plans_are_corrected_twice_and_on_while_they_get_better(
     losses: list[float], measured: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared = rankfold.prepare(trained_cnn(), image_data(200))
+    prepared = rankfold.prepare(trained_cnn(), image_data(200), refit=False)
     measure, level = Stage.measure, iter(losses)
 
     def of_that_loss(self: Stage, plan: RankPlan) -> Candidate:
@@ -242,11 +242,13 @@ def test_plans_are_corrected_twice_and_on_while_they_get_better(
 
 
 def test_lossless_with_interactions_keeps_the_better_plan_on_selection_data() -> None:
-    prepared = rankfold.prepare(trained_cnn(), image_data(200))
+    prepared = rankfold.prepare(trained_cnn(), image_data(200), refit=False)
     report = prepared.lossless(0.5).report
     changes = [entry["change"] for entry in report["selection"]]
     assert 1 + CORRECTIONS <= len(changes) <= 1 + MOST_CORRECTIONS
-    alone = rankfold.prepare(trained_cnn(), image_data(200), interactions=False).lossless(0.5)
+    alone = rankfold.prepare(
+        trained_cnn(), image_data(200), interactions=False, refit=False
+    ).lossless(0.5)
     assert len(alone.report["selection"]) == 1
     assert report["selection"][0] == alone.report["selection"][0]
     assert all(layer["interaction_factor"] is None for layer in alone.report["layers"])

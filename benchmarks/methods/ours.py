@@ -37,8 +37,7 @@ def compressed(
 
 
 def best_on_selection(prepared: Stage, size: float) -> nn.Module:
-    best = lowest(of_size(prepared, size * prepared.factorizable))
-    return best.stage.build(best.plan)
+    return lowest(of_size(prepared, size * prepared.factorizable)).build()
 
 
 def control(study: Study) -> AtSize:

@@ -282,6 +282,13 @@ class Factorizing(Reading):
             help="Plan again once a first plan has shown how the layers' errors add up.",
         ),
     ] = Settings.interactions
+    refit: Annotated[
+        bool,
+        typer.Option(
+            "--refit/--no-refit",
+            help="Fit each factorized layer once more to inputs that the others have changed.",
+        ),
+    ] = Settings.refit
     seed: Annotated[int, typer.Option(help="Of the split, the draws, the sampled labels.")] = 0
     limit: Annotated[
         int | None,

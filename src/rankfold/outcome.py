@@ -128,7 +128,9 @@ def result_of_fixed_sequence(tried: Sequence[Candidate], margin: float) -> Resul
     the whole confidence, since a false "lossless" can only come from the first one that is not
     (Angelopoulos et al. 2021).
     """
-    sizes = {c.ratio: c for c in tried if math.isfinite(c.change.mean)}
+    known = [c for c in tried if math.isfinite(c.change.mean)]
+    # Of one size the better one, which comes last here.
+    sizes = {c.ratio: c for c in sorted(known, key=lambda c: c.change.mean, reverse=True)}
     order = [sizes[ratio] for ratio in sorted(sizes, reverse=True)] or [*tried[:1]]
     statements = [statement_on(c, margin) for c in order]
     certified: tuple[Candidate, Tested] | None = None
@@ -176,7 +178,7 @@ def statement_on(candidate: Candidate, margin: float) -> Statement:
 def opened(candidate: Candidate, statement: Statement) -> Tested:
     """Open the held-out part for a candidate."""
     stage = candidate.stage
-    model = stage.build(candidate.plan)
+    model = candidate.build()
     collected, part = stage.collected, stage.collected.parts["held_out"]
     original = stage.original_held_out()
     factorized = _evaluate_until_shown(stage, model, original, statement)
@@ -275,12 +277,14 @@ def _report(
         "calibration_loss": collected.calibration_loss,
         "step": step_report(stage.step, stage.settings),
         "rounds": [past.as_dict() for past in stage.earlier],
+        "refit": _refit_report(chosen),
         "selection": [
             {
                 "ratio": c.ratio,
                 "predicted_change": c.predicted,
                 "change": finite(c.change.mean),
                 "standard_error": finite(c.change.standard_error),
+                "refit": c.refit is not None,
             }
             for c in tried
         ],
@@ -292,6 +296,14 @@ def _report(
         "unpacked": collected.unpacked.names,
         "not_factorized": [asdict(entry) for entry in collected.skipped],
     }
+
+
+def _refit_report(chosen: Candidate) -> dict[str, Any] | None:
+    """Which layers were fitted again, to how many examples, and what selection data say of it."""
+    refit = chosen.refit
+    if refit is None:
+        return None
+    return {"layers": [*refit.modules], "examples": refit.examples, "gain": finite(refit.gain)}
 
 
 def _allocation_report(stage: Stage, plan: RankPlan) -> dict[str, float] | None:

@@ -15,6 +15,7 @@ from rankfold.stage import Candidate, Stage, lowest
 # Chance that compact leaves the held-out test of a model as good as its selection data say.
 POWER = 0.9
 MOST_PLANS = 7  # plans that a search within a margin measures in a round
+MOST_REFITS = 3  # and how many it fits again
 CLOSE_ENOUGH = 0.01  # share of the model's size at which that search stops
 # How often interactions are measured, each time at the plan that came of the last: so often in any
 # case, and further, up to the second number, while the plans get better on selection data.
@@ -26,7 +27,8 @@ def of_size(stage: Stage, budget: float) -> list[Candidate]:
     """Plans for a cost of the factorizable layers, measured on selection data.
 
     One a round, and one for each time that interactions are measured: at the best of these, at
-    the plan that came of it, and on as long as plans get better by more than their own error.
+    the plan that came of it, and on as long as plans get better by more than their own error. The
+    best of all is fitted again (``refit``) and measured once more.
 
     Args:
         stage: The first round.
@@ -49,14 +51,15 @@ def of_size(stage: Stage, budget: float) -> list[Candidate]:
             break  # the loss is not finite: the plan would be measured once more
         last = stage.measure(stage.plan(budget))
         tried.append(last)
-    return tried
+    return [*tried, *_refitted(lowest(tried))]
 
 
 def within_margin(stage: Stage, margin: float) -> list[Candidate]:
     """Plans around the smallest one that passes, measured on selection data.
 
     Interactions are measured first, at the plan predicted to be within the margin; then sizes are
-    bracketed. Further rounds go on from the smallest model that passes.
+    bracketed. Further rounds go on from the smallest model that passes. What they end at is fitted
+    again (``refit``), and smaller plans are as far as that makes them pass.
 
     Args:
         stage: The first round.
@@ -77,7 +80,7 @@ def within_margin(stage: Stage, margin: float) -> list[Candidate]:
         stage = best.stage.next_round(total_cost(best.plan), rounds_left=2)
         rest = stage.total - stage.factorizable
         tried += _bracketed(stage, margin, float(rest + total_cost(best.plan)), [])
-    return tried
+    return [*tried, *_refitted_within(favoured(tried, margin), margin)]
 
 
 def favoured(tried: Sequence[Candidate], margin: float) -> Candidate:
@@ -104,6 +107,40 @@ def promised_bound(candidate: Candidate) -> float:
     quantile = float(stats.t.ppf(POWER, change.examples - 1))
     luck = quantile * deviation * math.sqrt(1 / held_out + 1 / change.examples)
     return change.mean + bound + luck
+
+
+def _refitted(candidate: Candidate) -> list[Candidate]:
+    """The candidate fitted again, if it can be and its loss is finite."""
+    if not (candidate.stage.refits and math.isfinite(candidate.change.mean)):
+        return []
+    refitted = candidate.stage.refitted(candidate)
+    return [] if refitted.refit is None else [refitted]
+
+
+def _refitted_within(candidate: Candidate, margin: float) -> list[Candidate]:
+    """The candidate fitted again, and smaller plans likewise while they pass."""
+    stage, tried = candidate.stage, _refitted(candidate)
+    while tried and len(tried) < MOST_REFITS and promised_bound(tried[-1]) <= margin:
+        spent, target = total_cost(tried[-1].plan), _next_cost(tried[-1], stage, margin)
+        if not target <= spent - CLOSE_ENOUGH * stage.total:
+            break
+        smaller = _refitted(stage.measure(stage.plan(target, smallest=True)))
+        if not smaller:
+            break
+        tried += smaller
+    return tried
+
+
+def _next_cost(candidate: Candidate, stage: Stage, margin: float) -> float:
+    """Cost of the plan that should just be within the margin, by what a measured one showed.
+
+    Its prediction is corrected by the ratio of its actual to its predicted change. NaN where
+    nothing was predicted, or nothing finite came.
+    """
+    excess, predicted = promised_bound(candidate) - stage.gain, total_change(candidate.plan)
+    if not (excess > 0 and predicted > 0 and math.isfinite(excess)):
+        return math.nan
+    return stage.cost_within((margin - stage.gain) * predicted / excess, default=math.nan)
 
 
 def _is_better(candidate: Candidate, other: Candidate) -> bool:
@@ -156,11 +193,7 @@ def _bracketed(
             passes = min(passes, spent)
         else:
             fails = max(fails, target)
-        excess, predicted = reached - stage.gain, total_change(plan)
-        target = math.nan
-        if excess > 0 and predicted > 0 and math.isfinite(excess):
-            tolerance = (margin - stage.gain) * predicted / excess
-            target = rest + stage.cost_within(tolerance, default=math.nan)
+        target = rest + _next_cost(candidate, stage, margin)
     if not tried:
         raise InputError(
             f"the objective {stage.settings.objective} has no plan at any size that was tried; "

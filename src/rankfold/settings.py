@@ -62,6 +62,8 @@ class Settings:
         rounds: Times that the statistics are collected: more than one compresses in parts.
         interactions: Whether the plan is made again once a first one has shown each layer's share
             in the change of all of them together; see ``interactions``.
+        refit: Whether the result's layers are fitted once more to the inputs that the others have
+            changed, and stay so where selection data prefer it; see ``refit``.
         seed: Seeds the split, the choice of examples and sampled labels.
         limit: Calibration examples used; None for the task's default.
         selection_limit: Selection examples used, likewise.
@@ -98,6 +100,7 @@ class Settings:
     self_share: float = 0.0
     rounds: int = 1
     interactions: bool = True
+    refit: bool = True
     seed: int = 0
     limit: int | None = None
     selection_limit: int | None = None

@@ -6,6 +6,7 @@ model that a plan of the last one made.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -57,7 +58,8 @@ from rankfold.objectives import (
     plan_for_change,
 )
 from rankfold.progress import Progress, SilentProgress
-from rankfold.replace import with_replaced
+from rankfold.refit import fitted_again
+from rankfold.replace import put_modules, with_replaced
 from rankfold.report import finite, model_sizes, step_report
 from rankfold.settings import Settings, SizeOf, check_choice
 from rankfold.sizes import model_parameters
@@ -405,7 +407,7 @@ class Stage:
             choice.change * self._scale(name) / candidate.stage._scale(name)
             for name, choice in candidate.plan.items()
         ]
-        return self.gain + math.fsum(costs)
+        return self.gain + math.fsum(costs) + (candidate.refit.gain if candidate.refit else 0.0)
 
     def _scale(self, name: str) -> float:
         """What a layer's curves were multiplied by since they were made."""
@@ -429,6 +431,45 @@ class Stage:
         )
         change = paired_change(self.original_selection(), evaluation)
         return Candidate(self, plan, share, self.predicted(plan), change, evaluation)
+
+    @property
+    def refits(self) -> bool:
+        """Whether output factors are fitted once more to what other layers have changed."""
+        return self.settings.refit and self.objective.allocation == "multiplier"
+
+    def refitted(self, candidate: Candidate) -> Candidate:
+        """A candidate of this round with its output factors fitted again, measured.
+
+        The candidate itself where it has no layer that can be.
+        """
+        collected, model = self.collected, self.build(candidate.plan)
+        fitted = fitted_again(
+            self.control() or collected.dense,
+            model,
+            [name for name, choice in candidate.plan.items() if choice.rank is not None],
+            collected.task,
+            collected.parts["calibration"],
+            batch_size=self.settings.batch_size,
+            progress=self.progress,
+        )
+        if not fitted.modules:
+            return candidate
+        put_modules(model, fitted.modules)
+        evaluation = evaluate(
+            model,
+            collected.task,
+            collected.parts["selection"],
+            batch_size=self.settings.batch_size,
+            progress=self.progress,
+            stage=f"size {candidate.ratio:.3f}, refit, on selection data",
+            finite=False,
+        )
+        change = paired_change(self.original_selection(), evaluation)
+        refit = Refit(fitted.modules, fitted.examples, change.mean - candidate.change.mean)
+        predicted = None if candidate.predicted is None else candidate.predicted + refit.gain
+        return replace(
+            candidate, predicted=predicted, change=change, evaluation=evaluation, refit=refit
+        )
 
     @property
     def corrects(self) -> bool:
@@ -595,6 +636,21 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Refit:
+    """What fitting output factors again made of a plan.
+
+    Attributes:
+        modules: By layer.
+        examples: Number of calibration examples that they were fitted to.
+        gain: How much the change on selection data became by it; below 0 is better.
+    """
+
+    modules: Mapping[str, nn.Module]
+    examples: int
+    gain: float
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A plan and what selection data say of it.
 
@@ -605,6 +661,7 @@ class Candidate:
         predicted: Predicted change of the loss, or None.
         change: Measured change on selection data.
         evaluation: Its losses on the selection examples.
+        refit: The layers that were fitted again, None where none was.
     """
 
     stage: Stage
@@ -613,6 +670,14 @@ class Candidate:
     predicted: float | None
     change: Change
     evaluation: Evaluation
+    refit: Refit | None = None
+
+    def build(self) -> nn.Module:
+        """The model."""
+        model = self.stage.build(self.plan)
+        if self.refit is not None:
+            put_modules(model, copy.deepcopy(dict(self.refit.modules)))
+        return model
 
     @property
     def differences(self) -> Tensor:

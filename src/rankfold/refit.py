@@ -1,0 +1,263 @@
+"""The factor at a layer's outputs, fitted once more to inputs that other layers have changed.
+
+Each layer is factorized for the inputs that it had in the original model. In the factorized one it
+gets others, and a part of what is wrong with its outputs then can be seen from these outputs
+themselves. For the outputs y of a factorized layer, ``y*`` of the original and ``p`` the pivots
+among y, of which all of y are combinations, the best linear change ``y + C p`` has
+
+    C = E[(y* - y) pᵀ] (E[p pᵀ] + damping)⁻¹
+
+It is a change of the layer's output factor: no rank and no form changes. Layers are fitted in the
+order of their calls, each on what those before it give after they were fitted (SVD-LLM's update,
+arXiv 2403.07378, 3.3, fits the same factor). Of that solution a share is taken: whole, it would
+also fit what is particular to the calibration examples (docs/theory.md, 15).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial, reduce
+from operator import add
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.data import Batch, Part
+from rankfold.layer_matrix import kept_dtype
+from rankfold.lockstep import run_in_step
+from rankfold.losses import output_of, without_labels
+from rankfold.modes import evaluation_mode
+from rankfold.modules import ConvStandIn
+from rankfold.output_factors import (
+    FACTORIZED,
+    Factorized,
+    Group,
+    OutputChange,
+    output_groups,
+    with_output_change,
+)
+from rankfold.progress import Progress
+from rankfold.tasks import Task, on_device
+
+# The share that is taken of the solution, and what is added to E[p pᵀ], of its mean eigenvalue.
+SHARE = 0.5
+DAMPING = 0.001
+# Most bytes that both models' waiting passes should hold, and how often the largest output of a
+# layer they hold at a time (measured on transformers and residual nets: 4 to 8 times).
+MEMORY = 4 * 2**30
+HELD = 8
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over rows that a fit needs, float64.
+
+    Attributes:
+        rows: Number of rows.
+        features: ``(k,)`` sum of p.
+        errors: ``(r,)`` sum of y* - y.
+        gram: ``(k, k)`` sum of p pᵀ.
+        cross: ``(r, k)`` sum of (y* - y) pᵀ.
+    """
+
+    rows: int
+    features: Tensor
+    errors: Tensor
+    gram: Tensor
+    cross: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor, errors: Tensor) -> Moments:
+        """Of ``(n, k)`` features and ``(n, r)`` errors."""
+        return cls(
+            len(features),
+            features.sum(0, dtype=torch.float64),
+            errors.sum(0, dtype=torch.float64),
+            (features.T @ features).double(),
+            (errors.T @ features).double(),
+        )
+
+    def __add__(self, other: Moments) -> Moments:
+        """Of both sets of rows together."""
+        return Moments(
+            self.rows + other.rows,
+            self.features + other.features,
+            self.errors + other.errors,
+            self.gram + other.gram,
+            self.cross + other.cross,
+        )
+
+
+def best_change(moments: Moments, shifted: bool, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+    """The change ``(r, k)`` and shift ``(r,)`` that leave the smallest squared errors.
+
+    Args:
+        moments: Of one row or more.
+        shifted: Whether a shift is possible; else it is 0.
+        damping: Added to the diagonal of the features' second moments, of its mean.
+    """
+    gram, cross = moments.gram / moments.rows, moments.cross / moments.rows
+    features, errors = moments.features / moments.rows, moments.errors / moments.rows
+    if shifted:
+        gram = gram - torch.outer(features, features)
+        cross = cross - torch.outer(errors, features)
+    added = damping * gram.diagonal().mean()
+    known = bool(torch.isfinite(cross).all() and torch.isfinite(gram).all())
+    # Nothing to fit to, or outputs that a narrow type can't hold.
+    if not (known and added > 0):
+        return torch.zeros_like(cross), torch.zeros_like(errors)
+    damped = gram + added * torch.eye(len(gram)).to(gram)
+    change = torch.linalg.solve(damped, cross.T).T
+    return change, errors - change @ features if shifted else torch.zeros_like(errors)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Layers that were fitted again.
+
+    Attributes:
+        modules: By name.
+        examples: Number of examples that they were fitted to.
+    """
+
+    modules: dict[str, Factorized]
+    examples: int
+
+
+def fitted_again(
+    original: nn.Module,
+    factorized: nn.Module,
+    names: Sequence[str],
+    task: Task,
+    part: Part,
+    *,
+    batch_size: int | None,
+    progress: Progress,
+) -> Fitted:
+    """The factorized layers with their output factors fitted to the original's outputs.
+
+    Layers that a pass calls more than once, or not with the same rows in both models (experts),
+    are left out, and those whose bias another module has, too.
+
+    Args:
+        original: The dense model whose outputs are aimed at.
+        factorized: Its factorized twin, which comes back as it was.
+        names: Layers.
+        task: Runs a model.
+        part: Calibration examples; as many are used as ``MEMORY`` allows.
+        batch_size: Examples a batch.
+        progress: Shows the layers.
+    """
+    held_by = Counter(id(p) for m in factorized.modules() for p in m._parameters.values())
+    modules = {
+        name: module
+        for name in names
+        if isinstance(module := factorized.get_submodule(name), FACTORIZED)
+        # A bias that stands in another module, too, has another use.
+        and (module.bias is None or held_by[id(module.bias)] == 1)
+    }
+    first = part.batches(batch_size)[0]
+    sizes = _outputs_of_one(factorized, modules, task, on_device(part.collate(first), factorized))
+    if not sizes:
+        return Fitted({}, 0)
+    held = HELD * 2 * max(sizes.values()) / len(first)
+    part = part.spread(max(1, min(len(part.examples), int(MEMORY / held))))
+    batches = [
+        on_device(part.collate(examples), factorized) for examples in part.batches(batch_size)
+    ]
+    masks = [_mask(batch) for batch in batches]
+    found: dict[str, Factorized] = {}
+
+    def fit(name: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        module = modules[name]
+        rows = [(features_last(module, a), features_last(module, b)) for a, b in pairs]
+        change = _change(module, rows, masks)
+        found[name] = with_output_change(module, change)
+        changed = [change.of_outputs(y, module.bias) for _, y in rows]
+        return [y.movedim(-1, -3) for y in changed] if _is_conv(module) else changed
+
+    run = partial(_forward, task)
+    run_in_step(original, factorized, batches, run, list(sizes), fit, progress, "refit")
+    return Fitted(found, len(part.examples))
+
+
+def _forward(task: Task, model: nn.Module, batch: Batch) -> None:
+    """A pass of this model alone: an agreement's loss calls the original, too."""
+    if task.agreement:
+        output_of(model, without_labels(batch))
+    else:
+        task.batch_loss(model, batch)
+
+
+def features_last(module: Factorized, outputs: Tensor) -> Tensor:
+    """Outputs of a Linear or a conv as ``(..., out)``."""
+    return outputs.movedim(-3, -1) if _is_conv(module) else outputs
+
+
+def _is_conv(module: Factorized) -> bool:
+    return isinstance(module, ConvStandIn)
+
+
+def _change(
+    module: Factorized,
+    rows: Sequence[tuple[Tensor, Tensor]],
+    masks: Sequence[Tensor | None],
+) -> OutputChange:
+    """The change of a layer's outputs, from those of the original and its own in each batch."""
+    groups = output_groups(module)
+    bias = module.bias
+    coefficients: list[Tensor] = []
+    shift = torch.zeros(rows[0][1].shape[-1], dtype=torch.float64, device=rows[0][1].device)
+    for group in groups:
+        moments = [
+            _moments(a, b, mask, group, bias) for (a, b), mask in zip(rows, masks, strict=True)
+        ]
+        together = reduce(add, moments)
+        change, moved = best_change(together, shifted=bias is not None)
+        coefficients.append(SHARE * change)
+        shift[group.rows] += SHARE * moved
+    return OutputChange(groups, coefficients, None if bias is None else shift)
+
+
+def _moments(
+    wanted: Tensor, outputs: Tensor, mask: Tensor | None, group: Group, bias: Tensor | None
+) -> Moments:
+    dtype = kept_dtype(outputs)
+    outputs, wanted = outputs.to(dtype), wanted.to(dtype)
+    features = outputs[..., group.pivots]
+    if bias is not None:
+        features = features - bias[group.pivots]
+    errors = (wanted - outputs)[..., group.rows]
+    if mask is not None and mask.shape == features.shape[:-1]:
+        return Moments.of(features[mask], errors[mask])
+    return Moments.of(features.flatten(0, -2), errors.flatten(0, -2))
+
+
+def _mask(batch: Batch) -> Tensor | None:
+    """Which tokens of a batch are no padding, where the batch says so."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) else None
+
+
+def _outputs_of_one(
+    model: nn.Module, modules: Mapping[str, nn.Module], task: Task, batch: Batch
+) -> dict[str, int]:
+    """Bytes of the output of each layer that one pass calls once, in the order of the calls."""
+    sizes: dict[str, int] = {}
+    often: set[str] = set()
+
+    def saw(name: str, module: nn.Module, args: object, output: Tensor) -> None:
+        if name in sizes:
+            often.add(name)
+        sizes[name] = output.numel() * output.element_size()
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            handle = module.register_forward_hook(partial(saw, name))
+            stack.callback(handle.remove)
+        stack.enter_context(evaluation_mode(model))
+        _forward(task, model, batch)
+    return {name: size for name, size in sizes.items() if name not in often}
