@@ -83,11 +83,9 @@ class _BlockLinear(nn.Module):
         self, shared: Tensor, first: Tensor, second: Tensor, order: Tensor, bias: Tensor | None
     ):
         super().__init__()
-        # Cloned: of one row, a transposed tensor counts as contiguous with the strides of a column,
-        # which BLAS adds up in another order than those that a file gives.
-        self.shared = nn.Parameter(shared.clone(memory_format=torch.contiguous_format))
-        self.first = nn.Parameter(first.clone(memory_format=torch.contiguous_format))
-        self.second = nn.Parameter(second.clone(memory_format=torch.contiguous_format))
+        self.shared = nn.Parameter(shared.contiguous())
+        self.first = nn.Parameter(first.contiguous())
+        self.second = nn.Parameter(second.contiguous())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         # int32: it is stored with the weights, and no layer has 2^31 outputs.
         self.register_buffer("order", order.to(torch.int32))

@@ -181,6 +181,10 @@ def fitted_again(
 
     run = partial(_forward, task)
     run_in_step(original, factorized, batches, run, list(sizes), fit, progress, "refit")
+    for name, module in found.items():  # they were copied in evaluation mode
+        module.train(modules[name].training)
+        for new, old in zip(module.parameters(), modules[name].parameters(), strict=True):
+            new.requires_grad_(old.requires_grad)
     return Fitted(found, len(part.examples))
 
 
