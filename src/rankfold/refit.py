@@ -43,12 +43,12 @@ from rankfold.progress import Progress
 from rankfold.tasks import Task, on_device
 
 # The share that is taken of the solution, and what is added to E[p pᵀ], of its mean eigenvalue.
-SHARE = 0.5
+SHARE = 0.3
 DAMPING = 0.001
-# Most bytes that both models' waiting passes should hold, and how often the largest output of a
-# layer they hold at a time (measured on transformers and residual nets: 4 to 8 times).
-MEMORY = 4 * 2**30
-HELD = 8
+# Most bytes that both models' waiting passes should hold, and how often a pass holds what the
+# largest output of a layer takes: that, its input, and what goes around it.
+MEMORY = 2 * 2**30
+HELD = 4
 
 
 @dataclass(frozen=True)
