@@ -179,8 +179,8 @@ def fitted_again(
         changed = [change.of_outputs(y, module.bias) for _, y in rows]
         return [y.movedim(-1, -3) for y in changed] if _is_conv(module) else changed
 
-    run = partial(_forward, task)
-    run_in_step(original, factorized, batches, run, list(sizes), fit, progress, "refit")
+    run, order = partial(_forward, task), list(sizes)
+    run_in_step(original, factorized, batches, run, order, fit, progress, "layers fitted again")
     for name, module in found.items():  # they were copied in evaluation mode
         module.train(modules[name].training)
         for new, old in zip(module.parameters(), modules[name].parameters(), strict=True):

@@ -90,6 +90,12 @@ def result_lines(report: dict[str, Any]) -> list[str]:
             f"ranks: predicted cost of truncation {allocation['predicted_cost']:+.4f}{how}, "
             f"{proof} of this size"
         )
+    refit = report.get("refit")
+    if refit is not None:
+        lines.append(
+            f"fitted again to what the others changed: {len(refit['layers'])} layers, by "
+            f"{refit['examples']} calibration examples; {refit['gain']:+.4f} on selection data"
+        )
     style = VERDICT_STYLE[certificate["verdict"]]
     lines.append(
         f"verdict: [{style}]{certificate['verdict']}[/]: with {certificate['confidence']:.0%} "
