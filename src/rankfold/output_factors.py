@@ -52,6 +52,12 @@ class Group:
     rows: Tensor
     pivots: Tensor
 
+    def features(self, outputs: Tensor, bias: Tensor | None) -> Tensor:
+        """The pivots of ``(n, out)`` outputs without their bias, ``(n, k)``."""
+        # As a matrix: of more axes torch picks columns many times as slowly.
+        features = outputs.index_select(1, self.pivots)
+        return features if bias is None else features - bias[self.pivots]
+
 
 @dataclass(frozen=True)
 class OutputChange:
@@ -76,13 +82,14 @@ class OutputChange:
 
     def of_outputs(self, outputs: Tensor, bias: Tensor | None) -> Tensor:
         """Outputs ``(..., out)`` of the layer, with its bias if it has one, changed likewise."""
-        changed = outputs.clone()
+        values = outputs.flatten(0, -2)
+        changed = values.clone()
         for group, coefficients in zip(self.groups, self.coefficients, strict=True):
-            features = outputs[..., group.pivots]
-            if bias is not None:
-                features = features - bias[group.pivots]
-            changed[..., group.rows] += features @ coefficients.T.to(outputs)
-        return changed if self.shift is None else changed + self.shift.to(outputs)
+            added = group.features(values, bias) @ coefficients.T.to(outputs)
+            changed.index_add_(1, group.rows, added)
+        if self.shift is not None:
+            changed += self.shift.to(outputs)
+        return changed.view(outputs.shape)
 
 
 def output_groups(module: Factorized) -> list[Group]:

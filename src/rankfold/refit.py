@@ -230,14 +230,13 @@ def _moments(
     wanted: Tensor, outputs: Tensor, mask: Tensor | None, group: Group, bias: Tensor | None
 ) -> Moments:
     dtype = kept_dtype(outputs)
-    outputs, wanted = outputs.to(dtype), wanted.to(dtype)
-    features = outputs[..., group.pivots]
-    if bias is not None:
-        features = features - bias[group.pivots]
-    errors = (wanted - outputs)[..., group.rows]
-    if mask is not None and mask.shape == features.shape[:-1]:
-        return Moments.of(features[mask], errors[mask])
-    return Moments.of(features.flatten(0, -2), errors.flatten(0, -2))
+    counts = mask is not None and mask.shape == outputs.shape[:-1]
+    wanted, outputs = (
+        (values[mask] if counts else values.flatten(0, -2)).to(dtype)
+        for values in (wanted, outputs)
+    )
+    features = group.features(outputs, bias)
+    return Moments.of(features, (wanted - outputs).index_select(1, group.rows))
 
 
 def _mask(batch: Batch) -> Tensor | None:
