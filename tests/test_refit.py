@@ -113,16 +113,18 @@ def test_an_error_leaves_neither_hooks_nor_flags_behind() -> None:
     assert torch.is_grad_enabled()
 
 
-def test_an_error_of_the_model_comes_through() -> None:
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_of_the_model_comes_through(error: type[BaseException]) -> None:
     class Broken(nn.Module):
         def forward(self, inputs: Tensor) -> Tensor:
-            raise RuntimeError("of the model")
+            raise error("in the middle")
 
-    first, second = net(), factorized(net())
+    first, second = net().train(), factorized(net())
     first[3] = Broken()
-    with pytest.raises(RuntimeError, match="of the model"):
+    with pytest.raises(error, match="in the middle"):
         in_step(first, second, lambda name, pairs: None)
     assert all(not m._forward_hooks for m in first.modules())
+    assert all(m.training for m in first.modules())
 
 
 def test_passes_that_call_layers_in_another_order_are_not_visited_there() -> None:
