@@ -10,13 +10,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from rankfold.block_modules import BlocksConv2d, ColumnBlocksLinear, RowBlocksLinear
 from rankfold.conv_modules import SpatialConv2d, TuckerConv2d
+from rankfold.factorize import pivoted
 from rankfold.linalg import pivot_rows
 from rankfold.modules import LowRankConv2d, LowRankLinear, with_identity_rows
 
@@ -28,15 +29,6 @@ Factorized: TypeAlias = (
     | BlocksConv2d
     | SpatialConv2d
     | TuckerConv2d
-)
-FACTORIZED = (
-    LowRankLinear,
-    LowRankConv2d,
-    RowBlocksLinear,
-    ColumnBlocksLinear,
-    BlocksConv2d,
-    SpatialConv2d,
-    TuckerConv2d,
 )
 
 
@@ -129,24 +121,19 @@ def _multiply_in(module: Factorized, change: OutputChange) -> None:
         _change_row_blocks(module, change)
     elif isinstance(module, (LowRankLinear, LowRankConv2d)):
         lines = change.of_lines(module.full_left().double())
-        left, module.order, pivots = _stored(lines, module.order)
-        _assign(module.left, left)
-        _assign(module.right, pivots @ module.right.double().flatten(1))
+        module.order = _store(lines, module.left, module.right, module.order)
     elif isinstance(module, ColumnBlocksLinear):
         _assign(module.shared, change.of_lines(module.shared.double()))
     elif isinstance(module, SpatialConv2d):
         rank = module.ranks[0]
         lines = change.of_lines(_kernel_lines(module).double()).view(-1, rank)
-        second, module.order, pivots = _stored(lines, module.order)
-        _assign(module.second, second)
-        _assign(module.first, pivots @ module.first.double().flatten(1))
+        module.order = _store(lines, module.second, module.first, module.order)
     elif module.last is None:
         _assign(module.core, change.of_lines(module.core.double().flatten(1)))
     else:
         lines = with_identity_rows(module.last.double(), module.last_order)
-        last, module.last_order, pivots = _stored(change.of_lines(lines), module.last_order)
-        _assign(module.last, last)
-        _assign(module.core, pivots @ module.core.double().flatten(1))
+        lines = change.of_lines(lines)
+        module.last_order = _store(lines, module.last, module.core, module.last_order)
 
 
 def _all_outputs(factor: Tensor, order: Tensor | None) -> Group:
@@ -174,35 +161,40 @@ def _row_blocks(module: RowBlocksLinear) -> list[Group]:
 
 def _change_row_blocks(module: RowBlocksLinear, change: OutputChange) -> None:
     """Each block has pivots, coefficients, and columns of the output factor of its own."""
-    lines = change.of_lines(module.dense_matrix().double())
     rows: list[Tensor] = []
     pivots: list[Tensor] = []
+    shared: list[Tensor] = []
     blocks = zip(
-        _row_blocks(module), (module.first, module.second), change.coefficients, strict=True
+        _row_blocks(module),
+        (module.first, module.second),
+        torch.split(module.shared, list(module.ranks)),
+        change.coefficients,
+        strict=True,
     )
-    for group, factor, coefficients in blocks:
+    for group, factor, old, coefficients in blocks:
         rank = len(group.pivots)
         # The block's lines in terms of its old pivots.
         own = torch.cat([torch.eye(rank).to(factor), factor]).double()
         own += coefficients.to(own)
-        basis = pivot_rows(own)
-        _assign(factor, basis.coefficients)
-        places = group.rows[basis.order.to(group.rows.device)]
+        factors = pivoted(own, old.double())
+        _assign(factor, factors.left)
+        shared.append(factors.right)
+        places = group.rows[torch.argsort(cast("Tensor", factors.order))]
         pivots.append(places[:rank])
         rows.append(places[rank:])
-    stored = torch.cat([*pivots, *rows])
-    _assign(module.shared, lines[torch.cat(pivots)])
-    module.order = torch.argsort(stored).to(module.order)
+    _assign(module.shared, torch.cat(shared))
+    module.order = torch.argsort(torch.cat([*pivots, *rows])).to(module.order)
 
 
-def _stored(lines: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-    """An output factor as it is stored, its order, and what multiplies the factor behind it."""
-    rank = lines.shape[1]
+def _store(lines: Tensor, left: Tensor, right: Tensor, order: Tensor | None) -> Tensor | None:
+    """Put an output factor's changed lines ``(out, k)`` into the factors; returns their order."""
     if order is None:
-        return lines, None, torch.eye(rank).to(lines)
-    basis = pivot_rows(lines)
-    chosen = basis.order.to(lines.device)
-    return basis.coefficients, torch.argsort(chosen).to(order), lines[chosen[:rank]]
+        _assign(left, lines)
+        return None
+    factors = pivoted(lines, right.double().flatten(1))
+    _assign(left, factors.left)
+    _assign(right, factors.right)
+    return cast("Tensor", factors.order).to(order)
 
 
 def _kernel_lines(module: SpatialConv2d) -> Tensor:

@@ -28,11 +28,10 @@ from torch import Tensor, nn
 from rankfold.data import Batch, Part
 from rankfold.layer_matrix import kept_dtype
 from rankfold.lockstep import run_in_step
-from rankfold.losses import output_of, without_labels
+from rankfold.losses import field_of, output_of, without_labels
 from rankfold.modes import evaluation_mode
 from rankfold.modules import ConvStandIn
 from rankfold.output_factors import (
-    FACTORIZED,
     Factorized,
     Group,
     OutputChange,
@@ -155,7 +154,7 @@ def fitted_again(
     modules = {
         name: module
         for name in names
-        if isinstance(module := factorized.get_submodule(name), FACTORIZED)
+        if isinstance(module := factorized.get_submodule(name), Factorized)
         # A bias that stands in another module, too, has another use.
         and (module.bias is None or held_by[id(module.bias)] == 1)
     }
@@ -168,12 +167,13 @@ def fitted_again(
     batches = [
         on_device(part.collate(examples), factorized) for examples in part.batches(batch_size)
     ]
-    masks = [_mask(batch) for batch in batches]
+    # Which tokens are no padding, where a batch says so.
+    masks = [field_of(batch, "attention_mask") for batch in batches]
     found: dict[str, Factorized] = {}
 
     def fit(name: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         module = modules[name]
-        rows = [(features_last(module, a), features_last(module, b)) for a, b in pairs]
+        rows = [(_features_last(module, a), _features_last(module, b)) for a, b in pairs]
         change = _change(module, rows, masks)
         found[name] = with_output_change(module, change)
         changed = [change.of_outputs(y, module.bias) for _, y in rows]
@@ -196,7 +196,7 @@ def _forward(task: Task, model: nn.Module, batch: Batch) -> None:
         task.batch_loss(model, batch)
 
 
-def features_last(module: Factorized, outputs: Tensor) -> Tensor:
+def _features_last(module: Factorized, outputs: Tensor) -> Tensor:
     """Outputs of a Linear or a conv as ``(..., out)``."""
     return outputs.movedim(-3, -1) if _is_conv(module) else outputs
 
@@ -230,19 +230,13 @@ def _moments(
     wanted: Tensor, outputs: Tensor, mask: Tensor | None, group: Group, bias: Tensor | None
 ) -> Moments:
     dtype = kept_dtype(outputs)
-    counts = mask is not None and mask.shape == outputs.shape[:-1]
+    kept = mask != 0 if mask is not None and mask.shape == outputs.shape[:-1] else None
     wanted, outputs = (
-        (values[mask] if counts else values.flatten(0, -2)).to(dtype)
+        (values.flatten(0, -2) if kept is None else values[kept]).to(dtype)
         for values in (wanted, outputs)
     )
     features = group.features(outputs, bias)
     return Moments.of(features, (wanted - outputs).index_select(1, group.rows))
-
-
-def _mask(batch: Batch) -> Tensor | None:
-    """Which tokens of a batch are no padding, where the batch says so."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) else None
 
 
 def _outputs_of_one(

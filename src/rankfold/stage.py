@@ -420,15 +420,7 @@ class Stage:
     def measure(self, plan: RankPlan) -> Candidate:
         """Measure the change of a plan's model on selection data."""
         share = self.kept(plan)
-        evaluation = evaluate(
-            self.look_at(plan),
-            self.collected.task,
-            self.collected.parts["selection"],
-            batch_size=self.settings.batch_size,
-            progress=self.progress,
-            stage=f"size {share:.3f} on selection data",
-            finite=False,
-        )
+        evaluation = self._on_selection(self.look_at(plan), f"size {share:.3f} on selection data")
         change = paired_change(self.original_selection(), evaluation)
         return Candidate(self, plan, share, self.predicted(plan), change, evaluation)
 
@@ -455,20 +447,25 @@ class Stage:
         if not fitted.modules:
             return candidate
         put_modules(model, fitted.modules)
-        evaluation = evaluate(
-            model,
-            collected.task,
-            collected.parts["selection"],
-            batch_size=self.settings.batch_size,
-            progress=self.progress,
-            stage=f"size {candidate.ratio:.3f}, refit, on selection data",
-            finite=False,
-        )
+        shown = f"size {candidate.ratio:.3f}, refit, on selection data"
+        evaluation = self._on_selection(model, shown)
         change = paired_change(self.original_selection(), evaluation)
         refit = Refit(fitted.modules, fitted.examples, change.mean - candidate.change.mean)
         predicted = None if candidate.predicted is None else candidate.predicted + refit.gain
         return replace(
             candidate, predicted=predicted, change=change, evaluation=evaluation, refit=refit
+        )
+
+    def _on_selection(self, model: nn.Module, stage: str) -> Evaluation:
+        """Losses of a trial on the selection examples; they need not be finite."""
+        return evaluate(
+            model,
+            self.collected.task,
+            self.collected.parts["selection"],
+            batch_size=self.settings.batch_size,
+            progress=self.progress,
+            stage=stage,
+            finite=False,
         )
 
     @property
