@@ -32,13 +32,11 @@ from rankfold.artifact import (
     read_manifest,
     skeleton,
 )
-from rankfold.block_modules import BlocksConv2d, ColumnBlocksLinear, RowBlocksLinear
-from rankfold.conv_modules import SpatialConv2d, TuckerConv2d
 from rankfold.embedding_modules import LowRankEmbedding, LowRankHead
 from rankfold.errors import InputError
 from rankfold.integrations import transformers as hf
 from rankfold.integrations.example_inputs import Given
-from rankfold.modules import LowRankConv2d, LowRankLinear
+from rankfold.output_factors import Factorized
 from rankfold.programs import PROGRAMS, Program, write_program
 from rankfold.replace import put_modules
 from rankfold.sizes import model_parameters, stored_tensors
@@ -56,10 +54,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 EXPORT_FILE = "export.json"  # says what the folder is, and that it may be overwritten
 PAIRS_FILE = "pairs.safetensors"  # not the usual name: from_pretrained can't open it
 PARTS = "parametrizations."  # torch's, before the names of what a weight is computed from
-_FACTORIZED = (
-    LowRankLinear, LowRankConv2d, RowBlocksLinear, ColumnBlocksLinear, BlocksConv2d, SpatialConv2d,
-    TuckerConv2d, LowRankEmbedding, LowRankHead,
-)  # fmt: skip
+_FACTORIZED = (*get_args(Factorized), LowRankEmbedding, LowRankHead)
 _OPTIONS = {
     nn.Embedding: ("num_embeddings", "embedding_dim", "padding_idx"),
     nn.Linear: ("in_features", "out_features"),
