@@ -17,7 +17,7 @@ import rankfold
 from rankfold import refit
 from rankfold.data import as_part
 from rankfold.factorize import low_rank_module, truncate
-from rankfold.lockstep import run_in_step
+from rankfold.lockstep import Pairs, run_in_step
 from rankfold.progress import SilentProgress
 from rankfold.refit import Moments, best_change, fitted_again
 from rankfold.replace import with_replaced
@@ -29,7 +29,6 @@ from tests.small_models import same_state, state
 from tests.test_compress import image_data, long_mlp, pair_data, trained_cnn
 
 NAMES = ["0", "2", "4"]
-Pairs = Sequence[tuple[Tensor, Tensor]]
 
 
 def net(seed: int = 0, bias: bool = True) -> nn.Sequential:
@@ -60,6 +59,7 @@ def in_step(first: nn.Module, second: nn.Module, visit: Callable[..., object]) -
         batches(),
         lambda m, x: m(x),
         NAMES,
+        {},
         visit,
         SilentProgress(),
         "layers",  # type: ignore[arg-type]
@@ -70,7 +70,7 @@ def test_all_passes_meet_at_each_layer_and_compute_what_they_compute_alone() -> 
     first, second = net(), factorized(net())
     seen: dict[str, Pairs] = {}
 
-    def visit(name: str, pairs: Pairs) -> None:
+    def visit(name: str, pairs: Pairs, streams: Pairs) -> None:
         seen[name] = [(a.clone(), b.clone()) for a, b in pairs]
 
     in_step(first, second, visit)
@@ -86,7 +86,7 @@ def test_the_second_model_goes_on_with_what_it_is_given() -> None:
     first, second = net(), factorized(net())
     seen: dict[str, Pairs] = {}
 
-    def visit(name: str, pairs: Pairs) -> list[Tensor]:
+    def visit(name: str, pairs: Pairs, streams: Pairs) -> list[Tensor]:
         seen[name] = pairs
         return [a for a, _ in pairs]
 
@@ -99,7 +99,7 @@ def test_the_second_model_goes_on_with_what_it_is_given() -> None:
 def test_an_error_leaves_neither_hooks_nor_flags_behind() -> None:
     first, second = net().train(), factorized(net())
 
-    def visit(name: str, pairs: Pairs) -> None:
+    def visit(name: str, pairs: Pairs, streams: Pairs) -> None:
         if name == "2":
             raise ValueError("no more")
 
@@ -121,7 +121,7 @@ def test_an_error_of_the_model_comes_through(error: type[BaseException]) -> None
     first, second = net().train(), factorized(net())
     first[3] = Broken()
     with pytest.raises(error, match="in the middle"):
-        in_step(first, second, lambda name, pairs: None)
+        in_step(first, second, lambda name, pairs, streams: None)
     assert all(not m._forward_hooks for m in first.modules())
     assert all(m.training for m in first.modules())
 
@@ -145,12 +145,12 @@ def test_passes_that_call_layers_in_another_order_are_not_visited_there() -> Non
     data = [torch.ones(4, 6).double(), -torch.ones(4, 6).double()]
     seen: list[str] = []
 
-    def visit(name: str, pairs: Pairs) -> None:
+    def visit(name: str, pairs: Pairs, streams: Pairs) -> None:
         seen.append(name)
 
     names = [f"base.{name}" for name in NAMES]
     run_in_step(
-        Either(), Either(), data, lambda m, x: m(x), names, visit, SilentProgress(), "layers"
+        Either(), Either(), data, lambda m, x: m(x), names, {}, visit, SilentProgress(), "layers"
     )
     assert seen == ["base.0", "base.4"]
 

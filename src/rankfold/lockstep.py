@@ -8,7 +8,7 @@ stops in a hook.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import TypeAlias
@@ -19,10 +19,13 @@ from torch import Tensor, nn
 from rankfold.data import Batch
 from rankfold.modes import evaluation_mode
 from rankfold.progress import Progress
+from rankfold.residual_connections import Place, watch
 
-# A layer's name, and for each batch its outputs in the first model and in the second: what the
-# second model goes on with in their place, or None to leave them.
-Visit: TypeAlias = Callable[[str, Sequence[tuple[Tensor, Tensor]]], Sequence[Tensor] | None]
+# What both models have at a layer, for each batch: in the first model and in the second.
+Pairs: TypeAlias = Sequence[tuple[Tensor, Tensor]]
+# A layer's name, its outputs, and what they will be added to (empty where that isn't known): what
+# the second model goes on with in place of its outputs, or None to leave them.
+Visit: TypeAlias = Callable[[str, Pairs, Pairs], Sequence[Tensor] | None]
 
 
 def run_in_step(
@@ -31,6 +34,7 @@ def run_in_step(
     batches: Sequence[Batch],
     run: Callable[[nn.Module, Batch], object],
     names: Sequence[str],
+    streams: Mapping[str, Place],
     visit: Visit,
     progress: Progress,
     stage: str,
@@ -45,6 +49,7 @@ def run_in_step(
         batches: On the models' device.
         run: A forward pass.
         names: Layers of both models in the order of their calls, each called once in a pass.
+        streams: By layer, where the tensor that its outputs will be added to is seen before.
         visit: Is called for each layer that all batches reach in both models, with outputs of the
             same shape; other layers are passed by.
         progress: Shows the layers.
@@ -52,6 +57,7 @@ def run_in_step(
     """
     runner = getcurrent()
     waiting: dict[greenlet, tuple[str, Tensor]] = {}
+    seen: dict[tuple[greenlet, Place], Tensor] = {}
     to_come = list(names)
 
     def wait(name: str, module: nn.Module, args: object, output: Tensor) -> Tensor | None:
@@ -64,6 +70,9 @@ def run_in_step(
         reply: Tensor | None = runner.switch()
         return reply
 
+    def see(place: Place, tensor: Tensor) -> None:
+        seen[getcurrent(), place] = tensor
+
     passes = [
         greenlet(partial(run, model, batch)) for model in (first, second) for batch in batches
     ]
@@ -73,6 +82,7 @@ def run_in_step(
             for name in names:
                 handle = model.get_submodule(name).register_forward_hook(partial(wait, name))
                 stack.callback(handle.remove)
+            stack.enter_context(watch(model, set(streams.values()), see))
         stack.callback(_end, passes)
         for one in passes:
             one.switch()
@@ -80,19 +90,30 @@ def run_in_step(
             here = [one for one in passes if one in waiting and waiting[one][0] == name]
             outputs = [waiting.pop(one)[1] for one in here]
             replies: Sequence[Tensor | None] = [None] * len(here)
+            to_come.remove(name)
+            place = streams.get(name)
+            take = seen.get if place in map(streams.get, to_come) else seen.pop
+            added = [] if place is None else [take((one, place), None) for one in here]
             if len(here) == len(passes):
                 half = len(batches)
-                pairs = list(zip(outputs[:half], outputs[half:], strict=True))
+                pairs = _in_pairs(outputs, half)
                 if all(a.shape == b.shape for a, b in pairs):
-                    made = visit(name, pairs)
+                    made = visit(name, pairs, _in_pairs(added, half))
                     replies = replies if made is None else [*replies[:half], *made]
                 del pairs
-            del outputs
-            to_come.remove(name)
+            del outputs, added
             if not to_come:
                 return
             for one, reply in zip(here, replies, strict=True):
                 one.switch(reply)
+
+
+def _in_pairs(tensors: Sequence[Tensor | None], half: int) -> Pairs:
+    """The first model's with the second one's; empty where one is missing."""
+    known = [tensor for tensor in tensors if tensor is not None]
+    if len(known) < 2 * half:
+        return []
+    return list(zip(known[:half], known[half:], strict=True))
 
 
 def _end(passes: Sequence[greenlet]) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from rankfold.data import Batch, Part
 from rankfold.layer_matrix import kept_dtype
-from rankfold.lockstep import run_in_step
+from rankfold.lockstep import Pairs, run_in_step
 from rankfold.losses import field_of, output_of, without_labels
 from rankfold.modes import evaluation_mode
 from rankfold.modules import ConvStandIn
@@ -39,6 +39,7 @@ from rankfold.output_factors import (
     with_output_change,
 )
 from rankfold.progress import Progress
+from rankfold.residual_connections import Residual, residual_connections
 from rankfold.tasks import Task, on_device
 
 # The share that is taken of the solution, and what is added to E[p pᵀ], of its mean eigenvalue.
@@ -159,9 +160,17 @@ def fitted_again(
         and (module.bias is None or held_by[id(module.bias)] == 1)
     }
     first = part.batches(batch_size)[0]
-    sizes = _outputs_of_one(factorized, modules, task, on_device(part.collate(first), factorized))
+    batch = on_device(part.collate(first), factorized)
+    sizes = _outputs_of_one(factorized, modules, task, batch)
     if not sizes:
         return Fitted({}, 0)
+    with evaluation_mode(factorized):
+        residuals = residual_connections(
+            factorized,
+            {name: (modules[name], -3 if _is_conv(modules[name]) else -1) for name in sizes},
+            {name for name, _ in original.named_modules()},
+            partial(_forward, task, factorized, batch),
+        )
     held = HELD * 2 * max(sizes.values()) / len(first)
     part = part.spread(max(1, min(len(part.examples), int(MEMORY / held))))
     batches = [
@@ -171,16 +180,29 @@ def fitted_again(
     masks = [field_of(batch, "attention_mask") for batch in batches]
     found: dict[str, Factorized] = {}
 
-    def fit(name: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        module = modules[name]
-        rows = [(_features_last(module, a), _features_last(module, b)) for a, b in pairs]
-        change = _change(module, rows, masks)
+    def fit(name: str, pairs: Pairs, streams: Pairs) -> list[Tensor]:
+        module, residual = modules[name], residuals.get(name)
+        known = streams if residual and _shapes(streams) == _shapes(pairs) else [None] * len(pairs)
+        rows = [
+            _Rows.of(module, *pair, mask, residual, stream)
+            for pair, mask, stream in zip(pairs, masks, known, strict=True)
+        ]
+        change = _change(module, rows)
         found[name] = with_output_change(module, change)
-        changed = [change.of_outputs(y, module.bias) for _, y in rows]
+        changed = [change.of_outputs(batch.outputs, module.bias) for batch in rows]
         return [y.movedim(-1, -3) for y in changed] if _is_conv(module) else changed
 
-    run, order = partial(_forward, task), list(sizes)
-    run_in_step(original, factorized, batches, run, order, fit, progress, "layers fitted again")
+    run_in_step(
+        original,
+        factorized,
+        batches,
+        partial(_forward, task),
+        list(sizes),
+        {name: residual.stream for name, residual in residuals.items()},
+        fit,
+        progress,
+        "layers fitted again",
+    )
     for name, module in found.items():  # they were copied in evaluation mode
         module.train(modules[name].training)
         for new, old in zip(module.parameters(), modules[name].parameters(), strict=True):
@@ -205,38 +227,79 @@ def _is_conv(module: Factorized) -> bool:
     return isinstance(module, ConvStandIn)
 
 
-def _change(
-    module: Factorized,
-    rows: Sequence[tuple[Tensor, Tensor]],
-    masks: Sequence[Tensor | None],
-) -> OutputChange:
-    """The change of a layer's outputs, from those of the original and its own in each batch."""
-    groups = output_groups(module)
-    bias = module.bias
-    coefficients: list[Tensor] = []
-    shift = torch.zeros(rows[0][1].shape[-1], dtype=torch.float64, device=rows[0][1].device)
-    for group in groups:
-        moments = [
-            _moments(a, b, mask, group, bias) for (a, b), mask in zip(rows, masks, strict=True)
+@dataclass(frozen=True)
+class _Rows:
+    """One batch at a layer.
+
+    Attributes:
+        wanted: ``(..., out)`` outputs of the original.
+        outputs: ``(..., out)`` the layer's own.
+        mask: Which rows count, None for all.
+        residual: What the outputs are added to, None where that isn't known.
+        streams: That in the original and here, ``(..., out)`` each; None where it isn't known.
+    """
+
+    wanted: Tensor
+    outputs: Tensor
+    mask: Tensor | None
+    residual: Residual | None
+    streams: tuple[Tensor, Tensor] | None
+
+    @classmethod
+    def of(
+        cls,
+        module: Factorized,
+        wanted: Tensor,
+        outputs: Tensor,
+        mask: Tensor | None,
+        residual: Residual | None,
+        streams: tuple[Tensor, Tensor] | None,
+    ) -> _Rows:
+        """From tensors as the model has them, a conv's channels before its positions."""
+        last = partial(_features_last, module)
+        fits = mask is not None and mask.shape == last(outputs).shape[:-1]
+        return cls(
+            last(wanted),
+            last(outputs),
+            mask if fits else None,
+            residual,
+            None if streams is None else (last(streams[0]), last(streams[1])),
+        )
+
+    def moments(self, groups: Sequence[Group], bias: Tensor | None) -> list[Moments]:
+        """Of each group of outputs."""
+        wanted, outputs = self._counted(self.wanted), self._counted(self.outputs)
+        errors = wanted - outputs
+        if self.residual is not None and self.streams is not None:
+            errors += self.residual.as_output(*map(self._counted, self.streams))
+        return [
+            Moments.of(group.features(outputs, bias), errors.index_select(1, group.rows))
+            for group in groups
         ]
-        together = reduce(add, moments)
-        change, moved = best_change(together, shifted=bias is not None)
-        coefficients.append(SHARE * change)
+
+    def _counted(self, values: Tensor) -> Tensor:
+        """The rows that count, ``(n, out)``."""
+        kept = values.flatten(0, -2) if self.mask is None else values[self.mask != 0]
+        return kept.to(kept_dtype(values))
+
+
+def _change(module: Factorized, rows: Sequence[_Rows]) -> OutputChange:
+    """The change of a layer's outputs, from those of the original and its own in each batch."""
+    groups, bias = output_groups(module), module.bias
+    of_batches = (batch.moments(groups, bias) for batch in rows)
+    together = reduce(lambda some, more: list(map(add, some, more)), of_batches)
+    found = [best_change(moments, shifted=bias is not None) for moments in together]
+    shift = torch.zeros(
+        rows[0].outputs.shape[-1], dtype=torch.float64, device=rows[0].outputs.device
+    )
+    for group, (_, moved) in zip(groups, found, strict=True):
         shift[group.rows] += SHARE * moved
+    coefficients = [SHARE * change for change, _ in found]
     return OutputChange(groups, coefficients, None if bias is None else shift)
 
 
-def _moments(
-    wanted: Tensor, outputs: Tensor, mask: Tensor | None, group: Group, bias: Tensor | None
-) -> Moments:
-    dtype = kept_dtype(outputs)
-    kept = mask != 0 if mask is not None and mask.shape == outputs.shape[:-1] else None
-    wanted, outputs = (
-        (values.flatten(0, -2) if kept is None else values[kept]).to(dtype)
-        for values in (wanted, outputs)
-    )
-    features = group.features(outputs, bias)
-    return Moments.of(features, (wanted - outputs).index_select(1, group.rows))
+def _shapes(pairs: Pairs) -> list[torch.Size]:
+    return [tensor.shape for pair in pairs for tensor in pair]
 
 
 def _outputs_of_one(
