@@ -184,7 +184,7 @@ def test_features_that_say_nothing_change_nothing(value: float) -> None:
 def fit(
     original: nn.Module, twin: nn.Module, names: Sequence[str], examples: Sequence[object]
 ) -> refit.Fitted:
-    task = UserLoss(lambda model, batch: model(batch).square().mean(-1))
+    task = UserLoss(lambda model, batch: model(batch).flatten(1).square().mean(-1))
     part = as_part("calibration", list(examples))
     return fitted_again(original, twin, names, task, part, batch_size=7, progress=SilentProgress())
 

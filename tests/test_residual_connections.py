@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from rankfold import refit
 from rankfold.modes import evaluation_mode
 from rankfold.replace import with_replaced
 from rankfold.residual_connections import Place, Residual, residual_connections, watch
+from tests.test_families import FAMILIES
 from tests.test_refit import errors_of, factorized, fit
 
 WIDTH = 6
@@ -174,6 +176,74 @@ def test_channels_of_a_conv_stand_before_its_positions() -> None:
     assert torch.allclose(connections["last"].scale.float(), scale, atol=1e-5)
 
 
+def test_a_linear_whose_channels_are_moved_to_where_a_conv_has_them() -> None:
+    class ConvNeXtBlock(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.depthwise = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+            self.last, self.gamma = nn.Linear(6, 6), nn.Parameter(torch.linspace(0.5, 2, 6))
+
+        def forward(self, images: Tensor) -> Tensor:
+            moved = self.depthwise(images).permute(0, 2, 3, 1)
+            return images + (self.gamma * self.last(moved)).permute(0, 3, 1, 2)
+
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), ConvNeXtBlock()).double().eval()
+    images = torch.randn(9, 3, 6, 6).double()  # positions as many as channels
+    block = model[1]
+    names = [name for name, _ in model.named_modules()]
+    with evaluation_mode(model):
+        residual = residual_connections(
+            model, {"1.last": (block.last, -1)}, names, lambda: model(images)
+        )["1.last"]
+    assert residual.axis == -3
+    assert residual.stream in (Place("0", None), Place("1", 0))
+    assert torch.allclose(residual.scale, block.gamma)
+
+    def stream_error(twin: nn.Module) -> float:
+        return errors_of(model, twin, images)
+
+    twin = factorized(model, rank=3, names=["1.last"])
+    with torch.no_grad():
+        twin[0].weight.mul_(0.9)  # an error in the stream that the block may make up for
+    with_fit = with_replaced(twin, fit(model, twin, ["1.last"], list(images)).modules)
+    assert stream_error(with_fit) < 0.9 * stream_error(twin)
+
+
+@pytest.mark.parametrize(
+    ("family", "ends"),
+    [
+        ("llama", {"self_attn.o_proj", "mlp.down_proj"}),
+        ("bert", {"attention.output.dense", "output.dense"}),
+        ("phi", {"mlp.fc2"}),  # attention and MLP side by side: their sum is added to the stream
+        ("t5", {"SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo"}),
+        ("vit", {"o_proj", "mlp.fc2"}),
+        ("convnext", {"pwconv2"}),
+        ("resnet", {"shortcut.convolution"}),  # called after the branch, whose output it meets
+    ],
+)
+def test_ends_of_residual_branches_are_found_in_released_architectures(
+    family: str, ends: set[str]
+) -> None:
+    made = FAMILIES[family]
+    torch.manual_seed(0)
+    model = getattr(transformers, made.model)(getattr(transformers, made.config)(**made.options))
+    layers = {
+        name: (module, -3 if isinstance(module, nn.Conv2d) else -1)
+        for name, module in model.eval().named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    }
+    example = made.data()[0]
+    batch = {"input_ids": example} if torch.is_tensor(example) else example
+    batch = {key: value[None] for key, value in batch.items()}
+    names = [name for name, _ in model.named_modules()]
+    with evaluation_mode(model):
+        connections = residual_connections(model, layers, names, lambda: model(**batch))
+    assert connections
+    assert {end for end in ends for name in connections if name.endswith(end)} == ends
+    assert all(name.endswith(tuple(ends)) for name in connections)
+
+
 def test_watching_and_looking_leave_no_hooks_behind() -> None:
     net = Net(lambda _, x, y: x + y)
     seen: list[Place] = []
@@ -243,7 +313,7 @@ def test_streams_of_another_shape_than_the_outputs_are_left_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def elsewhere(*args: object) -> dict[str, Residual]:
-        return {"block.last": Residual(Place("stem", 0), torch.ones(WIDTH))}
+        return {"block.last": Residual(Place("stem", 0), -1, torch.ones(WIDTH))}
 
     monkeypatch.setattr(refit, "residual_connections", lambda *args: {})
     plain = fitted(["block.last"])[1].state_dict()

@@ -182,7 +182,7 @@ def fitted_again(
 
     def fit(name: str, pairs: Pairs, streams: Pairs) -> list[Tensor]:
         module, residual = modules[name], residuals.get(name)
-        known = streams if residual and _shapes(streams) == _shapes(pairs) else [None] * len(pairs)
+        known: Sequence[tuple[Tensor, Tensor] | None] = streams or [None] * len(pairs)
         rows = [
             _Rows.of(module, *pair, mask, residual, stream)
             for pair, mask, stream in zip(pairs, masks, known, strict=True)
@@ -256,15 +256,13 @@ class _Rows:
         streams: tuple[Tensor, Tensor] | None,
     ) -> _Rows:
         """From tensors as the model has them, a conv's channels before its positions."""
-        last = partial(_features_last, module)
-        fits = mask is not None and mask.shape == last(outputs).shape[:-1]
-        return cls(
-            last(wanted),
-            last(outputs),
-            mask if fits else None,
-            residual,
-            None if streams is None else (last(streams[0]), last(streams[1])),
-        )
+        wanted, outputs = _features_last(module, wanted), _features_last(module, outputs)
+        if residual is not None and streams is not None:
+            first, second = (stream.movedim(residual.axis, -1) for stream in streams)
+            streams = first, second
+        fits = mask is not None and mask.shape == outputs.shape[:-1]
+        known = streams is not None and streams[0].shape == streams[1].shape == outputs.shape
+        return cls(wanted, outputs, mask if fits else None, residual, streams if known else None)
 
     def moments(self, groups: Sequence[Group], bias: Tensor | None) -> list[Moments]:
         """Of each group of outputs."""
@@ -296,10 +294,6 @@ def _change(module: Factorized, rows: Sequence[_Rows]) -> OutputChange:
         shift[group.rows] += SHARE * moved
     coefficients = [SHARE * change for change, _ in found]
     return OutputChange(groups, coefficients, None if bias is None else shift)
-
-
-def _shapes(pairs: Pairs) -> list[torch.Size]:
-    return [tensor.shape for pair in pairs for tensor in pair]
 
 
 def _outputs_of_one(

@@ -46,10 +46,12 @@ class Residual:
 
     Attributes:
         stream: Where the other summand is seen, before the layer's output is known.
+        axis: Of its channels, counted from the end.
         scale: ``(out,)`` what each output was multiplied by, float64; 0 where that isn't known.
     """
 
     stream: Place
+    axis: int
     scale: Tensor
 
     def as_output(self, wanted: Tensor, stream: Tensor) -> Tensor:
@@ -68,7 +70,7 @@ def residual_connections(
 
     Args:
         model: In evaluation mode.
-        layers: By name, each called once in a pass, and the axis of its outputs.
+        layers: By name, each called once in a pass, and the axis of its outputs, -1 or -3.
         modules: Names of modules where a stream may be seen.
         run: A forward pass of ``model`` without gradients.
     """
@@ -139,7 +141,7 @@ class _Seen:
     """What a pass has shown so far."""
 
     def __init__(self, channel_axes: Mapping[str, int]) -> None:
-        self._found: dict[str, tuple[list[Place], Tensor]] = {}
+        self._found: dict[str, tuple[list[Place], int, Tensor]] = {}
         self._channel_axes = channel_axes
         # By the tensor's id: held, so that no other gets it.
         self._tensors: dict[int, tuple[Tensor, int, list[tuple[Place, int]]]] = {}
@@ -150,10 +152,10 @@ class _Seen:
     def found(self) -> dict[str, Residual]:
         """The connections whose stream stands at a place that is passed once."""
         found: dict[str, Residual] = {}
-        for name, (places, scale) in self._found.items():
+        for name, (places, axis, scale) in self._found.items():
             once = [place for place in places if self._calls[place.module] == 1]
             if once:
-                found[name] = Residual(once[0], scale)
+                found[name] = Residual(once[0], axis, scale)
         return found
 
     def arguments(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -165,10 +167,10 @@ class _Seen:
         self._note(output, Place(name, None))
 
     def layer(self, name: str, module: nn.Module, args: object, output: Tensor) -> None:
-        rows = _rows(output, self._channel_axes[name])
-        if len(rows) >= FEWEST_ROWS:
+        moved = output.movedim(self._channel_axes[name], -1)
+        if moved.numel() >= FEWEST_ROWS * moved.shape[-1]:
             self._time += 1
-            self._outputs[name] = output.shape, rows, self._time
+            self._outputs[name] = moved.shape, _rows(moved), self._time
 
     def addition(self, summand: Tensor, stream: Tensor) -> None:
         """Looks whose output ``summand`` is."""
@@ -177,11 +179,17 @@ class _Seen:
             return
         for name, (shape, rows, time) in self._outputs.items():
             places = [place for place, when in noted[2] if when < time]
-            if name in self._found or shape != summand.shape or not places:
+            if name in self._found or not places:
                 continue
-            scale = _scale_between(rows, _rows(summand, self._channel_axes[name]), summand.dtype)
-            if scale is not None:
-                self._found[name] = places, scale
+            # A Linear's channels may have been moved to where a conv has them (ConvNeXt).
+            for axis in (self._channel_axes[name], -3):
+                moved = summand.movedim(axis, -1) if summand.ndim >= -axis else summand
+                if moved.shape != shape:
+                    continue
+                scale = _scale_between(rows, _rows(moved), summand.dtype)
+                if scale is not None:
+                    self._found[name] = places, axis, scale
+                    break
 
     def _note(self, value: object, place: Place) -> None:
         if not isinstance(value, Tensor):
@@ -193,9 +201,9 @@ class _Seen:
         self._tensors[id(value)] = tensor, version, [*places, (place, self._time)]
 
 
-def _rows(values: Tensor, axis: int) -> Tensor:
-    """Some rows ``(n, channels)`` of a tensor, float64."""
-    rows = values.movedim(axis, -1).flatten(0, -2)
+def _rows(values: Tensor) -> Tensor:
+    """Some rows ``(n, channels)`` of a tensor ``(..., channels)``, float64."""
+    rows = values.flatten(0, -2)
     places = torch.linspace(0, len(rows) - 1, min(ROWS, len(rows))).long()
     return rows[places.to(rows.device)].double()
 
