@@ -19,7 +19,7 @@ from rankfold.data import as_part
 from rankfold.factorize import low_rank_module, truncate
 from rankfold.lockstep import Pairs, run_in_step
 from rankfold.progress import SilentProgress
-from rankfold.refit import Moments, best_change, fitted_again
+from rankfold.refit import Moments, best_change, fitted_again, lasting
 from rankfold.replace import with_replaced
 from rankfold.search import within_margin
 from rankfold.spectrum import whitened_spectrum
@@ -156,29 +156,54 @@ def test_passes_that_call_layers_in_another_order_are_not_visited_there() -> Non
 
 
 @given(st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 7), st.booleans())
-def test_the_best_change_is_the_ridge_solution(seed: int, k: int, out: int, shifted: bool) -> None:
+def test_the_best_change_is_the_ridge_solution(seed: int, k: int, out: int, centred: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(30, k, generator=generator, dtype=torch.float64) + 0.5
     errors = torch.randn(30, out, generator=generator, dtype=torch.float64)
     moments = Moments.of(features[:13], errors[:13]) + Moments.of(features[13:], errors[13:])
-    change, shift = best_change(moments, shifted, damping=0.05)
-    centred = features - features.mean(0) if shifted else features
-    wanted = errors - errors.mean(0) if shifted else errors
-    added = 0.05 * centred.square().mean(0).mean() * 30
-    rows = torch.cat([centred, added.sqrt() * torch.eye(k, dtype=torch.float64)])
-    targets = torch.cat([wanted, torch.zeros(k, out, dtype=torch.float64)])
+    change = best_change(moments, centred, damping=0.05)
+    if centred:
+        features, errors = features - features.mean(0), errors - errors.mean(0)
+    added = 0.05 * features.square().mean(0).mean() * 30
+    rows = torch.cat([features, added.sqrt() * torch.eye(k, dtype=torch.float64)])
+    targets = torch.cat([errors, torch.zeros(k, out, dtype=torch.float64)])
     assert torch.allclose(change.T, torch.linalg.lstsq(rows, targets).solution, atol=1e-9)
-    residual = errors - features @ change.T - shift
-    expected = torch.zeros(out, dtype=torch.float64) if shifted else residual.mean(0)
-    assert torch.allclose(residual.mean(0), expected, atol=1e-9)
+    explained = 1 - (errors - features @ change.T).square().sum() / errors.square().sum()
+    adjusted = 1 - (1 - explained) * 29 / (29 - k)
+    expected = max(0.0, float(adjusted / explained))
+    assert lasting(moments, change, centred) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("value", [0.0, float("inf"), float("nan")])
 def test_features_that_say_nothing_change_nothing(value: float) -> None:
-    features = torch.full((5, 2), value)
-    change, shift = best_change(Moments.of(features, torch.ones(5, 3)), shifted=True)
+    moments = Moments.of(torch.full((5, 2), value), torch.ones(5, 3))
+    change = best_change(moments, centred=True)
     assert not change.any()
-    assert not shift.any()
+    assert lasting(moments, change, centred=True) == 0
+
+
+@pytest.mark.parametrize("rows", [3, 4, 5])
+def test_as_few_rows_as_features_say_nothing(rows: int) -> None:
+    torch.manual_seed(0)
+    moments = Moments.of(torch.randn(rows, 4).double(), torch.randn(rows, 3).double())
+    assert lasting(moments, best_change(moments, centred=False), centred=False) == 0
+
+
+@pytest.mark.parametrize(("truth", "most"), [(0.0, 0.25), (1.0, 1.0)])
+def test_what_lasts_is_what_helps_other_rows(truth: float, most: float) -> None:
+    """Errors of noise, or of a true change and noise: the adjusted change is better than whole."""
+    torch.manual_seed(1)
+    features, noise = torch.randn(2, 60, 20).double(), torch.randn(2, 60, 5).double()
+    errors = truth * 0.3 * features[..., :5] + noise
+    moments = Moments.of(features[0], errors[0])
+    change = best_change(moments, centred=False)
+    share = lasting(moments, change, centred=False)
+    assert share < most
+
+    def left(part: float) -> float:
+        return float((errors[1] - part * features[1] @ change.T).square().sum())
+
+    assert left(share) < left(1.0)
 
 
 def fit(
@@ -194,8 +219,15 @@ def errors_of(original: nn.Module, twin: nn.Module, inputs: Tensor) -> float:
     return float((original(inputs) - twin(inputs)).square().mean())
 
 
-def test_a_whole_fit_is_the_least_squares_solution(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole solution is taken."""
     monkeypatch.setattr(refit, "SHARE", 1.0)
+    monkeypatch.setattr(refit, "lasting", lambda *args, **kwargs: 1.0)
+
+
+@pytest.mark.usefixtures("whole")
+def test_a_whole_fit_is_the_least_squares_solution() -> None:
     torch.manual_seed(2)
     inputs = torch.randn(40, 6).double()
     model = nn.Sequential(nn.Linear(6, 12)).double()

@@ -266,6 +266,7 @@ def fitted(names: Sequence[str]) -> tuple[nn.Module, nn.Module, Tensor]:
 
 def test_a_layer_is_fitted_to_what_puts_the_stream_right(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refit, "SHARE", 1.0)
+    monkeypatch.setattr(refit, "lasting", lambda *args, **kwargs: 1.0)
     net, twin, inputs = fitted(["block.last"])
     with torch.no_grad():
         stream = twin.stem(inputs)  # type: ignore[operator]

@@ -61,6 +61,7 @@ class Moments:
         errors: ``(r,)`` sum of y* - y.
         gram: ``(k, k)`` sum of p pᵀ.
         cross: ``(r, k)`` sum of (y* - y) pᵀ.
+        power: ``(r,)`` sum of (y* - y)².
     """
 
     rows: int
@@ -68,6 +69,7 @@ class Moments:
     errors: Tensor
     gram: Tensor
     cross: Tensor
+    power: Tensor
 
     @classmethod
     def of(cls, features: Tensor, errors: Tensor) -> Moments:
@@ -78,6 +80,7 @@ class Moments:
             errors.sum(0, dtype=torch.float64),
             (features.T @ features).double(),
             (errors.T @ features).double(),
+            errors.square().sum(0, dtype=torch.float64),
         )
 
     def __add__(self, other: Moments) -> Moments:
@@ -88,30 +91,51 @@ class Moments:
             self.errors + other.errors,
             self.gram + other.gram,
             self.cross + other.cross,
+            self.power + other.power,
         )
 
+    def means(self, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Of p pᵀ, (y* - y) pᵀ and (y* - y)²; centred: each less its mean."""
+        gram, cross, power = (sums / self.rows for sums in (self.gram, self.cross, self.power))
+        if centred:
+            features, errors = self.features / self.rows, self.errors / self.rows
+            gram = gram - torch.outer(features, features)
+            cross = cross - torch.outer(errors, features)
+            power = power - errors.square()
+        return gram, cross, power
 
-def best_change(moments: Moments, shifted: bool, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
-    """The change ``(r, k)`` and shift ``(r,)`` that leave the smallest squared errors.
+
+def best_change(moments: Moments, centred: bool, damping: float = DAMPING) -> Tensor:
+    """The change ``(r, k)`` that leaves the smallest squared errors.
 
     Args:
         moments: Of one row or more.
-        shifted: Whether a shift is possible; else it is 0.
+        centred: Whether a shift takes what both means differ by.
         damping: Added to the diagonal of the features' second moments, of its mean.
     """
-    gram, cross = moments.gram / moments.rows, moments.cross / moments.rows
-    features, errors = moments.features / moments.rows, moments.errors / moments.rows
-    if shifted:
-        gram = gram - torch.outer(features, features)
-        cross = cross - torch.outer(errors, features)
+    gram, cross, _ = moments.means(centred)
     added = damping * gram.diagonal().mean()
     known = bool(torch.isfinite(cross).all() and torch.isfinite(gram).all())
     # Nothing to fit to, or outputs that a narrow type can't hold.
     if not (known and added > 0):
-        return torch.zeros_like(cross), torch.zeros_like(errors)
+        return torch.zeros_like(cross)
     damped = gram + added * torch.eye(len(gram)).to(gram)
-    change = torch.linalg.solve(damped, cross.T).T
-    return change, errors - change @ features if shifted else torch.zeros_like(errors)
+    change: Tensor = torch.linalg.solve(damped, cross.T).T
+    return change
+
+
+def lasting(moments: Moments, change: Tensor, centred: bool) -> float:
+    """Which part of what a change explains of the errors it should explain of others, 0 to 1.
+
+    R² of n rows and k features adjusted for what k features explain of any n rows (Ezekiel 1930),
+    over R²: a head that sees each of few images once is left nearly as it is.
+    """
+    gram, cross, power = moments.means(centred)
+    explained = (change * (2 * cross - change @ gram)).sum()
+    share, (rows, features) = float(explained / power.sum()), (moments.rows, len(gram))
+    if not (share > 0 and rows > features + 1):
+        return 0.0
+    return max(0.0, 1 - (1 - share) * (rows - 1) / (rows - features - 1)) / share
 
 
 @dataclass(frozen=True)
@@ -286,13 +310,14 @@ def _change(module: Factorized, rows: Sequence[_Rows]) -> OutputChange:
     groups, bias = output_groups(module), module.bias
     of_batches = (batch.moments(groups, bias) for batch in rows)
     together = reduce(lambda some, more: list(map(add, some, more)), of_batches)
-    found = [best_change(moments, shifted=bias is not None) for moments in together]
-    shift = torch.zeros(
-        rows[0].outputs.shape[-1], dtype=torch.float64, device=rows[0].outputs.device
-    )
-    for group, (_, moved) in zip(groups, found, strict=True):
-        shift[group.rows] += SHARE * moved
-    coefficients = [SHARE * change for change, _ in found]
+    coefficients: list[Tensor] = []
+    shift = rows[0].outputs.new_zeros(rows[0].outputs.shape[-1], dtype=torch.float64)
+    for group, moments in zip(groups, together, strict=True):
+        best = best_change(moments, centred=bias is not None)
+        coefficients.append(SHARE * lasting(moments, best, centred=bias is not None) * best)
+        # The mean error is known from few rows, too.
+        shifted = SHARE * moments.errors - coefficients[-1] @ moments.features
+        shift[group.rows] += torch.where(shifted.isfinite(), shifted / moments.rows, 0)
     return OutputChange(groups, coefficients, None if bias is None else shift)
 
 
