@@ -79,7 +79,7 @@ def test_the_stream_that_an_output_is_added_to_is_found(
 ) -> None:
     connections = found(Net(add))
     assert list(connections) == ["block.last"]
-    assert connections["block.last"].stream in (Place("stem", None), Place("block", 0))
+    assert connections["block.last"].streams in ((Place("stem", None),), (Place("block", 0),))
     assert torch.allclose(connections["block.last"].scale, torch.ones(WIDTH).double())
 
 
@@ -153,6 +153,33 @@ def test_a_stream_that_is_only_seen_at_a_module_called_twice_is_not_used() -> No
     assert not connections
 
 
+def test_branches_side_by_side_are_added_to_all_that_is_known_before() -> None:
+    class Parallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.one, self.other = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            stream = self.stem(inputs)
+            return self.other(stream.sin()) + self.one(stream) + stream + 0 * inputs
+
+    torch.manual_seed(6)
+    model = Parallel().double().eval()
+    inputs = torch.randn(20, 4).double()
+    layers = {name: (model.get_submodule(name), -1) for name in ("one", "other")}
+    names = [name for name, _ in model.named_modules()]
+    with evaluation_mode(model):
+        connections = residual_connections(model, layers, names, lambda: model(inputs))
+    stem, first = Place("stem", None), Place("other", None)
+    assert connections["other"].streams == (stem,)  # it is called before the other branch
+    assert connections["one"].streams == (first, stem)
+
+    twin = factorized(model, rank=2, names=["one", "other"])
+    names = ["other", "one"]
+    with_fit = with_replaced(twin, fit(model, twin, names, list(inputs)).modules)
+    assert errors_of(model, with_fit, inputs) < errors_of(model, twin, inputs)
+
+
 def test_channels_of_a_conv_stand_before_its_positions() -> None:
     class Conv(nn.Module):
         def __init__(self) -> None:
@@ -171,7 +198,7 @@ def test_channels_of_a_conv_stand_before_its_positions() -> None:
         connections = residual_connections(
             model, {"last": (model.last, -3)}, ["", "first"], lambda: model(images)
         )
-    assert connections["last"].stream == Place("", 0)
+    assert connections["last"].streams == (Place("", 0),)
     scale = model.norm.weight / (1 + model.norm.eps) ** 0.5
     assert torch.allclose(connections["last"].scale.float(), scale, atol=1e-5)
 
@@ -197,7 +224,7 @@ def test_a_linear_whose_channels_are_moved_to_where_a_conv_has_them() -> None:
             model, {"1.last": (block.last, -1)}, names, lambda: model(images)
         )["1.last"]
     assert residual.axis == -3
-    assert residual.stream in (Place("0", None), Place("1", 0))
+    assert residual.streams in ((Place("0", None),), (Place("1", 0),))
     assert torch.allclose(residual.scale, block.gamma)
 
     def stream_error(twin: nn.Module) -> float:
@@ -215,7 +242,8 @@ def test_a_linear_whose_channels_are_moved_to_where_a_conv_has_them() -> None:
     [
         ("llama", {"self_attn.o_proj", "mlp.down_proj"}),
         ("bert", {"attention.output.dense", "output.dense"}),
-        ("phi", {"mlp.fc2"}),  # attention and MLP side by side: their sum is added to the stream
+        ("phi", {"self_attn.dense", "mlp.fc2"}),  # side by side
+        ("gpt-neox", {"attention.dense", "mlp.dense_4h_to_h"}),
         ("t5", {"SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo"}),
         ("vit", {"o_proj", "mlp.fc2"}),
         ("convnext", {"pwconv2"}),
@@ -314,7 +342,7 @@ def test_streams_of_another_shape_than_the_outputs_are_left_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def elsewhere(*args: object) -> dict[str, Residual]:
-        return {"block.last": Residual(Place("stem", 0), -1, torch.ones(WIDTH))}
+        return {"block.last": Residual((Place("stem", 0),), -1, torch.ones(WIDTH))}
 
     monkeypatch.setattr(refit, "residual_connections", lambda *args: {})
     plain = fitted(["block.last"])[1].state_dict()

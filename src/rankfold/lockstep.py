@@ -8,11 +8,13 @@ stops in a hook.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import partial, reduce
 from typing import TypeAlias
 
+import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
@@ -34,7 +36,7 @@ def run_in_step(
     batches: Sequence[Batch],
     run: Callable[[nn.Module, Batch], object],
     names: Sequence[str],
-    streams: Mapping[str, Place],
+    streams: Mapping[str, Collection[Place]],
     visit: Visit,
     progress: Progress,
     stage: str,
@@ -49,7 +51,7 @@ def run_in_step(
         batches: On the models' device.
         run: A forward pass.
         names: Layers of both models in the order of their calls, each called once in a pass.
-        streams: By layer, where the tensor that its outputs will be added to is seen before.
+        streams: By layer, where the tensors that its outputs will be added to are seen before.
         visit: Is called for each layer that all batches reach in both models, with outputs of the
             same shape; other layers are passed by.
         progress: Shows the layers.
@@ -57,7 +59,7 @@ def run_in_step(
     """
     runner = getcurrent()
     waiting: dict[greenlet, tuple[str, Tensor]] = {}
-    seen: dict[tuple[greenlet, Place], Tensor] = {}
+    seen: dict[greenlet, dict[Place, Tensor]] = defaultdict(dict)
     to_come = list(names)
 
     def wait(name: str, module: nn.Module, args: object, output: Tensor) -> Tensor | None:
@@ -71,7 +73,7 @@ def run_in_step(
         return reply
 
     def see(place: Place, tensor: Tensor) -> None:
-        seen[getcurrent(), place] = tensor
+        seen[getcurrent()][place] = tensor
 
     passes = [
         greenlet(partial(run, model, batch)) for model in (first, second) for batch in batches
@@ -82,7 +84,7 @@ def run_in_step(
             for name in names:
                 handle = model.get_submodule(name).register_forward_hook(partial(wait, name))
                 stack.callback(handle.remove)
-            stack.enter_context(watch(model, set(streams.values()), see))
+            stack.enter_context(watch(model, set().union(*streams.values()), see))
         stack.callback(_end, passes)
         for one in passes:
             one.switch()
@@ -91,9 +93,11 @@ def run_in_step(
             outputs = [waiting.pop(one)[1] for one in here]
             replies: Sequence[Tensor | None] = [None] * len(here)
             to_come.remove(name)
-            place = streams.get(name)
-            take = seen.get if place in map(streams.get, to_come) else seen.pop
-            added = [] if place is None else [take((one, place), None) for one in here]
+            added = [_sum_at(streams.get(name, ()), seen[one]) for one in here]
+            needed = {place for later in to_come for place in streams.get(later, ())}
+            for tensors in seen.values():
+                for place in tensors.keys() - needed:
+                    del tensors[place]
             if len(here) == len(passes):
                 half = len(batches)
                 pairs = _in_pairs(outputs, half)
@@ -106,6 +110,12 @@ def run_in_step(
                 return
             for one, reply in zip(here, replies, strict=True):
                 one.switch(reply)
+
+
+def _sum_at(places: Collection[Place], tensors: Mapping[Place, Tensor]) -> Tensor | None:
+    """The sum of what a pass has at these places, None where there are none or one is missing."""
+    known = [tensors[place] for place in places if place in tensors]
+    return reduce(torch.add, known) if known and len(known) == len(places) else None
 
 
 def _in_pairs(tensors: Sequence[Tensor | None], half: int) -> Pairs:

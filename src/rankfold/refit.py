@@ -223,7 +223,7 @@ def fitted_again(
         batches,
         partial(_forward, task),
         list(sizes),
-        {name: residual.stream for name, residual in residuals.items()},
+        {name: residual.streams for name, residual in residuals.items()},
         fit,
         progress,
         "layers fitted again",

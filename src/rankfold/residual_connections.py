@@ -45,12 +45,12 @@ class Residual:
     """What a layer's output is added to.
 
     Attributes:
-        stream: Where the other summand is seen, before the layer's output is known.
-        axis: Of its channels, counted from the end.
+        streams: Where the other summands are seen, before the layer's output is known.
+        axis: Of their channels, counted from the end.
         scale: ``(out,)`` what each output was multiplied by, float64; 0 where that isn't known.
     """
 
-    stream: Place
+    streams: tuple[Place, ...]
     axis: int
     scale: Tensor
 
@@ -87,7 +87,7 @@ def residual_connections(
         for name, (module, _) in layers.items():
             handle = module.register_forward_hook(partial(seen.layer, name))
             stack.callback(handle.remove)
-        stack.enter_context(_Additions(seen.addition))
+        stack.enter_context(_Additions(seen))
         run()
     return seen.found()
 
@@ -120,42 +120,57 @@ def watch(
 
 
 class _Additions(TorchFunctionMode):
-    """Tells the summands of every addition, before it is done."""
+    """Tells the summands of every addition before it is done, and the sum after it."""
 
-    def __init__(self, see: Callable[[Tensor, Tensor], None]) -> None:
+    def __init__(self, seen: _Seen) -> None:
         super().__init__()
-        self.see = see
+        self.seen = seen
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
+        parts: dict[str, _Part] = {}
         if func in ADDITIONS and len(args) == 2 and not kwargs:
             one, other = args
             if isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape:
-                self.see(one, other)
-                self.see(other, one)
-        return func(*args, **(kwargs or {}))
+                parts = self.seen.addition(one, other) | self.seen.addition(other, one)
+        result = func(*args, **(kwargs or {}))
+        if parts:
+            self.seen.sum_of(parts, result)
+        return result
+
+
+@dataclass(frozen=True)
+class _Part:
+    """How a layer's output is contained in a summand: the axis of its channels, and its scale."""
+
+    axis: int
+    scale: Tensor
 
 
 class _Seen:
     """What a pass has shown so far."""
 
     def __init__(self, channel_axes: Mapping[str, int]) -> None:
-        self._found: dict[str, tuple[list[Place], int, Tensor]] = {}
         self._channel_axes = channel_axes
         # By the tensor's id: held, so that no other gets it.
         self._tensors: dict[int, tuple[Tensor, int, list[tuple[Place, int]]]] = {}
         self._outputs: dict[str, tuple[torch.Size, Tensor, int]] = {}
+        self._added: dict[str, _Part] = {}
+        # For each stream of a layer, the places where it is seen.
+        self._streams: dict[str, list[list[Place]]] = {}
+        self._last_sum: tuple[Tensor, int, int, dict[str, _Part]] | None = None
         self._calls: Counter[str] = Counter()
         self._time = 0
 
     def found(self) -> dict[str, Residual]:
-        """The connections whose stream stands at a place that is passed once."""
+        """The connections whose streams stand at places that are passed once."""
         found: dict[str, Residual] = {}
-        for name, (places, axis, scale) in self._found.items():
-            once = [place for place in places if self._calls[place.module] == 1]
-            if once:
-                found[name] = Residual(once[0], axis, scale)
+        for name, streams in self._streams.items():
+            once = [[p for p in places if self._calls[p.module] == 1] for places in streams]
+            if all(once):
+                part = self._added[name]
+                found[name] = Residual(tuple(p[0] for p in once), part.axis, part.scale)
         return found
 
     def arguments(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -172,14 +187,28 @@ class _Seen:
             self._time += 1
             self._outputs[name] = moved.shape, _rows(moved), self._time
 
-    def addition(self, summand: Tensor, stream: Tensor) -> None:
-        """Looks whose output ``summand`` is."""
-        noted = self._tensors.get(id(stream))
-        if noted is None or noted[1] != stream._version:  # not seen, or changed in place since
-            return
-        for name, (shape, rows, time) in self._outputs.items():
-            places = [place for place, when in noted[2] if when < time]
-            if name in self._found or not places:
+    def addition(self, summand: Tensor, stream: Tensor) -> dict[str, _Part]:
+        """The layers whose outputs ``summand`` contains; remembers what they are added to."""
+        parts = self._parts_of(summand)
+        _, version, places = self._tensors.get(id(stream), (stream, -1, []))
+        for name in parts:
+            before = [place for place, time in places if time < self._outputs[name][2]]
+            if before and version == stream._version:  # seen, and not changed in place since
+                self._streams.setdefault(name, []).append(before)
+        return parts
+
+    def sum_of(self, parts: dict[str, _Part], result: Tensor) -> None:
+        """Of a sum that these layers are part of: more may be added to it at once."""
+        self._last_sum = result, result._version, self._time, parts
+
+    def _parts_of(self, summand: Tensor) -> dict[str, _Part]:
+        if self._last_sum is not None:
+            result, version, time, parts = self._last_sum
+            # Branches side by side, x + f(x) + g(x): no module was called since the first sum.
+            if result is summand and version == summand._version and time == self._time:
+                return parts
+        for name, (shape, rows, _) in self._outputs.items():
+            if name in self._added:
                 continue
             # A Linear's channels may have been moved to where a conv has them (ConvNeXt).
             for axis in (self._channel_axes[name], -3):
@@ -188,13 +217,14 @@ class _Seen:
                     continue
                 scale = _scale_between(rows, _rows(moved), summand.dtype)
                 if scale is not None:
-                    self._found[name] = places, axis, scale
-                    break
+                    self._added[name] = _Part(axis, scale)
+                    return {name: self._added[name]}
+        return {}
 
     def _note(self, value: object, place: Place) -> None:
+        self._time += 1
         if not isinstance(value, Tensor):
             return
-        self._time += 1
         tensor, version, places = self._tensors.get(id(value), (value, value._version, []))
         if version != value._version:
             version, places = value._version, []
