@@ -335,6 +335,7 @@ def test_lossless_reports_the_refit_and_it_survives_saving(tmp_path: Path) -> No
         entries[-1]["change"] - min(e["change"] for e in entries[:-1])
     )
     assert found["gain"] < 0
+    assert found["residual"] == []
     assert found["examples"] == 60
     assert result.ratio == plain.ratio
     loaded = rankfold.load(result.save(tmp_path / "small"), long_mlp())

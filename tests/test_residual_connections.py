@@ -10,9 +10,14 @@ import transformers
 from torch import Tensor, nn
 
 from rankfold import refit
+from rankfold.data import as_part
 from rankfold.modes import evaluation_mode
+from rankfold.progress import SilentProgress
+from rankfold.refit import fitted_again
 from rankfold.replace import with_replaced
 from rankfold.residual_connections import Place, Residual, residual_connections, watch
+from rankfold.tasks import CausalLM
+from tests.small_models import tiny_llama, token_windows
 from tests.test_families import FAMILIES
 from tests.test_refit import errors_of, factorized, fit
 
@@ -349,3 +354,25 @@ def test_streams_of_another_shape_than_the_outputs_are_left_out(
     monkeypatch.setattr(refit, "residual_connections", elsewhere)
     again = fitted(["block.last"])[1].state_dict()
     assert all(torch.equal(plain[key], again[key]) for key in plain)
+
+
+def test_a_language_model_s_streams_come_nearer_on_other_text() -> None:
+    model = tiny_llama()
+    blocks = [f"model.layers.{place}." for place in (0, 1)]
+    ends = [block + end for block in blocks for end in ("self_attn.o_proj", "mlp.down_proj")]
+    names = [block + "mlp.up_proj" for block in blocks] + ends
+    twin = factorized(model, rank=12, names=names)
+    part = as_part("calibration", token_windows(60, 1))
+    fitted = fitted_again(
+        model, twin, names, CausalLM(), part, batch_size=None, progress=SilentProgress()
+    )
+    assert sorted(fitted.residual) == sorted(ends)
+    others = torch.stack(token_windows(20, 3))
+
+    def stream_error(other: nn.Module) -> float:
+        with torch.no_grad():
+            difference = other.model(others)[0] - model.model(others)[0]  # type: ignore[operator, union-attr]
+        return float(difference.square().mean())
+
+    with_fit = with_replaced(twin, fitted.modules)
+    assert stream_error(with_fit) < 0.95 * stream_error(twin)

@@ -303,7 +303,12 @@ def _refit_report(chosen: Candidate) -> dict[str, Any] | None:
     refit = chosen.refit
     if refit is None:
         return None
-    return {"layers": [*refit.modules], "examples": refit.examples, "gain": finite(refit.gain)}
+    return {
+        "layers": [*refit.modules],
+        "residual": list(refit.residual),
+        "examples": refit.examples,
+        "gain": finite(refit.gain),
+    }
 
 
 def _allocation_report(stage: Stage, plan: RankPlan) -> dict[str, float] | None:

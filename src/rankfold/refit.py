@@ -145,10 +145,12 @@ class Fitted:
 
     Attributes:
         modules: By name.
+        residual: Those of them that were fitted to what they are added to.
         examples: Number of examples that they were fitted to.
     """
 
     modules: dict[str, Factorized]
+    residual: list[str]
     examples: int
 
 
@@ -188,7 +190,7 @@ def fitted_again(
     batch = on_device(part.collate(first), factorized)
     sizes = _outputs_of_one(factorized, modules, task, batch)
     if not sizes:
-        return Fitted({}, 0)
+        return Fitted({}, [], 0)
     with evaluation_mode(factorized):
         residuals = residual_connections(
             factorized,
@@ -232,7 +234,7 @@ def fitted_again(
         module.train(modules[name].training)
         for new, old in zip(module.parameters(), modules[name].parameters(), strict=True):
             new.requires_grad_(old.requires_grad)
-    return Fitted(found, len(part.examples))
+    return Fitted(found, [name for name in found if name in residuals], len(part.examples))
 
 
 def _forward(task: Task, model: nn.Module, batch: Batch) -> None:

@@ -450,7 +450,8 @@ class Stage:
         shown = f"size {candidate.ratio:.3f}, refit, on selection data"
         evaluation = self._on_selection(model, shown)
         change = paired_change(self.original_selection(), evaluation)
-        refit = Refit(fitted.modules, fitted.examples, change.mean - candidate.change.mean)
+        gain = change.mean - candidate.change.mean
+        refit = Refit(fitted.modules, fitted.residual, fitted.examples, gain)
         predicted = None if candidate.predicted is None else candidate.predicted + refit.gain
         return replace(
             candidate, predicted=predicted, change=change, evaluation=evaluation, refit=refit
@@ -638,11 +639,13 @@ class Refit:
 
     Attributes:
         modules: By layer.
+        residual: Those of them that were fitted to what they are added to.
         examples: Number of calibration examples that they were fitted to.
         gain: How much the change on selection data became by it; below 0 is better.
     """
 
     modules: Mapping[str, nn.Module]
+    residual: Sequence[str]
     examples: int
     gain: float
 

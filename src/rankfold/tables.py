@@ -93,7 +93,8 @@ def result_lines(report: dict[str, Any]) -> list[str]:
     refit = report.get("refit")
     if refit is not None:
         lines.append(
-            f"fitted again to what the others changed: {len(refit['layers'])} layers, by "
+            f"fitted again to what the others changed: {len(refit['layers'])} layers "
+            f"({len(refit['residual'])} of them to the sums that they are part of), by "
             f"{refit['examples']} calibration examples; {refit['gain']:+.4f} on selection data"
         )
     style = VERDICT_STYLE[certificate["verdict"]]
