@@ -50,6 +50,8 @@ DAMPING = 0.001
 # largest output of a layer takes (measured on SmolLM2: 85 windows of 512 tokens took 3.3 GiB).
 MEMORY = 7 * 2**29
 HELD = 7
+# Examples of the pass in which residual connections are looked for: it holds all that modules get.
+LOOKED_AT = 8
 
 
 @dataclass(frozen=True)
@@ -191,12 +193,13 @@ def fitted_again(
     sizes = _outputs_of_one(factorized, modules, task, batch)
     if not sizes:
         return Fitted({}, [], 0)
+    few = on_device(part.collate(first[:LOOKED_AT]), factorized)
     with evaluation_mode(factorized):
         residuals = residual_connections(
             factorized,
             {name: (modules[name], -3 if _is_conv(modules[name]) else -1) for name in sizes},
             {name for name, _ in original.named_modules()},
-            partial(_forward, task, factorized, batch),
+            partial(_forward, task, factorized, few),
         )
     held = HELD * 2 * max(sizes.values()) / len(first)
     part = part.spread(max(1, min(len(part.examples), int(MEMORY / held))))
