@@ -51,7 +51,7 @@ DAMPING = 0.001
 MEMORY = 7 * 2**29
 HELD = 7
 # Examples of the pass in which residual connections are looked for: it holds all that modules get.
-LOOKED_AT = 8
+LOOKED_AT = 4
 
 
 @dataclass(frozen=True)
