@@ -61,7 +61,7 @@ LAYERS = ("stem", "block.first", "block.last", "head")
 def found(model: nn.Module, rows: int = 20, axis: int = -1) -> dict[str, Residual]:
     torch.manual_seed(1)
     inputs = torch.randn(rows, 4).double()
-    layers = {name: (model.get_submodule(name), axis) for name in LAYERS}
+    layers = dict.fromkeys(LAYERS, axis)
     names = [name for name, _ in model.named_modules()]
     with evaluation_mode(model):
         return residual_connections(model, layers, names, lambda: model(inputs))
@@ -142,7 +142,6 @@ def test_a_stream_that_is_only_seen_at_a_module_called_twice_is_not_used() -> No
         def __init__(self) -> None:
             super().__init__()
             self.act, self.last = nn.Tanh(), nn.Linear(4, 4)
-            self.stem, self.block = self.last, self.act
 
         def forward(self, inputs: Tensor) -> Tensor:
             hidden = self.act(inputs)
@@ -152,9 +151,7 @@ def test_a_stream_that_is_only_seen_at_a_module_called_twice_is_not_used() -> No
     model = Shared().double()
     with evaluation_mode(model):
         inputs = torch.randn(20, 4).double()
-        connections = residual_connections(
-            model, {"last": (model.last, -1)}, ["act"], lambda: model(inputs)
-        )
+        connections = residual_connections(model, {"last": -1}, ["act"], lambda: model(inputs))
     assert not connections
 
 
@@ -171,7 +168,7 @@ def test_branches_side_by_side_are_added_to_all_that_is_known_before() -> None:
     torch.manual_seed(6)
     model = Parallel().double().eval()
     inputs = torch.randn(20, 4).double()
-    layers = {name: (model.get_submodule(name), -1) for name in ("one", "other")}
+    layers = dict.fromkeys(("one", "other"), -1)
     names = [name for name, _ in model.named_modules()]
     with evaluation_mode(model):
         connections = residual_connections(model, layers, names, lambda: model(inputs))
@@ -201,7 +198,7 @@ def test_channels_of_a_conv_stand_before_its_positions() -> None:
     images = torch.randn(2, 3, 6, 6)
     with evaluation_mode(model):
         connections = residual_connections(
-            model, {"last": (model.last, -3)}, ["", "first"], lambda: model(images)
+            model, {"last": -3}, ["", "first"], lambda: model(images)
         )
     assert connections["last"].streams == (Place("", 0),)
     scale = model.norm.weight / (1 + model.norm.eps) ** 0.5
@@ -225,9 +222,9 @@ def test_a_linear_whose_channels_are_moved_to_where_a_conv_has_them() -> None:
     block = model[1]
     names = [name for name, _ in model.named_modules()]
     with evaluation_mode(model):
-        residual = residual_connections(
-            model, {"1.last": (block.last, -1)}, names, lambda: model(images)
-        )["1.last"]
+        residual = residual_connections(model, {"1.last": -1}, names, lambda: model(images))[
+            "1.last"
+        ]
     assert residual.axis == -3
     assert residual.streams in ((Place("0", None),), (Place("1", 0),))
     assert torch.allclose(residual.scale, block.gamma)
@@ -262,7 +259,7 @@ def test_ends_of_residual_branches_are_found_in_released_architectures(
     torch.manual_seed(0)
     model = getattr(transformers, made.model)(getattr(transformers, made.config)(**made.options))
     layers = {
-        name: (module, -3 if isinstance(module, nn.Conv2d) else -1)
+        name: -3 if isinstance(module, nn.Conv2d) else -1
         for name, module in model.eval().named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d))
     }

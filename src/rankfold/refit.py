@@ -197,7 +197,7 @@ def fitted_again(
     with evaluation_mode(factorized):
         residuals = residual_connections(
             factorized,
-            {name: (modules[name], -3 if _is_conv(modules[name]) else -1) for name in sizes},
+            {name: _channel_axis(modules[name]) for name in sizes},
             {name for name, _ in original.named_modules()},
             partial(_forward, task, factorized, few),
         )
@@ -209,6 +209,7 @@ def fitted_again(
     # Which tokens are no padding, where a batch says so.
     masks = [field_of(batch, "attention_mask") for batch in batches]
     found: dict[str, Factorized] = {}
+    to_sums: list[str] = []
 
     def fit(name: str, pairs: Pairs, streams: Pairs) -> list[Tensor]:
         module, residual = modules[name], residuals.get(name)
@@ -217,10 +218,12 @@ def fitted_again(
             _Rows.of(module, *pair, mask, residual, stream)
             for pair, mask, stream in zip(pairs, masks, known, strict=True)
         ]
+        if any(batch.streams is not None for batch in rows):
+            to_sums.append(name)
         change = _change(module, rows)
         found[name] = with_output_change(module, change)
         changed = [change.of_outputs(batch.outputs, module.bias) for batch in rows]
-        return [y.movedim(-1, -3) for y in changed] if _is_conv(module) else changed
+        return [y.movedim(-1, _channel_axis(module)) for y in changed]
 
     run_in_step(
         original,
@@ -237,7 +240,7 @@ def fitted_again(
         module.train(modules[name].training)
         for new, old in zip(module.parameters(), modules[name].parameters(), strict=True):
             new.requires_grad_(old.requires_grad)
-    return Fitted(found, [name for name in found if name in residuals], len(part.examples))
+    return Fitted(found, to_sums, len(part.examples))
 
 
 def _forward(task: Task, model: nn.Module, batch: Batch) -> None:
@@ -248,13 +251,9 @@ def _forward(task: Task, model: nn.Module, batch: Batch) -> None:
         task.batch_loss(model, batch)
 
 
-def _features_last(module: Factorized, outputs: Tensor) -> Tensor:
-    """Outputs of a Linear or a conv as ``(..., out)``."""
-    return outputs.movedim(-3, -1) if _is_conv(module) else outputs
-
-
-def _is_conv(module: Factorized) -> bool:
-    return isinstance(module, ConvStandIn)
+def _channel_axis(module: Factorized) -> int:
+    """Where the outputs stand, of a conv before its positions."""
+    return -3 if isinstance(module, ConvStandIn) else -1
 
 
 @dataclass(frozen=True)
@@ -286,7 +285,7 @@ class _Rows:
         streams: tuple[Tensor, Tensor] | None,
     ) -> _Rows:
         """From tensors as the model has them, a conv's channels before its positions."""
-        wanted, outputs = _features_last(module, wanted), _features_last(module, outputs)
+        wanted, outputs = (y.movedim(_channel_axis(module), -1) for y in (wanted, outputs))
         if residual is not None and streams is not None:
             first, second = (stream.movedim(residual.axis, -1) for stream in streams)
             streams = first, second

@@ -62,7 +62,7 @@ class Residual:
 
 def residual_connections(
     model: nn.Module,
-    layers: Mapping[str, tuple[nn.Module, int]],
+    layers: Mapping[str, int],
     modules: Collection[str],
     run: Callable[[], object],
 ) -> dict[str, Residual]:
@@ -70,11 +70,11 @@ def residual_connections(
 
     Args:
         model: In evaluation mode.
-        layers: By name, each called once in a pass, and the axis of its outputs, -1 or -3.
+        layers: The axis of the outputs, -1 or -3, of layers that a pass calls once.
         modules: Names of modules where a stream may be seen.
         run: A forward pass of ``model`` without gradients.
     """
-    seen = _Seen({name: axis for name, (_, axis) in layers.items()})
+    seen = _Seen(layers)
     with ExitStack() as stack:
         for name, module in model.named_modules():
             if name in modules:
@@ -84,8 +84,8 @@ def residual_connections(
                 after = module.register_forward_hook(partial(seen.output, name))
                 stack.callback(before.remove)
                 stack.callback(after.remove)
-        for name, (module, _) in layers.items():
-            handle = module.register_forward_hook(partial(seen.layer, name))
+        for name in layers:
+            handle = model.get_submodule(name).register_forward_hook(partial(seen.layer, name))
             stack.callback(handle.remove)
         stack.enter_context(_Additions(seen))
         run()
