@@ -83,6 +83,9 @@ VARIANTS: dict[str, Variant] = {
     "no gradient step": Variant({}, statistics=NO_STEP),
     "no interactions": Variant({"interactions": False}),
     "no refit": Variant({"refit": False}),
+    "twice the calibration data, no step, no refit": Variant(
+        {"refit": False}, statistics=NO_STEP, share_of_data=2.0
+    ),
     "no step, no interactions": Variant({"interactions": False}, statistics=NO_STEP),
     "pair form": Variant({"form": "pair"}),
     "no block forms": Variant({"block_forms": False}),
