@@ -83,9 +83,6 @@ VARIANTS: dict[str, Variant] = {
     "no gradient step": Variant({}, statistics=NO_STEP),
     "no interactions": Variant({"interactions": False}),
     "no refit": Variant({"refit": False}),
-    "twice the calibration data, no step, no refit": Variant(
-        {"refit": False}, statistics=NO_STEP, share_of_data=2.0
-    ),
     "no step, no interactions": Variant({"interactions": False}, statistics=NO_STEP),
     "pair form": Variant({"form": "pair"}),
     "no block forms": Variant({"block_forms": False}),
@@ -103,6 +100,9 @@ VARIANTS: dict[str, Variant] = {
     "half the calibration data": Variant({}, share_of_data=0.5),
     "twice the calibration data": Variant({}, share_of_data=2.0),
     "twice the calibration data, no step": Variant({}, statistics=NO_STEP, share_of_data=2.0),
+    "twice the calibration data, no step, no refit": Variant(
+        {"refit": False}, statistics=NO_STEP, share_of_data=2.0
+    ),
     "twice the calibration data, no step, damping by selection": Variant(
         {"damping": "auto"}, statistics=NO_STEP, share_of_data=2.0
     ),
