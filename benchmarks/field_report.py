@@ -22,6 +22,9 @@ OURS = "joint-pivoted"  # what a user gets who chooses nothing
 WITHOUT_STEP = "kronecker-pivoted"
 ONE_SIDED = 1.645  # quantile of the normal distribution at 95 %
 MARGIN = 0.05
+# Of what a peer loses, the share that ours should lose at the most (the aim that the field was
+# measured for).
+MOST_OF_WHITENED, MOST_OF_BEST = 0.25, 0.5
 MOST_NAMES = 60  # of layers that fit below a figure
 # The figures' methods: colour, marker, line.
 STYLES = {
@@ -51,6 +54,7 @@ def all_tables(
     tables = {f"quality {name}": quality_table(mine) for name, mine in _by_model(rows)}
     tables |= {f"weights {name}": weights_table(mine) for name, mine in _by_model(rows)}
     tables |= {"smallest": smallest_table(rows), "losses": losses_table(rows)}
+    tables |= {"shares": shares_table(rows)}
     tables |= {"certified": certified_table(rows), "overview": overview_table(rows)}
     tables |= {"speed": speed_table(speed), "memory": memory_table(memory)}
     return tables | {"forward": forward_table(speed)}
@@ -282,6 +286,44 @@ def losses_table(rows: Sequence[Row]) -> str:
             )
     columns = ["model", "size", METHODS[OURS].label, "best low-rank peer", "ours less best peer"]
     return markdown([*columns, "lower than ours"], lines)
+
+
+def shares_table(rows: Sequence[Row]) -> str:
+    """For each model and size, which share of a peer's change of the loss ours is.
+
+    Over the seeds that both have. Where a peer's change is within its own error it shows no loss to
+    be a share of. What is above the aim is bold.
+    """
+    aims = (("svd-llm", MOST_OF_WHITENED), ("asvd", MOST_OF_WHITENED), (None, MOST_OF_BEST))
+    lines = []
+    for name, mine in _by_model(rows):
+        for size in _sizes(mine):
+            if not any(_complete(_at(mine, method, size)) for method in (OURS, WITHOUT_STEP)):
+                continue
+            cells = [name, f"{size:g}"]
+            for method in (OURS, WITHOUT_STEP):
+                for peer, most in aims:
+                    other = peer or _lowest(mine, size, ("peer",))
+                    cells.append("" if other is None else _share(mine, size, method, other, most))
+            lines.append(cells)
+    columns = ["model", "size"]
+    for method in (OURS, WITHOUT_STEP):
+        label = METHODS[method].label
+        columns += [f"{label}, of SVD-LLM", "of ASVD", "of the best peer"]
+    return markdown(columns, lines)
+
+
+def _share(rows: Sequence[Row], size: float, method: str, peer: str, most: float) -> str:
+    ours, theirs = ({r.seed: r for r in _at(rows, one, size)} for one in (method, peer))
+    seeds = ours.keys() & theirs.keys()
+    own, other = ([found[seed] for seed in sorted(seeds)] for found in (ours, theirs))
+    if not (_complete(own) and _complete(other)):
+        return ""
+    lost = mean(_changes(other))
+    if lost <= mean(row.standard_error or 0.0 for row in other):
+        return "no loss shown"
+    share = mean(_changes(own)) / lost
+    return f"**{share:.2f}**" if share > most else f"{share:.2f}"
 
 
 def speed_table(rows: Sequence[SpeedRow]) -> str:

@@ -23,6 +23,7 @@ from benchmarks.field_report import (
     losses_table,
     overview_table,
     quality_table,
+    shares_table,
     smallest_table,
 )
 from benchmarks.methods import METHODS
@@ -495,6 +496,23 @@ def test_tables_say_where_others_are_better() -> None:
     table = quality_table(ROWS)
     assert "**+0.0100 ± 0.0100**" in table and "**+0.1000 ± 0.0100**" in table
     assert "| SVD-LLM | 0.9 |" in smallest_table(ROWS)
+
+
+def test_shares_of_what_peers_lose_are_of_common_seeds() -> None:
+    # At .9 SVD-LLM's change is as large as its error.
+    assert shares_table(ROWS).splitlines()[2:] == [
+        "| net | 0.9 | no loss shown |  | no loss shown |  |  |  |",
+        "| net | 0.5 | **0.33** |  | 0.33 |  |  |  |",
+    ]
+    rows = [
+        made_row("joint-pivoted", 0.5, -0.01),
+        made_row("kronecker-pivoted", 0.5, 0.06),
+        replace(made_row("svd-llm", 0.5, 0.9), seed=1),  # ours has no such seed
+        made_row("svd-llm", 0.5, 0.3),
+        made_row("asvd", 0.5, 0.1),
+    ]
+    (line,) = shares_table(rows).splitlines()[2:]
+    assert line == "| net | 0.5 | -0.03 | -0.10 | -0.10 | 0.20 | **0.60** | **0.60** |"
 
 
 def test_the_overview_holds_ours_against_the_best_peer_and_what_has_no_size() -> None:
