@@ -22,9 +22,9 @@ OURS = "joint-pivoted"  # what a user gets who chooses nothing
 WITHOUT_STEP = "kronecker-pivoted"
 ONE_SIDED = 1.645  # quantile of the normal distribution at 95 %
 MARGIN = 0.05
-# Of what a peer loses, the share that ours should lose at the most (the aim that the field was
-# measured for).
-MOST_OF_WHITENED, MOST_OF_BEST = 0.25, 0.5
+# The aim that the field was measured for: the most that ours should lose of what a peer does.
+AIMS = {"svd-llm": 0.25, "asvd": 0.25}
+AIM_OF_BEST = 0.5
 MOST_NAMES = 60  # of layers that fit below a figure
 # The figures' methods: colour, marker, line.
 STYLES = {
@@ -294,26 +294,26 @@ def shares_table(rows: Sequence[Row]) -> str:
     Over the seeds that both have. Where a peer's change is within its own error it shows no loss to
     be a share of. What is above the aim is bold.
     """
-    aims = (("svd-llm", MOST_OF_WHITENED), ("asvd", MOST_OF_WHITENED), (None, MOST_OF_BEST))
+    methods = (OURS, WITHOUT_STEP)
     lines = []
     for name, mine in _by_model(rows):
         for size in _sizes(mine):
-            if not any(_complete(_at(mine, method, size)) for method in (OURS, WITHOUT_STEP)):
+            if not any(_complete(_at(mine, method, size)) for method in methods):
                 continue
-            cells = [name, f"{size:g}"]
-            for method in (OURS, WITHOUT_STEP):
-                for peer, most in aims:
-                    other = peer or _lowest(mine, size, ("peer",))
-                    cells.append("" if other is None else _share(mine, size, method, other, most))
-            lines.append(cells)
+            aims = [*AIMS.items(), (_lowest(mine, size, ("peer",)), AIM_OF_BEST)]
+            shares = [_share(mine, size, method, *aim) for method in methods for aim in aims]
+            lines.append([name, f"{size:g}", *shares])
     columns = ["model", "size"]
-    for method in (OURS, WITHOUT_STEP):
-        label = METHODS[method].label
-        columns += [f"{label}, of SVD-LLM", "of ASVD", "of the best peer"]
+    for method in methods:
+        peers = [*(METHODS[peer].label for peer in AIMS), "the best peer"]
+        first, *others = (f"of {peer}" for peer in peers)
+        columns += [f"{METHODS[method].label}, {first}", *others]
     return markdown(columns, lines)
 
 
-def _share(rows: Sequence[Row], size: float, method: str, peer: str, most: float) -> str:
+def _share(rows: Sequence[Row], size: float, method: str, peer: str | None, most: float) -> str:
+    if peer is None:
+        return ""
     ours, theirs = ({r.seed: r for r in _at(rows, one, size)} for one in (method, peer))
     seeds = ours.keys() & theirs.keys()
     own, other = ([found[seed] for seed in sorted(seeds)] for found in (ours, theirs))
