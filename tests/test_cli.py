@@ -84,6 +84,17 @@ def test_same_seed_same_bytes(work: Path) -> None:
     assert first.stdout.replace("saved: a", "") == second.stdout.replace("saved: b", "")
 
 
+def test_an_offload_folder_changes_no_bytes_and_must_be_there(work: Path) -> None:
+    (work / "disk").mkdir()
+    rankfold(*LOSSLESS[:-1], "a", cwd=work)
+    rankfold(*LOSSLESS[:-1], "b", "--offload-folder", "disk", cwd=work)
+    tensors = [(work / out / "model.safetensors").read_bytes() for out in ("a", "b")]
+    assert tensors[0] == tensors[1]
+    assert not list((work / "disk").iterdir())
+    done = rankfold(*LOSSLESS[:-1], "c", "--offload-folder", "nowhere", cwd=work, expect=2)
+    assert "the offload folder nowhere is no folder; expected" in done.stderr
+
+
 def test_compact_language_model_and_text(llama: Path, tmp_path: Path) -> None:
     text, model = llama / "text.txt", llama / "model"
     common = ("--data", text, "--length", 32)

@@ -15,7 +15,7 @@ The turns start from the truncation of the second half alone, whose directions a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -118,7 +118,7 @@ class BlockFactors:
         form: ``row-blocks``; or ``column-blocks``, for which all is that of the transposed weight.
         order: ``(long side,)`` rows (columns) of the weight, those of the first half first.
         halves: Of both, ``(rows, k)`` and ``(k, short side)``; a half is their product. In float64,
-            or as ``kept`` in another dtype.
+            or as ``kept``.
     """
 
     form: BlockForm
@@ -131,9 +131,9 @@ class BlockFactors:
         first, second = self.halves
         return len(first[1]), len(second[1])
 
-    def kept(self, dtype: torch.dtype) -> BlockFactors:
-        """The same with factors in another dtype, where those of all layers are kept at once."""
-        first, second = ((left.to(dtype), right.to(dtype)) for left, right in self.halves)
+    def kept(self, keep: Callable[[Tensor], Tensor]) -> BlockFactors:
+        """The same with what ``keep`` makes of factors, where those of all layers are kept."""
+        first, second = ((keep(left), keep(right)) for left, right in self.halves)
         return BlockFactors(self.form, self.order, (first, second))
 
     def _exact(self) -> list[tuple[Tensor, Tensor]]:

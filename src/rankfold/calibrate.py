@@ -48,6 +48,7 @@ from rankfold.linalg import (
     rows_of_same_gram,
 )
 from rankfold.modes import evaluation_mode
+from rankfold.offload import Offload
 from rankfold.progress import Progress, SilentProgress
 from rankfold.shrinkage import held_out_damping
 from rankfold.tasks import BatchLoss, Task, on_device, running
@@ -286,6 +287,7 @@ def collect_statistics(
     batch_size: int | None = None,
     progress: Progress | None = None,
     embeddings: EmbeddingRecorder | None = None,
+    offload: Offload | None = None,
 ) -> dict[str, LayerStatistics]:
     """One pass over the calibration examples; the model comes back as it was.
 
@@ -305,6 +307,7 @@ def collect_statistics(
         batch_size: Examples a batch; the statistics do not depend on it.
         progress: Shows the batches.
         embeddings: Sees the same passes.
+        offload: Where the sums lie.
 
     Raises:
         InputError: The loss, or what a layer sees, is not finite.
@@ -313,7 +316,9 @@ def collect_statistics(
     first, second = (part.take(half) for half in halves(task.name, len(part.examples)))
     directions = noise_directions(len(part.examples))
     embeddings = embeddings or EmbeddingRecorder({})
-    recorder = _Recorder(layers, curvature, gradients, seed, directions, embeddings)
+    recorder = _Recorder(
+        layers, curvature, gradients, seed, directions, embeddings, offload or Offload()
+    )
 
     def observe(source: Part, batches: Iterable[list[Any]], half: int | None) -> None:
         for examples in batches:
@@ -400,8 +405,10 @@ class _Recorder:
         seed: int,
         directions: int,
         embeddings: EmbeddingRecorder,
+        offload: Offload,
     ):
         self.layers = layers
+        self.offload = offload
         self.embeddings = embeddings
         self.curvature = curvature
         self.gradients = gradients and curvature is not None
@@ -587,20 +594,20 @@ class _Recorder:
         side = 0 if leader else in_
         back = 0 if self.curvature is None else out
         moved = out if self.gradients else 0
-        halves = [torch.zeros(moved, in_, dtype=dtype, device=device) for _ in range(2)]
+        zeros = partial(self.offload.zeros, dtype=dtype, device=device)
         return _Sums(
             started=self.passes,
             leader=leader,
-            input_gram=torch.zeros(side, side, dtype=dtype, device=device),
-            output_gram=torch.zeros(back, back, dtype=dtype, device=device),
-            gradients=(halves[0], halves[1]),
+            input_gram=zeros(side, side),
+            output_gram=zeros(back, back),
+            gradients=(zeros(moved, in_), zeros(moved, in_)),
         )
 
     def _part(self, sums: _Sums) -> None:
         """Stop sharing: go on from what the leader had seen before this pass."""
         leader = sums.leader
         assert leader is not None  # the caller has checked
-        gram = self.sums[leader].input_gram.clone()
+        gram = self.offload.kept(self.sums[leader].input_gram.clone())
         for name, inputs in self._inputs.values():
             if name == leader:
                 _add_inputs(gram, self.layers[leader], inputs, sign=-1)
@@ -628,8 +635,8 @@ class _Recorder:
         terms = sum(self.terms.values())
         self.embeddings.terms = terms
         for sums in self.sums.values():
-            sums.input_gram = mirrored(sums.input_gram).div_(max(1, sums.rows))
-            sums.output_gram = mirrored(sums.output_gram).div_(terms)
+            for gram, count in ((sums.input_gram, max(1, sums.rows)), (sums.output_gram, terms)):
+                gram.copy_(mirrored(gram)).div_(count)
             if sums.dominant is not None:
                 inputs, squares = sums.dominant.inputs, sums.dominant.output_squares
                 sums.dominant = DominantRows(inputs / math.sqrt(terms), squares / terms)

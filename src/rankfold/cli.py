@@ -49,10 +49,12 @@ from rankfold.inputs import (
 )
 from rankfold.modules import FORMS
 from rankfold.objectives import OBJECTIVES
+from rankfold.offload import Offload, advice
 from rankfold.programs import PROGRAMS
 from rankfold.progress import TerminalProgress
 from rankfold.result import Result
 from rankfold.settings import Settings, check_size
+from rankfold.sizes import model_parameters
 from rankfold.spectrum import STEP_ESTIMATORS
 from rankfold.tables import (
     curve_table,
@@ -170,6 +172,13 @@ class Factorizing(Reading):
     ] = None
     held_out: Annotated[str | None, typer.Option(help="Data for the certificate.")] = None
     out: Annotated[Path | None, typer.Option(help="Folder that the model is saved in.")] = None
+    offload_folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder on a disk for statistics and spectra, some 30 bytes a parameter, which "
+            "then take no memory. (default: memory)"
+        ),
+    ] = None
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier result in --out.")
     ] = False
@@ -361,6 +370,9 @@ class Factorizing(Reading):
             typer.echo(hint, err=True)
         opened = open_model(model, self.weights)
         opened.model.to(device)
+        parameters, offload = model_parameters(opened.model), Offload(self.offload_folder)
+        if device.type == "cpu" and (hint := advice(parameters, offload)) is not None:
+            typer.echo(hint, err=True)
         limits = (self.limit, self.selection_limit, self.held_out_limit)
         asked = zip(limits, DataOptions.own_windows, strict=True)
         first, second, third = (limit or default for limit, default in asked)
@@ -450,6 +462,7 @@ def lossless(
             size_of=size_of,  # type: ignore[arg-type]
             margin=options.margin,
             progress=TerminalProgress(),
+            offload_folder=options.offload_folder,
             **settings,
         )
     _save(result, out, opened, options)
@@ -485,6 +498,7 @@ def compact(
             margin=options.margin,
             certified=certified,
             progress=TerminalProgress(),
+            offload_folder=options.offload_folder,
             **settings,
         )
     if result.found or save_anyway:

@@ -33,6 +33,7 @@ from rankfold.data import (
     select_part,
     split,
 )
+from rankfold.device import device_of
 from rankfold.embedding_modules import embedding_flops
 from rankfold.embedding_statistics import EmbeddingRecorder, EmbeddingStatistics
 from rankfold.errors import InputError
@@ -47,6 +48,7 @@ from rankfold.objectives import (
     Objective,
     rank_costs,
 )
+from rankfold.offload import Offload, check_offload
 from rankfold.openings import Opening
 from rankfold.overlap import refuse_copies, without_copies
 from rankfold.progress import Progress
@@ -96,6 +98,7 @@ class Collected:
         embedding_statistics: By the names in ``embeddings``.
         lacking: By layer, what its Grams lack, as shares of their mean eigenvalues
             (``shrinkage``); kept when the statistics are dropped.
+        offload: Where what is kept of all layers lies.
     """
 
     model: nn.Module
@@ -118,6 +121,7 @@ class Collected:
     embeddings: dict[str, EmbeddingMatrix] = field(default_factory=dict)
     embedding_statistics: dict[str, EmbeddingStatistics] = field(default_factory=dict)
     lacking: dict[str, Damping] = field(default_factory=dict)
+    offload: Offload = field(default_factory=Offload)
 
     @property
     def matrices(self) -> dict[str, MatrixLayer | EmbeddingMatrix]:
@@ -155,6 +159,7 @@ class Collected:
             batch_size=settings.batch_size,
             progress=progress,
             embeddings=recorder,
+            offload=self.offload,
         )
         self.embedding_statistics = recorder.statistics()
         self.lacking = {name: found.lacking for name, found in self.statistics.items()}
@@ -221,12 +226,15 @@ def collect(
     loss: LossFunction | None = None,
     metrics: Sequence[Metric] = (),
     progress: Progress | None = None,
+    offload: Offload | None = None,
 ) -> Collected:
     """Find the layers, choose the examples, and pass over the calibration part once.
 
     Raises:
         InputError: Names the input, what was expected, and what to do.
     """
+    offload = offload or Offload()
+    check_offload(offload, device_of(model))
     unpacked = unpack(model)
     model = unpacked.model
     embeddings: dict[str, EmbeddingMatrix] = {}
@@ -249,6 +257,7 @@ def collect(
     )
     collected.metrics = tuple(metrics)
     collected.embeddings = embeddings
+    collected.offload = offload
     objective = OBJECTIVES[settings.objective]
     _check_agreement(task, objective, settings)
     if not objective.needs_data:

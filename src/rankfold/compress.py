@@ -8,6 +8,7 @@ on selection data (``stage``, ``search``), and end in a certificate on held-out 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,7 @@ from rankfold.certify import (
 from rankfold.collected import collect
 from rankfold.data import Data, split
 from rankfold.errors import InputError
+from rankfold.offload import Offload
 from rankfold.outcome import result_of, result_of_fixed_sequence
 from rankfold.progress import Progress
 from rankfold.result import Result
@@ -41,6 +43,7 @@ def lossless(
     loss: LossFunction | None = None,
     metrics: Sequence[Metric] = (),
     progress: Progress | None = None,
+    offload_folder: str | Path | None = None,
     **settings: Any,
 ) -> Result:
     """The best model of a given size, with the verdict of held-out data on it.
@@ -54,6 +57,8 @@ def lossless(
         loss: ``loss(model, batch)`` giving one loss per example, where it isn't recognised.
         metrics: Certified beside the loss; those with a margin must hold too.
         progress: For example ``rankfold.TerminalProgress()``.
+        offload_folder: Statistics, steps and spectra of all layers lie in files of this folder
+            (``rankfold.offload``), not in memory; the model must be on the CPU.
         **settings: Fields of ``Settings``.
 
     Raises:
@@ -62,7 +67,15 @@ def lossless(
     check_size(size)
     check_margin(margin)
     data = _enough_held_out(data, margin, metrics, settings)
-    prepared = prepare(model, data, loss=loss, metrics=metrics, progress=progress, **settings)
+    prepared = prepare(
+        model,
+        data,
+        loss=loss,
+        metrics=metrics,
+        progress=progress,
+        offload_folder=offload_folder,
+        **settings,
+    )
     return prepared.lossless(size, size_of=size_of, margin=margin)
 
 
@@ -75,6 +88,7 @@ def compact(
     loss: LossFunction | None = None,
     metrics: Sequence[Metric] = (),
     progress: Progress | None = None,
+    offload_folder: str | Path | None = None,
     **settings: Any,
 ) -> Result:
     """The smallest model whose mean loss is no worse than the original's by more than a margin.
@@ -91,6 +105,8 @@ def compact(
         loss: ``loss(model, batch)`` giving one loss per example, where it isn't recognised.
         metrics: Certified beside the loss; those with a margin must hold too.
         progress: For example ``rankfold.TerminalProgress()``.
+        offload_folder: Statistics, steps and spectra of all layers lie in files of this folder
+            (``rankfold.offload``), not in memory; the model must be on the CPU.
         **settings: Fields of ``Settings``.
 
     Raises:
@@ -98,7 +114,15 @@ def compact(
     """
     check_margin(margin)
     data = _enough_held_out(data, margin, metrics, settings)
-    prepared = prepare(model, data, loss=loss, metrics=metrics, progress=progress, **settings)
+    prepared = prepare(
+        model,
+        data,
+        loss=loss,
+        metrics=metrics,
+        progress=progress,
+        offload_folder=offload_folder,
+        **settings,
+    )
     return prepared.compact(margin=margin, certified=certified)
 
 
@@ -109,6 +133,7 @@ def prepare(
     loss: LossFunction | None = None,
     metrics: Sequence[Metric] = (),
     progress: Progress | None = None,
+    offload_folder: str | Path | None = None,
     **settings: Any,
 ) -> Preparation:
     """Everything that does not depend on the size: statistics, step, spectra.
@@ -120,7 +145,10 @@ def prepare(
     """
     chosen = Settings(**settings)
     _check_metrics(metrics)
-    collected = collect(model, data, chosen, loss=loss, metrics=metrics, progress=progress)
+    offload = Offload(None if offload_folder is None else Path(offload_folder))
+    collected = collect(
+        model, data, chosen, loss=loss, metrics=metrics, progress=progress, offload=offload
+    )
     if chosen.damping == "auto":
         chosen = choose_damping(collected, chosen, progress=progress)
     return Preparation.of(collected, chosen, progress=progress, release=True)

@@ -10,7 +10,7 @@ from rankfold.errors import InputError
 OUT_OF_MEMORY = (
     "the GPU's memory is too small for this; expected some 40 bytes a parameter beside what a "
     "batch takes. Ask for smaller batches (--batch-size), leave layers out (--exclude), or run it "
-    "on the CPU (--device cpu)."
+    "on the CPU (--device cpu; --offload-folder DIR, where its memory is too small as well)."
 )
 
 

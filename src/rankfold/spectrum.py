@@ -10,6 +10,7 @@ SVD (Eckart and Young 1936) of the whitened weight, and what it costs is the tai
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -36,7 +37,7 @@ class Spectrum:
 
     Attributes:
         singular_values: ``(r,)`` float64, descending, r = min(out, in).
-        left: ``(out, r)`` float64, or as ``kept`` in another dtype.
+        left: ``(out, r)`` float64, or as ``kept``.
         right: ``(r, in)`` likewise; the best rank-k weight is ``left[:, :k] @ right[:k]``.
     """
 
@@ -44,9 +45,9 @@ class Spectrum:
     left: Tensor
     right: Tensor
 
-    def kept(self, dtype: torch.dtype) -> Spectrum:
-        """The same with factors in another dtype, where those of all layers are kept at once."""
-        return Spectrum(self.singular_values, self.left.to(dtype), self.right.to(dtype))
+    def kept(self, keep: Callable[[Tensor], Tensor]) -> Spectrum:
+        """The same with what ``keep`` makes of factors, where those of all layers are kept."""
+        return Spectrum(self.singular_values, keep(self.left), keep(self.right))
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """Factors of the best weight of a rank, ``(out, rank)`` and ``(rank, in)`` float64."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeAlias, TypeVar, cast, get_args
 
 import torch
@@ -162,15 +163,17 @@ class Stage:
             statistics = collected.statistics.get(name)
             weight, price = self._moved(name), collected.cost_per_parameter(name, settings.cost)
             spectrum = layer_spectrum(self.objective, weight, statistics, settings.dampings)
-            self.spectra[name] = spectrum.kept(kept_dtype(weight))
+            self.spectra[name] = spectrum.kept(partial(self._keep, weight))
             self.ranked[name] = layer_curve(
                 self.objective, layer, spectrum, statistics, settings.form, price
             )
             cut = block_form(layer) if _has_forms(settings, settings.block_forms) else None
             if cut is not None and statistics is not None:
-                self.block_curves[name], self.cuts[name] = block_curve(
+                self.block_curves[name], found = block_curve(
                     weight, statistics, cut, settings.dampings, block_orders.get(name), price
                 )
+                directions = self._keep(weight, found.directions)
+                self.cuts[name] = replace(found, directions=directions)
             if release and name not in self.block_curves and not _has_conv_forms(layer, settings):
                 collected.statistics.pop(name, None)
 
@@ -179,7 +182,7 @@ class Stage:
         for name, matrix in collected.embeddings.items():
             uses = collected.embedding_statistics[name]
             spectrum = embedding_spectrum(matrix.weight, uses, settings.dampings)
-            self.spectra[name] = spectrum.kept(kept_dtype(matrix.weight))
+            self.spectra[name] = spectrum.kept(partial(self._keep, matrix.weight))
             self.ranked[name] = embedding_curve(
                 spectrum,
                 uses,
@@ -188,6 +191,10 @@ class Stage:
             )
             if release:
                 collected.embedding_statistics.pop(name)
+
+    def _keep(self, weight: Tensor, factor: Tensor) -> Tensor:
+        """A factor of a weight, as those of all layers are kept."""
+        return self.collected.offload.kept(factor.to(kept_dtype(weight)))
 
     @property
     def objective(self) -> Objective:
@@ -320,7 +327,7 @@ class Stage:
         grams = damped_grams(self.collected.statistics[name], self.settings.dampings)
         if choice.form in BLOCK_FORMS:
             blocks = block_factors(weight, *grams, self.cuts[name], choice.ranks)
-            return blocks.kept(kept_dtype(weight))
+            return blocks.kept(partial(self._keep, weight))
         return conv_factors(
             weight.view_as(self.collected.layers[name].weight),
             *grams,
@@ -370,16 +377,22 @@ class Stage:
             return self.build(plan)
         # Shown: the halves of block forms take a second a layer of SmolLM2, once for each plan.
         choices = self.progress.track(plan.items(), "weights of the plan", len(plan))
-        weights = {name: self.weight(name, choice) for name, choice in choices}
-        return with_replaced(self.collected.base, {}, weights, share=True)
+        weights = ((name, self.weight(name, choice)) for name, choice in choices)
+        return self._with_weights(self.collected.base, weights)
+
+    def _with_weights(self, model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> nn.Module:
+        """A copy of a model with these weights of layers, for passes alone."""
+        keep = self.collected.offload.kept
+        kept = {name: keep(weight) for name, weight in weights}
+        return with_replaced(model, {}, kept, share=True)
 
     def control(self) -> nn.Module | None:
         """The dense model moved by the same steps, None where no step was taken."""
         dense = self.collected.dense
         if self.step and self.step.eta:
             layers = {n: cast("MatrixLayer", dense.get_submodule(n)) for n in self.collected.layers}
-            moved = {name: self.step.moved(name, layer) for name, layer in layers.items()}
-            return with_replaced(dense, {}, moved, share=True)
+            moved = ((name, self.step.moved(name, layer)) for name, layer in layers.items())
+            return self._with_weights(dense, moved)
         return None if dense is self.collected.model else dense
 
     def harmless_range(self, name: str) -> HarmlessRange:
@@ -485,10 +498,10 @@ class Stage:
             return self
         collected = self.collected
         before, after = (
-            with_replaced(collected.base, {}, weights, share=True)
+            self._with_weights(collected.base, weights)
             for weights in (
-                {name: self._moved(name) for name in collected.matrices},
-                self.weights(measured.plan),
+                ((name, self._moved(name)) for name in collected.matrices),
+                ((name, self.weight(name, choice)) for name, choice in measured.plan.items()),
             )
         )
         shares = measured_shares(
@@ -779,6 +792,7 @@ def _searched_step(
         progress,
         estimator=settings.step_estimator,
         release=release,
+        offload=collected.offload,
     )
     return search_step(
         collected.base,

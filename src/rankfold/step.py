@@ -19,6 +19,7 @@ from rankfold.curvature import damped_grams
 from rankfold.data import Part
 from rankfold.layer_matrix import MatrixLayer, weight_matrix
 from rankfold.linalg import Damping
+from rankfold.offload import Offload
 from rankfold.progress import Progress
 from rankfold.spectrum import (
     GradientStep,
@@ -162,11 +163,14 @@ def step_directions(
     *,
     estimator: StepEstimator = "cross-validated",
     release: bool = False,
+    offload: Offload | None = None,
 ) -> Directions:
     """The direction of every layer; see ``spectrum.gradient_step``.
 
     With ``release``, each layer's gradients are dropped from ``statistics`` once used.
+    ``offload`` says where directions lie.
     """
+    offload = offload or Offload()
     steps: dict[str, GradientStep] = {}
     for name in progress.track(layers, "gradient step per layer", len(layers)):
         stats = statistics[name]
@@ -177,7 +181,8 @@ def step_directions(
             *damped_grams(stats, damping),
             estimator,
         )
-        steps[name] = replace(step, direction=step.direction.to(stats.gradients[0].dtype))
+        direction = offload.kept(step.direction.to(stats.gradients[0].dtype))
+        steps[name] = replace(step, direction=direction)
         if release:
             statistics[name] = replace(stats, gradients=None)
     return Directions(
