@@ -25,9 +25,10 @@ from benchmarks.documents import write_tables
 from benchmarks.field import RESULTS, Row, Runner
 from benchmarks.field_models import FIELD_MODELS, VISION
 from benchmarks.field_report import DOCUMENTS, all_tables, draw, draw_ranks
+from benchmarks.memory import MemoryRow, measure_memory
 from benchmarks.methods import METHODS
 from benchmarks.rows import read_rows
-from benchmarks.speed import MemoryRow, SpeedRow, measure_memory, measure_speed, sibling
+from benchmarks.speed import SpeedRow, measure_speed, sibling
 
 DTYPES = ("float32", "bfloat16", "float16")
 AXES = ("quality", "vision", "speed", "memory", "all")
@@ -86,7 +87,13 @@ def _run(options: Namespace) -> None:
                 )
             if options.axis in ("memory", "all"):
                 measure_memory(
-                    options.results, name, seed, options.methods, options.sizes, options.threads
+                    options.results,
+                    name,
+                    seed,
+                    options.methods,
+                    options.sizes,
+                    options.threads,
+                    options.calibration,
                 )
 
 

@@ -12,8 +12,9 @@ from benchmarks.choices import QUESTIONS
 from benchmarks.documents import DOCS, markdown, seconds, spread
 from benchmarks.field import Row
 from benchmarks.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY
+from benchmarks.memory import DENSE, MemoryRow
 from benchmarks.methods import METHODS
-from benchmarks.speed import MemoryRow, SpeedRow
+from benchmarks.speed import SpeedRow
 from rankfold.certify import DEFAULT_MARGIN
 
 DOCUMENTS = [DOCS / "field.md", DOCS / "results.md"]
@@ -361,19 +362,31 @@ def forward_table(rows: Sequence[SpeedRow]) -> str:
 
 
 def memory_table(rows: Sequence[MemoryRow]) -> str:
-    """Peak resident memory of a process that makes each model."""
+    """Peak memory of a process that makes each model."""
+    columns = ["model", "size", "method", "resident, MB", "anonymous, MB", "bytes a parameter"]
     return markdown(
-        ["model", "size", "method", "peak, MB"],
+        columns,
         (
             [
                 row.model,
                 "" if row.size is None else f"{row.size:g}",
-                METHODS[row.method].label if row.method in METHODS else "dense, evaluated only",
+                row.label,
                 f"{row.megabytes:.0f}",
+                "" if row.anonymous is None else f"{row.anonymous:.0f}",
+                _beyond_dense(row, rows),
             ]
             for row in rows
         ),
     )
+
+
+def _beyond_dense(row: MemoryRow, rows: Sequence[MemoryRow]) -> str:
+    """Anonymous bytes beyond those of evaluating the dense model, for each of its parameters."""
+    dense = [r for r in rows if (r.model, r.method) == (row.model, DENSE)]
+    if row.method == DENSE or not dense or dense[0].anonymous is None or row.anonymous is None:
+        return ""
+    assert row.parameters is not None
+    return f"{1e6 * (row.anonymous - dense[0].anonymous) / row.parameters:.1f}"
 
 
 def draw_ranks(rows: Sequence[Row], folder: Path) -> list[Path]:

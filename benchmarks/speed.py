@@ -1,22 +1,16 @@
-"""Latency beside the dense model's, and the peak memory of a process: ``run speed`` and ``memory``.
+"""Latency beside the dense model's: ``run speed``.
 
 Latency: the dense model and all others are built first and then run in turn, batch by batch, so
 that whatever else the machine does meets them alike. A round's ratio is a model's time over the
 dense model's in the same round; the median over rounds is reported, with its quartiles. The
 peak of a forward pass is that of all tensors that PyTorch holds in it, weights and activations;
-what a kernel takes for itself is not in it. Peak
-memory is the largest resident set of a process of its own that does nothing but open the model,
-pass over the data and make one compressed model; ``dense`` opens the model and evaluates a few
-examples.
+what a kernel takes for itself is not in it.
 """
 
 from __future__ import annotations
 
 import copy
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,14 +22,14 @@ from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from benchmarks.field import open_study, sizes_of
-from benchmarks.field_models import FIELD_MODELS, VISION
+from benchmarks.field_models import VISION
 from benchmarks.int8 import in_int8
 from benchmarks.methods import METHODS
 from benchmarks.rows import append_row, read_rows
 from rankfold.errors import InputError
 from rankfold.losses import output_of, without_labels
 from rankfold.modes import evaluation_mode
-from rankfold.progress import SilentProgress, TerminalProgress
+from rankfold.progress import TerminalProgress
 from rankfold.tasks import on_device
 
 BATCHES = (1, 8, 32)
@@ -87,21 +81,6 @@ class SpeedRow:
     def key(self) -> tuple[object, ...]:
         measured = (self.model, self.seed, self.method, self.size, self.batch)
         return (*measured, self.device, self.dtype)
-
-
-@dataclass(frozen=True)
-class MemoryRow:
-    """Peak resident memory of a process that makes one model."""
-
-    model: str
-    seed: int
-    method: str
-    size: float | None
-    megabytes: float
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        return (self.model, self.seed, self.method, self.size)
 
 
 def sibling(results: Path, axis: str) -> Path:
@@ -254,52 +233,3 @@ def forward_bytes(model: nn.Module, inputs: Any) -> ForwardBytes:
     peak = tracker.get_tracker_snapshot("peak")[next(twin.parameters()).device]
     found = {getattr(kind, "value", kind): count for kind, count in peak.items()}
     return ForwardBytes(found["Total"], found["Parameter"] + found["Buffer"])
-
-
-def measure_memory(
-    results: Path,
-    name: str,
-    seed: int,
-    methods: Sequence[str],
-    sizes: Sequence[float],
-    threads: int,
-) -> None:
-    """One process after the other, each for one model."""
-    file = sibling(results, "memory")
-    done = {row.key for row in read_rows(file, MemoryRow)}
-    for method, size in [("dense", None), *sizes_of(methods, sizes)]:
-        if (name, seed, method, size) in done:
-            continue
-        command = [sys.executable, "-m", "benchmarks.speed", name, str(seed), method]
-        command += [str(size), str(threads)]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        if run.returncode:
-            print(f"{name} {method} {size}: {run.stderr.strip().splitlines()[-1]}", flush=True)
-            continue
-        row = MemoryRow(name, seed, method, size, float(run.stdout.split()[-1]))
-        append_row(file, row)
-        print(f"{name} {method} {size}: {row.megabytes:.0f} MB", flush=True)
-
-
-def peak_of(name: str, seed: int, method: str, size: float) -> float:
-    """Do the work in this process, and give its peak of resident memory in MB (10^6 bytes)."""
-    if method == "dense":
-        build, calibration = FIELD_MODELS[name]
-        model, data = build(seed, calibration)
-        examples = [data.held_out[place] for place in range(BATCHES[-1])]
-        collate = data.collate or torch.utils.data.default_collate
-        with evaluation_mode(model):
-            output_of(model, without_labels(collate(examples)))
-    else:
-        study, _ = open_study(name, seed, SilentProgress())
-        if not METHODS[method].fits(study):
-            raise SystemExit(f"{method} is not for {name}")
-        METHODS[method].prepare(study)(size)
-    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kibibytes * 1024 / 1e6
-
-
-if __name__ == "__main__":
-    _name, _seed, _method, _size, _threads = sys.argv[1:]
-    torch.set_num_threads(int(_threads))
-    print(peak_of(_name, int(_seed), _method, 1.0 if _size == "None" else float(_size)))

@@ -1,0 +1,167 @@
+"""Peak memory of a process that makes one compressed model: ``run memory``.
+
+A process of its own does nothing but open the model, pass over the data and make the model: by a
+method of the field, with the statistics that all of them share, or by ``rankfold.lossless`` as a
+user calls it, which drops what it has used, in memory or with an offload folder. ``dense`` opens
+the model and evaluates a batch.
+
+Of resident memory the anonymous part has no other place to be; the pages of mapped files are
+written out where memory is short. How many calibration examples there are changes it little.
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import rankfold
+from benchmarks.field import open_study, sizes_of
+from benchmarks.field_models import FIELD_MODELS, TASKS, limits_of
+from benchmarks.methods import METHODS
+from benchmarks.rows import append_row, read_rows
+from benchmarks.speed import sibling
+from rankfold.data import default_batch_size
+from rankfold.freed_memory import give_back_freed_memory
+from rankfold.losses import output_of, without_labels
+from rankfold.modes import evaluation_mode
+from rankfold.progress import SilentProgress
+
+DENSE, PRODUCT, OFFLOADED = "dense", "lossless", "lossless-offloaded"
+LABELS = {
+    DENSE: "dense, evaluated only",
+    PRODUCT: "`rankfold lossless`",
+    OFFLOADED: "`rankfold lossless --offload-folder`",
+}
+SAMPLES_EVERY = 0.01  # seconds
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """Peak memory of a process that makes one model.
+
+    Attributes:
+        megabytes: Resident, in 10^6 bytes.
+        anonymous: Of that the anonymous part; None in rows of before it was looked at.
+        parameters: Of the dense model.
+    """
+
+    model: str
+    seed: int
+    method: str
+    size: float | None
+    megabytes: float
+    anonymous: float | None = None
+    parameters: int | None = None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (self.model, self.seed, self.method, self.size)
+
+    @property
+    def label(self) -> str:
+        return LABELS.get(self.method) or METHODS[self.method].label
+
+
+def measure_memory(
+    results: Path,
+    name: str,
+    seed: int,
+    methods: Sequence[str],
+    sizes: Sequence[float],
+    threads: int,
+    calibration: int | None,
+) -> None:
+    """One process after the other, each for one model."""
+    file = sibling(results, "memory")
+    done = {row.key for row in read_rows(file, MemoryRow)}
+    product = [(method, size) for method in (PRODUCT, OFFLOADED) for size in sizes]
+    for method, size in [(DENSE, None), *product, *sizes_of(methods, sizes)]:
+        if (name, seed, method, size) in done:
+            continue
+        command = [sys.executable, "-m", "benchmarks.memory", name, str(seed), method]
+        command += [str(size), str(threads), str(calibration or FIELD_MODELS[name][1])]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode:
+            print(f"{name} {method} {size}: {run.stderr.strip().splitlines()[-1]}", flush=True)
+            continue
+        resident, anonymous, parameters = run.stdout.split()[-3:]
+        row = MemoryRow(
+            name, seed, method, size, float(resident), float(anonymous), int(parameters)
+        )
+        append_row(file, row)
+        print(f"{name} {method} {size}: {row.megabytes:.0f} MB, {row.anonymous:.0f} anonymous")
+
+
+def work(name: str, seed: int, method: str, size: float, calibration: int) -> int:
+    """Make the model; gives the parameters of the dense one."""
+    if method in METHODS:
+        study, _ = open_study(name, seed, SilentProgress(), calibration)
+        if not METHODS[method].fits(study):
+            raise SystemExit(f"{method} is not for {name}")
+        METHODS[method].prepare(study)(size)
+        return rankfold.sizes.model_parameters(study.collected.model)
+    model, data = FIELD_MODELS[name][0](seed, calibration)
+    if method == DENSE:
+        count = default_batch_size(data.held_out[0])
+        examples = [data.held_out[place] for place in range(count)]
+        collate = data.collate or torch.utils.data.default_collate
+        with evaluation_mode(model):
+            output_of(model, without_labels(collate(examples)))
+    else:
+        with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+            rankfold.lossless(
+                model,
+                data,
+                size=size,
+                size_of="factorizable",
+                offload_folder=folder if method == OFFLOADED else None,
+                task=TASKS.get(name),
+                seed=seed,
+                **limits_of(data),
+            )
+    return rankfold.sizes.model_parameters(model)
+
+
+@contextmanager
+def peak_of_anonymous() -> Iterator[list[int]]:
+    """Its first element is the most bytes of anonymous resident memory that this process had."""
+    peak, over = [0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(SAMPLES_EVERY):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            found = next(line for line in lines if line.startswith("RssAnon"))
+            peak[0] = max(peak[0], 1024 * int(found.split()[1]))
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        watching.join()
+
+
+def main() -> None:
+    """Do the work in this process; prints the peaks in MB (10^6 bytes), and the parameters."""
+    name, seed, method, size, threads, calibration = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    give_back_freed_memory()
+    share = 1.0 if size == "None" else float(size)
+    with peak_of_anonymous() as anonymous:
+        parameters = work(name, int(seed), method, share, int(calibration))
+    resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(resident / 1e6, anonymous[0] / 1e6, parameters)
+
+
+if __name__ == "__main__":
+    main()
