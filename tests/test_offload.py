@@ -176,9 +176,16 @@ def test_who_has_too_little_memory_is_told(tmp_path: Path, monkeypatch: pytest.M
 
 
 @on_linux
-def test_available_memory_is_within_the_machines() -> None:
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def test_available_memory_is_the_machines_or_its_containers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, machine = tmp_path / "limit", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    monkeypatch.setattr(offload, "LIMITS", (limit,))
     assert 0 < (offload.available_memory() or 0) <= machine
+    limit.write_text("max\n")
+    assert 4096 < (offload.available_memory() or 0) <= machine
+    limit.write_text("4096\n")
+    assert offload.available_memory() == 4096
 
 
 def test_a_model_elsewhere_is_refused(tmp_path: Path) -> None:

@@ -20,7 +20,11 @@ from torch import Tensor
 from rankfold.errors import InputError
 
 SMALL = 1 << 18  # bytes up to which a tensor stays in memory
-LIMIT_FILES = ("max", "current")  # of a control group of Linux, its limit and what it uses
+# Of what a container may take: control groups of Linux, version 2 and 1.
+LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 IN_MEMORY = 40  # bytes a parameter that a run takes without a folder (README, limits)
 
 
@@ -108,11 +112,8 @@ def available_memory() -> int | None:
         return None
     amounts = dict(line.split(":", 1) for line in lines)
     available = 1024 * int(amounts["MemAvailable"].split()[0])
-    try:  # a container's own limit
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{what}").read_text() for what in LIMIT_FILES)
-    except OSError:
-        return available
-    return available if limit.strip() == "max" else min(available, int(limit) - int(used))
+    found = (file.read_text().strip() for file in LIMITS if file.exists())
+    return min([available, *(int(limit) for limit in found if limit != "max")])
 
 
 def check_offload(offload: Offload, device: str) -> None:
