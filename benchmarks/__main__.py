@@ -25,7 +25,7 @@ from benchmarks.documents import write_tables
 from benchmarks.field import RESULTS, Row, Runner
 from benchmarks.field_models import FIELD_MODELS, VISION
 from benchmarks.field_report import DOCUMENTS, all_tables, draw, draw_ranks
-from benchmarks.memory import MemoryRow, measure_memory
+from benchmarks.memory import PRODUCTS, MemoryRow, measure_memory
 from benchmarks.methods import METHODS
 from benchmarks.rows import read_rows
 from benchmarks.speed import SpeedRow, measure_speed, sibling
@@ -41,7 +41,8 @@ def main() -> None:
     )
     run.add_argument("axis", choices=AXES)
     run.add_argument("--models", nargs="+", choices=[*FIELD_MODELS])
-    run.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS])
+    known = [*METHODS, *PRODUCTS]
+    run.add_argument("--methods", nargs="+", choices=known, default=known)
     run.add_argument("--sizes", nargs="+", type=float, default=[0.9, 0.7, 0.5])
     run.add_argument("--seeds", nargs="+", type=int, default=[0])
     run.add_argument("--calibration", type=int, help="examples, in place of the model's own number")
@@ -68,18 +69,17 @@ def _run(options: Namespace) -> None:
     models = options.models or (VISION if options.axis == "vision" else ["resnet20"])
     quality = options.axis in ("quality", "vision", "all")
     runner = Runner(options.results, options.device) if quality else None
+    methods = [method for method in options.methods if method in METHODS]
     for name in models:
         for seed in options.seeds:
             if runner is not None:
-                runner.run(
-                    name, seed, options.methods, options.sizes, options.calibration, options.test
-                )
+                runner.run(name, seed, methods, options.sizes, options.calibration, options.test)
             if options.axis in ("speed", "all"):
                 measure_speed(
                     options.results,
                     name,
                     seed,
-                    options.methods,
+                    methods,
                     options.sizes,
                     options.device,
                     options.dtype,

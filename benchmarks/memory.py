@@ -36,6 +36,7 @@ from rankfold.modes import evaluation_mode
 from rankfold.progress import SilentProgress
 
 DENSE, PRODUCT, OFFLOADED = "dense", "lossless", "lossless-offloaded"
+PRODUCTS = (PRODUCT, OFFLOADED)
 LABELS = {
     DENSE: "dense, evaluated only",
     PRODUCT: "`rankfold lossless`",
@@ -83,8 +84,9 @@ def measure_memory(
     """One process after the other, each for one model."""
     file = sibling(results, "memory")
     done = {row.key for row in read_rows(file, MemoryRow)}
-    product = [(method, size) for method in (PRODUCT, OFFLOADED) for size in sizes]
-    for method, size in [(DENSE, None), *product, *sizes_of(methods, sizes)]:
+    product = [(method, size) for method in methods if method in PRODUCTS for size in sizes]
+    others = sizes_of([method for method in methods if method in METHODS], sizes)
+    for method, size in [(DENSE, None), *product, *others]:
         if (name, seed, method, size) in done:
             continue
         command = [sys.executable, "-m", "benchmarks.memory", name, str(seed), method]

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import io
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from rankfold import progress as module
-from rankfold.progress import SilentProgress, TerminalProgress, run_stage
+from rankfold.freed_memory import trim_freed_memory
+from rankfold.progress import SilentProgress, TerminalProgress, TrimmingProgress, run_stage
 
 
 def test_silent_progress_passes_items_through() -> None:
@@ -38,3 +42,35 @@ def test_bar_on_a_terminal_is_removed_also_after_an_error() -> None:
 
 def test_run_stage_returns_the_result() -> None:
     assert run_stage(SilentProgress(), "one", lambda: 42) == 42
+
+
+def test_freed_memory_is_given_back_between_steps_and_at_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    times: list[int] = []
+    clock = iter([0, 0.5, 1.1, 1.1, 2.0, 2.2, 2.2])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    seen: list[str] = []
+    monkeypatch.setattr(module, "trim_freed_memory", lambda: times.append(len(seen)))
+    for item in TrimmingProgress(SilentProgress()).track("abcd", "stage", 4):
+        seen.append(item)
+    assert seen == ["a", "b", "c", "d"]
+    assert times == [2, 4, 4]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_small_freed_blocks_go_back_to_the_system() -> None:
+    def resident() -> int:
+        status = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) << 10
+
+    trim_freed_memory()
+    before = resident()
+    # Every other block stays, so that the heap can't shrink from its end.
+    blocks = [torch.ones(25_000) for _ in range(2_000)]
+    kept = blocks[::2]
+    grown = resident() - before
+    del blocks
+    trim_freed_memory()
+    assert resident() - before < 0.7 * grown
+    assert len(kept) == 1_000

@@ -23,9 +23,10 @@ from rankfold.certify import (
 from rankfold.collected import collect
 from rankfold.data import Data, split
 from rankfold.errors import InputError
+from rankfold.freed_memory import trim_freed_memory
 from rankfold.offload import Offload
 from rankfold.outcome import result_of, result_of_fixed_sequence
-from rankfold.progress import Progress
+from rankfold.progress import Progress, SilentProgress, TrimmingProgress
 from rankfold.result import Result
 from rankfold.search import favoured, of_size, within_margin
 from rankfold.settings import Settings, SizeOf, check_size
@@ -145,6 +146,8 @@ def prepare(
     """
     chosen = Settings(**settings)
     _check_metrics(metrics)
+    progress = TrimmingProgress(progress or SilentProgress())
+    trim_freed_memory()  # what opening the model left
     offload = Offload(None if offload_folder is None else Path(offload_folder))
     collected = collect(
         model, data, chosen, loss=loss, metrics=metrics, progress=progress, offload=offload
