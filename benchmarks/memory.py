@@ -93,14 +93,17 @@ def measure_memory(
         command += [str(size), str(threads), str(calibration or FIELD_MODELS[name][1])]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode:
-            print(f"{name} {method} {size}: {run.stderr.strip().splitlines()[-1]}", flush=True)
+            # The exit status: a process that was killed for memory says nothing itself.
+            said = (run.stderr.strip().splitlines() or [""])[-1]
+            print(f"{name} {method} {size}: exit {run.returncode}, {said}", flush=True)
             continue
         resident, anonymous, parameters = run.stdout.split()[-3:]
         row = MemoryRow(
             name, seed, method, size, float(resident), float(anonymous), int(parameters)
         )
         append_row(file, row)
-        print(f"{name} {method} {size}: {row.megabytes:.0f} MB, {row.anonymous:.0f} anonymous")
+        found = f"{row.megabytes:.0f} MB, {row.anonymous:.0f} anonymous"
+        print(f"{name} {method} {size}: {found}", flush=True)
 
 
 def work(name: str, seed: int, method: str, size: float, calibration: int) -> int:
@@ -133,6 +136,12 @@ def work(name: str, seed: int, method: str, size: float, calibration: int) -> in
     return rankfold.sizes.model_parameters(model)
 
 
+def anonymous_bytes() -> int:
+    """Resident memory of this process that is of no file; on Linux."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(status["RssAnon"].split()[0])
+
+
 @contextmanager
 def peak_of_anonymous() -> Iterator[list[int]]:
     """Its first element is the most bytes of anonymous resident memory that this process had."""
@@ -140,9 +149,7 @@ def peak_of_anonymous() -> Iterator[list[int]]:
 
     def watch() -> None:
         while not over.wait(SAMPLES_EVERY):
-            lines = Path("/proc/self/status").read_text().splitlines()
-            found = next(line for line in lines if line.startswith("RssAnon"))
-            peak[0] = max(peak[0], 1024 * int(found.split()[1]))
+            peak[0] = max(peak[0], anonymous_bytes())
 
     watching = threading.Thread(target=watch, daemon=True)
     watching.start()

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import rankfold
+from benchmarks.memory import anonymous_bytes
 from rankfold import Data, InputError, offload
 from rankfold.offload import Offload
 from tests.small_models import (
@@ -32,12 +33,6 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tensors lie in files, too."""
     monkeypatch.setattr(offload, "SMALL", 0)
-
-
-def anonymous_bytes() -> int:
-    """Resident memory of this process that is of no file."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * int(status["RssAnon"].split()[0])
 
 
 def files_of(folder: Path) -> list[str]:

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import io
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
+from benchmarks.memory import anonymous_bytes
 from rankfold import progress as module
 from rankfold.freed_memory import trim_freed_memory
 from rankfold.progress import SilentProgress, TerminalProgress, TrimmingProgress, run_stage
@@ -60,17 +60,13 @@ def test_freed_memory_is_given_back_between_steps_and_at_the_end(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_small_freed_blocks_go_back_to_the_system() -> None:
-    def resident() -> int:
-        status = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) << 10
-
     trim_freed_memory()
-    before = resident()
+    before = anonymous_bytes()
     # Every other block stays, so that the heap can't shrink from its end.
     blocks = [torch.ones(25_000) for _ in range(2_000)]
     kept = blocks[::2]
-    grown = resident() - before
+    grown = anonymous_bytes() - before
     del blocks
     trim_freed_memory()
-    assert resident() - before < 0.7 * grown
+    assert anonymous_bytes() - before < 0.7 * grown
     assert len(kept) == 1_000

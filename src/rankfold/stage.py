@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias, TypeVar, cast, get_args
@@ -361,9 +361,10 @@ class Stage:
         dense = cast("MatrixLayer", cast("Any", self.module(name, choice)).to_dense())
         return weight_matrix(dense)
 
-    def weights(self, plan: RankPlan) -> dict[str, Tensor]:
-        """What a plan makes of all weights."""
-        return {name: self.weight(name, choice) for name, choice in plan.items()}
+    def weights(self, plan: RankPlan) -> Iterator[tuple[str, Tensor]]:
+        """What a plan makes of all weights, one after the other."""
+        for name, choice in plan.items():
+            yield name, self.weight(name, choice)
 
     def look_at(self, plan: RankPlan) -> nn.Module:
         """A model that computes what a plan's model does, with one weight a layer.
@@ -501,7 +502,7 @@ class Stage:
             self._with_weights(collected.base, weights)
             for weights in (
                 ((name, self._moved(name)) for name in collected.matrices),
-                ((name, self.weight(name, choice)) for name, choice in measured.plan.items()),
+                self.weights(measured.plan),
             )
         )
         shares = measured_shares(
@@ -569,7 +570,7 @@ class Stage:
                 break
             reached = (spent + reached) / 2
         plan = candidate.plan
-        base = with_replaced(self.collected.base, {}, self.weights(plan))
+        base = with_replaced(self.collected.base, {}, dict(self.weights(plan)))
         collected = replace(
             self.collected,
             base=base,
