@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,6 +32,7 @@ from rankfold.integrations import transformers as hf
 from rankfold.integrations.vision import NamedModel, make_named
 from rankfold.json_file import read_bytes, read_json
 from rankfold.layer_matrix import MatrixLayer
+from rankfold.memory_layout import lay_out, unusual_orders
 from rankfold.modules import FORMS, Form, LowRankConv2d, LowRankLinear, left_rows
 from rankfold.replace import put_modules
 from rankfold.sizes import stored_tensors
@@ -108,6 +109,7 @@ def save_artifact(
     target = Path(folder)
     check_output(target, overwrite)
     tensors, aliases = stored_tensors(model)
+    orders = unusual_orders(tensors)
     of_transformers = hf.is_transformers_model(model)
     complete: Manifest = {
         "format_version": FORMAT_VERSION,
@@ -119,6 +121,7 @@ def save_artifact(
             "computed_buffers": _computed_buffers(model),
             **({"dtype": str(cast("Any", model).dtype)} if of_transformers else {}),
             **({} if source is None else {"source": source.as_dict()}),
+            **({"axes_in_memory": orders} if orders else {}),
         },
         **manifest,
     }
@@ -374,6 +377,12 @@ def _is_rank(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _is_order(value: object) -> bool:
+    """Whether a value is a list of ``0, 1, ..., n - 1`` in some order."""
+    numbers = isinstance(value, list) and all(type(axis) is int for axis in value)
+    return numbers and sorted(cast("list[int]", value)) == [*range(len(cast("list[int]", value)))]
+
+
 def check_structure(manifest: Mapping[str, Any], where: str) -> None:
     """Check the version and every field that loading relies on.
 
@@ -418,6 +427,11 @@ def check_structure(manifest: Mapping[str, Any], where: str) -> None:
     expect(
         isinstance(buffers, dict) and all(str(value) in _FLOATS for value in buffers.values()),
         "an object of types model.computed_buffers",
+    )
+    orders = model.get("axes_in_memory", {})
+    expect(
+        isinstance(orders, dict) and all(_is_order(axes) for axes in orders.values()),
+        "an object of orders of axes model.axes_in_memory",
     )
     names = manifest.get("unpacked")
     expect(
@@ -486,7 +500,9 @@ def fill(
                 modules |= empty_modules(model, entry, where)
         before = put_modules(model, modules)
         aliases = manifest["model"]["shared_tensors"]
+        orders = manifest["model"].get("axes_in_memory", {})
         check_fit(model, tensors, aliases, where)
+        check_orders(orders, tensors, where)
         if as_saved:
             check_digest(manifest, tensors, where)
         _put_tensors(model, tensors, aliases)
@@ -495,7 +511,25 @@ def fill(
         put_back(model, packed)
         raise
     restore_computed_buffers(model, manifest["model"]["computed_buffers"])
+    lay_out(model, orders)
     return model
+
+
+def check_orders(
+    orders: Mapping[str, Sequence[int]], tensors: Mapping[str, Tensor], where: str
+) -> None:
+    """Refuse an order of axes for a tensor that is not there, or has another number of axes.
+
+    Raises:
+        InputError: It is named.
+    """
+    for name, axes in orders.items():
+        found = f"has {tensors[name].dim()}" if name in tensors else "is not there"
+        if name not in tensors or tensors[name].dim() != len(axes):
+            raise InputError(
+                f"{where} is damaged: model.axes_in_memory names {len(axes)} axes of {name}, "
+                f"which {found}."
+            )
 
 
 def restore_computed_buffers(model: nn.Module, dtypes: Mapping[str, str]) -> None:

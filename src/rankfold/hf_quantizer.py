@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rankfold.artifact import (
     check_digest,
+    check_orders,
     check_structure,
     empty_modules,
     read_tensors,
@@ -27,6 +28,7 @@ from rankfold.artifact import (
 )
 from rankfold.errors import InputError, opening_an_artifact
 from rankfold.integrations.transformers import QUANT_METHOD, is_transformers_model
+from rankfold.memory_layout import lay_out
 from rankfold.replace import put_modules
 from rankfold.unpack import unpack_named
 
@@ -34,7 +36,6 @@ if TYPE_CHECKING:  # this is imported while transformers itself is half imported
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _WHERE = "the quantization_config of config.json"
-_ALIGNMENT = 64  # bytes; torch's own allocations have it
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -119,6 +120,7 @@ class RankfoldQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
                 tensors = {name: tensor for file in files for name, tensor in file.items()}
                 check_digest(structure, tensors, str(Path(checkpoint_files[0]).parent))
 
+    @opening_an_artifact()
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         structure = self.quantization_config.__dict__
         if structure["model"].get("dtype") == str(self.dtype):
@@ -128,11 +130,11 @@ class RankfoldQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
                 model,
                 {found: dtype for name, dtype in buffers.items() if (found := here.of(name))},
             )
-        with torch.no_grad():
-            for tensor in (*model.parameters(), *model.buffers()):
-                # Kernels sum in another order where memory is not aligned as torch's own.
-                if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
-                    tensor.data = tensor.data.clone()
+        here = _Names(model, strict=False)
+        orders = structure["model"].get("axes_in_memory", {})
+        orders = {found: axes for name, axes in orders.items() if (found := here.of(name))}
+        check_orders(orders, model.state_dict(), _WHERE)
+        lay_out(model, orders)
         _mark_as_ordinary(model)
 
     def is_serializable(self) -> bool:

@@ -45,6 +45,7 @@ from rankfold.interactions import (
 )
 from rankfold.layer_matrix import MatrixLayer, kept_dtype, weight_matrix
 from rankfold.linalg import Damping
+from rankfold.memory_layout import lay_out
 from rankfold.modules import FORMS, Form
 from rankfold.objectives import (
     OBJECTIVES,
@@ -691,6 +692,7 @@ class Candidate:
         model = self.stage.build(self.plan)
         if self.refit is not None:
             put_modules(model, copy.deepcopy(dict(self.refit.modules)))
+        lay_out(model)  # as it will be once it was saved and loaded
         return model
 
     @property
