@@ -1,7 +1,7 @@
 """The same small runs each time, and the digests of what they write: shows that no result changed.
 
-    python -m benchmarks.fixed_runs before          # runs all, writes to benchmarks/out/before
-    python -m benchmarks.fixed_runs after before    # runs all, and compares with those
+    python -m tests.fixed_runs before          # runs all, writes to benchmarks/out/before
+    python -m tests.fixed_runs after before    # runs all, and compares with those
 
 A change of the code that is to change no result is made between the two. Digests are those of
 ``model.safetensors``, of ``rankfold.json`` without the libraries' versions, and of the plan and the
@@ -35,7 +35,7 @@ from rankfold.cli import app
 from tests.small_models import image_data, pairs, trained_cnn
 from tests.tiny_language_model import save_tiny_llama
 
-FOLDER = Path(__file__).parent / "out"
+FOLDER = Path(__file__).parents[1] / "benchmarks" / "out"
 Run = Callable[[Path], None]
 
 
