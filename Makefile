@@ -36,7 +36,7 @@ test: lint
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 test-vision: $(VISION)/.installed
-	$(VISION)/bin/python -m pytest tests/test_vision_models.py
+	$(VISION)/bin/python -m pytest tests/integrations/test_vision_models.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

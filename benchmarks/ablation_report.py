@@ -11,7 +11,7 @@ from benchmarks import figures
 from benchmarks.ablation_runs import OWN_TEXT, VARIANTS, Row
 from benchmarks.documents import DOCS, markdown, seconds, spread
 from benchmarks.figures import BLUE, GREEN, PURPLE, RED
-from rankfold.certify import DEFAULT_MARGIN
+from rankfold.certificate.statement import DEFAULT_MARGIN
 
 DOCUMENT = DOCS / "ablation.md"
 BEYOND = 0.4  # nats: larger changes are written at the figure's edge

@@ -22,14 +22,14 @@ from benchmarks.field_models import (
 )
 from benchmarks.kept_statistics import collect_or_read, kept_file
 from benchmarks.rows import Recorder
-from rankfold.certify import paired_change
-from rankfold.collected import Collected
+from rankfold.certificate.change import paired_change
 from rankfold.compress import Preparation
-from rankfold.data import Data, Part, as_part
-from rankfold.overlap import refuse_copies
+from rankfold.data.copies import refuse_copies
+from rankfold.data.parts import Data, Part, as_part
+from rankfold.search.round import choose_damping
+from rankfold.search.study import Collected
 from rankfold.settings import Settings
-from rankfold.stage import choose_damping
-from rankfold.tasks import Evaluation, evaluate
+from rankfold.tasks.evaluation import Evaluation, evaluate
 
 MODELS = [*LANGUAGE, *VISION]
 # What only the gradient of the loss at the labels makes a difference to.

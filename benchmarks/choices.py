@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.losses import output_of
-from rankfold.modes import evaluation_mode
-from rankfold.tasks import on_device
+from rankfold.model.evaluation_mode import evaluation_mode
+from rankfold.tasks.evaluation import on_device
+from rankfold.tasks.losses import output_of
 
 QUESTIONS = 100
 ANSWERS = 4

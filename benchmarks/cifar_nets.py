@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankfold.losses import logits_of
+from rankfold.tasks.losses import logits_of
 
 if TYPE_CHECKING:
     from benchmarks.cifar10 import PerChannel

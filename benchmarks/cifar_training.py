@@ -27,7 +27,7 @@ from benchmarks.cifar10 import PerChannel, cifar10_test, normalised, training_fi
 from benchmarks.cifar_nets import accuracy_and_loss
 from benchmarks.resnext import resnext
 from benchmarks.vit import vit
-from rankfold.losses import logits_of
+from rankfold.tasks.losses import logits_of
 
 MODELS = Path(__file__).parent / "models"
 CHECKPOINTS = Path(__file__).parent / "out"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from rankfold.freed_memory import give_back_freed_memory
+from rankfold.machine.freed_memory import give_back_freed_memory
 
 
 def commands(

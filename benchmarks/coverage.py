@@ -38,8 +38,8 @@ from scipy import stats
 
 from benchmarks.documents import markdown
 from benchmarks.rows import append_row, read_rows
-from rankfold.bounds import Array, BettingTest, mean_p_value, share_bound
-from rankfold.certify import REACH
+from rankfold.certificate.bounds import Array, BettingTest, mean_p_value, share_bound
+from rankfold.certificate.statement import REACH
 
 RESULTS = Path(__file__).parent / "out" / "coverage.jsonl"
 ALPHA = 0.05
@@ -263,7 +263,7 @@ def betting_refutes(x: Array, mean: float, largest: float, selection: Array) -> 
 
 def widths(x: Array, highest: Array, count: int = 100) -> float:
     """Median distance of the bounded bound from the mean, in those of the t bound."""
-    from rankfold.bounds import bounded_bound
+    from rankfold.certificate.bounds import bounded_bound
 
     n = x.shape[1]
     ratios = []
@@ -345,7 +345,7 @@ def real(sizes: Sequence[float], done: set[tuple[str, int, str]]) -> Iterator[Ro
     from benchmarks.cifar10 import cifar10_test, cifar10_train
     from benchmarks.cifar_nets import load_cifar_net
     from rankfold.compress import prepare
-    from rankfold.data import Data
+    from rankfold.data.parts import Data
 
     model, mean_, std = load_cifar_net("akamaster_resnet20")
     images, labels = cifar10_test(mean_, std)

@@ -29,16 +29,18 @@ from benchmarks.kept_statistics import collect_or_read, kept_file
 from benchmarks.methods import METHODS
 from benchmarks.methods.method import Compressed, Study
 from benchmarks.rows import Recorder
-from rankfold.certify import DEFAULT_MARGIN, certify, paired_change, state
-from rankfold.collected import Collected, collect
-from rankfold.data import Part
+from rankfold.certificate.certify import certify
+from rankfold.certificate.change import paired_change
+from rankfold.certificate.statement import DEFAULT_MARGIN, state
+from rankfold.data.parts import Part
 from rankfold.errors import InputError
-from rankfold.losses import output_of, without_labels
-from rankfold.modes import evaluation_mode
-from rankfold.progress import Progress
-from rankfold.report import model_sizes
+from rankfold.files.tensors import model_sizes
+from rankfold.machine.progress import Progress
+from rankfold.model.evaluation_mode import evaluation_mode
+from rankfold.search.study import Collected, collect
 from rankfold.settings import Settings
-from rankfold.tasks import Evaluation, evaluate, on_device
+from rankfold.tasks.evaluation import Evaluation, evaluate, on_device
+from rankfold.tasks.losses import output_of, without_labels
 
 RESULTS = Path(__file__).parent / "out" / "field.jsonl"
 

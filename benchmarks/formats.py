@@ -38,11 +38,12 @@ from benchmarks.cifar10 import cifar10_test
 from benchmarks.cifar_nets import akamaster_resnet20, load_cifar_net
 from benchmarks.documents import markdown
 from benchmarks.rows import append_row, read_rows
-from rankfold.data import Data
-from rankfold.export import FILES, TARGETS
-from rankfold.integrations.torch_export import largest_difference
-from rankfold.programs import PROGRAMS, write_program
-from rankfold.sizes import safetensors_bytes, stored_tensors
+from rankfold.data.parts import Data
+from rankfold.export.export import FILES, TARGETS
+from rankfold.export.torch_export import largest_difference
+from rankfold.export.traced import PROGRAMS, write_program
+from rankfold.files.tensors import safetensors_bytes
+from rankfold.model.sizes import stored_tensors
 
 OUT = Path(__file__).parent / "out"
 RESULTS = OUT / "formats.jsonl"

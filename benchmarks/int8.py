@@ -27,10 +27,10 @@ from benchmarks.field_models import FIELD_MODELS, TASKS
 from benchmarks.methods.int8 import row_scales
 from benchmarks.rows import append_row, read_rows
 from rankfold import prepare
-from rankfold.block_modules import ColumnBlocksLinear, RowBlocksLinear
-from rankfold.certify import paired_change
-from rankfold.conv_modules import SpatialConv2d, TuckerConv2d
-from rankfold.modules import LowRankConv2d, LowRankLinear
+from rankfold.certificate.change import paired_change
+from rankfold.forms.blocks.modules import ColumnBlocksLinear, RowBlocksLinear
+from rankfold.forms.conv.modules import SpatialConv2d, TuckerConv2d
+from rankfold.forms.low_rank.modules import LowRankConv2d, LowRankLinear
 
 RESULTS = Path(__file__).parent / "out" / "int8.jsonl"
 

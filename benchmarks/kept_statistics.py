@@ -16,13 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rankfold.calibrate import Curvature, DominantRows, LayerStatistics
-from rankfold.collected import Collected, collect
-from rankfold.data import Data
-from rankfold.device import device_of
-from rankfold.linalg import Damping
-from rankfold.progress import Progress
+from rankfold.data.parts import Data
+from rankfold.machine.device import device_of
+from rankfold.machine.progress import Progress
+from rankfold.maths.linalg import Damping
+from rankfold.search.study import Collected, collect
 from rankfold.settings import Settings
+from rankfold.statistics.labels import Curvature
+from rankfold.statistics.layer_statistics import DominantRows, LayerStatistics
 
 # Of the files: what one of another number holds is not what the code would find today.
 FORMAT = 3

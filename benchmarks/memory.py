@@ -29,11 +29,12 @@ from benchmarks.field_models import FIELD_MODELS, TASKS, limits_of
 from benchmarks.methods import METHODS
 from benchmarks.rows import append_row, read_rows
 from benchmarks.speed import sibling
-from rankfold.data import default_batch_size
-from rankfold.freed_memory import give_back_freed_memory
-from rankfold.losses import output_of, without_labels
-from rankfold.modes import evaluation_mode
-from rankfold.progress import SilentProgress
+from rankfold.data.parts import default_batch_size
+from rankfold.machine.freed_memory import give_back_freed_memory
+from rankfold.machine.progress import SilentProgress
+from rankfold.model.evaluation_mode import evaluation_mode
+from rankfold.model.sizes import model_parameters
+from rankfold.tasks.losses import output_of, without_labels
 
 DENSE, PRODUCT, OFFLOADED = "dense", "lossless", "lossless-offloaded"
 PRODUCTS = (PRODUCT, OFFLOADED)
@@ -113,7 +114,7 @@ def work(name: str, seed: int, method: str, size: float, calibration: int) -> in
         if not METHODS[method].fits(study):
             raise SystemExit(f"{method} is not for {name}")
         METHODS[method].prepare(study)(size)
-        return rankfold.sizes.model_parameters(study.collected.model)
+        return model_parameters(study.collected.model)
     model, data = FIELD_MODELS[name][0](seed, calibration)
     if method == DENSE:
         count = default_batch_size(data.held_out[0])
@@ -133,7 +134,7 @@ def work(name: str, seed: int, method: str, size: float, calibration: int) -> in
                 seed=seed,
                 **limits_of(data),
             )
-    return rankfold.sizes.model_parameters(model)
+    return model_parameters(model)
 
 
 def anonymous_bytes() -> int:

@@ -16,17 +16,17 @@ from benchmarks.cifar10 import cifar10_test, normalised
 from benchmarks.cifar_training import MEAN, STD, kept_images, load_trained, training_images
 from benchmarks.field_models import limits_of
 from benchmarks.rows import Recorder
-from rankfold.allocate import RankPlan
-from rankfold.certify import Change, weighted_mean
-from rankfold.collected import collect
-from rankfold.data import Data
+from rankfold.certificate.change import Change, weighted_mean
+from rankfold.data.parts import Data
 from rankfold.errors import InputError
-from rankfold.modules import Form
-from rankfold.objectives import ObjectiveName
-from rankfold.search import of_size
+from rankfold.forms.storage import Form
+from rankfold.objective import ObjectiveName
+from rankfold.search.allocate import RankPlan
+from rankfold.search.plans import of_size
+from rankfold.search.round import Stage, lowest
+from rankfold.search.study import collect
 from rankfold.settings import Settings
-from rankfold.stage import Stage, lowest
-from rankfold.tasks import Evaluation, on_device
+from rankfold.tasks.evaluation import Evaluation, on_device
 
 CALIBRATION, SELECTION, TEST = 3_000, 2_000, 5_000
 SMALLEST_TO = 0.002  # share of the parameters to which the smallest plan of a rule is searched

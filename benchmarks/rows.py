@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from rankfold.progress import TerminalProgress
+from rankfold.machine.progress import TerminalProgress
 
 Row = TypeVar("Row")
 

@@ -27,10 +27,10 @@ from benchmarks.int8 import in_int8
 from benchmarks.methods import METHODS
 from benchmarks.rows import append_row, read_rows
 from rankfold.errors import InputError
-from rankfold.losses import output_of, without_labels
-from rankfold.modes import evaluation_mode
-from rankfold.progress import TerminalProgress
-from rankfold.tasks import on_device
+from rankfold.machine.progress import TerminalProgress
+from rankfold.model.evaluation_mode import evaluation_mode
+from rankfold.tasks.evaluation import on_device
+from rankfold.tasks.losses import output_of, without_labels
 
 BATCHES = (1, 8, 32)
 ROUNDS = 15

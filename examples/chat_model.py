@@ -17,8 +17,8 @@ from pydoc_data.topics import topics
 import torch
 
 import rankfold
-from rankfold.demo import model_file
-from rankfold.inputs import DataOptions, open_data, open_model
+from rankfold.cli.demo import model_file
+from rankfold.cli.open import DataOptions, open_data, open_model
 
 LENGTH = 128  # tokens
 

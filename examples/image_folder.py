@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 import rankfold
-from rankfold.sources import read_image_folder
+from rankfold.data.sources import read_image_folder
 
 SIDE = 24
 SHAPES = ("cross", "disc", "square", "stripes")

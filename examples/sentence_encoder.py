@@ -15,8 +15,8 @@ from pydoc_data.topics import topics
 import torch
 
 import rankfold
-from rankfold.inputs import open_model
-from rankfold.tasks import unit_embeddings
+from rankfold.cli.open import open_model
+from rankfold.tasks.agreement import unit_embeddings
 
 
 def sentences(count: int) -> list[str]:

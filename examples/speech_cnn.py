@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import rankfold
-from rankfold.sources import read_wav_folder
+from rankfold.data.sources import read_wav_folder
 
 RATE, LENGTH = 4000, 1000
 

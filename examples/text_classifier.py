@@ -22,7 +22,7 @@ from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import rankfold
-from rankfold.inputs import DataOptions, OpenedModel, open_data
+from rankfold.cli.open import DataOptions, OpenedModel, open_data
 
 PAGES = ("compound", "formatstrings", "specialnames", "types")
 LENGTH = 48  # tokens

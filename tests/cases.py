@@ -132,5 +132,5 @@ ignore_even_same = pytest.mark.filterwarnings("ignore:Using padding='same' with 
 
 def leave_identity_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no conv multiply the identity rows of its factors, as those of high ranks don't."""
-    for module in ("modules", "conv_modules"):
-        monkeypatch.setattr(f"rankfold.{module}.multiplies_identity", lambda *_: False)
+    for module in ("layer", "conv.modules"):
+        monkeypatch.setattr(f"rankfold.forms.{module}.multiplies_identity", lambda *_: False)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rankfold.block_modules import BlocksConv2d, ColumnBlocksLinear, RowBlocksLinear
-from rankfold.conv_modules import SpatialConv2d, TuckerConv2d
-from rankfold.modules import LowRankConv2d, LowRankLinear
+from rankfold.forms.blocks.modules import BlocksConv2d, ColumnBlocksLinear, RowBlocksLinear
+from rankfold.forms.conv.modules import SpatialConv2d, TuckerConv2d
+from rankfold.forms.low_rank.modules import LowRankConv2d, LowRankLinear
 
 CHANNELS, RANK, FEATURES, LINEAR_RANK = 48, 10, 256, 20
 IMAGE = (CHANNELS, 12, 12)

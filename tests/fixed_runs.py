@@ -31,7 +31,7 @@ import rankfold
 from benchmarks import package_folder
 from benchmarks.cifar10 import cifar10_test
 from benchmarks.cifar_nets import load_cifar_net
-from rankfold.cli import app
+from rankfold.cli.commands import app
 from tests.small_models import image_data, pairs, trained_cnn
 from tests.tiny_language_model import save_tiny_llama
 

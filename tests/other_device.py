@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils.data import TensorDataset
 
 import rankfold
-from rankfold import unpack
+from rankfold.model import unpack
 
 aten = torch.ops.aten
 COPIES = (aten._to_copy.default, aten.copy_.default)

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rankfold.data import Data, Part, as_part
+from rankfold.data.parts import Data, Part, as_part
 
 torch.set_num_threads(1)  # on tensors this small a second thread costs more than it gives
 

@@ -8,19 +8,21 @@ from safetensors.torch import load_file
 from torch import nn
 
 import rankfold
-from rankfold import Data, InputError, collected, stage
-from rankfold.block_modules import BLOCK_FORMS
-from rankfold.conv_forms import conv_factors
-from rankfold.conv_modules import CONV_FORMS
+from rankfold import Data, InputError
+from rankfold.forms.blocks.modules import BLOCK_FORMS
+from rankfold.forms.conv.fit import conv_factors
+from rankfold.forms.conv.modules import CONV_FORMS
+from rankfold.forms.storage import FORMS, Form
+from rankfold.held_out import layer_entry
 from rankfold.integrations.transformers import own_text
-from rankfold.interactions import measured_shares
-from rankfold.modules import FORMS, Form
-from rankfold.objectives import OBJECTIVES
-from rankfold.outcome import layer_entry
-from rankfold.search import CORRECTIONS, MOST_CORRECTIONS, of_size, within_margin
+from rankfold.model.sizes import model_parameters
+from rankfold.objective import OBJECTIVES
+from rankfold.search import round as stage  # CHECK
+from rankfold.search import study as collected
+from rankfold.search.interactions import measured_shares
+from rankfold.search.plans import CORRECTIONS, MOST_CORRECTIONS, of_size, within_margin
+from rankfold.search.round import DAMPINGS
 from rankfold.settings import Settings
-from rankfold.sizes import model_parameters
-from rankfold.stage import DAMPINGS
 from tests.cases import leave_identity_out
 from tests.small_models import (
     VOCABULARY,

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 import rankfold
-import rankfold.layers
 from rankfold import InputError
-from rankfold.embedding_modules import LowRankEmbedding, LowRankHead
-from rankfold.layers import find_embeddings, find_layers
-from rankfold.modules import factor_parameters
-from rankfold.sizes import model_parameters
+from rankfold.forms.embedding.modules import LowRankEmbedding, LowRankHead
+from rankfold.forms.storage import factor_parameters
+from rankfold.model import find_layers as find_layers_module
+from rankfold.model.find_layers import find_embeddings, find_layers
+from rankfold.model.sizes import model_parameters
 from tests.command_line import rankfold as command
 from tests.small_models import seeded, tiny_llama, token_data
 from tests.test_families import FAMILIES, WORDS, _close, _model, _opened_by_its_readme, _outputs
@@ -134,7 +134,7 @@ def test_untied_matrices_are_factorized_apart(
     assert {name: list(matrix.uses) for name, matrix in found.items()} == {
         "model.embed_tokens": ["model.embed_tokens"]
     }
-    monkeypatch.setattr(rankfold.layers, "LARGEST_SIDE", WORDS - 1)
+    monkeypatch.setattr(find_layers_module, "LARGEST_SIDE", WORDS - 1)
     result = rankfold.lossless(
         model, FAMILIES["llama"].data(), size=0.5, size_of="factorizable", embeddings=True,
         include=["model.embed_tokens", "lm_head"], interactions=False,

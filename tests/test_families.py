@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 import rankfold
 from rankfold import InputError
-from rankfold.layer_matrix import matrix_shape, weight_matrix
-from rankfold.layers import find_layers
-from rankfold.modules import factor_parameters
-from rankfold.replace import with_replaced
-from rankfold.sizes import model_parameters
-from rankfold.tasks import on_device
-from rankfold.unpack import unpack
+from rankfold.forms.storage import factor_parameters
+from rankfold.model.find_layers import find_layers
+from rankfold.model.layer_matrix import matrix_shape, weight_matrix
+from rankfold.model.replace import with_replaced
+from rankfold.model.sizes import model_parameters
+from rankfold.model.unpack import unpack
+from rankfold.tasks.evaluation import on_device
 
 WORDS = 64
 RANK = 4

@@ -40,11 +40,11 @@ again = rankfold.load(sys.argv[1], model=nn.Sequential(nn.Linear(6, 8), nn.Tanh(
 assert torch.equal(again(x), result.model(x))
 assert not set(sys.modules) & set({OPTIONAL!r})
 for call in (
-    lambda: rankfold.inputs.open_model(sys.argv[2]),
-    lambda: rankfold.inputs.open_model("timm:resnet18,num_classes=10"),
-    lambda: rankfold.inputs.open_model("torchvision:resnet18"),
-    lambda: rankfold.sources.read_image_folder(sys.argv[2]),
-    lambda: rankfold.sources.read_records(pathlib.Path(sys.argv[2])),
+    lambda: rankfold.cli.open.open_model(sys.argv[2]),
+    lambda: rankfold.cli.open.open_model("timm:resnet18,num_classes=10"),
+    lambda: rankfold.cli.open.open_model("torchvision:resnet18"),
+    lambda: rankfold.data.sources.read_image_folder(sys.argv[2]),
+    lambda: rankfold.data.sources.read_records(pathlib.Path(sys.argv[2])),
     lambda: rankfold.export(sys.argv[1], sys.argv[1] + "2", to="onnx", model=model, inputs=(6,)),
 ):
     try:

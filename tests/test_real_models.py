@@ -13,10 +13,10 @@ import rankfold
 from benchmarks import cifar_nets, shared_data
 from benchmarks.cifar10 import cifar10_test, cifar10_train
 from benchmarks.cifar_nets import NETS, akamaster_resnet20, load_cifar_net
-from rankfold.data import Data
-from rankfold.inputs import open_model
-from rankfold.sizes import model_parameters
-from rankfold.sources import read_image_folder
+from rankfold.cli.open import open_model
+from rankfold.data.parts import Data
+from rankfold.data.sources import read_image_folder
+from rankfold.model.sizes import model_parameters
 
 
 def has_shared_data() -> bool:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rankfold.certificate_file import document_digest, evidence_digest, files
+from rankfold.certificate.document import document_digest, evidence_digest, files
 from tests.command_line import images, make_project, rankfold
 from tests.tiny_language_model import TEXT, save_tiny_llama
 
@@ -69,8 +69,8 @@ def test_without_the_original_its_losses_are_taken_from_the_certificate(work: Pa
 
 
 def test_the_held_out_part_alone_is_enough(work: Path) -> None:
-    from rankfold.data import split
-    from rankfold.sources import read_npz
+    from rankfold.data.parts import split
+    from rankfold.data.sources import read_npz
 
     held_out = split(read_npz(work / "data.npz"), seed=0).held_out
     x = (torch.stack([x for x, _ in held_out])[:, 0] * 255).round().byte().numpy()

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.methods.method import Study
-from rankfold.calibrate import noise_directions, sampled_losses
-from rankfold.data import Part
-from rankfold.layer_matrix import MatrixLayer, output_rows
-from rankfold.modes import evaluation_mode
-from rankfold.tasks import BatchLoss, Task, on_device
+from rankfold.data.parts import Part
+from rankfold.model.evaluation_mode import evaluation_mode
+from rankfold.model.layer_matrix import MatrixLayer, output_rows
+from rankfold.statistics.labels import noise_directions, sampled_losses
+from rankfold.tasks.evaluation import on_device
+from rankfold.tasks.losses import BatchLoss, Task
 
 GROUP = 16  # examples whose mean gradient counts as one sample, as in the published code
 FEWEST_SAMPLES = 64

@@ -24,9 +24,10 @@ from benchmarks.methods.gradients import Gradients, clipped_output_grams
 from benchmarks.methods.low_rank import Spectra, build, curve, spectra, uniform
 from benchmarks.methods.method import AtSize, Compressed, Method, Study
 from benchmarks.methods.sensitivity import Sensitivity
-from rankfold.allocate import Curve, best_within_cost
-from rankfold.linalg import damped
-from rankfold.spectrum import Spectrum, tail_energies
+from rankfold.forms.curve import Curve
+from rankfold.maths.linalg import damped
+from rankfold.maths.spectrum import Spectrum, tail_energies
+from rankfold.search.allocate import best_within_cost
 
 INPUT_SHRINKAGE, OUTPUT_SHRINKAGE, VISION_OUTPUT_SHRINKAGE = 0.1, 0.3, 0.7
 TEMPERATURE = 0.6

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.methods.method import AtSize, Compressed, Study
-from rankfold.allocate import Choice, Curve, RankPlan, total_cost, uniform_within_cost
-from rankfold.factorize import low_rank_module, truncate
-from rankfold.layer_matrix import matrix_shape
-from rankfold.modules import Form
-from rankfold.objectives import rank_costs
-from rankfold.replace import with_replaced
-from rankfold.spectrum import Spectrum, whitened_spectrum
+from rankfold.forms.curve import Choice, Curve
+from rankfold.forms.factors import truncate
+from rankfold.forms.low_rank.fit import low_rank_module
+from rankfold.forms.storage import Form
+from rankfold.maths.spectrum import Spectrum, whitened_spectrum
+from rankfold.model.layer_matrix import matrix_shape
+from rankfold.model.replace import with_replaced
+from rankfold.search.allocate import RankPlan, total_cost, uniform_within_cost
+from rankfold.search.layer_curves import rank_costs
 
 Spectra = Mapping[str, Spectrum]
 

@@ -11,11 +11,11 @@ from typing import Any, Literal, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from rankfold.collected import Collected
-from rankfold.data import Part
-from rankfold.layer_matrix import MatrixLayer, weight_matrix
-from rankfold.progress import Progress
-from rankfold.report import model_sizes
+from rankfold.data.parts import Part
+from rankfold.files.tensors import model_sizes
+from rankfold.machine.progress import Progress
+from rankfold.model.layer_matrix import MatrixLayer, weight_matrix
+from rankfold.search.study import Collected
 
 Kind: TypeAlias = Literal["peer", "ours", "outside"]
 Result = TypeVar("Result")

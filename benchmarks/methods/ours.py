@@ -16,11 +16,11 @@ from torch import nn
 
 from benchmarks.methods.int8 import rounded
 from benchmarks.methods.method import AtSize, Compressed, Kind, Method, Study
-from rankfold.modules import FORMS, Form
-from rankfold.objectives import OBJECTIVES, ObjectiveName
-from rankfold.search import of_size
+from rankfold.forms.storage import FORMS, Form
+from rankfold.objective import OBJECTIVES, ObjectiveName
+from rankfold.search.plans import of_size
+from rankfold.search.round import Stage, lowest
 from rankfold.settings import Settings
-from rankfold.stage import Stage, lowest
 
 
 def _prepared(study: Study, objective: ObjectiveName, form: Form, conv_forms: bool = True) -> Stage:

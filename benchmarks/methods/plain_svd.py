@@ -26,9 +26,9 @@ from benchmarks.methods.fisher import Fisher, fishers
 from benchmarks.methods.low_rank import spectra, uniform
 from benchmarks.methods.method import AtSize, Method, Study
 from benchmarks.methods.sensitivity import Sensitivity, threshold_search
-from rankfold.layer_matrix import MatrixLayer, call_input, input_rows
-from rankfold.modes import evaluation_mode
-from rankfold.tasks import on_device
+from rankfold.model.evaluation_mode import evaluation_mode
+from rankfold.model.layer_matrix import MatrixLayer, call_input, input_rows
+from rankfold.tasks.evaluation import on_device
 
 ALPHA = 0.5
 ASVD_RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.methods.method import AtSize, Compressed, Method, Study
-from rankfold.replace import with_replaced
-from rankfold.report import model_sizes
+from rankfold.files.tensors import model_sizes
+from rankfold.model.replace import with_replaced
 
 VALUE_BITS = 32
 

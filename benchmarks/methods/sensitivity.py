@@ -16,12 +16,12 @@ from torch import Tensor
 
 from benchmarks.methods.low_rank import Spectra, build, curve
 from benchmarks.methods.method import AtSize, Study
-from rankfold.allocate import RankPlan, total_cost
-from rankfold.data import Batch, Part
-from rankfold.losses import BatchLoss, divergence
-from rankfold.modes import evaluation_mode
-from rankfold.replace import with_replaced
-from rankfold.tasks import evaluate, on_device
+from rankfold.data.parts import Batch, Part
+from rankfold.model.evaluation_mode import evaluation_mode
+from rankfold.model.replace import with_replaced
+from rankfold.search.allocate import RankPlan, total_cost
+from rankfold.tasks.evaluation import evaluate, on_device
+from rankfold.tasks.losses import BatchLoss, divergence
 
 IMAGES = 128
 SENTENCES = 32

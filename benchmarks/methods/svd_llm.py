@@ -39,14 +39,15 @@ from benchmarks.methods.low_rank import (
     within_ratios,
 )
 from benchmarks.methods.method import AtSize, Compressed, Method, Study
-from rankfold.allocate import RankPlan, best_within_cost, uniform_within_cost
-from rankfold.calibrate import collect_statistics
-from rankfold.factorize import balanced_pair, low_rank_module, pivoted
-from rankfold.layer_matrix import MatrixLayer
-from rankfold.linalg import descending_eigh
-from rankfold.modules import Form
-from rankfold.replace import with_replaced
-from rankfold.spectrum import Spectrum, tail_energies
+from rankfold.forms.factors import balanced_pair, pivoted
+from rankfold.forms.low_rank.fit import low_rank_module
+from rankfold.forms.storage import Form
+from rankfold.maths.linalg import descending_eigh
+from rankfold.maths.spectrum import Spectrum, tail_energies
+from rankfold.model.layer_matrix import MatrixLayer
+from rankfold.model.replace import with_replaced
+from rankfold.search.allocate import RankPlan, best_within_cost, uniform_within_cost
+from rankfold.statistics.recorder import collect_statistics
 
 UPDATE_EXAMPLES, UPDATE_WINDOWS = 256, 16
 LOWEST_KEPT = 0.05  # share that V2's ratios leave of a layer at least

@@ -26,10 +26,11 @@ from benchmarks.methods.gradients import mean_gradients
 from benchmarks.methods.kfac_svd import break_even_rank
 from benchmarks.methods.low_rank import build
 from benchmarks.methods.method import AtSize, Compressed, Method, Study
-from rankfold.allocate import Choice, RankPlan
-from rankfold.modules import factor_parameters
-from rankfold.replace import with_replaced
-from rankfold.spectrum import Spectrum, whitened_spectrum
+from rankfold.forms.curve import Choice
+from rankfold.forms.storage import factor_parameters
+from rankfold.maths.spectrum import Spectrum, whitened_spectrum
+from rankfold.model.replace import with_replaced
+from rankfold.search.allocate import RankPlan
 
 CORRECTIONS = 5
 SCORED_EXAMPLES, SCORED_WINDOWS = 512, 8

@@ -2,19 +2,19 @@
 
 from importlib.metadata import version
 
-from rankfold.artifact import load
-from rankfold.certify import Certificate
+from rankfold.artifact.load import load
+from rankfold.artifact.registration import register_with_transformers
+from rankfold.certificate.certify import Certificate
 from rankfold.compress import Preparation, compact, lossless, prepare
-from rankfold.data import Data
+from rankfold.data.parts import Data
+from rankfold.data.sources import register_source
 from rankfold.errors import ArtifactError, InputError
-from rankfold.export import Exported, export
-from rankfold.hf_registration import register_with_transformers
-from rankfold.modules import LowRankConv2d, LowRankLinear
-from rankfold.progress import TerminalProgress
+from rankfold.export.export import Exported, export
+from rankfold.forms.low_rank.modules import LowRankConv2d, LowRankLinear
+from rankfold.machine.progress import TerminalProgress
 from rankfold.result import Result
 from rankfold.settings import Settings
-from rankfold.sources import register_source
-from rankfold.tasks import Metric
+from rankfold.tasks.evaluation import Metric
 from rankfold.verify import verify
 
 __version__ = version("rankfold")

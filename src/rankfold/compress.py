@@ -13,25 +13,26 @@ from typing import Any
 
 from torch import nn
 
-from rankfold.certify import (
+from rankfold.certificate.statement import (
     ACCURACY,
     DEFAULT_MARGIN,
     check_margin,
     check_metric_margin,
     fewest_units,
 )
-from rankfold.collected import collect
-from rankfold.data import Data, split
+from rankfold.data.parts import Data, split
 from rankfold.errors import InputError
-from rankfold.freed_memory import trim_freed_memory
-from rankfold.offload import Offload
-from rankfold.outcome import result_of, result_of_fixed_sequence
-from rankfold.progress import Progress, SilentProgress, TrimmingProgress
+from rankfold.held_out import result_of, result_of_fixed_sequence
+from rankfold.machine.freed_memory import trim_freed_memory
+from rankfold.machine.offload import Offload
+from rankfold.machine.progress import Progress, SilentProgress, TrimmingProgress
 from rankfold.result import Result
-from rankfold.search import favoured, of_size, within_margin
+from rankfold.search.plans import favoured, of_size, within_margin
+from rankfold.search.round import Stage, choose_damping, lowest
+from rankfold.search.study import collect
 from rankfold.settings import Settings, SizeOf, check_size
-from rankfold.stage import Stage, choose_damping, lowest
-from rankfold.tasks import LossFunction, Metric
+from rankfold.tasks.evaluation import Metric
+from rankfold.tasks.supervised import LossFunction
 
 
 def lossless(
@@ -59,7 +60,7 @@ def lossless(
         metrics: Certified beside the loss; those with a margin must hold too.
         progress: For example ``rankfold.TerminalProgress()``.
         offload_folder: Statistics, steps and spectra of all layers lie in files of this folder
-            (``rankfold.offload``), not in memory; the model must be on the CPU.
+            (``rankfold.machine.offload``), not in memory; the model must be on the CPU.
         **settings: Fields of ``Settings``.
 
     Raises:
@@ -107,7 +108,7 @@ def compact(
         metrics: Certified beside the loss; those with a margin must hold too.
         progress: For example ``rankfold.TerminalProgress()``.
         offload_folder: Statistics, steps and spectra of all layers lie in files of this folder
-            (``rankfold.offload``), not in memory; the model must be on the CPU.
+            (``rankfold.machine.offload``), not in memory; the model must be on the CPU.
         **settings: Fields of ``Settings``.
 
     Raises:

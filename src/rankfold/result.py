@@ -8,14 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from rankfold.artifact import library_versions, save_artifact
-from rankfold.certificate_file import Document, files
-from rankfold.certify import Certificate
+from rankfold.artifact.manifest import library_versions
+from rankfold.artifact.save import save_artifact
+from rankfold.certificate.certify import Certificate
+from rankfold.certificate.document import Document, files
 from rankfold.errors import InputError
 from rankfold.integrations import transformers as hf
 from rankfold.integrations.vision import NamedModel, make_named, parse_named
-from rankfold.model_card import CARD_FILE, model_card
-from rankfold.sizes import model_parameters
+from rankfold.model.sizes import model_parameters
+from rankfold.report.model_card import CARD_FILE, model_card
 
 
 @dataclass(frozen=True)

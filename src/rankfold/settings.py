@@ -7,10 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-from rankfold.calibrate import (
-    Curvature,
-)
-from rankfold.certify import (
+from rankfold.certificate.statement import (
     ACCURACY,
     DEFAULT_CONFIDENCE,
     TESTS,
@@ -18,17 +15,12 @@ from rankfold.certify import (
     check_metric_margin,
 )
 from rankfold.errors import InputError
-from rankfold.linalg import Damping
-from rankfold.modules import FORMS, Form
-from rankfold.objectives import (
-    OBJECTIVES,
-    Cost,
-    ObjectiveName,
-)
-from rankfold.spectrum import STEP_ESTIMATORS, StepEstimator
-from rankfold.tasks import (
-    TaskName,
-)
+from rankfold.forms.storage import FORMS, Form
+from rankfold.maths.gradient import STEP_ESTIMATORS, StepEstimator
+from rankfold.maths.linalg import Damping
+from rankfold.objective import OBJECTIVES, Cost, ObjectiveName
+from rankfold.statistics.labels import Curvature
+from rankfold.tasks.losses import TaskName
 
 SizeOf: TypeAlias = Literal["model", "factorizable"]
 

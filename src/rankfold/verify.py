@@ -16,8 +16,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from rankfold.artifact import MANIFEST_FILE, WEIGHTS_FILE, read_manifest, read_tensors
-from rankfold.certificate_file import (
+from rankfold.artifact.manifest import MANIFEST_FILE, WEIGHTS_FILE, read_manifest
+from rankfold.certificate.certify import Certificate
+from rankfold.certificate.document import (
     JSON_FILE,
     SHORT,
     TEXT_FILE,
@@ -25,25 +26,20 @@ from rankfold.certificate_file import (
     Evidence,
     document_digest,
     evidence_digest,
-    model_digest,
     read_document,
     read_statement,
-    tensors_digest,
     text_lines,
 )
-from rankfold.certify import ACCURACY, Certificate
-from rankfold.data import Collate, Examples, Part, as_part, content_digest
+from rankfold.certificate.statement import ACCURACY
+from rankfold.data.parts import Collate, Examples, Part, as_part, content_digest
 from rankfold.errors import InputError
-from rankfold.progress import Progress
-from rankfold.tasks import (
-    TASKS,
-    Evaluation,
-    LossFunction,
-    Metric,
-    evaluate,
-    metric_values,
-    recognise_task,
-)
+from rankfold.files.digests import model_digest, tensors_digest
+from rankfold.files.tensors import read_tensors
+from rankfold.machine.progress import Progress
+from rankfold.tasks.evaluation import Evaluation, Metric, evaluate, metric_values
+from rankfold.tasks.losses import TASKS
+from rankfold.tasks.recognise import recognise_task
+from rankfold.tasks.supervised import LossFunction
 
 Outcome: TypeAlias = Literal["agrees", "differs", "not checked"]
 

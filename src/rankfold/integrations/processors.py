@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankfold.data.sources import ImagePreparation, SoundPreparation
 from rankfold.errors import InputError, require
-from rankfold.sources import ImagePreparation, SoundPreparation
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 

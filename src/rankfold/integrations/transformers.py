@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.errors import InputError, require
-from rankfold.json_file import read_json
-from rankfold.modes import evaluation_mode
-from rankfold.modest import check_modest
-from rankfold.progress import Progress, SilentProgress
+from rankfold.files.json_file import read_json
+from rankfold.files.size_limits import check_modest
+from rankfold.machine.progress import Progress, SilentProgress
+from rankfold.model.evaluation_mode import evaluation_mode
 
 QUANT_METHOD = "rankfold"  # how config.json calls what opens the folder
 # Stands in config.json where the name of the file of weights may stand. Where rankfold is imported

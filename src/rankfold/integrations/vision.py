@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.errors import InputError, require
-from rankfold.modest import check_modest
+from rankfold.files.size_limits import check_modest
 
 LIBRARIES = ("timm", "torchvision")
 _SPEC = re.compile(rf"({'|'.join(LIBRARIES)}):([\w.-]+)((?:,[^,=]+=[^,]*)*)")

@@ -1,0 +1,1 @@
+"""The folder that a factorized model is saved in."""

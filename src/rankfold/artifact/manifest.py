@@ -1,0 +1,269 @@
+"""``rankfold.json``: what it says, and how what it says is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+from torch import Tensor
+
+from rankfold.certificate.certify import Verdict
+from rankfold.errors import InputError, opening_an_artifact
+from rankfold.files.digests import _file_digest, json_digest, tensors_digest
+from rankfold.files.json_file import read_json
+from rankfold.forms.blocks.modules import BLOCK_FORMS
+from rankfold.forms.conv.modules import CONV_FORMS
+from rankfold.forms.storage import FORMS
+from rankfold.integrations.vision import NamedModel
+
+FORMAT_VERSION = 1
+
+WEIGHTS_FILE = "model.safetensors"
+
+MANIFEST_FILE = "rankfold.json"
+
+CONFIG_FILE = "config.json"
+
+
+_FLOATS = {str(t): t for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+
+Manifest = dict[str, Any]
+
+
+def structure(manifest: Manifest) -> Manifest:
+    """The part of a manifest that rebuilds the layers; config.json holds it, too."""
+    keys = ("name", "rank", "second_rank", "form", "pivoted")
+    return {
+        "format_version": manifest["format_version"],
+        "digest": manifest.get("digest"),
+        "model": manifest["model"],
+        "unpacked": manifest.get("unpacked", []),
+        "layers": [
+            # Only embeddings have uses; a key for all would change the digests of old folders.
+            {key: entry.get(key) for key in keys}
+            | ({"uses": entry["uses"]} if entry.get("uses") else {})
+            for entry in manifest["layers"]
+            if entry["rank"] is not None
+        ],
+    }
+
+
+def artifact_digest(manifest: Manifest, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of all that decides what a model computes, but for what its own class does."""
+    said = {**structure(manifest), "digest": None}
+    return json_digest({"structure": said, "tensors": tensors_digest(tensors)})
+
+
+def check_digest(manifest: Manifest, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse layers or weights that are not those that were saved.
+
+    Raises:
+        InputError: Their digest is another. Artifacts of earlier versions have none.
+    """
+    stated = manifest.get("digest")
+    if stated is not None and stated != artifact_digest(manifest, tensors):
+        raise InputError(
+            f"the layers or weights in {where} are not those that were saved: their digest is not "
+            f"the one stated. The folder is damaged: save or copy it again. {_ON_PURPOSE}"
+        )
+
+
+def _check_config_digest(folder: Path, manifest: Manifest) -> None:
+    file, stated = folder / CONFIG_FILE, manifest.get("config_digest")
+    if stated is not None and stated != _file_digest(file):
+        raise InputError(
+            f"{file} is not the file that was saved: its digest is not the one in {MANIFEST_FILE}. "
+            f"{_ON_PURPOSE}"
+        )
+
+
+_ON_PURPOSE = "If it was changed on purpose: rankfold.load(folder, as_saved=False)."
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of rankfold and of the libraries that its numbers depend on."""
+    found: dict[str, str] = {}
+    for name in (
+        "rankfold", "torch", "numpy", "scipy", "safetensors", "transformers", "timm", "torchvision",
+    ):  # fmt: skip
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@opening_an_artifact()
+def read_manifest(folder: Path) -> Manifest:
+    """The checked content of ``rankfold.json``.
+
+    Raises:
+        ArtifactError: Missing, not JSON, of a newer format, or with fields of the wrong type.
+    """
+    file = folder / MANIFEST_FILE
+    if not file.is_file():
+        raise InputError(
+            f"{folder} is no rankfold artifact: it has no {MANIFEST_FILE}. What transformers has "
+            "saved again is opened by its from_pretrained."
+        )
+    manifest = read_json(file)
+    if not isinstance(manifest, dict):
+        raise InputError(f"{file} holds a {type(manifest).__name__}; expected a JSON object.")
+    manifest.setdefault("unpacked", [])  # not written before there was anything to unpack
+    check_structure(manifest, str(file))
+    return cast("Manifest", manifest)
+
+
+# What every artifact that rankfold itself has made says, beside its layers.
+REPORT_NUMBERS = {
+    "original": ("parameters", "factorizable_parameters", "bytes", "flops"),
+    "factorized": ("parameters", "factorizable_parameters", "bytes", "flops"),
+    "loss": ("original", "factorized", "change", "standard_error"),
+    "certificate": ("change", "standard_error", "upper_bound", "margin", "confidence", "examples"),
+}
+
+REPORT_TEXTS = {"loss": ("unit",), "certificate": ("unit", "verdict"), "model": ("class",)}
+
+LAYER_NUMBERS = ("full_rank", "parameters", "factorized_parameters")
+
+
+@opening_an_artifact()
+def read_report(folder: Path) -> Manifest:
+    """The manifest, with everything that a table of it shows.
+
+    Raises:
+        ArtifactError: As ``read_manifest``, or a field is missing.
+    """
+    manifest = read_manifest(folder)
+    problems = [
+        f"{group}.{key}"
+        for group, keys in REPORT_NUMBERS.items()
+        for key in keys
+        if not _is_number(_field(manifest.get(group), key))
+    ]
+    problems += [
+        f"{group}.{key}"
+        for group, keys in REPORT_TEXTS.items()
+        for key in keys
+        if not isinstance(_field(manifest.get(group), key), str)
+    ]
+    problems += [
+        f"layers[{index}].{key}"
+        for index, layer in enumerate(manifest["layers"])
+        for key in LAYER_NUMBERS
+        if not _is_number(layer.get(key))
+    ]
+    listed = manifest.get("not_factorized")
+    if not (isinstance(listed, list) and all(isinstance(_field(e, "reason"), str) for e in listed)):
+        problems.append("not_factorized")
+    if not isinstance(manifest.get("accuracy"), dict):
+        problems.append("accuracy")
+    if _field(manifest.get("certificate"), "verdict") not in get_args(Verdict):
+        problems.append("certificate.verdict")
+    if problems:
+        raise InputError(
+            f"{folder / MANIFEST_FILE} is damaged: {', '.join(problems[:10])} missing or of the "
+            "wrong type."
+        )
+    return manifest
+
+
+def _field(value: object, key: str) -> object:
+    return value.get(key) if isinstance(value, dict) else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_order(value: object) -> bool:
+    """Whether a value is a list of ``0, 1, ..., n - 1`` in some order."""
+    numbers = isinstance(value, list) and all(type(axis) is int for axis in value)
+    return numbers and sorted(cast("list[int]", value)) == [*range(len(cast("list[int]", value)))]
+
+
+def check_structure(manifest: Mapping[str, Any], where: str) -> None:
+    """Check the version and every field that loading relies on.
+
+    Raises:
+        InputError: Of a newer format, or a field is missing or of the wrong type; it is named.
+    """
+    found = manifest.get("format_version")
+    if not _is_rank(found):
+        raise InputError(f"{where} has the format_version {found!r}; expected a positive integer.")
+    if cast("int", found) > FORMAT_VERSION:
+        raise InputError(
+            f"{where} has format_version {found}; this rankfold reads up to {FORMAT_VERSION}. "
+            "Install a newer rankfold."
+        )
+
+    def expect(condition: bool, what: str) -> None:
+        if not condition:
+            raise InputError(f"{where} is damaged: expected {what}.")
+
+    model, layers = manifest.get("model"), manifest.get("layers")
+    expect(isinstance(model, dict), "an object 'model'")
+    assert isinstance(model, dict)  # for the type checker
+    expect(model.get("kind") in ("transformers", "module"), "model.kind transformers or module")
+    expect(isinstance(model.get("class"), str), "a text model.class")
+    source = model.get("source")
+    if source is not None:
+        fields = {"library", "name", "options"}
+        expect(
+            isinstance(source, dict) and source.keys() == fields,
+            "an object model.source of library, name and options",
+        )
+        try:
+            NamedModel(**source)
+        except InputError as error:
+            raise InputError(f"{where} is damaged: in model.source, {error}") from error
+    aliases = model.get("shared_tensors")
+    expect(
+        isinstance(aliases, dict) and all(isinstance(v, str) for v in aliases.values()),
+        "an object of names model.shared_tensors",
+    )
+    buffers = model.get("computed_buffers")
+    expect(
+        isinstance(buffers, dict) and all(str(value) in _FLOATS for value in buffers.values()),
+        "an object of types model.computed_buffers",
+    )
+    orders = model.get("axes_in_memory", {})
+    expect(
+        isinstance(orders, dict) and all(_is_order(axes) for axes in orders.values()),
+        "an object of orders of axes model.axes_in_memory",
+    )
+    names = manifest.get("unpacked")
+    expect(
+        isinstance(names, list) and all(isinstance(name, str) for name in names),
+        "a list of names 'unpacked'",
+    )
+    for key in ("digest", "config_digest"):
+        stated = manifest.get(key)
+        expect(stated is None or isinstance(stated, str), f"a text {key!r}")
+    expect(isinstance(layers, list), "a list 'layers'")
+    for layer in cast("list[Any]", layers):
+        expect(isinstance(layer, dict) and isinstance(layer.get("name"), str), "named layers")
+        expect("rank" in layer, f"a rank of {layer['name']}, or null")
+        rank = layer["rank"]
+        if rank is not None:
+            expect(_is_rank(rank), f"a positive rank of {layer['name']}")
+            forms = (*FORMS, *BLOCK_FORMS, *CONV_FORMS)
+            expect(layer.get("form") in forms, f"a form of {layer['name']} among {forms}")
+            second = layer.get("second_rank")
+            expect(second is None or _is_rank(second), f"a second rank of {layer['name']}, or null")
+            uses = layer.get("uses")
+            expect(
+                uses is None
+                or (isinstance(uses, list) and all(isinstance(use, str) for use in uses)),
+                f"a list of the names of the uses of {layer['name']}",
+            )
+            expect(uses is None or layer["form"] in FORMS, f"a form of {layer['name']} in {FORMS}")
+            if layer["form"] in CONV_FORMS:
+                expect(isinstance(layer.get("pivoted"), bool), f"pivoted of {layer['name']}")

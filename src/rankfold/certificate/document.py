@@ -1,0 +1,319 @@
+"""The certificate as files: ``certificate.json`` to be recomputed, ``certificate.txt`` to be read.
+
+The JSON holds what was stated before, the numbers of every held-out example (or only their digest,
+where the user's data is private), and what they were computed from. ``rankfold verify`` recomputes
+it; a digest over the whole shows accidental edits, the recomputation shows deliberate ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from rankfold.certificate.certify import Certificate, certify
+from rankfold.certificate.statement import Statement
+from rankfold.data.parts import Part, content_digest
+from rankfold.errors import InputError
+from rankfold.files.digests import json_digest
+from rankfold.files.json_file import read_json
+from rankfold.tasks.evaluation import Evaluation
+
+FORMAT_VERSION = 1
+
+JSON_FILE, TEXT_FILE = "certificate.json", "certificate.txt"
+
+SHORT = 32  # hexadecimal digits of a digest that is kept for each example
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that a certificate's numbers are computed from.
+
+    Attributes:
+        examples: ``(n,)`` digests of the examples' inputs.
+        answers: ``(n,)`` digests of the whole examples, labels included.
+        original: Of the original model.
+        factorized: Of the factorized model.
+        groups: ``(n,)`` groups, or None.
+        metrics: The user's metrics by name: values of both models.
+    """
+
+    examples: list[str]
+    answers: list[str]
+    original: Evaluation
+    factorized: Evaluation
+    groups: list[str] | None
+    metrics: Mapping[str, tuple[Tensor, Tensor]]
+
+    def certificate(self, statement: Statement, unit: str, data_digest: str) -> Certificate:
+        """The certificate that follows from it."""
+        return certify(
+            self.original,
+            self.factorized,
+            statement,
+            unit=unit,
+            data_digest=data_digest,
+            groups=self.groups,
+            metrics=self.metrics,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        plain: dict[str, Any] = {
+            "terms": self.original.terms.tolist(),
+            "original_losses": self.original.losses.tolist(),
+            "factorized_losses": self.factorized.losses.tolist(),
+            "differences": (self.factorized.losses - self.original.losses).tolist(),
+            "metrics": {
+                name: {"original": before.tolist(), "factorized": after.tolist()}
+                for name, (before, after) in self.metrics.items()
+            },
+        }
+        if self.original.correct is not None and self.factorized.correct is not None:
+            plain["original_correct"] = self.original.correct.tolist()
+            plain["factorized_correct"] = self.factorized.correct.tolist()
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any], document: Mapping[str, Any]) -> Evidence:
+        """Back from JSON."""
+        terms = _tensor(plain["terms"])
+        correct = [
+            _tensor(plain[key]) if key in plain else None
+            for key in ("original_correct", "factorized_correct")
+        ]
+        return cls(
+            examples=document["data"]["held_out_examples"],
+            answers=document["data"]["held_out_answers"],
+            original=Evaluation(_tensor(plain["original_losses"]), terms, correct[0]),
+            factorized=Evaluation(_tensor(plain["factorized_losses"]), terms, correct[1]),
+            groups=document["data"]["held_out_groups"],
+            metrics={
+                name: (_tensor(values["original"]), _tensor(values["factorized"]))
+                for name, values in plain["metrics"].items()
+            },
+        )
+
+
+def _tensor(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def example_digests(part: Part, count: int) -> tuple[list[str], list[str]]:
+    """Short digests of the first ``count`` inputs of a part, and of its whole examples."""
+    answers = [content_digest(example)[:SHORT] for example in part.examples[:count]]
+    return [digest[:SHORT] for digest in part.digests[:count]], answers
+
+
+def make_document(
+    certificate: Certificate,
+    statement: Statement,
+    evidence: Evidence,
+    *,
+    private: bool,
+    models: Mapping[str, str],
+    data: Mapping[str, Any],
+    run: Mapping[str, Any],
+) -> Document:
+    """The content of ``certificate.json``.
+
+    Args:
+        certificate: The verdict and its numbers.
+        statement: What was stated before.
+        evidence: What they follow from.
+        private: Leave out every number of single examples and keep their digest.
+        models: ``original``, ``factorized``: digests of weights; ``class``.
+        data: Digests of the parts, what is known of overlap and of earlier openings.
+        run: Plan, order of tests, task, settings, seed, versions.
+    """
+    plain = evidence.as_dict()
+    document: Document = {
+        "format_version": FORMAT_VERSION,
+        "certificate": certificate.as_dict(),
+        "statement": {**asdict(statement), "metric_margins": dict(statement.metric_margins)},
+        "models": dict(models),
+        "data": {
+            **data,
+            "held_out_examples": evidence.examples,
+            "held_out_answers": evidence.answers,
+            "held_out_groups": evidence.groups,
+        },
+        "run": dict(run),
+        "evidence": None if private else plain,
+        "evidence_digest": evidence_digest(plain),
+    }
+    document["digest"] = document_digest(document)
+    return document
+
+
+def document_digest(document: Mapping[str, Any]) -> str:
+    """SHA-256 over everything in it but the digest itself."""
+    return json_digest({key: value for key, value in document.items() if key != "digest"})
+
+
+def evidence_digest(plain: Mapping[str, Any]) -> str:
+    """SHA-256 over the numbers of all examples."""
+    return json_digest(dict(plain))
+
+
+def files(document: Document) -> dict[str, str]:
+    """The files of a certificate, by name."""
+    text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
+    return {JSON_FILE: text + "\n", TEXT_FILE: "\n".join(text_lines(document)) + "\n"}
+
+
+def read_document(folder: Path) -> Document:
+    """``certificate.json`` of an artifact.
+
+    Raises:
+        InputError: Missing, no JSON, of a newer format, or with a field of the wrong kind.
+    """
+    file = folder / JSON_FILE
+    if not file.is_file():
+        raise InputError(
+            f"{folder} has no {JSON_FILE}: it was made without a certificate that can be checked, "
+            "or the file was removed. Certify the model again."
+        )
+    document = read_json(file)
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise InputError(
+            f"{file} has the format_version {version!r}; this rankfold reads {FORMAT_VERSION}."
+        )
+    problems = [
+        name
+        for name in ("certificate", "statement", "models", "data", "run")
+        if not isinstance(document.get(name), dict)
+    ]
+    try:
+        read_statement(document)
+        if document["evidence"] is not None:
+            Evidence.from_dict(document["evidence"], document)
+        for key in ("held_out_examples", "held_out_answers"):
+            if not all(isinstance(v, str) for v in document["data"][key]):
+                problems.append(f"data.{key}")
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        problems.append(f"{type(error).__name__} {error}")
+    if problems:
+        raise InputError(f"{file} is damaged: {', '.join(problems)}.")
+    return cast("Document", document)
+
+
+def read_statement(document: Mapping[str, Any]) -> Statement:
+    """What was stated before the held-out part was opened.
+
+    Raises:
+        InputError: A value is outside its range.
+    """
+    return Statement(**document["statement"])
+
+
+def text_lines(document: Mapping[str, Any]) -> list[str]:
+    """The certificate as a person reads it."""
+    c, data, run, models = (document[k] for k in ("certificate", "data", "run", "models"))
+    unit, sure = c["unit"], f"{c['confidence']:.0%}"
+    lines = [
+        f"rankfold certificate: {c['verdict']}",
+        "",
+        f"model          {models['class']}, {run['algorithm']}, {run['ratio']:.4f} of the "
+        "original's parameters",
+        f"weights        {models['factorized']}",
+        f"original       {models['original']}",
+        f"claim          the mean loss is at most {c['margin']:g} {unit} above the original's"
+        + ("" if c["highest"] is None else ", each example's change counted up to the range's end"),
+        f"found          change {c['change']:+.6g} ± {c['standard_error']:.2g} (standard error) "
+        f"over {c['examples']} held-out examples in {c['units']} independent units",
+        f"bound          with {sure} confidence at most {c['upper_bound']:+.6g}, and with {sure} "
+        f"at least {c['lower_bound']:+.6g} {unit}",
+        f"test           {c['method']}",
+    ]
+    if c["highest"] is not None:
+        lines += [
+            f"range          the change of one example counts from {c['lowest']:+.6g} to "
+            f"{c['highest']:+.6g} {unit} ({c['range_from']}, before the held-out part was opened)",
+            f"beyond it      {c['above']} of {c['units']} units changed by more; with {sure} "
+            f"confidence at most {c['share_above']:.2%} of all do. They are counted in full here, "
+            "but what those not seen here would add is not bounded",
+            f"t interval     its upper bound is {c['t_upper_bound']:+.6g}, for comparison",
+        ]
+    for metric in c["metrics"]:
+        lines.append(
+            f"{metric['name']:<14} {metric['original']:.4f} to {metric['factorized']:.4f}; with "
+            f"{sure} confidence at most {metric['upper_bound']:+.4f} is lost ("
+            + (
+                "no margin was stated)"
+                if metric["margin"] is None
+                else f"margin {metric['margin']:g}: {metric['verdict']})"
+            )
+        )
+    if c["verdict"] == "not shown":
+        lines.append(
+            "to show it     no number of examples would do: the measured change is not below the "
+            "margin"
+            if c["needed"] is None
+            else f"to show it     about {c['needed']} units, if the change is what it seems"
+        )
+    lines.append(f"held-out       {c['data_digest']}")
+    for name in ("calibration", "selection"):
+        lines.append(f"{name:<14} {data['parts'][name]['digest']}")
+    lines.append(f"disjoint       {overlap_line(data)}")
+    lines.append(f"opened         {history_line(data['history'], c['confidence'])}")
+    for number, tested in enumerate(run["order"], 1):
+        lines.append(
+            f"{'order of tests' if number == 1 else '':<14} {number}. {tested['ratio']:.4f} of the "
+            "parameters: "
+            + (
+                "not tested"
+                if tested["verdict"] is None
+                else f"{tested['verdict']}, at most {tested['upper_bound']:+.6g}"
+            )
+        )
+    if run["order"]:
+        lines.append(
+            f"{'':<14} fixed before, tested until the first that fails: one confidence for all "
+            "(fixed-sequence testing)"
+        )
+    versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
+    lines += [
+        f"seed           {run['settings']['seed']}",
+        f"made with      {versions}",
+        f"digest         {document['digest']}",
+    ]
+    return lines
+
+
+def overlap_line(data: Mapping[str, Any]) -> str:
+    """What is known of copies between the parts."""
+    alike = data["look_alikes"]
+    line = "no example, mirrored image or copied text stands in two parts"
+    if alike:
+        listed = ", ".join(
+            f"{pair['part']} {pair['example']} = held-out {pair['held_out']}" for pair in alike[:5]
+        )
+        line += f"; {len(alike)} held-out images look like one of another part ({listed})"
+    return line
+
+
+def history_line(history: Mapping[str, Any], confidence: float) -> str:
+    """What is known of earlier openings of the held-out examples."""
+    if history["others"] == 0:
+        kept = "no earlier opening for another model is on record"
+        return kept if history["kept"] else kept + " (no record is kept on this machine)"
+    tries = history["others"] + 1
+    worst = min(1.0, tries * (1 - confidence))
+    return (
+        f"{history['others']} other models were certified before on {history['shared']} of these "
+        f"examples ({history['lossless']} of them shown lossless or better): the best of {tries} "
+        f"openings is falsely lossless with a chance of up to {worst:.0%}, not "
+        f"{1 - confidence:.0%}"
+    )

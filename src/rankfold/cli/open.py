@@ -1,0 +1,473 @@
+"""What MODEL and DATA on the command line mean: paths and specs to a module and examples."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+
+from rankfold.artifact.load import load
+from rankfold.artifact.manifest import MANIFEST_FILE
+from rankfold.artifact.weights_file import load_weights
+from rankfold.certificate.change import weighted_mean
+from rankfold.data.parts import FEWEST, PARTS, SHARES, Data, Examples, as_examples, as_part, split
+from rankfold.data.record_examples import hidden_words, record_examples
+from rankfold.data.sources import (
+    DEFAULT_SIZE,
+    ClassFolder,
+    ImagePreparation,
+    Kind,
+    image_reader,
+    is_spec,
+    load_object,
+    read_image_folder,
+    read_npz,
+    read_registered,
+    read_text,
+    read_wav_folder,
+    registered_source,
+    source_kind,
+    token_windows,
+)
+from rankfold.errors import InputError
+from rankfold.export.example_inputs import Given
+from rankfold.integrations import transformers as hf
+from rankfold.integrations.processors import has_processor, image_preparation, sound_preparation
+from rankfold.integrations.vision import is_named, make_named, parse_named
+from rankfold.machine.progress import Progress, TerminalProgress
+from rankfold.tasks.evaluation import evaluate
+from rankfold.tasks.recognise import recognise_task
+
+# A text is split in blocks of consecutive windows, about this many in all, so that few windows
+# have a neighbour in another part.
+TEXT_BLOCKS = 40
+FOLDERS = ("images", "sounds")  # kinds of source that are class folders of files
+OWN = ("python", "registered")  # kinds that a function of the user's reads
+SELF = "self"  # DATA that the language model writes itself; a file of this name is ./self
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model and what came with it.
+
+    Attributes:
+        model: In eval mode.
+        tokenizer: Of a transformers folder that has one, else None.
+        folder: The transformers folder, for messages, or None.
+        source: ``timm:NAME`` or ``torchvision:NAME`` where that made it, else None.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    folder: Path | None
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How to read DATA.
+
+    Attributes:
+        mean: Per channel, for images and arrays, or None.
+        std: Likewise.
+        image_size: Side that images of a folder are resized and cropped to, or None. Where all
+            three are None the model's folder says how images are prepared, or timm, if one does.
+        length: Tokens a window of text, or None for 512 or what the model takes.
+        seed: Seeds the split.
+        task: One of ``rankfold.tasks.TASKS``, or None to go by what the model is made for.
+        text_column: Column of the text in records, None for ``text``.
+        label_column: Column of the label, None for ``label``.
+        target_column: Column of the target text, None for ``target``.
+        tokens_column: Column of the tokens of token classification, None for ``tokens``.
+        tags_column: Column of their labels, None for ``tags``.
+        own_windows: Windows that the model writes where DATA is ``self``, for each of the parts.
+        skip_broken: Leave out files of a folder that can't be read, and name them on stderr.
+    """
+
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    image_size: int | None = None
+    length: int | None = None
+    seed: int = 0
+    task: str | None = None
+    text_column: str | None = None
+    label_column: str | None = None
+    target_column: str | None = None
+    tokens_column: str | None = None
+    tags_column: str | None = None
+    own_windows: tuple[int, int, int] = (64, 16, 64)
+    skip_broken: bool = False
+
+
+def open_model(spec: str, weights: Path | None = None) -> OpenedModel:
+    """MODEL: a folder, a ``.gguf`` file, ``timm:NAME``, or ``file.py:function`` of the user's own.
+
+    Raises:
+        InputError: Names what is wrong with it.
+    """
+    if is_named(spec):
+        return OpenedModel(_own_model(spec, weights), None, None, spec)
+    if is_spec(spec):
+        return OpenedModel(_own_model(spec, weights), None, None)
+    path = Path(spec)
+    if weights is not None:
+        raise InputError(
+            f"--weights goes with a model given as file.py:function or timm:NAME; {spec} holds its "
+            "own weights."
+        )
+    if path.suffix == ".gguf":
+        model, tokenizer = hf.load_gguf(path)
+        return OpenedModel(model, tokenizer, None)
+    if path.is_dir():
+        if (path / MANIFEST_FILE).is_file():
+            raise InputError(
+                f"{path} is a model that rankfold has factorized already; give the original."
+            )
+        model = hf.load_folder(path)
+        has_tokenizer = any(path.glob("tokenizer*")) or any(path.glob("vocab*"))
+        return OpenedModel(model, hf.load_tokenizer(path) if has_tokenizer else None, path)
+    what = "is a file" if path.exists() else "does not exist"
+    raise InputError(
+        f"the model {spec} {what}; expected a transformers folder, a .gguf file, or, with "
+        "--weights FILE.safetensors, timm:NAME, torchvision:NAME or file.py:function giving an "
+        "nn.Module."
+    )
+
+
+def open_artifact(folder: Path, spec: str | None, *, as_saved: bool = True) -> OpenedModel:
+    """A factorized model, with an instance of the user's own class where it needs one.
+
+    Args:
+        folder: The artifact.
+        spec: ``file.py:function`` giving an instance of the user's own class, or None.
+        as_saved: As of ``rankfold.load``.
+
+    Raises:
+        InputError: Not an artifact, or not of this model.
+    """
+    if not folder.is_dir():
+        raise InputError(f"no such folder: {folder}; expected the --out folder of an earlier run.")
+    skeleton = _own_model(spec, None) if spec is not None else None
+    model = load(folder, model=skeleton, as_saved=as_saved)
+    has_tokenizer = skeleton is None and any(folder.glob("tokenizer*"))
+    return OpenedModel(model, hf.load_tokenizer(folder) if has_tokenizer else None, folder)
+
+
+def gives_module(spec: str) -> bool:
+    """Whether MODEL is made by a function, the user's own or a library's."""
+    return is_named(spec) or is_spec(spec)
+
+
+def _own_model(spec: str, weights: Path | None) -> nn.Module:
+    if is_named(spec):
+        model = make_named(parse_named(spec))
+        return load_weights(model, weights) if weights is not None else model
+    if not is_spec(spec):
+        raise InputError(
+            f"--model is {spec}; expected file.py:function or package.module:function."
+        )
+    called = _called(spec)
+    if not isinstance(called, nn.Module):
+        raise InputError(
+            f"{spec} gave a {type(called).__name__}; expected a function without arguments that "
+            "returns an nn.Module."
+        )
+    return load_weights(called, weights) if weights is not None else called
+
+
+def _called(spec: str) -> object:
+    function = cast("Any", load_object(spec))
+    if isinstance(function, nn.Module):
+        return function
+    try:
+        return function()
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"calling {spec}() failed: {type(error).__name__}: {error}. Expected a function "
+            "without arguments."
+        ) from error
+
+
+def open_data(spec: str, opened: OpenedModel, options: DataOptions) -> Data:
+    """DATA as one source, split into three disjoint parts.
+
+    Raises:
+        InputError: Names what is wrong with it.
+    """
+    kind = _kind(spec, options)
+    if kind is None:
+        first, second, third = (_own_text(opened, options, part) for part in range(len(PARTS)))
+        return Data(first, second, third)
+    if kind != "text":
+        found = _own_data(spec) if kind in OWN else _examples(spec, kind, opened, options)
+        return found if isinstance(found, Data) else split(found, options.seed)
+    windows = _examples(spec, kind, opened, options)
+    block = max(1, len(windows) // TEXT_BLOCKS)
+    needed = 3 * FEWEST
+    if len(windows) < needed:
+        raise InputError(
+            f"the text {spec} gives {len(windows)} windows of {_length(opened, options)} tokens; "
+            f"calibration, selection and held-out parts need at least {needed} together, and "
+            f"{round(FEWEST / min(SHARES))} to be split. Give a longer text, or shorter windows "
+            "with --length."
+        )
+    return split(windows, options.seed, block=block)
+
+
+def open_parts(
+    calibration: str, selection: str, held_out: str, opened: OpenedModel, options: DataOptions
+) -> Data:
+    """DATA as three sources.
+
+    Raises:
+        InputError: Names what is wrong with one.
+    """
+    return Data(
+        calibration=open_examples(calibration, opened, options, 0),
+        selection=open_examples(selection, opened, options, 1),
+        held_out=open_examples(held_out, opened, options, 2),
+    )
+
+
+def open_examples(spec: str, opened: OpenedModel, options: DataOptions, part: int = 0) -> Examples:
+    """All examples of one source, for the calibration (0), selection (1) or held-out (2) part.
+
+    Raises:
+        InputError: Names what is wrong with it.
+    """
+    kind = _kind(spec, options)
+    if kind is None:
+        return _own_text(opened, options, part)
+    if kind in OWN:
+        found = _own_data(spec)
+        return as_examples(getattr(found, PARTS[part]) if isinstance(found, Data) else found)[0]
+    return _examples(spec, kind, opened, options)
+
+
+def _own_data(spec: str) -> object:
+    source = None if is_spec(spec) else registered_source(Path(spec))
+    return read_registered(source, Path(spec)) if source else _called(spec)
+
+
+def _own_text(opened: OpenedModel, options: DataOptions, part: int) -> Examples:
+    """Text that the model writes itself; another seed for each part, so that none overlap."""
+    count = options.own_windows[part]
+    seed = len(PARTS) * options.seed + part
+    length = _length(opened, options)
+    return hf.own_text(opened.model, count, length, seed << 20, TerminalProgress())
+
+
+def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) -> Examples:
+    path = Path(spec)
+    task = options.task or hf.task_hint(opened.model)
+    labels_wanted = task not in ("teacher", "embedding")
+    if kind == "npz":
+        prepare_array = _pixels(opened, options).prepare
+        return cast("Examples", read_npz(path, options.mean, options.std, prepare=prepare_array))
+    if kind == "images":
+        pixels = _pixels(opened, options)
+        found = read_image_folder(
+            path,
+            pixels.mean,
+            pixels.std,
+            pixels.size,
+            prepare=pixels.prepare,
+            label_ids=_label_ids(opened),
+            labels_wanted=labels_wanted,
+            skip_broken=options.skip_broken,
+        )
+        _tell_skipped(path, found)
+        return cast("Examples", found)
+    if kind == "sounds":
+        folder = _processor_folder(opened)
+        sounds = read_wav_folder(
+            path,
+            prepare=None if folder is None else sound_preparation(folder),
+            label_ids=_label_ids(opened),
+            labels_wanted=labels_wanted,
+            skip_broken=options.skip_broken,
+        )
+        _tell_skipped(path, sounds)
+        return cast("Examples", sounds)
+    if kind == "records":
+        return _records(path, opened, options, task)
+    if opened.tokenizer is None:
+        raise InputError(
+            f"the data {spec} is text, but the model has no tokenizer; give a transformers folder "
+            "with one, or the data as file.py:function."
+        )
+    text = read_text(path)
+    length = _length(opened, options)
+    windows = token_windows(text, lambda t: _tokenize(opened.tokenizer, t), length)
+    if task == "masked-lm":
+        return hidden_words(windows, opened.tokenizer, options.seed)
+    if task in ("classification", "token-classification", "seq2seq", "regression"):
+        raise InputError(
+            f"the task {task} needs labels, and plain text has none; expected a .jsonl, .csv or "
+            ".tsv with a label (or target) column, or a .jsonl with tokens and tags, or --task "
+            "teacher, which needs none."
+        )
+    return windows
+
+
+def _processor_folder(opened: OpenedModel) -> Path | None:
+    """The model's folder, where it says how inputs are prepared."""
+    folder = opened.folder
+    return folder if folder is not None and has_processor(folder) else None
+
+
+class _Pixels(NamedTuple):
+    """How images are prepared: the arguments of ``sources.image_reader``."""
+
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    size: int | None = None
+    prepare: ImagePreparation | None = None
+
+
+def _pixels(opened: OpenedModel, options: DataOptions) -> _Pixels:
+    """As the options say, or the model's folder, or what timm keeps with its models."""
+    if (options.image_size, options.mean, options.std) != (None, None, None):
+        return _Pixels(options.mean, options.std, options.image_size)
+    folder = _processor_folder(opened)
+    if folder is not None:
+        return _Pixels(prepare=image_preparation(folder))
+    kept = getattr(opened.model, "pretrained_cfg", None)
+    if isinstance(kept, Mapping) and kept.get("mean") and kept.get("std"):
+        size = kept.get("input_size") or (DEFAULT_SIZE,)
+        return _Pixels(kept["mean"], kept["std"], size[-1])
+    return _Pixels()
+
+
+def _label_ids(opened: OpenedModel) -> dict[str, int] | None:
+    """The model's number of each label, None for a model that says nothing of labels."""
+    return getattr(getattr(opened.model, "config", None), "label2id", None)
+
+
+def _kind(spec: str, options: DataOptions) -> Kind | None:
+    """The kind of source, None for ``self``; looked at once, since it may walk through a folder."""
+    kind = None if spec == SELF else source_kind(spec)
+    if options.skip_broken and kind not in FOLDERS:
+        raise InputError(
+            f"--skip-broken leaves out files of a folder of class folders; {spec} is none. Leave "
+            "the option away."
+        )
+    return kind
+
+
+def _tell_skipped(folder: Path, found: ClassFolder) -> None:
+    """Name and count on stderr what was left out."""
+    for message in found.skipped:
+        print(f"skipped: {message}", file=sys.stderr)
+    if found.skipped:
+        count = len(found.skipped)
+        print(f"skipped {count} of {count + len(found)} files of {folder}", file=sys.stderr)
+
+
+def _records(
+    file: Path, opened: OpenedModel, options: DataOptions, task: str | None
+) -> Sequence[Any]:
+    return record_examples(
+        file,
+        opened.tokenizer,
+        _length(opened, options),
+        task=task,
+        columns={
+            "text": options.text_column,
+            "label": options.label_column,
+            "target": options.target_column,
+            "tokens": options.tokens_column,
+            "tags": options.tags_column,
+        },
+        label_ids=_label_ids(opened),
+        seed=options.seed,
+        images=lambda: image_reader(*_pixels(opened, options)),
+    )
+
+
+def _tokenize(tokenizer: Any, text: str) -> list[int]:
+    # verbose=False: the whole text is longer than the model takes, the windows are not.
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return cast("list[int]", ids)
+
+
+def _length(opened: OpenedModel, options: DataOptions) -> int:
+    longest = getattr(getattr(opened.model, "config", None), "max_position_embeddings", None)
+    if options.length is not None:
+        if options.length < 2 or (longest is not None and options.length > longest):
+            raise InputError(
+                f"--length is {options.length}; expected 2 tokens or more"
+                + (f", and at most the model's {longest}." if longest else ".")
+            )
+        return options.length
+    return min(512, longest) if isinstance(longest, int) else 512
+
+
+def open_inputs(shape: str | None, spec: str | None) -> Given | None:
+    """``--input-shape`` or ``--inputs`` of an export: a shape, or the batch that a function gives.
+
+    Raises:
+        InputError: Both, or one that means nothing.
+    """
+    if shape is not None and spec is not None:
+        raise InputError("--input-shape and --inputs say the same; give one of them.")
+    if shape is not None:
+        if not all(side.isdecimal() for side in shape.split("x")):
+            raise InputError(
+                f"--input-shape is {shape!r}; expected numbers with x between them, 3x224x224."
+            )
+        return tuple(map(int, shape.split("x")))
+    if spec is None:
+        return None
+    if not is_spec(spec):
+        raise InputError(f"--inputs is {spec}; expected file.py:function.")
+    batch = _called(spec)
+    if not (torch.is_tensor(batch) or isinstance(batch, Mapping)):
+        raise InputError(
+            f"{spec} gave a {type(batch).__name__}; expected a batch, a tensor or a mapping of "
+            "tensors by the names of the model's inputs."
+        )
+    return batch
+
+
+def evaluate_examples(
+    opened: OpenedModel,
+    examples: Examples,
+    *,
+    limit: int | None,
+    batch_size: int | None,
+    progress: Progress,
+    name: str | None = None,
+) -> dict[str, Any]:
+    """Mean loss of a model on examples, with its standard error; examples are the units.
+
+    Raises:
+        InputError: Too few examples, or their loss isn't recognised or not finite.
+    """
+    chosen = [examples[index] for index in range(min(limit or len(examples), len(examples)))]
+    if len(chosen) < 2:
+        raise InputError(
+            f"the data gives {len(chosen)} examples; expected 2 or more. Give more data, or "
+            "shorter windows of text with --length."
+        )
+    part = as_part("evaluation", chosen)
+    task = recognise_task(part, None, name, hint=hf.task_hint(opened.model))
+    found = evaluate(opened.model, task, part, batch_size=batch_size, progress=progress)
+    return {
+        "task": task.name,
+        "examples": len(chosen),
+        "loss": {
+            "unit": task.unit,
+            "mean": found.mean,
+            "standard_error": weighted_mean(found.losses, found.terms).standard_error,
+        },
+        "accuracy": found.accuracy,
+        "data_digest": part.digest,
+    }

@@ -1,0 +1,1 @@
+"""A user's data as three disjoint parts of examples."""

@@ -1,0 +1,141 @@
+"""Arrays of inputs and labels in a NumPy ``.npz`` file, read without pickle."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+
+from rankfold.data.sources.class_folders import labelled
+from rankfold.data.sources.images import ImagePreparation
+from rankfold.data.sources.normalize import channel_values, normalize_images
+from rankfold.errors import InputError, require
+
+
+class PreparedImages(Dataset[Any]):
+    """Images of an array and their labels, each prepared when it is used.
+
+    Args:
+        images: uint8 ``(n, h, w, 3)``, or ``(n, h, w)`` or ``(n, h, w, 1)`` of grey ones.
+        labels: ``(n,)`` int64.
+        prepare: Of an RGB image of Pillow.
+        file: For messages.
+    """
+
+    def __init__(
+        self, images: np.ndarray, labels: Tensor, prepare: ImagePreparation, file: Path
+    ) -> None:
+        self.images, self.labels, self.prepare, self.file = images, labels, prepare, file
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Any:
+        pillow: Any = require("PIL.Image", "images")
+        pixels = self.images[index]
+        image = pillow.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
+        inputs = self.prepare(image.convert("RGB"), f"image {index} of {self.file}")
+        return labelled(inputs, int(self.labels[index]))
+
+
+def read_npz(
+    file: Path,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    *,
+    prepare: ImagePreparation | None = None,
+) -> TensorDataset | PreparedImages:
+    """Inputs ``x`` and labels ``y``.
+
+    Args:
+        file: ``x`` uint8 ``(n, h, w, c)`` or ``(n, h, w)``, scaled to 0..1, or float
+            ``(n, c, h, w)`` or of any other shape, taken as it is; ``y`` ``(n,)`` whole numbers.
+        mean: Subtracted, per channel.
+        std: Divided by, per channel.
+        prepare: What the model's own image processor makes of an image, where ``x`` is uint8.
+
+    Returns:
+        Pairs of a float32 input and an int64 label; what ``prepare`` gives in place of the input.
+
+    Raises:
+        InputError: Names what is wrong with the file.
+    """
+    x, y = _arrays(file)
+    if x.dtype.kind not in "uf" or (x.dtype.kind == "u" and x.dtype != np.uint8):
+        raise InputError(
+            f"x in {file} is {x.dtype}; expected uint8 images (n, h, w, c) or floats (n, c, h, w)."
+        )
+    if len(x) != len(y):
+        raise InputError(f"{file} has {len(x)} inputs in x but {len(y)} labels in y.")
+    if len(x) == 0:
+        raise InputError(f"{file} is empty: x and y hold no example.")
+    labels = _labels(file, y)
+    pictures = x.dtype == np.uint8 and (x.ndim == 3 or (x.ndim == 4 and x.shape[3] in (1, 3)))
+    if prepare is not None and pictures:
+        return PreparedImages(x, labels, prepare, file)
+    inputs = _inputs(file, x)
+    if mean is not None or std is not None:
+        if inputs.dim() != 4:
+            raise InputError(
+                f"--mean and --std need images; x in {file} has the shape {x.shape}, expected "
+                "(n, h, w, c) or (n, c, h, w)."
+            )
+        channels = inputs.shape[1]
+        inputs = normalize_images(
+            inputs, channel_values("--mean", mean, channels), channel_values("--std", std, channels)
+        )
+    return TensorDataset(inputs, labels)
+
+
+def _arrays(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise InputError(f"{file} is a single array; expected an .npz with x and y.")
+            names = archive.files
+            if "x" not in names or "y" not in names:
+                raise InputError(
+                    f"{file} holds {', '.join(names) or 'nothing'}; expected the arrays x and y "
+                    "(numpy.savez(file, x=..., y=...))."
+                )
+            return archive["x"], archive["y"]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{file} can't be read as an .npz of plain arrays: {error}. rankfold reads no pickles; "
+            "write it with numpy.savez(file, x=..., y=...)."
+        ) from error
+
+
+def _inputs(file: Path, x: np.ndarray) -> Tensor:
+    if x.dtype == np.uint8:
+        if x.ndim not in (3, 4):
+            raise InputError(
+                f"x in {file} is uint8 of shape {x.shape}; expected images (n, h, w, c) or "
+                "(n, h, w)."
+            )
+        images = torch.from_numpy(x if x.ndim == 4 else x[..., None])
+        return images.permute(0, 3, 1, 2).contiguous().float() / 255
+    if x.ndim < 2:
+        raise InputError(f"x in {file} has the shape {x.shape}; expected one input a row.")
+    inputs = torch.from_numpy(x.astype(np.float32))
+    if not bool(torch.isfinite(inputs).all()):
+        bad = int((~torch.isfinite(inputs.flatten(1)).all(1)).nonzero()[0])
+        raise InputError(f"x in {file} holds NaN or infinite values (first in example {bad}).")
+    return inputs
+
+
+def _labels(file: Path, y: np.ndarray) -> Tensor:
+    if y.ndim != 1 or y.dtype.kind not in "iu":
+        raise InputError(
+            f"y in {file} is {y.dtype} of shape {y.shape}; expected one whole number per example: "
+            "its class, from 0."
+        )
+    return torch.from_numpy(y.astype(np.int64))

@@ -1,0 +1,70 @@
+"""What kind of source a word on the command line names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from rankfold.data.sources.arrow import is_dataset_folder
+from rankfold.data.sources.class_folders import files_below
+from rankfold.data.sources.images import SUFFIXES as IMAGES
+from rankfold.data.sources.python_object import is_spec
+from rankfold.data.sources.records import SUFFIXES
+from rankfold.data.sources.registry import registered_source
+from rankfold.data.sources.sounds import SUFFIXES as SOUNDS
+from rankfold.errors import InputError
+
+Kind: TypeAlias = Literal["python", "registered", "npz", "images", "sounds", "records", "text"]
+
+PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".joblib")
+EXPECTED = (
+    "expected a UTF-8 text file, a .jsonl, .csv, .tsv or .parquet, an .npz with x and y, a folder "
+    "of class folders of images or wav files, a folder that datasets saved (save_to_disk), or "
+    "file.py:function giving a data set"
+)
+
+
+def source_kind(spec: str) -> Kind:
+    """Decide by form, suffix and first bytes; a registered suffix comes first.
+
+    Raises:
+        InputError: Missing, empty, a pickle, or binary.
+    """
+    if is_spec(spec):
+        return "python"
+    path = Path(spec)
+    own = registered_source(path) if path.exists() else None
+    if own is not None:
+        return "records" if own.records else "registered"
+    if path.is_dir():
+        return _folder_kind(path)
+    if not path.exists():
+        raise InputError(f"the data {spec} does not exist; {EXPECTED}.")
+    if not path.is_file():
+        raise InputError(f"the data {spec} is no regular file; {EXPECTED}.")
+    if path.stat().st_size == 0:
+        raise InputError(f"the data {spec} is empty; {EXPECTED}.")
+    if path.suffix.lower() == ".npz":
+        return "npz"
+    if path.suffix.lower() in SUFFIXES:
+        return "records"
+    with path.open("rb") as file:
+        binary = b"\0" in file.read(4096)
+    if path.suffix.lower() in PICKLES:
+        raise InputError(f"the data {spec} is a {path.suffix} file, which isn't read; {EXPECTED}.")
+    if binary:
+        raise InputError(f"the data {spec} is a binary file; {EXPECTED}.")
+    return "text"
+
+
+def _folder_kind(folder: Path) -> Kind:
+    if is_dataset_folder(folder):
+        return "records"
+    if not any(files_below(folder, SOUNDS)):
+        return "images"
+    if any(files_below(folder, IMAGES)):
+        raise InputError(
+            f"the folder {folder} holds both images and wav files; expected those of one kind. "
+            "Put them in two folders."
+        )
+    return "sounds"

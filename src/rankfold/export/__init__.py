@@ -1,0 +1,1 @@
+"""Factorized models for tools that know nothing of rankfold."""

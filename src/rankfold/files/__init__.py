@@ -1,0 +1,1 @@
+"""Untrusted files in, atomic folders out."""

@@ -1,0 +1,1 @@
+"""Everything about one way to write a matrix."""

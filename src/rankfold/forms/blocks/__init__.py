@@ -1,0 +1,1 @@
+"""Two blocks, each with a rank of its own."""

@@ -1,0 +1,1 @@
+"""Convs along one axis each, and Tucker-2."""

@@ -1,0 +1,1 @@
+"""Low rank for all uses of one embedding matrix."""

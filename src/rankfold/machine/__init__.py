@@ -1,0 +1,1 @@
+"""Where a run takes place: devices, offload files, memory, progress."""

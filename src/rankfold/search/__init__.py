@@ -1,0 +1,1 @@
+"""Trying, measuring and choosing on calibration and selection data."""

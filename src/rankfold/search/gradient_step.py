@@ -1,0 +1,322 @@
+"""The gradient term: in which direction each weight moves, and how far all of them go."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rankfold.certificate.change import Change, paired_change
+from rankfold.data.parts import Part
+from rankfold.files.json_file import finite
+from rankfold.machine.offload import Offload
+from rankfold.machine.progress import Progress
+from rankfold.maths.gradient import (
+    GradientStep,
+    HarmlessRange,
+    StepEstimator,
+    gradient_step,
+    harmless_range,
+    step_length,
+)
+from rankfold.maths.linalg import Damping
+from rankfold.model.layer_matrix import MatrixLayer, weight_matrix
+from rankfold.settings import Settings
+from rankfold.statistics.grams import damped_grams
+from rankfold.statistics.layer_statistics import LayerStatistics
+from rankfold.tasks.evaluation import Evaluation, evaluate
+from rankfold.tasks.losses import Task
+
+# A step counts as a gain only when the selection examples show it at this confidence.
+GAIN_CONFIDENCE = 0.95
+MOST_TRIALS = 6
+# A fitted length nearer than this factor to one that was measured is not worth an evaluation.
+SAME_LENGTH = 1.25
+# A group of layers goes this much further, or less far, than all layers together.
+GROUP_FACTOR = 2.0
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Where the gradient term moves the weights.
+
+    Attributes:
+        by_layer: ``(out, in)``; a weight moves by ``-eta * direction``.
+        norms: ``|S|`` of each layer's estimate, in whitened coordinates.
+        signals: ``<S1, S2>`` of each layer.
+        noises: Energy of the noise in each layer's S.
+    """
+
+    by_layer: dict[str, Tensor]
+    norms: dict[str, float]
+    signals: dict[str, float]
+    noises: dict[str, float]
+
+    @property
+    def signal(self) -> float:
+        """Sum over layers of ``<S1, S2>``."""
+        return sum(self.signals.values())
+
+    @property
+    def noise(self) -> float:
+        """Sum over layers of the noise energy in S."""
+        return sum(self.noises.values())
+
+    def harmless(self, name: str, singular_values: Tensor) -> HarmlessRange:
+        """The harmless range of one layer, see ``spectrum.harmless_range``."""
+        return harmless_range(
+            singular_values, self.norms[name], self.signals[name], self.noises[name]
+        )
+
+
+@dataclass(frozen=True)
+class StepFit:
+    """``dL(eta) = -slope eta + 1/2 curvature eta^2``, fitted to measured changes.
+
+    Attributes:
+        slope: In units of the loss.
+        curvature: Likewise.
+    """
+
+    slope: float
+    curvature: float
+
+    @property
+    def best(self) -> float:
+        """The length at which the fitted change is lowest."""
+        return self.slope / self.curvature
+
+    def change(self, eta: float) -> float:
+        """The fitted change at a length."""
+        return -self.slope * eta + 0.5 * self.curvature * eta**2
+
+
+def fit_step(trials: Sequence[tuple[float, float]]) -> StepFit | None:
+    """The parabola through 0 nearest to the measured changes, each in units of its own square.
+
+    Lengths span decades, so a plain least-squares fit would only see the longest; dividing each
+    equation by its eta weighs them alike.
+
+    Args:
+        trials: ``(eta, measured change)``; lengths at which the loss rose are left out unless too
+            few remain, since the loss is no parabola far from 0.
+
+    Returns:
+        None where the fit has no minimum at a positive length.
+    """
+    usable = [(eta, change) for eta, change in trials if eta > 0 and math.isfinite(change)]
+    falling = [trial for trial in usable if trial[1] < 0]
+    usable = falling if len(falling) > 1 else usable
+    if len(usable) < 2:
+        return None
+    matrix = np.array([[-1.0, 0.5 * eta] for eta, _ in usable])
+    values = np.array([change / eta for eta, change in usable])
+    slope, curvature = np.linalg.lstsq(matrix, values, rcond=None)[0]
+    return StepFit(float(slope), float(curvature)) if slope > 0 and curvature > 0 else None
+
+
+@dataclass(frozen=True)
+class Step:
+    """The step that the search chose.
+
+    Attributes:
+        eta: Length, 0 where no step was shown to help.
+        directions: The directions.
+        trials: ``(eta, measured change on selection data)`` of every length tried.
+        gain: Measured change of the chosen step on selection data, 0 or negative.
+        fit: What the trials taught, None where they show no parabola.
+        scales: Factor on the length of each layer whose group goes another way than all together.
+        group_trials: ``(group, factor, measured change)`` of every length tried for a group.
+    """
+
+    eta: float
+    directions: Directions
+    trials: list[tuple[float, float]]
+    gain: float
+    fit: StepFit | None = None
+    scales: Mapping[str, float] = field(default_factory=dict)
+    group_trials: Sequence[tuple[int, float, float]] = ()
+
+    def moved(self, name: str, layer: MatrixLayer) -> Tensor:
+        """The layer's weight after the step, ``(out, in)``."""
+        eta = self.eta * self.scales.get(name, 1.0)
+        return moved_weight(layer, self.directions.by_layer[name], eta)
+
+
+def moved_weight(layer: MatrixLayer, direction: Tensor, eta: float) -> Tensor:
+    """The layer's weight ``(out, in)`` moved by ``-eta * direction``; itself for eta = 0."""
+    weight = weight_matrix(layer)
+    if eta == 0:
+        return weight
+    return weight - (eta * direction.to(weight.device)).to(weight.dtype)
+
+
+def step_directions(
+    layers: Mapping[str, MatrixLayer],
+    statistics: MutableMapping[str, LayerStatistics],
+    damping: Damping,
+    progress: Progress,
+    *,
+    estimator: StepEstimator = "cross-validated",
+    release: bool = False,
+    offload: Offload | None = None,
+) -> Directions:
+    """The direction of every layer; see ``spectrum.gradient_step``.
+
+    With ``release``, each layer's gradients are dropped from ``statistics`` once used.
+    ``offload`` says where directions lie.
+    """
+    offload = offload or Offload()
+    steps: dict[str, GradientStep] = {}
+    for name in progress.track(layers, "gradient step per layer", len(layers)):
+        stats = statistics[name]
+        if stats.gradients is None:
+            raise ValueError("the gradient step needs statistics with gradients")
+        step = gradient_step(
+            stats.gradients,
+            *damped_grams(stats, damping),
+            estimator,
+        )
+        direction = offload.kept(step.direction.to(stats.gradients[0].dtype))
+        steps[name] = replace(step, direction=direction)
+        if release:
+            statistics[name] = replace(stats, gradients=None)
+    return Directions(
+        by_layer={name: step.direction for name, step in steps.items()},
+        norms={name: step.norm for name, step in steps.items()},
+        signals={name: step.signal for name, step in steps.items()},
+        noises={name: step.noise for name, step in steps.items()},
+    )
+
+
+def search_step(
+    model: nn.Module,
+    task: Task,
+    part: Part,
+    original: Evaluation,
+    layers: Mapping[str, MatrixLayer],
+    found: Directions,
+    *,
+    batch_size: int | None,
+    progress: Progress,
+    groups: int = 1,
+) -> Step:
+    """Choose the step's length on selection data.
+
+    The search starts at ``spectrum.step_length`` of all layers together and walks by half decades
+    to the side that improves; a parabola fitted to what was measured then proposes one more
+    length. Without an improvement that the selection examples show, the step is 0.
+
+    With several groups, each in turn then goes ``GROUP_FACTOR`` further, or else less far, where
+    that is better with all other lengths as they are.
+
+    Args:
+        model: The model; its weights are moved in a copy.
+        task: Gives the loss.
+        part: Selection examples.
+        original: Losses of the unmoved model on them.
+        layers: Layers of ``model``.
+        found: From ``step_directions``.
+        batch_size: Examples a batch.
+        progress: Shows the evaluations.
+        groups: Number of groups, of neighbouring layers and of nearly the same number.
+    """
+    trials: list[tuple[float, float]] = []
+    bounds: dict[float, float] = {}
+    scratch = copy.deepcopy(model)
+
+    def change_of(step: Step, stage: str) -> Change:
+        with torch.no_grad():
+            for name, layer in layers.items():
+                weight = cast("nn.Parameter", scratch.get_submodule(name).weight)
+                weight.copy_(step.moved(name, layer).view_as(weight))
+        evaluation = evaluate(
+            scratch,
+            task,
+            part,
+            batch_size=batch_size,
+            progress=progress,
+            stage=f"{stage} on selection data",
+            finite=False,
+        )
+        return paired_change(original, evaluation)
+
+    def measure(eta: float) -> float:
+        change = change_of(Step(eta, found, [], 0.0), f"step {eta:.1e}")
+        trials.append((eta, change.mean))
+        bounds[eta] = change.upper_bound(GAIN_CONFIDENCE)
+        return change.mean
+
+    best = step_length(found.signal)
+    lowest = measure(best)
+    for factor in (1 / math.sqrt(10), math.sqrt(10)):
+        walked = False
+        while len(trials) < MOST_TRIALS:
+            eta = best * factor
+            change = measure(eta)
+            if not change < lowest:
+                break
+            best, lowest, walked = eta, change, True
+        if walked:
+            break
+    fit = fit_step(trials)
+    if fit is not None and all(_apart(fit.best, eta) for eta, _ in trials):
+        change = measure(fit.best)
+        if change < lowest:
+            best, lowest = fit.best, change
+        fit = fit_step(trials)
+    if not bounds[best] < 0:
+        return Step(0.0, found, trials, 0.0, fit)
+    step = Step(best, found, trials, lowest, fit)
+    if groups == 1:
+        return step
+    tried: list[tuple[int, float, float]] = []
+    found_groups = neighbours(list(layers), groups)
+    for place, group in enumerate(found_groups):
+        for factor in (GROUP_FACTOR, 1 / GROUP_FACTOR):
+            other = replace(step, scales={**step.scales, **dict.fromkeys(group, factor)})
+            stage = f"group {place + 1} of {len(found_groups)}, step x {factor:g}"
+            gain = change_of(other, stage).mean
+            tried.append((place, factor, gain))
+            if gain < step.gain:
+                step = replace(other, gain=gain)
+                break
+    return replace(step, group_trials=tried)
+
+
+def neighbours(names: Sequence[str], groups: int) -> list[Sequence[str]]:
+    """The names in so many runs of nearly the same length, at least one name each."""
+    groups = min(groups, len(names))
+    ends = [len(names) * place // groups for place in range(groups + 1)]
+    return [names[start:end] for start, end in pairwise(ends)]
+
+
+def _apart(first: float, second: float) -> bool:
+    return abs(math.log(first / second)) > math.log(SAME_LENGTH)
+
+
+def step_report(step: Step | None, settings: Settings) -> dict[str, Any] | None:
+    """Length, gain and trials of a gradient step, None where none was looked for."""
+    if step is None:
+        return None
+    return {
+        "eta": step.eta,
+        "gain": step.gain,
+        "estimator": settings.step_estimator,
+        "signal": step.directions.signal,
+        "noise": step.directions.noise,
+        "trials": [{"eta": eta, "change": finite(change)} for eta, change in step.trials],
+        "fit": None if step.fit is None else asdict(step.fit),
+        "scales": dict(step.scales),
+        "group_trials": [
+            {"group": group, "factor": factor, "change": finite(change)}
+            for group, factor, change in step.group_trials
+        ],
+    }

@@ -1,0 +1,145 @@
+"""What the sum over layers misses: how much of the measured change belongs to each layer.
+
+The predicted changes of the layers are those of each layer changed alone, by a curvature that is a
+Kronecker product. Changed together, layers add to each other's errors or cancel them. One backward
+pass shows it for all at once: along ``W + t Delta`` the divergence from the original is
+``1/2 t^2 Delta^T H Delta`` with the full curvature H, so half its derivative at t = 1 is the
+whole change, and the part of layer l, ``1/2 <dD/dW_l, Delta_l>``, counts its interactions with all
+others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.data.parts import Batch, Part
+from rankfold.machine.progress import Progress, SilentProgress
+from rankfold.model.backward import each_gradient
+from rankfold.model.evaluation_mode import evaluation_mode
+from rankfold.model.layer_matrix import MatrixLayer
+from rankfold.tasks.evaluation import on_device
+from rankfold.tasks.losses import BatchLoss, Task, divergence
+
+# Most examples that the shares are measured on, and how many for each calibration example. The
+# divergence is 0 at the original whatever the sample, so its gradient is far less noisy than that
+# of the loss, and few examples suffice.
+SHARE_EXAMPLES = {"causal-lm": 32}
+OTHER_SHARE_EXAMPLES = 512
+SHARE_OF_CALIBRATION = 0.25
+# A correction never changes a prediction by more than this, either way.
+LARGEST_CORRECTION = 3.0
+# Predictions below this part of the mean one are too small to be compared with.
+NOISE_FLOOR = 0.02
+
+
+def measured_shares(
+    original: nn.Module,
+    changed: nn.Module,
+    task: Task,
+    part: Part,
+    names: Sequence[str],
+    *,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """The part of each layer in the change from one model to the other, in units of the loss.
+
+    With logits the change is the mean Kullback-Leibler divergence of the changed model's
+    predictions from the original's. A loss of the user's own has no logits: then it is the second
+    order part of the loss itself, ``1/2 <G' - G, Delta>``.
+
+    Args:
+        original: The model before.
+        changed: The model after, of the same architecture.
+        task: Gives the logits, or the losses.
+        part: Examples.
+        names: Layers with a ``weight`` that differs.
+        batch_size: Examples a batch.
+        progress: Shows the batches.
+
+    Returns:
+        By layer; the sum is the change of all layers together to second order.
+    """
+    progress = progress or SilentProgress()
+    before, after = _weights(original, names), _weights(changed, names)
+    sums = torch.zeros(len(names), dtype=torch.float64)
+    terms = 0.0
+    batches = part.batches(batch_size)
+    for examples in progress.track(batches, "interactions of layers", len(batches)):
+        batch = on_device(part.collate(examples), changed)
+        with evaluation_mode(original):
+            reference = task.batch_loss(original, batch)
+        terms += float(reference.terms.sum())
+        without_logits = reference.logits is None
+        with evaluation_mode(changed, trainable=after):
+            loss = _divergence(reference, task.batch_loss(changed, batch))
+            del reference  # logits of a large vocabulary, not needed to go back
+            sums += _slopes(loss, after, before, after)
+        if without_logits:
+            sums -= _own_slopes(original, task, batch, before, after)
+    return {name: 0.5 * float(slope) / terms for name, slope in zip(names, sums, strict=True)}
+
+
+def corrections(shares: Mapping[str, float], predicted: Mapping[str, float]) -> dict[str, float]:
+    """Factors that bring each layer's predicted changes nearer to its measured share.
+
+    The square root of measured / predicted, within ``LARGEST_CORRECTION``: the shares belong to
+    the plan that they were measured at and move with it, so half the way (in logarithms) is gone.
+    Layers that the plan left dense get the median of the others.
+
+    Args:
+        shares: From ``measured_shares``.
+        predicted: Predicted change of each layer in the same plan, 0 where it stays dense.
+    """
+    positive = [change for change in predicted.values() if change > 0]
+    if not positive:
+        return dict.fromkeys(predicted, 1.0)
+    floor = NOISE_FLOOR * sum(positive) / len(positive)
+    most = LARGEST_CORRECTION
+    found = {
+        name: min(most, max(1 / most, math.sqrt(max(0.0, shares[name] + floor) / (change + floor))))
+        for name, change in predicted.items()
+        if change > 0
+    }
+    middle = median(found.values())
+    return {name: found.get(name, middle) for name in predicted}
+
+
+def _weights(model: nn.Module, names: Sequence[str]) -> list[Tensor]:
+    layers: list[MatrixLayer] = [model.get_submodule(name) for name in names]  # type: ignore[misc]
+    return [layer.weight for layer in layers]
+
+
+def _divergence(reference: BatchLoss, found: BatchLoss) -> Tensor:
+    """Summed over the terms."""
+    if reference.logits is None or found.logits is None:
+        return (found.losses * found.terms).sum()
+    return divergence(found.logits, reference.logits).sum()
+
+
+def _own_slopes(
+    model: nn.Module, task: Task, batch: Batch, before: list[Tensor], after: list[Tensor]
+) -> Tensor:
+    with evaluation_mode(model, trainable=before):
+        found = task.batch_loss(model, batch)
+        return _slopes((found.losses * found.terms).sum(), before, before, after)
+
+
+def _slopes(
+    loss: Tensor, weights: list[Tensor], before: list[Tensor], after: list[Tensor]
+) -> Tensor:
+    """``<dloss/dW, after - before>`` of each weight, float64."""
+    slopes = torch.zeros(len(weights), dtype=torch.float64)
+
+    @torch.no_grad()
+    def add(place: int, gradient: Tensor) -> None:
+        delta = after[place] - before[place]
+        slopes[place] += (gradient * delta).sum(dtype=torch.float64).cpu()
+
+    each_gradient(loss, weights, add)
+    return slopes

@@ -1,0 +1,137 @@
+"""From a layer's statistics to its spectrum and the curve of its choices, under an objective."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rankfold.forms.curve import Curve, _beyond_rounding
+from rankfold.forms.storage import Form, factor_parameters
+from rankfold.maths.linalg import Damping, damped, marginal_product
+from rankfold.maths.spectrum import Spectrum, whitened_spectrum
+from rankfold.model.layer_matrix import MatrixLayer, matrix_shape, weight_matrix
+from rankfold.objective import Objective
+from rankfold.statistics.embeddings import EmbeddingStatistics
+from rankfold.statistics.grams import damped_grams, expected_grams
+from rankfold.statistics.layer_statistics import LayerStatistics
+
+
+def layer_spectrum(
+    objective: Objective, weight: Tensor, statistics: LayerStatistics | None, damping: Damping
+) -> Spectrum:
+    """Spectrum of one (already moved) weight ``(out, in)`` under an objective."""
+    if objective.output_gram == "full":
+        if statistics is None:
+            raise ValueError("this objective needs statistics with gradients")
+        return whitened_spectrum(weight, *damped_grams(statistics, damping))
+    a = b = None
+    if objective.input_gram:
+        if statistics is None:
+            raise ValueError("this objective needs statistics")
+        a = damped(statistics.input_gram, damping.input)
+    if objective.output_gram == "diagonal":
+        if statistics is None or statistics.output_gram is None:
+            raise ValueError("this objective needs statistics with gradients")
+        energies = statistics.output_gram.diagonal()
+        if statistics.dominant is not None:
+            energies = energies + statistics.dominant.output_squares
+        b = damped(energies, damping.output)
+    return whitened_spectrum(weight, a, b)
+
+
+def layer_curve(
+    objective: Objective,
+    layer: MatrixLayer,
+    spectrum: Spectrum,
+    statistics: LayerStatistics | None,
+    form: Form,
+    cost_per_parameter: int,
+) -> Curve:
+    """Ranks 1..r with their costs and predicted changes.
+
+    An objective that predicts the loss predicts it by the Grams as they were measured: damping
+    chooses the directions, and would count as loss what the data never used.
+
+    Args:
+        objective: Decides what a change is.
+        layer: The layer.
+        spectrum: Its spectrum.
+        statistics: Of the layer, for the objectives that need them.
+        form: Decides the cost of a rank.
+        cost_per_parameter: 1 for parameters, 2 x rows for FLOPs.
+    """
+    errors = None
+    if objective.allocation == "first-order":
+        if statistics is None:
+            raise ValueError("the first-order objective needs statistics with gradients")
+        changes, errors = first_order_changes(weight_matrix(layer), spectrum, statistics.gradient)
+    elif objective.allocation == "multiplier":
+        if statistics is None:
+            raise ValueError("this objective needs statistics with gradients")
+        changes = _beyond_rounding(spectrum.changes_under(*expected_grams(statistics))[1:])
+    else:
+        changes = spectrum.truncation_changes()[1:]
+    out, in_ = matrix_shape(layer)
+    return Curve(
+        ranks=torch.arange(1, len(changes) + 1),
+        costs=rank_costs(layer, form, cost_per_parameter),
+        changes=changes.cpu(),
+        dense_cost=out * in_ * cost_per_parameter,
+        errors=None if errors is None else errors.cpu(),
+    )
+
+
+def embedding_spectrum(
+    weight: Tensor, statistics: EmbeddingStatistics, damping: Damping
+) -> Spectrum:
+    """Spectrum of an embedding matrix ``(words, dim)`` under all its uses together."""
+    words, gram = marginal_product([use.damped(damping) for use in statistics.uses.values()])
+    return whitened_spectrum(weight, gram, words)
+
+
+def embedding_curve(
+    spectrum: Spectrum, statistics: EmbeddingStatistics, costs: Tensor, dense_cost: int
+) -> Curve:
+    """Ranks 1..r of an embedding matrix; their changes are summed over its uses.
+
+    The spectrum's directions are those of one product in place of the uses' sum; the changes are
+    those of the sum itself, and not damped.
+
+    Args:
+        spectrum: From ``embedding_spectrum``.
+        statistics: Of the matrix.
+        costs: ``(r,)`` int64, of the ranks.
+        dense_cost: Of the matrix left dense.
+    """
+    changes = torch.stack([use.changes(spectrum) for use in statistics.uses.values()]).sum(0)[1:]
+    changes = _beyond_rounding(changes)
+    return Curve(torch.arange(1, len(changes) + 1), costs, changes.cpu(), dense_cost)
+
+
+def rank_costs(layer: MatrixLayer, form: Form, cost_per_parameter: int) -> Tensor:
+    """Cost of every rank 1..min(out, in) of a layer in a form, int64."""
+    out, in_ = matrix_shape(layer)
+    ranks = range(1, min(out, in_) + 1)
+    parameters = [factor_parameters(out, in_, rank, form) for rank in ranks]
+    return torch.tensor(parameters) * cost_per_parameter
+
+
+def first_order_changes(
+    weight: Tensor, spectrum: Spectrum, gradient: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``<G, W_k - W>`` and ``|W_k - W|_F / |W|_F`` of the ranks 1..r of a plain SVD.
+
+    Args:
+        weight: ``(out, in)``.
+        spectrum: Of the weight, not whitened.
+        gradient: ``(out, in)``.
+
+    Returns:
+        Two ``(r,)`` float64 tensors.
+    """
+    g = gradient.to(torch.float64)
+    components = ((spectrum.left.T @ g) * spectrum.right).sum(1)  # <G, u_i s_i v_i^T>
+    total = (weight.to(torch.float64) * g).sum()
+    energies = 2 * spectrum.truncation_changes()[1:]
+    norm = spectrum.singular_values.norm().clamp(min=torch.finfo(torch.float64).tiny)
+    return components.cumsum(0) - total, energies.clamp(min=0).sqrt() / norm

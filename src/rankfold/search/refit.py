@@ -1,0 +1,347 @@
+"""The factor at a layer's outputs, fitted once more to inputs that other layers have changed.
+
+Each layer is factorized for the inputs that it had in the original model. In the factorized one it
+gets others, and a part of what is wrong with its outputs then can be seen from these outputs
+themselves. For the outputs y of a factorized layer, ``y*`` of the original and ``p`` the pivots
+among y, of which all of y are combinations, the best linear change ``y + C p`` has
+
+    C = E[(y* - y) pᵀ] (E[p pᵀ] + damping)⁻¹
+
+It is a change of the layer's output factor: no rank and no form changes. Layers are fitted in the
+order of their calls, each on what those before it give after they were fitted (SVD-LLM's update,
+arXiv 2403.07378, 3.3, fits the same factor). A layer whose outputs are added to a stream is fitted
+to what puts the sum right (``residual_connections``). Of that solution a share is taken: whole, it
+would also fit what is particular to the calibration examples (docs/theory.md, 15).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial, reduce
+from operator import add
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.data.parts import Batch, Part
+from rankfold.forms.layer import ConvStandIn
+from rankfold.forms.output_change import (
+    Factorized,
+    Group,
+    OutputChange,
+    output_groups,
+    with_output_change,
+)
+from rankfold.machine.progress import Progress
+from rankfold.model.evaluation_mode import evaluation_mode
+from rankfold.model.layer_matrix import kept_dtype
+from rankfold.model.residual_connections import Residual, residual_connections
+from rankfold.search.side_by_side import Pairs, run_in_step
+from rankfold.tasks.evaluation import on_device
+from rankfold.tasks.losses import Task, field_of, output_of, without_labels
+
+# The share that is taken of the solution, and what is added to E[p pᵀ], of its mean eigenvalue.
+SHARE = 0.3
+DAMPING = 0.001
+# Most bytes that both models' waiting passes should hold, and how often a pass holds what the
+# largest output of a layer takes (measured on SmolLM2: 85 windows of 512 tokens took 3.3 GiB).
+MEMORY = 7 * 2**29
+HELD = 7
+# Examples of the pass in which residual connections are looked for: it holds all that modules get.
+LOOKED_AT = 4
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over rows that a fit needs, float64.
+
+    Attributes:
+        rows: Number of rows.
+        features: ``(k,)`` sum of p.
+        errors: ``(r,)`` sum of y* - y.
+        gram: ``(k, k)`` sum of p pᵀ.
+        cross: ``(r, k)`` sum of (y* - y) pᵀ.
+        power: ``(r,)`` sum of (y* - y)².
+    """
+
+    rows: int
+    features: Tensor
+    errors: Tensor
+    gram: Tensor
+    cross: Tensor
+    power: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor, errors: Tensor) -> Moments:
+        """Of ``(n, k)`` features and ``(n, r)`` errors."""
+        return cls(
+            len(features),
+            features.sum(0, dtype=torch.float64),
+            errors.sum(0, dtype=torch.float64),
+            (features.T @ features).double(),
+            (errors.T @ features).double(),
+            errors.square().sum(0, dtype=torch.float64),
+        )
+
+    def __add__(self, other: Moments) -> Moments:
+        """Of both sets of rows together."""
+        return Moments(
+            self.rows + other.rows,
+            self.features + other.features,
+            self.errors + other.errors,
+            self.gram + other.gram,
+            self.cross + other.cross,
+            self.power + other.power,
+        )
+
+    def means(self, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Of p pᵀ, (y* - y) pᵀ and (y* - y)²; centred: each less its mean."""
+        gram, cross, power = (sums / self.rows for sums in (self.gram, self.cross, self.power))
+        if centred:
+            features, errors = self.features / self.rows, self.errors / self.rows
+            gram = gram - torch.outer(features, features)
+            cross = cross - torch.outer(errors, features)
+            power = power - errors.square()
+        return gram, cross, power
+
+
+def best_change(moments: Moments, centred: bool, damping: float = DAMPING) -> Tensor:
+    """The change ``(r, k)`` that leaves the smallest squared errors.
+
+    Args:
+        moments: Of one row or more.
+        centred: Whether a shift takes what both means differ by.
+        damping: Added to the diagonal of the features' second moments, of its mean.
+    """
+    gram, cross, _ = moments.means(centred)
+    added = damping * gram.diagonal().mean()
+    known = bool(torch.isfinite(cross).all() and torch.isfinite(gram).all())
+    # Nothing to fit to, or outputs that a narrow type can't hold.
+    if not (known and added > 0):
+        return torch.zeros_like(cross)
+    damped = gram + added * torch.eye(len(gram)).to(gram)
+    change: Tensor = torch.linalg.solve(damped, cross.T).T
+    return change
+
+
+def lasting(moments: Moments, change: Tensor, centred: bool) -> float:
+    """Which part of what a change explains of the errors it should explain of others, 0 to 1.
+
+    R² of n rows and k features adjusted for what k features explain of any n rows (Ezekiel 1930),
+    over R²: a head that sees each of few images once is left nearly as it is.
+    """
+    gram, cross, power = moments.means(centred)
+    explained = (change * (2 * cross - change @ gram)).sum()
+    share, (rows, features) = float(explained / power.sum()), (moments.rows, len(gram))
+    if not (share > 0 and rows > features + 1):
+        return 0.0
+    return max(0.0, 1 - (1 - share) * (rows - 1) / (rows - features - 1)) / share
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Layers that were fitted again.
+
+    Attributes:
+        modules: By name.
+        residual: Those of them that were fitted to what they are added to.
+        examples: Number of examples that they were fitted to.
+    """
+
+    modules: dict[str, Factorized]
+    residual: list[str]
+    examples: int
+
+
+def fitted_again(
+    original: nn.Module,
+    factorized: nn.Module,
+    names: Sequence[str],
+    task: Task,
+    part: Part,
+    *,
+    batch_size: int | None,
+    progress: Progress,
+) -> Fitted:
+    """The factorized layers with their output factors fitted to the original's outputs.
+
+    Layers that a pass calls more than once, or not with the same rows in both models (experts),
+    are left out, and those whose bias another module has, too.
+
+    Args:
+        original: The dense model whose outputs are aimed at.
+        factorized: Its factorized twin, which comes back as it was.
+        names: Layers.
+        task: Runs a model.
+        part: Calibration examples; as many are used as ``MEMORY`` allows.
+        batch_size: Examples a batch.
+        progress: Shows the layers.
+    """
+    held_by = Counter(id(p) for m in factorized.modules() for p in m._parameters.values())
+    modules = {
+        name: module
+        for name in names
+        if isinstance(module := factorized.get_submodule(name), Factorized)
+        # A bias that stands in another module, too, has another use.
+        and (module.bias is None or held_by[id(module.bias)] == 1)
+    }
+    first = part.batches(batch_size)[0]
+    batch = on_device(part.collate(first), factorized)
+    sizes = _outputs_of_one(factorized, modules, task, batch)
+    if not sizes:
+        return Fitted({}, [], 0)
+    few = on_device(part.collate(first[:LOOKED_AT]), factorized)
+    with evaluation_mode(factorized):
+        residuals = residual_connections(
+            factorized,
+            {name: _channel_axis(modules[name]) for name in sizes},
+            {name for name, _ in original.named_modules()},
+            partial(_forward, task, factorized, few),
+        )
+    held = HELD * 2 * max(sizes.values()) / len(first)
+    part = part.spread(max(1, min(len(part.examples), int(MEMORY / held))))
+    batches = [
+        on_device(part.collate(examples), factorized) for examples in part.batches(batch_size)
+    ]
+    # Which tokens are no padding, where a batch says so.
+    masks = [field_of(batch, "attention_mask") for batch in batches]
+    found: dict[str, Factorized] = {}
+    to_sums: list[str] = []
+
+    def fit(name: str, pairs: Pairs, streams: Pairs) -> list[Tensor]:
+        module, residual = modules[name], residuals.get(name)
+        known: Sequence[tuple[Tensor, Tensor] | None] = streams or [None] * len(pairs)
+        rows = [
+            _Rows.of(module, *pair, mask, residual, stream)
+            for pair, mask, stream in zip(pairs, masks, known, strict=True)
+        ]
+        if any(batch.streams is not None for batch in rows):
+            to_sums.append(name)
+        change = _change(module, rows)
+        found[name] = with_output_change(module, change)
+        changed = [change.of_outputs(batch.outputs, module.bias) for batch in rows]
+        return [y.movedim(-1, _channel_axis(module)) for y in changed]
+
+    run_in_step(
+        original,
+        factorized,
+        batches,
+        partial(_forward, task),
+        list(sizes),
+        {name: residual.streams for name, residual in residuals.items()},
+        fit,
+        progress,
+        "layers fitted again",
+    )
+    for name, module in found.items():  # they were copied in evaluation mode
+        module.train(modules[name].training)
+        for new, old in zip(module.parameters(), modules[name].parameters(), strict=True):
+            new.requires_grad_(old.requires_grad)
+    return Fitted(found, to_sums, len(part.examples))
+
+
+def _forward(task: Task, model: nn.Module, batch: Batch) -> None:
+    """A pass of this model alone: an agreement's loss calls the original, too."""
+    if task.agreement:
+        output_of(model, without_labels(batch))
+    else:
+        task.batch_loss(model, batch)
+
+
+def _channel_axis(module: Factorized) -> int:
+    """Where the outputs stand, of a conv before its positions."""
+    return -3 if isinstance(module, ConvStandIn) else -1
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """One batch at a layer.
+
+    Attributes:
+        wanted: ``(..., out)`` outputs of the original.
+        outputs: ``(..., out)`` the layer's own.
+        mask: Which rows count, None for all.
+        residual: What the outputs are added to, None where that isn't known.
+        streams: That in the original and here, ``(..., out)`` each; None where it isn't known.
+    """
+
+    wanted: Tensor
+    outputs: Tensor
+    mask: Tensor | None
+    residual: Residual | None
+    streams: tuple[Tensor, Tensor] | None
+
+    @classmethod
+    def of(
+        cls,
+        module: Factorized,
+        wanted: Tensor,
+        outputs: Tensor,
+        mask: Tensor | None,
+        residual: Residual | None,
+        streams: tuple[Tensor, Tensor] | None,
+    ) -> _Rows:
+        """From tensors as the model has them, a conv's channels before its positions."""
+        wanted, outputs = (y.movedim(_channel_axis(module), -1) for y in (wanted, outputs))
+        if residual is not None and streams is not None:
+            first, second = (stream.movedim(residual.axis, -1) for stream in streams)
+            streams = first, second
+        fits = mask is not None and mask.shape == outputs.shape[:-1]
+        known = streams is not None and streams[0].shape == streams[1].shape == outputs.shape
+        return cls(wanted, outputs, mask if fits else None, residual, streams if known else None)
+
+    def moments(self, groups: Sequence[Group], bias: Tensor | None) -> list[Moments]:
+        """Of each group of outputs."""
+        wanted, outputs = self._counted(self.wanted), self._counted(self.outputs)
+        errors = wanted - outputs
+        if self.residual is not None and self.streams is not None:
+            errors += self.residual.as_output(*map(self._counted, self.streams))
+        return [
+            Moments.of(group.features(outputs, bias), errors.index_select(1, group.rows))
+            for group in groups
+        ]
+
+    def _counted(self, values: Tensor) -> Tensor:
+        """The rows that count, ``(n, out)``."""
+        kept = values.flatten(0, -2) if self.mask is None else values[self.mask != 0]
+        return kept.to(kept_dtype(values))
+
+
+def _change(module: Factorized, rows: Sequence[_Rows]) -> OutputChange:
+    """The change of a layer's outputs, from those of the original and its own in each batch."""
+    groups, bias = output_groups(module), module.bias
+    of_batches = (batch.moments(groups, bias) for batch in rows)
+    together = reduce(lambda some, more: list(map(add, some, more)), of_batches)
+    coefficients: list[Tensor] = []
+    shift = rows[0].outputs.new_zeros(rows[0].outputs.shape[-1], dtype=torch.float64)
+    for group, moments in zip(groups, together, strict=True):
+        best = best_change(moments, centred=bias is not None)
+        coefficients.append(SHARE * lasting(moments, best, centred=bias is not None) * best)
+        # The mean error is known from few rows, too.
+        shifted = SHARE * moments.errors - coefficients[-1] @ moments.features
+        shift[group.rows] += torch.where(shifted.isfinite(), shifted / moments.rows, 0)
+    return OutputChange(groups, coefficients, None if bias is None else shift)
+
+
+def _outputs_of_one(
+    model: nn.Module, modules: Mapping[str, nn.Module], task: Task, batch: Batch
+) -> dict[str, int]:
+    """Bytes of the output of each layer that one pass calls once, in the order of the calls."""
+    sizes: dict[str, int] = {}
+    often: set[str] = set()
+
+    def saw(name: str, module: nn.Module, args: object, output: Tensor) -> None:
+        if name in sizes:
+            often.add(name)
+        sizes[name] = output.numel() * output.element_size()
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            handle = module.register_forward_hook(partial(saw, name))
+            stack.callback(handle.remove)
+        stack.enter_context(evaluation_mode(model))
+        _forward(task, model, batch)
+    return {name: size for name, size in sizes.items() if name not in often}

@@ -1,0 +1,1 @@
+"""Passes over calibration data under hooks, and what they keep of each layer."""

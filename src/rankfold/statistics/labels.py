@@ -1,0 +1,130 @@
+"""Which labels the gradients are taken of: those of the data, or drawn from the model."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rankfold.data.parts import Part, default_batch_size
+from rankfold.errors import InputError
+from rankfold.model.evaluation_mode import evaluation_mode
+from rankfold.tasks.evaluation import on_device
+from rankfold.tasks.losses import BatchLoss, Task
+
+Curvature: TypeAlias = Literal["empirical", "sampled"]
+
+# A model whose calibration loss is below this share of the loss of guessing (log K) has nearly
+# memorised its labels: their gradients say little about the curvature around the model.
+MEMORISED_SHARE = 0.15
+
+# Tasks whose examples are pieces of text.
+TEXT = ("causal-lm", "masked-lm", "seq2seq")
+
+# Share of the probability spread over all classes before labels are sampled.
+SMOOTHING = 0.1
+
+# Directions of noise that all examples together get where the loss is a squared distance, and the
+# most that one gets, each for another backward pass.
+ENOUGH_DIRECTIONS = 2048
+
+MOST_DIRECTIONS = 4
+
+SQUARED = 0  # in place of the number of logits, where the loss is a squared error
+
+FEWEST = 8  # examples that say whether a model has memorised its data
+
+
+def calibration_loss(model: nn.Module, task: Task, part: Part) -> tuple[float, int | None]:
+    """Mean loss of a few calibration examples, from all over, and the number of logits.
+
+    The number is ``SQUARED`` for a squared error and None for a user's loss.
+
+    Raises:
+        InputError: The loss is not finite.
+    """
+    few = part.spread(max(FEWEST, 2 * default_batch_size(part.examples[0]))).batches()
+    losses = terms = 0.0
+    classes = None
+    with evaluation_mode(model):
+        for examples in few:
+            result = task.batch_loss(model, on_device(part.collate(examples), model))
+            losses += float((result.losses * result.terms).sum())
+            terms += float(result.terms.sum())
+            classes = None if result.logits is None else result.logits.shape[-1]
+            classes = classes if result.squared is None else SQUARED
+    if not math.isfinite(losses) or terms == 0:
+        raise InputError(
+            f"the mean loss of {len(few)} batches of calibration examples is "
+            f"{losses}/{terms:.0f}; expected a finite loss of at least one term. Check the model's "
+            "weights and the data."
+        )
+    return losses / terms, classes
+
+
+def choose_curvature(calibration_loss: float, classes: int | None, labels: bool) -> Curvature:
+    """Where B comes from: labels sampled from the predictions, or those of the data.
+
+    Sampled labels give the curvature of the loss. The gradient step is worth more when it is
+    whitened with the data's labels (docs/theory.md, 3), and FWSVD is published with them: there
+    they are taken as long as they are not memorised.
+
+    Args:
+        calibration_loss: Mean loss of the calibration examples, in nats.
+        classes: Number of logits, or None for a user's own loss, which can't be sampled. Of a
+            squared error the gradients at the labels are no curvature at all: always sampled.
+        labels: Whether those of the data are wanted where they tell anything.
+    """
+    if classes is None:
+        return "empirical"
+    if classes == SQUARED or not labels:
+        return "sampled"
+    memorised = calibration_loss < MEMORISED_SHARE * math.log(classes)
+    return "sampled" if memorised else "empirical"
+
+
+def sampled_losses(
+    result: BatchLoss, generator: torch.Generator, directions: int = 1
+) -> list[Tensor]:
+    """Losses at labels drawn from what the model itself predicts, each summed over the terms.
+
+    One cross-entropy with labels from its smoothed predictions; or squared errors from its own
+    values plus noise, in so many directions. The Grams of their gradients add up to the curvature
+    of the loss.
+
+    Args:
+        result: What the model gave, with its graph.
+        generator: Draws the labels, on the CPU.
+        directions: Of the noise, for each example.
+
+    Raises:
+        InputError: The loss shows neither logits nor squared values.
+    """
+    if result.squared is not None:
+        # |f - y|^2 has the Hessian 2 I in f; e ~ N(0, I) gives E[(sqrt 2 e)(sqrt 2 e)^T] = 2 I.
+        shape = (directions, *result.squared.shape[1:])
+        # Drawn an example at a time: what it gets doesn't depend on those beside it.
+        each = [torch.randn(shape, generator=generator) for _ in result.squared]
+        noise = math.sqrt(2 / directions) * torch.stack(each, dim=1).to(result.squared)
+        return [(result.squared * one).sum() for one in noise]
+    if result.logits is None:
+        raise InputError(
+            "the sampled curvature needs logits, which a loss of your own does not show; "
+            "use curvature='empirical'."
+        )
+    logits = result.logits.float()
+    smooth = (1 - SMOOTHING) * logits.detach().softmax(-1) + SMOOTHING / logits.shape[-1]
+    uniform = torch.rand(len(logits), 1, generator=generator).to(logits.device)
+    drawn = (smooth.cumsum(-1) < uniform).sum(-1).clamp(max=logits.shape[-1] - 1)
+    return [functional.cross_entropy(logits, drawn, reduction="sum")]
+
+
+def noise_directions(examples: int) -> int:
+    """How many directions of noise each example gets where the loss is a squared distance.
+
+    Values have as many directions as features, and a few hundred examples show few of them.
+    """
+    return max(1, min(MOST_DIRECTIONS, ENOUGH_DIRECTIONS // examples))

@@ -1,0 +1,63 @@
+"""What calibration data showed of one layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rankfold.maths.linalg import (
+    UNDAMPED,
+    Damping,
+)
+
+
+@dataclass(frozen=True)
+class DominantRows:
+    """What the rows that dominate a layer's gradient (``dominant_rows``) are of its statistics.
+
+    They are few, so what has their Gram is kept in place of it.
+
+    Attributes:
+        inputs: ``(few, in)``; ``inputs^T inputs`` is 1/N sum over these rows of ``|g|^2 x x^T``.
+        output_squares: ``(out,)``, 1/N sum over these rows of ``g^2``.
+    """
+
+    inputs: Tensor
+    output_squares: Tensor
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Statistics of one layer's matrix ``(out, in)``, in float32, or float64 for a float64 model.
+
+    Attributes:
+        input_gram: ``(in, in)``; the same tensor for layers that share their input.
+        output_gram: ``(out, out)``, of all rows but dominant ones; None when no backward pass was
+            asked for.
+        gradients: Mean gradients ``(out, in)`` of the two halves, None when not asked for.
+        shares_input_with: Name of the layer whose input Gram this is, or None.
+        dominant: Of the rows that dominate the gradient; None where none do.
+        lacking: What both Grams lack along their small eigenvalues (``shrinkage``), by what half of
+            the examples lack; 0 where only one half reached the layer.
+    """
+
+    input_gram: Tensor
+    output_gram: Tensor | None
+    gradients: tuple[Tensor, Tensor] | None
+    shares_input_with: str | None
+    dominant: DominantRows | None = None
+    lacking: Damping = UNDAMPED
+
+    @property
+    def gradient(self) -> Tensor:
+        """Mean gradient over all examples, ``(out, in)``."""
+        if self.gradients is None:
+            raise ValueError("these statistics were collected without gradients")
+        return (self.gradients[0] + self.gradients[1]) / 2
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the data gave this layer no input, or no gradient."""
+        grams = [self.input_gram] + ([] if self.output_gram is None else [self.output_gram])
+        return any(float(gram.diagonal().sum()) == 0 for gram in grams)

@@ -1,0 +1,1 @@
+"""What a loss is, and the losses of a model on examples."""

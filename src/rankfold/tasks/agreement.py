@@ -1,0 +1,137 @@
+"""Agreement with the original model: losses that need no labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rankfold.data.parts import Batch
+from rankfold.model.evaluation_mode import evaluation_mode
+from rankfold.tasks.losses import (
+    BatchLoss,
+    divergence,
+    field_of,
+    labels_of,
+    logits_of,
+    loss_of_terms,
+    one_term,
+    output_of,
+    values_of,
+    without_labels,
+)
+
+
+class Teacher:
+    """Agreement with the original model: how far the outputs are from its own. No labels.
+
+    Where the model gives logits, the Kullback-Leibler divergence of its predictions from the
+    original's, in nats per term; else the squared distance of the outputs as a share of the
+    original's squared norm.
+
+    Args:
+        originals: The original model, first in the form in which it is called, and others that are
+            the same function: their outputs are at distance 0 without calling the first.
+        batch: One to see what the model gives: logits where it says so, or where the labels beside
+            the inputs are classes.
+    """
+
+    name = "teacher"
+    agreement = True
+
+    def __init__(self, originals: Sequence[nn.Module], batch: Batch) -> None:
+        """As said."""
+        self.originals = originals
+        labels = labels_of(batch)
+        classes = labels is not None and labels.dim() == 1 and not labels.is_floating_point()
+        output = self._original(without_labels(batch), output_of)
+        self.logits = field_of(output, "logits") is not None or (
+            classes and torch.is_tensor(output)
+        )
+        self.unit = (
+            "nats of divergence from the original"
+            if self.logits
+            else "squared distance from the original, as a share"
+        )
+
+    def _original(self, inputs: Any, output: Callable[[nn.Module, Any], Any]) -> Any:
+        with evaluation_mode(self.originals[0]):
+            return output(self.originals[0], inputs)
+
+    def _both(
+        self, model: nn.Module, inputs: Any, output: Callable[[nn.Module, Any], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs of a model and of the original, which is not called where the model is it."""
+        same = any(model is original for original in self.originals)
+        wanted = None if same else self._original(inputs, output)
+        found = output(model, inputs)
+        return found, found.detach() if wanted is None else wanted
+
+    def batch_loss(self, model: nn.Module, batch: Batch) -> BatchLoss:
+        """``batch`` is what the model takes; labels beside it are not looked at."""
+        inputs = without_labels(batch)
+        mask = field_of(inputs, "attention_mask")
+        if self.logits:
+            found, wanted = self._both(model, inputs, lambda m, x: logits_of(output_of(m, x)))
+            return _divergence(found, wanted, mask)
+        found, wanted = self._both(model, inputs, lambda m, x: values_of(output_of(m, x)).float())
+        return _relative_distance(found, wanted, mask)
+
+
+class Embedding(Teacher):
+    """Agreement of sentence embeddings with the original's: squared distance of unit vectors.
+
+    The embedding is what the model calls ``sentence_embedding``; else the mean of the last hidden
+    states over the tokens, as sentence encoders are trained; else the output itself.
+    """
+
+    name = "embedding"
+
+    def __init__(self, originals: Sequence[nn.Module], batch: Batch) -> None:
+        """As ``Teacher``."""
+        super().__init__(originals, batch)
+        self.unit = "squared distance of unit embeddings from the original"
+
+    def batch_loss(self, model: nn.Module, batch: Batch) -> BatchLoss:
+        """``batch`` is what the model takes; labels beside it are not looked at."""
+        found, wanted = self._both(model, without_labels(batch), unit_embeddings)
+        losses = (found - wanted).square().sum(1)
+        return BatchLoss(losses, one_term(losses), squared=found)
+
+
+def unit_embeddings(model: nn.Module, inputs: Any) -> Tensor:
+    """Embeddings of a model, ``(n, features)`` float32 of length 1; see ``Embedding``."""
+    output = output_of(model, inputs)
+    found, hidden = field_of(output, "sentence_embedding"), field_of(output, "last_hidden_state")
+    if found is None and hidden is not None and hidden.dim() == 3:
+        mask = field_of(inputs, "attention_mask")
+        if mask is None or mask.shape != hidden.shape[:2]:  # images have no mask of their patches
+            mask = hidden.new_ones(hidden.shape[:2])
+        weights = mask.to(hidden.dtype)
+        found = (hidden * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
+    found = values_of(output) if found is None else found
+    return functional.normalize(found.float().flatten(1), dim=-1)
+
+
+def _divergence(found: Tensor, original: Tensor, mask: Tensor | None) -> BatchLoss:
+    """``KL(original || found)`` of each term; tokens that ``mask`` hides are none."""
+    kept = torch.ones(found.shape[:-1], dtype=torch.bool, device=found.device)
+    if mask is not None and mask.shape == kept.shape:
+        kept = mask != 0
+    found, original = found[kept], original[kept]
+    each = divergence(found, original)
+    hits = (found.argmax(-1) == original.argmax(-1)).to(each.dtype)
+    return loss_of_terms(each, found, hits, kept)
+
+
+def _relative_distance(found: Tensor, original: Tensor, mask: Tensor | None) -> BatchLoss:
+    if mask is not None and mask.shape == found.shape[:2] and found.dim() == 3:
+        found, original = (t * mask[..., None].to(t.dtype) for t in (found, original))
+    found, original = found.flatten(1), original.flatten(1)
+    norms = original.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    squared = found / norms
+    losses = (squared - original / norms).square().sum(1)
+    return BatchLoss(losses, one_term(losses), squared=squared)

@@ -1,0 +1,184 @@
+"""Losses of a model on a part of the data, example by example."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.data.parts import Batch, Part, describe
+from rankfold.errors import InputError
+from rankfold.machine.progress import Progress, SilentProgress
+from rankfold.model.evaluation_mode import evaluation_mode
+from rankfold.tasks.losses import BatchLoss, Task
+from rankfold.tasks.supervised import (
+    LossFunction,
+    UserLoss,
+)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A user's metric of which more is better, certified beside the loss.
+
+    Attributes:
+        name: How the report calls it.
+        function: ``function(model, batch)`` giving one value from 0 to 1 per example.
+        margin: How much of its mean may be lost, as a share; None only reports it.
+    """
+
+    name: str
+    function: LossFunction
+    margin: float | None = None
+
+
+def metric_values(
+    metric: Metric,
+    model: nn.Module,
+    part: Part,
+    *,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """``(n,)`` float64 values of a metric on a part; not checked for their range.
+
+    Raises:
+        InputError: The function doesn't give one value per example.
+    """
+    stage = f"{metric.name} on {part.name.replace('_', '-')} data"
+    task = UserLoss(metric.function, what=f"metric {metric.name}")
+    return evaluate(
+        model, task, part, batch_size=batch_size, progress=progress, stage=stage, finite=False
+    ).losses
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's losses on a data set.
+
+    Attributes:
+        losses: ``(n,)`` float64 mean loss of each example's terms.
+        terms: ``(n,)`` float64 number of terms of each example.
+        correct: ``(n,)`` float64 share of terms predicted right, or None.
+    """
+
+    losses: Tensor
+    terms: Tensor
+    correct: Tensor | None
+
+    @property
+    def mean(self) -> float:
+        """Mean loss over all terms."""
+        return float((self.losses * self.terms).sum() / self.terms.sum())
+
+    def first(self, count: int) -> Evaluation:
+        """Of the first examples only."""
+        correct = None if self.correct is None else self.correct[:count]
+        return Evaluation(self.losses[:count], self.terms[:count], correct)
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of all terms predicted right, or None."""
+        if self.correct is None:
+            return None
+        return float((self.correct * self.terms).sum() / self.terms.sum())
+
+
+def joined(found: Sequence[Evaluation]) -> Evaluation:
+    """The evaluations of consecutive examples as one."""
+    correct = [e.correct for e in found if e.correct is not None]
+    return Evaluation(
+        torch.cat([e.losses for e in found]),
+        torch.cat([e.terms for e in found]),
+        torch.cat(correct) if correct else None,
+    )
+
+
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    part: Part,
+    *,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+    stage: str = "evaluate",
+    finite: bool = True,
+) -> Evaluation:
+    """The model's losses on every example of a part, without gradients.
+
+    Args:
+        model: The model.
+        task: Gives the loss.
+        part: The examples.
+        batch_size: Examples a batch.
+        progress: Shows the batches.
+        stage: What the progress calls this.
+        finite: Refuse losses that are not finite; False for trials that may destroy the model.
+
+    Raises:
+        InputError: A loss is NaN or infinite.
+    """
+    progress = progress or SilentProgress()
+    batches = part.batches(batch_size)
+    results: list[BatchLoss] = []
+    with evaluation_mode(model):
+        for examples in progress.track(batches, stage, len(batches)):
+            batch = on_device(part.collate(examples), model)
+            result = task.batch_loss(model, batch)
+            results.append(BatchLoss(result.losses, result.terms, None, result.correct))
+    losses = torch.cat([r.losses for r in results]).double().cpu()
+    if finite and not bool(torch.isfinite(losses).all()):
+        bad = int((~torch.isfinite(losses)).nonzero()[0])
+        raise InputError(
+            f"the loss of {part.name.replace('_', '-')} example {bad} is {float(losses[bad])}; "
+            "expected finite losses. Check the model's weights and this example."
+        )
+    hits = [r.correct for r in results if r.correct is not None]
+    terms = torch.cat([r.terms for r in results]).double().cpu()
+    if float(terms.sum()) == 0:
+        raise InputError(f"the {part.name} part has no label to predict: all are masked (-100).")
+    return Evaluation(losses, terms, torch.cat(hits).double().cpu() if hits else None)
+
+
+@contextmanager
+def running(batch: Batch) -> Iterator[None]:
+    """While the model runs on its first example: what it raises names the data.
+
+    Raises:
+        InputError: The model can't run on the batch.
+    """
+    try:
+        yield
+    except (InputError, torch.cuda.OutOfMemoryError):
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"the model can't run on the data: its first calibration example, "
+            f"{describe(batch)}, gave {type(error).__name__}: {error}. Check that the data "
+            "belongs to this model."
+        ) from error
+
+
+def on_device(batch: Batch, model: nn.Module) -> Batch:
+    """The batch with its tensors on the model's device, floating ones in the model's dtype."""
+    parameters = list(model.parameters())
+    if not parameters:
+        return batch
+    # Weights may be stored in int8 beside their scales; inputs are of the type computed with.
+    parameter = next((p for p in parameters if p.is_floating_point()), parameters[0])
+
+    def move(value: Any) -> Any:
+        if torch.is_tensor(value):
+            dtype = parameter.dtype if value.is_floating_point() else value.dtype
+            return value.to(parameter.device, dtype)
+        if isinstance(value, Mapping):
+            return {key: move(item) for key, item in value.items()}
+        if isinstance(value, tuple | list):
+            return tuple(move(item) for item in value)
+        return value
+
+    return move(batch)

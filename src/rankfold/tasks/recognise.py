@@ -1,0 +1,116 @@
+"""Which task a model and its data have: recognised where it can be, named, or given.
+
+Every task returns one loss per example and the number of terms in it (tokens of a sequence, 1 for
+an image). The loss of a data set is the mean over terms.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from rankfold.data.parts import Batch, Part
+from rankfold.errors import InputError
+from rankfold.tasks.agreement import Embedding, Teacher
+from rankfold.tasks.evaluation import (
+    on_device,
+    running,
+)
+from rankfold.tasks.losses import (
+    TASKS,
+    Task,
+    labels_of,
+)
+from rankfold.tasks.supervised import (
+    CausalLM,
+    Classification,
+    LossFunction,
+    Regression,
+    Seq2Seq,
+    TokenLabels,
+    UserLoss,
+)
+
+
+def recognise_task(
+    part: Part,
+    loss: LossFunction | None,
+    name: str | None = None,
+    originals: Sequence[nn.Module] = (),
+    hint: str | None = None,
+) -> Task:
+    """The task: the user's loss or name if given, else what model and data show.
+
+    Args:
+        part: Examples; one batch of them is looked at.
+        loss: The user's own loss, or None.
+        name: One of ``TASKS``, or None.
+        originals: The original model, for the tasks that compare with it; see ``Teacher``.
+        hint: What the model is made for, as far as it says so.
+
+    Raises:
+        InputError: No such task, a task and a loss, or nothing is recognised.
+    """
+    if loss is not None and name is not None:
+        raise InputError(f"both loss= and the task {name!r} are given; expected one of them.")
+    if loss is not None:
+        return UserLoss(loss)
+    if name is not None and name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, 1)
+        suggestion = f" Did you mean {near[0]}?" if near else ""
+        raise InputError(
+            f"the task is {name!r}; expected one of {', '.join(TASKS)}.{suggestion} For another "
+            "one pass loss=, a function of the model and a batch."
+        )
+    batch = part.collate(part.examples[:1])
+    found = name or _recognised(batch, hint)
+    if found is None:
+        raise InputError(
+            "the loss can't be recognised from the model and the data: expected token ids, a "
+            "mapping with input_ids, or (input, integer label) pairs. Name the task, one of "
+            f"{', '.join(TASKS)} (teacher needs no labels), or pass loss=, a function of the "
+            "model and a batch that returns one loss per example."
+        )
+    if found in ("teacher", "embedding"):
+        if not originals:
+            raise InputError(
+                f"the task {found} compares with the original model, which is not at hand here: "
+                "lossless and compact have it, to verify it is given as the original."
+            )
+        kind = Embedding if found == "embedding" else Teacher
+        moved = on_device(batch, originals[0])
+        with running(moved):
+            return kind(originals, moved)
+    tasks: dict[str, Callable[[], Task]] = {
+        "causal-lm": CausalLM,
+        "masked-lm": lambda: TokenLabels("masked-lm"),
+        "token-classification": lambda: TokenLabels("token-classification"),
+        "classification": Classification,
+        "seq2seq": Seq2Seq,
+        "regression": Regression,
+    }
+    return tasks[found]()
+
+
+def _recognised(batch: Batch, hint: str | None) -> str | None:
+    """The task that a batch's labels and the model's purpose allow; labels decide where they do."""
+    labels = labels_of(batch)
+    if hint == "embedding" or (labels is None and hint in ("embedding", "causal-lm")):
+        return hint
+    if labels is not None and labels.dim() == 1 and not labels.is_floating_point():
+        return "classification"
+    if labels is not None and labels.is_floating_point():
+        return "regression" if hint in (None, "regression") else None
+    if labels is not None and labels.dim() == 2:
+        if hint in ("masked-lm", "token-classification", "seq2seq", "causal-lm"):
+            return hint
+        return "causal-lm" if isinstance(batch, Mapping) and "input_ids" in batch else None
+    if labels is None and hint in (None, "causal-lm"):
+        if isinstance(batch, Mapping) and "input_ids" in batch:
+            return "causal-lm"
+        if torch.is_tensor(batch) and batch.dim() == 2 and not batch.is_floating_point():
+            return "causal-lm"
+    return None

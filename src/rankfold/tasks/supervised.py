@@ -1,0 +1,149 @@
+"""Losses that are made of labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rankfold.data.parts import Batch
+from rankfold.errors import InputError
+from rankfold.tasks.losses import (
+    IGNORED,
+    BatchLoss,
+    TaskName,
+    call,
+    check_labels,
+    logits_of,
+    one_term,
+    output_of,
+    token_losses,
+    with_labels,
+)
+
+LossFunction: TypeAlias = Callable[[nn.Module, Batch], Tensor]
+
+
+class CausalLM:
+    """Next-token prediction: cross-entropy of each token given those before it."""
+
+    name = "causal-lm"
+    unit = "nats per token"
+    agreement = False
+
+    def batch_loss(self, model: nn.Module, batch: Batch) -> BatchLoss:
+        """``batch`` is ``(n, length)`` token ids, or a mapping with ``input_ids``."""
+        inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+        labels = cast("Tensor", inputs.pop("labels", inputs["input_ids"]))
+        mask = inputs.get("attention_mask")
+        if mask is not None:
+            labels = labels.masked_fill(mask == 0, IGNORED)
+        logits = logits_of(call(model, inputs, wrapped=isinstance(batch, Mapping)))
+        return token_losses(logits[:, :-1], labels[:, 1:])
+
+
+class TokenLabels:
+    """A label for each token, or for some (-100 marks the others): cross-entropy in its place."""
+
+    unit = "nats per token"
+    agreement = False
+
+    def __init__(self, name: TaskName) -> None:
+        """``masked-lm``, where the labels are the hidden tokens, or ``token-classification``."""
+        self.name: str = name
+
+    def batch_loss(self, model: nn.Module, batch: Batch) -> BatchLoss:
+        """``batch`` is a mapping with ``labels`` ``(n, length)``."""
+        inputs, labels = with_labels(self.name, batch, dimensions=2)
+        return token_losses(logits_of(call(model, inputs, wrapped=True)), labels)
+
+
+class Seq2Seq:
+    """A text or other sequence to a text: cross-entropy of each target token."""
+
+    name = "seq2seq"
+    unit = "nats per token"
+    agreement = False
+
+    def batch_loss(self, model: nn.Module, batch: Batch) -> BatchLoss:
+        """``batch`` is a mapping with ``labels`` ``(n, length)``; -100 marks what is no target.
+
+        Without ``decoder_input_ids`` the model makes them from the labels, as in its training.
+        """
+        inputs, labels = with_labels(self.name, batch, dimensions=2)
+        if "decoder_input_ids" not in inputs:
+            inputs = {**inputs, "labels": labels}
+        return token_losses(logits_of(call(model, inputs, wrapped=True)), labels)
+
+
+class Classification:
+    """One label per example: cross-entropy of the logits."""
+
+    name = "classification"
+    unit = "nats per example"
+    agreement = False
+
+    def batch_loss(self, model: nn.Module, batch: Batch) -> BatchLoss:
+        """``batch`` is ``(inputs, labels)``, or a mapping with ``labels``."""
+        inputs, labels = with_labels(self.name, batch, dimensions=1)
+        logits = logits_of(output_of(model, inputs))
+        if labels.is_floating_point():
+            raise InputError(
+                f"the labels are {str(labels.dtype).removeprefix('torch.')}; expected whole "
+                "numbers, the class of each example. For values use task regression."
+            )
+        check_labels(labels, logits.shape[-1])
+        losses = functional.cross_entropy(logits.float(), labels.long(), reduction="none")
+        correct = (logits.argmax(-1) == labels).to(losses.dtype)
+        return BatchLoss(losses, torch.ones_like(labels), logits, correct)
+
+
+class Regression:
+    """Values per example: mean squared error."""
+
+    name = "regression"
+    unit = "mean squared error"
+    agreement = False
+
+    def batch_loss(self, model: nn.Module, batch: Batch) -> BatchLoss:
+        """``batch`` is ``(inputs, values)``, or a mapping with ``labels``; values ``(n, ...)``."""
+        inputs, labels = with_labels(self.name, batch, dimensions=None)
+        values = logits_of(output_of(model, inputs)).float()
+        wanted = labels.float()
+        if values.numel() != wanted.numel() or len(values) != len(wanted):
+            raise InputError(
+                f"the model gave values {tuple(values.shape)} for labels {tuple(wanted.shape)}; "
+                "expected as many values an example as labels."
+            )
+        scale = math.sqrt(values[0].numel())
+        squared = values.flatten(1) / scale if values.dim() > 1 else values[:, None]
+        target = wanted.reshape(len(wanted), -1) / scale
+        losses = (squared - target).square().sum(1)
+        return BatchLoss(losses, one_term(losses), squared=squared)
+
+
+class UserLoss:
+    """A user's callable ``loss(model, batch)`` that gives one loss per example."""
+
+    name = "custom"
+    unit = "units of the given loss"
+    agreement = False
+
+    def __init__(self, function: LossFunction, what: str = "loss function") -> None:
+        """Use ``function``; messages call it ``what``."""
+        self.function, self.what = function, what
+
+    def batch_loss(self, model: nn.Module, batch: Batch) -> BatchLoss:
+        """One loss per example, each one term."""
+        losses: object = self.function(model, batch)  # a user's function returns what it likes
+        if not torch.is_tensor(losses) or losses.dim() != 1:
+            shape = tuple(losses.shape) if torch.is_tensor(losses) else type(losses).__name__
+            raise InputError(
+                f"the {self.what} returned {shape}; expected a 1-D tensor with one value per "
+                "example (reduction='none')."
+            )
+        return BatchLoss(losses, torch.ones_like(losses, dtype=torch.int64))

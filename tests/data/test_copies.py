@@ -1,0 +1,125 @@
+"""Copies between parts, in the disguises that hide them from a byte-for-byte comparison."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rankfold.data.copies import look_alikes, refuse_copies, without_copies
+from rankfold.data.parts import Part, as_part
+from rankfold.errors import InputError
+
+
+def text(count: int, length: int, seed: int, vocabulary: int = 300) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocabulary, (count * length,), generator=generator)
+
+
+def windows(tokens: Tensor, length: int, name: str) -> Part:
+    return as_part(name, list(tokens[: len(tokens) // length * length].split(length)))
+
+
+def pictures(count: int, seed: int) -> list[tuple[Tensor, int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(3, 16, 16, generator=generator), 0) for _ in range(count)]
+
+
+@pytest.mark.parametrize("length", [32, 64, 512])
+@pytest.mark.parametrize("offset", [1, 16, 37])
+def test_text_pasted_at_any_offset_is_found(offset: int, length: int) -> None:
+    calibration, held_out = text(10, length, seed=0), text(10, length, seed=1)
+    held_out[length * 3 : length * 5] = calibration[offset : offset + 2 * length]
+    with pytest.raises(InputError, match=r"2 windows of the held-out part .* 3 \(\d+%\), 4 \(\d"):
+        refuse_copies(
+            [windows(calibration, length, "calibration"), windows(held_out, length, "held_out")]
+        )
+
+
+def test_nearly_identical_windows_are_found() -> None:
+    calibration = text(4, 128, seed=0)
+    changed = calibration.clone()
+    changed[torch.arange(5, len(changed), 60)] += 1  # every 60th token is another one
+    with pytest.raises(InputError, match=r"4 windows of the held-out part"):
+        refuse_copies([windows(calibration, 128, "calibration"), windows(changed, 128, "held_out")])
+
+
+def test_a_quotation_is_no_copy() -> None:
+    calibration, held_out = text(10, 64, seed=0), text(10, 64, seed=1)
+    held_out[70:100] = calibration[200:230]  # 15 of 49 runs of the window
+    refuse_copies([windows(calibration, 64, "calibration"), windows(held_out, 64, "held_out")])
+
+
+def test_windows_in_mappings_are_compared_too() -> None:
+    tokens = text(6, 32, seed=0)
+    parts = [
+        as_part("selection", [{"input_ids": w} for w in tokens.split(32)]),
+        as_part("held_out", [{"input_ids": w} for w in tokens[16:].split(32)]),
+    ]
+    with pytest.raises(InputError, match="selection part"):
+        refuse_copies(parts)
+
+
+def test_very_short_windows_may_repeat() -> None:
+    first, second = text(40, 4, 0, vocabulary=3), text(40, 4, 1, vocabulary=3)
+    first_part, second_part = windows(first, 4, "calibration"), windows(second, 4, "held_out")
+    fresh = [
+        e
+        for e, d in zip(second_part.examples, second_part.digests, strict=True)
+        if d not in first_part.digests
+    ]
+    refuse_copies([first_part, as_part("held_out", fresh or [torch.tensor([9, 9, 9, 9])])])
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        lambda i: i.flip(-1),
+        lambda i: i.flip(-2),
+        lambda i: torch.rot90(i, 1, (1, 2)),
+        lambda i: i.transpose(1, 2),
+    ],
+)
+def test_augmented_copies_of_a_held_out_image_are_found(augment) -> None:
+    held_out = pictures(6, seed=0)
+    calibration = [*pictures(6, seed=1), (augment(held_out[4][0]).contiguous(), held_out[4][1])]
+    with pytest.raises(InputError, match=r"share 1 images, mirrored or turned .*6 = 4"):
+        refuse_copies([as_part("calibration", calibration), as_part("held_out", held_out)])
+
+
+def test_images_that_are_no_square_are_turned_by_halves() -> None:
+    image = torch.randn(1, 8, 12)
+    parts = [as_part("calibration", [(image, 0)]), as_part("held_out", [(image.flip(-2), 0)])]
+    with pytest.raises(InputError, match="share 1 images"):
+        refuse_copies(parts)
+
+
+def test_shifted_and_noisy_copies_are_shown() -> None:
+    smooth = torch.nn.functional.interpolate(torch.randn(8, 3, 4, 4), size=32, mode="bilinear")
+    held_out = [(image, 0) for image in smooth[:4]]
+    shifted = smooth[2].roll(1, dims=-1) + 0.02 * torch.randn(3, 32, 32)
+    calibration = [(image, 0) for image in (*smooth[4:], shifted)]
+    parts = [as_part("calibration", calibration)]
+    (pair,) = look_alikes(parts, as_part("held_out", held_out))
+    assert (pair.part, pair.example, pair.held_out) == ("calibration", 4, 2)
+
+
+def test_different_images_and_other_examples_do_not_look_alike() -> None:
+    held_out = as_part("held_out", pictures(200, seed=0))
+    assert look_alikes([as_part("calibration", pictures(200, seed=1))], held_out) == []
+    words = windows(text(4, 16, 0), 16, "held_out")
+    assert look_alikes([words], words) == []
+    flat = as_part("held_out", [(torch.zeros(1, 8, 8), 0)])
+    assert look_alikes([flat], flat) == []
+
+
+def test_copies_in_one_data_set_are_left_out() -> None:
+    calibration, held_out = text(10, 64, seed=0), text(10, 64, seed=1)
+    held_out[64 * 3 : 64 * 5] = calibration[17 : 17 + 128]
+    parts = [windows(calibration, 64, "calibration"), windows(held_out, 64, "held_out")]
+    kept = without_copies(parts)
+    assert [len(part.examples) for part in kept] == [10, 8]
+    refuse_copies(kept)
+    assert torch.equal(kept[1].examples[3], parts[1].examples[5])
+    with pytest.raises(InputError, match=r"repeats itself: of the 10 .* 10 are copies"):
+        without_copies([parts[0], windows(calibration.roll(5), 64, "held_out")])

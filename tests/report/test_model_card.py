@@ -1,0 +1,83 @@
+"""The README.md that stands in every saved folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from torch.nn import Linear
+from transformers import LlamaForCausalLM
+
+import rankfold
+from rankfold.report.model_card import model_card
+from tests.small_models import SmallCNN, image_data, tiny_llama, token_data, trained_cnn
+
+VERSIONS = {"rankfold": "9.9", "torch": "8.8"}
+
+
+@pytest.fixture(scope="module")
+def result() -> rankfold.Result:
+    return rankfold.lossless(tiny_llama(), token_data(), size=0.8, seed=3, damping=0.2)
+
+
+def card(result: rankfold.Result, **options: Any) -> str:
+    return model_card(result.report, VERSIONS, "LlamaForCausalLM", of_transformers=True, **options)
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    return yaml.safe_load(text.split("---")[1])
+
+
+def test_the_front_matter_is_what_a_hub_reads(result: rankfold.Result) -> None:
+    found = front_matter(card(result, original="owner/name"))
+    assert found == {
+        "library_name": "transformers",
+        "base_model": "owner/name",
+        "pipeline_tag": "text-generation",
+        "tags": ["rankfold", "low-rank", "model-compression"],
+    }
+
+
+@pytest.mark.parametrize("original", ["", "/home/me/secret/name", "a: b", "x/y\nevil: 1", "../x"])
+def test_what_is_no_name_on_a_hub_is_no_base_model(result: rankfold.Result, original: str) -> None:
+    text = card(result, original=original)
+    assert "base_model" not in front_matter(text) and "evil" not in front_matter(text)
+    assert "secret" not in text
+
+
+def test_it_tells_sizes_certificate_and_how_it_was_made(
+    result: rankfold.Result, tmp_path: Path
+) -> None:
+    folder = result.save(tmp_path / "a")
+    text = (folder / "README.md").read_text()
+    before, after = result.report["original"], result.report["factorized"]
+    assert f"| {before['parameters']:,} | {after['parameters']:,} |" in text
+    assert f"| {(folder / 'model.safetensors').stat().st_size:,} |" in text
+    certificate = result.certificate
+    assert f"**{certificate.verdict}**" in text
+    assert f"at most {certificate.upper_bound:+.4f}; the margin was {certificate.margin:g}" in text
+    assert "`rankfold.lossless(model, data, size=0.8, " in text
+    assert "damping=0.2" in text and "objective=" not in text and "seed 3" in text
+    assert rankfold.__version__ in text
+
+
+def test_the_lines_of_a_transformers_model_open_it(result: rankfold.Result, tmp_path: Path) -> None:
+    folder = result.save(tmp_path / "a")
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    found: dict[str, Any] = {}
+    exec(code.replace("FOLDER", str(folder)), found)
+    assert isinstance(found["model"], LlamaForCausalLM)
+    assert not isinstance(found["model"].model.layers[0].mlp.up_proj, Linear)
+
+
+def test_the_lines_of_an_own_class_open_it(tmp_path: Path) -> None:
+    folder = rankfold.lossless(trained_cnn(), image_data(40), size=0.7).save(tmp_path / "a")
+    text = (folder / "README.md").read_text()
+    assert front_matter(text)["library_name"] == "rankfold"
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    found: dict[str, Any] = {"SmallCNN": SmallCNN}
+    exec(code.replace("FOLDER", str(folder)).replace("(...)", "()"), found)
+    assert isinstance(found["model"], SmallCNN)
