@@ -21,13 +21,16 @@ from benchmarks.field_models import (
     smollm2,
 )
 from benchmarks.kept_statistics import collect_or_read, kept_file
+from benchmarks.observed import Observed
 from benchmarks.rows import Recorder
 from rankfold.certificate.change import paired_change
 from rankfold.compress import Preparation
 from rankfold.data.copies import refuse_copies
 from rankfold.data.parts import Data, Part, as_part
-from rankfold.search.round import choose_damping
-from rankfold.search.study import Collected
+from rankfold.held_out import HeldOut
+from rankfold.search.build import control
+from rankfold.search.damping import choose_damping
+from rankfold.search.round import Round, start_round
 from rankfold.settings import Settings
 from rankfold.tasks.evaluation import Evaluation, evaluate
 
@@ -247,13 +250,15 @@ class Runner(Recorder[Row]):
         dense_other = None if other is None else self._other(model, collected, other)
         for variant in variants:
             settings = Settings(**{**common, **VARIANTS[variant].settings})
+            study = collected.study
             start = time.perf_counter()
             if settings.damping == "auto":
-                settings = choose_damping(collected, settings, progress=self.progress)
-            prepared = Preparation.of(collected, settings, progress=self.progress)
+                study, settings = choose_damping(study, settings, progress=self.progress)
+            started = start_round(study, settings, progress=self.progress)
+            prepared = Preparation(started, HeldOut(settings, (), collected.parts["held_out"]))
             ready = spent + time.perf_counter() - start
             # With rounds the control takes a step a round, which only the result's own stage knows.
-            moved = prepared.control() if settings.rounds == 1 else None
+            moved = control(started) if settings.rounds == 1 else None
             other_control = None
             if other is not None and dense_other is not None and moved is not None:
                 other_control = self._other(moved, collected, other).mean - dense_other.mean
@@ -293,11 +298,11 @@ class Runner(Recorder[Row]):
                         verdict=certificate.verdict,
                         seconds=seconds,
                         device=self.device,
-                        share=share_kept(prepared, result.ratio) if size is None else None,
+                        share=share_kept(started, result.ratio) if size is None else None,
                     )
                 )
 
-    def _other(self, model: nn.Module, collected: Collected, part: Part) -> Evaluation:
+    def _other(self, model: nn.Module, collected: Observed, part: Part) -> Evaluation:
         return evaluate(
             model, collected.task, part, progress=self.progress, stage="text of another kind"
         )
@@ -308,7 +313,7 @@ class Runner(Recorder[Row]):
         print(f"{row.model} seed {row.seed} {row.variant} {size}: {_change(row)}", flush=True)
 
 
-def share_kept(prepared: Preparation, ratio: float) -> float:
+def share_kept(prepared: Round, ratio: float) -> float:
     """Share kept of the factorizable weights where this share of the whole model is."""
     return 1 - (1 - ratio) * prepared.total / prepared.factorizable
 

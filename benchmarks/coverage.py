@@ -344,8 +344,11 @@ def real(sizes: Sequence[float], done: set[tuple[str, int, str]]) -> Iterator[Ro
 
     from benchmarks.cifar10 import cifar10_test, cifar10_train
     from benchmarks.cifar_nets import load_cifar_net
-    from rankfold.compress import prepare
+    from benchmarks.observed import observe
     from rankfold.data.parts import Data
+    from rankfold.search.build import build
+    from rankfold.search.round import start_round
+    from rankfold.settings import Settings
 
     model, mean_, std = load_cifar_net("akamaster_resnet20")
     images, labels = cifar10_test(mean_, std)
@@ -355,11 +358,13 @@ def real(sizes: Sequence[float], done: set[tuple[str, int, str]]) -> Iterator[Ro
         TensorDataset(training[2000:], answers[2000:]),
         TensorDataset(images, labels),
     )
-    prepared = prepare(model, Data(*parts), gradient_step=False)  # type: ignore[arg-type]
-    original = prepared.original_held_out()
+    settings = Settings(gradient_step=False)
+    observed = observe(model, Data(*parts), settings)  # type: ignore[arg-type]
+    prepared = start_round(observed.study, settings)
+    original = observed.original_losses("held_out")
     for size in sizes:
-        built = prepared.build(prepared.plan(size * prepared.factorizable))
-        changed = prepared.held_out(built, f"size {size:g}")
+        built = build(prepared, prepared.plan(size * prepared.factorizable))
+        changed = observed.losses(built, "held_out", f"size {size:g}")
         population = (changed.losses - original.losses).numpy()
         accuracy = None
         if original.correct is not None and changed.correct is not None:

@@ -28,6 +28,7 @@ from benchmarks.field_models import FIELD_MODELS, LANGUAGE, TASKS, limits_of, ot
 from benchmarks.kept_statistics import collect_or_read, kept_file
 from benchmarks.methods import METHODS
 from benchmarks.methods.method import Compressed, Study
+from benchmarks.observed import Observed, observe
 from benchmarks.rows import Recorder
 from rankfold.certificate.certify import certify
 from rankfold.certificate.change import paired_change
@@ -37,7 +38,6 @@ from rankfold.errors import InputError
 from rankfold.files.tensors import model_sizes
 from rankfold.machine.progress import Progress
 from rankfold.model.evaluation_mode import evaluation_mode
-from rankfold.search.study import Collected, collect
 from rankfold.settings import Settings
 from rankfold.tasks.evaluation import Evaluation, evaluate, on_device
 from rankfold.tasks.losses import output_of, without_labels
@@ -131,20 +131,20 @@ def open_study(
     model.to(device)
     settings = Settings(objective="joint", task=TASKS.get(name), seed=seed, **limits_of(data))
 
-    def collected_with(different: dict[str, Any]) -> tuple[Collected, float]:
+    def collected_with(different: dict[str, Any]) -> tuple[Observed, float]:
         chosen = replace(settings, **different)
         if results is not None and name in LANGUAGE:
             file = kept_file(results, name, seed, count, different)
             return collect_or_read(model, data, chosen, file, progress)
         start = time.perf_counter()
-        collected = collect(model, data, chosen, progress=progress)
+        collected = observe(model, data, chosen, progress=progress)
         return collected, time.perf_counter() - start
 
     collected, seconds = collected_with({})
     if collected.curvature == "sampled":
         return Study(collected, seed, progress), seconds
 
-    def collect_without_step() -> Collected:
+    def collect_without_step() -> Observed:
         return collected_with({"gradient_step": False})[0]
 
     return Study(collected, seed, progress, collect_without_step), seconds
@@ -367,7 +367,7 @@ def layer_shares(study: Study, model: nn.Module) -> dict[str, float]:
     }
 
 
-def flops_of_one(collected: Collected, model: nn.Module) -> int:
+def flops_of_one(collected: Observed, model: nn.Module) -> int:
     """Floating-point operations of one calibration example, as PyTorch counts them."""
     part = collected.parts["calibration"]
     batch = on_device(part.collate(part.examples[:1]), model)

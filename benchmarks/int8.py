@@ -26,11 +26,13 @@ from benchmarks.documents import markdown, spread
 from benchmarks.field_models import FIELD_MODELS, TASKS
 from benchmarks.methods.int8 import row_scales
 from benchmarks.rows import append_row, read_rows
-from rankfold import prepare
+from rankfold import Settings, prepare
 from rankfold.certificate.change import paired_change
 from rankfold.forms.blocks.modules import ColumnBlocksLinear, RowBlocksLinear
 from rankfold.forms.conv.modules import SpatialConv2d, TuckerConv2d
 from rankfold.forms.low_rank.modules import LowRankConv2d, LowRankLinear
+from rankfold.search.study import open_inputs
+from rankfold.tasks.evaluation import Evaluation, evaluate
 
 RESULTS = Path(__file__).parent / "out" / "int8.jsonl"
 
@@ -115,11 +117,17 @@ def measure(name: str, seed: int, sizes: Iterable[float], file: Path, device: st
     make, calibration = FIELD_MODELS[name]
     model, data = make(seed, calibration)
     model.to(device)
-    prepared = prepare(model, data, seed=seed, task=TASKS.get(name))
-    original = prepared.original_held_out()
+    settings = Settings(seed=seed, task=TASKS.get(name))
+    prepared = prepare(model, data, seed=seed, task=settings.task)
+    inputs = open_inputs(model, data, settings)
+
+    def on_held_out(found: nn.Module, shown: str) -> Evaluation:
+        return evaluate(found, inputs.task, inputs.held_out, stage=shown)
+
+    original = on_held_out(model, "original on held-out data")
 
     def tell(variant: str, size: float | None, found: nn.Module) -> None:
-        evaluation = prepared.held_out(found, variant)
+        evaluation = on_held_out(found, variant)
         change = paired_change(original, evaluation)
         row = Row(
             name, seed, variant, size, stored_bytes(found), evaluation.mean,

@@ -16,11 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from benchmarks.observed import Observed, observe
 from rankfold.data.parts import Data
 from rankfold.machine.device import device_of
 from rankfold.machine.progress import Progress
 from rankfold.maths.linalg import Damping
-from rankfold.search.study import Collected, collect
+from rankfold.search.study import Labels, Statistics
 from rankfold.settings import Settings
 from rankfold.statistics.labels import Curvature
 from rankfold.statistics.layer_statistics import DominantRows, LayerStatistics
@@ -48,20 +49,20 @@ def kept_file(
 
 def collect_or_read(
     model: nn.Module, data: Data, settings: Settings, file: Path, progress: Progress
-) -> tuple[Collected, float]:
-    """What ``collect`` gives, and the seconds of its pass; from the file where there is one."""
+) -> tuple[Observed, float]:
+    """What ``observe`` gives, and the seconds of its pass; from the file where there is one."""
     if file.exists():
         # An objective without statistics finds layers and parts, and makes no pass.
-        collected = collect(model, data, replace(settings, objective="svd"), progress=progress)
-        return collected, _read(collected, file)
+        collected = observe(model, data, replace(settings, objective="svd"), progress=progress)
+        return _read(collected, file)
     started = time.perf_counter()
-    collected = collect(model, data, settings, progress=progress)
+    collected = observe(model, data, settings, progress=progress)
     seconds = time.perf_counter() - started
     _write(collected, seconds, file)
     return collected, seconds
 
 
-def _write(collected: Collected, seconds: float, file: Path) -> None:
+def _write(collected: Observed, seconds: float, file: Path) -> None:
     tensors: dict[str, Tensor] = {}
     leaders: dict[str, str | None] = {}
     for name, stats in collected.statistics.items():
@@ -90,8 +91,8 @@ def _write(collected: Collected, seconds: float, file: Path) -> None:
     draft.replace(file)
 
 
-def _read(collected: Collected, file: Path) -> float:
-    """Put the file's statistics into ``collected``; returns the seconds that they took."""
+def _read(collected: Observed, file: Path) -> tuple[Observed, float]:
+    """The same with the file's statistics, and the seconds that they took."""
     with safe_open(file, framework="pt", device=device_of(collected.model)) as opened:
         about = json.loads(opened.metadata()["about"])
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
@@ -99,14 +100,14 @@ def _read(collected: Collected, file: Path) -> float:
         raise ValueError(f"{file} holds statistics of earlier code; delete it")
     if about["calibration"] != collected.parts["calibration"].digest:
         raise ValueError(f"{file} holds statistics of other examples; delete it")
-    collected.curvature = cast("Curvature | None", about["curvature"])
-    collected.calibration_loss = about["calibration_loss"]
+    labels = Labels(cast("Curvature | None", about["curvature"]), about["calibration_loss"])
+    found: dict[str, LayerStatistics] = {}
     grams = {key.removesuffix(" A"): tensors.pop(key) for key in [*tensors] if key.endswith(" A")}
     for name, leader in about["leaders"].items():
         back = tensors.pop(f"{name} B", None)
         inputs, outputs = (tensors.pop(f"{name} {side} dominant", None) for side in "AB")
         first, second = (tensors.pop(f"{name} G{half}", None) for half in (0, 1))
-        collected.statistics[name] = LayerStatistics(
+        found[name] = LayerStatistics(
             input_gram=grams[leader or name],
             output_gram=back,
             gradients=None if first is None or second is None else (first, second),
@@ -114,4 +115,7 @@ def _read(collected: Collected, file: Path) -> float:
             lacking=Damping(*about["lacking"][name]),
             dominant=None if inputs is None or outputs is None else DominantRows(inputs, outputs),
         )
-    return float(about["seconds"])
+    lacking = {name: stats.lacking for name, stats in found.items()}
+    return collected.with_statistics(labels, Statistics(found, {}, lacking)), float(
+        about["seconds"]
+    )

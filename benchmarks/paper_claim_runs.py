@@ -15,16 +15,20 @@ from torch.utils.data import TensorDataset
 from benchmarks.cifar10 import cifar10_test, normalised
 from benchmarks.cifar_training import MEAN, STD, kept_images, load_trained, training_images
 from benchmarks.field_models import limits_of
+from benchmarks.observed import Observed, observe
 from benchmarks.rows import Recorder
 from rankfold.certificate.change import Change, weighted_mean
 from rankfold.data.parts import Data
 from rankfold.errors import InputError
-from rankfold.forms.storage import Form
+from rankfold.forms.storage import Storage
 from rankfold.objective import ObjectiveName
 from rankfold.search.allocate import RankPlan
+from rankfold.search.build import build, control
+from rankfold.search.gradient_step import Step
+from rankfold.search.interactions import corrects
 from rankfold.search.plans import of_size
-from rankfold.search.round import Stage, lowest
-from rankfold.search.study import collect
+from rankfold.search.round import Round, start_round, with_storage
+from rankfold.search.trial import lowest
 from rankfold.settings import Settings
 from rankfold.tasks.evaluation import Evaluation, on_device
 
@@ -47,7 +51,7 @@ class Variant(NamedTuple):
     """
 
     objective: ObjectiveName
-    form: Form
+    form: Storage
     smallest: bool = False
     rounds: int = 1
 
@@ -159,6 +163,8 @@ class Runner(Recorder[Row]):
     def __init__(self, file: Path, device: str = "cpu") -> None:
         super().__init__(file, row_of)
         self.device = device
+        self.observed: Observed
+        self.moved: tuple[Step | None, Evaluation | None] | None = None
 
     def run(
         self, setting: str, seed: int, variants: Sequence[Variant], sizes: Sequence[float]
@@ -173,39 +179,50 @@ class Runner(Recorder[Row]):
         net, data = load_data(setting, seed)
         net.to(self.device)
         everything = Settings(objective="joint", seed=seed, **limits_of(data))
-        collected = collect(net, data, everything, progress=self.progress)
+        self.observed = observe(net, data, everything, progress=self.progress)
         for objective in dict.fromkeys(v.objective for v in variants if missing[v]):
             settings = replace(everything, objective=objective)
-            prepared = Stage.of(collected, settings, progress=self.progress)
+            prepared = start_round(self.observed.study, settings, progress=self.progress)
             self._dense(setting, prepared)
             for variant in variants:
                 if variant.objective == objective:
                     for size in missing[variant]:
-                        ready = prepared.in_form(variant.form)
+                        ready = with_storage(prepared, variant.form)
                         asked = replace(ready.settings, rounds=variant.rounds)
                         self._measure(setting, replace(ready, settings=asked), variant, size)
+
+    def _on_test(self, model: nn.Module, shown: str) -> Evaluation:
+        return self.observed.losses(model, "held_out", shown, progress=self.progress)
+
+    def _control(self, prepared: Round) -> Evaluation | None:
+        """Losses of the dense net moved by the same steps, evaluated once a step."""
+        if self.moved is None or self.moved[0] is not prepared.step:
+            net = control(prepared)
+            found = None if net is None else self._on_test(net, "control on test data")
+            self.moved = prepared.step, found
+        return self.moved[1]
 
     def _has(self, setting: str, seed: int, model: str, size: float | None) -> bool:
         return all((setting, seed, model, size, test) in self.done for test in TESTS)
 
-    def _dense(self, setting: str, prepared: Stage) -> None:
+    def _dense(self, setting: str, prepared: Round) -> None:
         """The dense net, and what moves its loss without making it smaller."""
-        seed, dense = prepared.settings.seed, prepared.original_held_out()
+        seed, dense = prepared.settings.seed, self.observed.original_losses("held_out")
         self._record(setting, prepared, "dense", None, dense, kept=1.0)
-        control = prepared.control_held_out()
+        control = self._control(prepared)
         if control is not None:
             self._record(
                 setting, prepared, "control", None, control, kept=1.0, predicted=prepared.gain
             )
         if not self._has(setting, seed, "temperature", None):
-            net = prepared.collected.model
-            temperature = best_temperature(net, prepared.collected.parts["selection"].examples)
-            tempered = prepared.held_out(Tempered(net, temperature), "temperature on test data")
+            net = self.observed.model
+            temperature = best_temperature(net, self.observed.parts["selection"].examples)
+            tempered = self._on_test(Tempered(net, temperature), "temperature on test data")
             self._record(
                 setting, prepared, "temperature", None, tempered, kept=1.0, temperature=temperature
             )
 
-    def _measure(self, setting: str, prepared: Stage, variant: Variant, size: float) -> None:
+    def _measure(self, setting: str, prepared: Round, variant: Variant, size: float) -> None:
         budget = prepared.factorizable - (1 - size) * prepared.total
         try:
             stage, plan = chosen(prepared, variant, budget)
@@ -214,9 +231,9 @@ class Runner(Recorder[Row]):
             self._measure_smallest(setting, prepared, variant)
             return
         if is_dense(plan):
-            evaluation = stage.control_held_out() or stage.original_held_out()
+            evaluation = self._control(stage) or self.observed.original_losses("held_out")
         else:
-            evaluation = stage.held_out(stage.build(plan), f"{variant.label} {size} on test data")
+            evaluation = self._on_test(build(stage, plan), f"{variant.label} {size} on test data")
         self._record(
             setting,
             stage,
@@ -226,11 +243,11 @@ class Runner(Recorder[Row]):
             kept=stage.kept(plan),
             predicted=stage.predicted(plan),
         )
-        moved = stage.control_held_out() if variant.rounds > 1 else None
+        moved = self._control(stage) if variant.rounds > 1 else None
         if moved is not None:
             self._record(setting, stage, f"control, {variant.rounds} rounds", size, moved, kept=1.0)
 
-    def _measure_smallest(self, setting: str, prepared: Stage, variant: Variant) -> None:
+    def _measure_smallest(self, setting: str, prepared: Round, variant: Variant) -> None:
         """The smallest plan that a rule has, where it doesn't reach the size asked for."""
         label = f"{variant.label}, its smallest"
         if self._has(setting, prepared.settings.seed, label, None):
@@ -244,7 +261,7 @@ class Runner(Recorder[Row]):
                 most = middle
             except InputError:
                 least = middle
-        evaluation = prepared.held_out(prepared.build(plan), f"{label} on test data")
+        evaluation = self._on_test(build(prepared, plan), f"{label} on test data")
         self._record(
             setting,
             prepared,
@@ -258,7 +275,7 @@ class Runner(Recorder[Row]):
     def _record(
         self,
         setting: str,
-        prepared: Stage,
+        prepared: Round,
         model: str,
         size: float | None,
         evaluation: Evaluation | None,
@@ -268,7 +285,7 @@ class Runner(Recorder[Row]):
         temperature: float | None = None,
     ) -> None:
         """One row a test set."""
-        dense = prepared.original_held_out()
+        dense = self.observed.original_losses("held_out")
         for test, cut in zip(TESTS, (slice(0, TEST), slice(TEST, None)), strict=True):
             row = Row(
                 setting=setting,
@@ -281,8 +298,8 @@ class Runner(Recorder[Row]):
                 predicted=predicted,
                 measured=None if evaluation is None else compare(dense, evaluation, cut),
                 eta=prepared.step.eta if prepared.step else None,
-                curvature=prepared.collected.curvature,
-                calibration_loss=prepared.collected.calibration_loss,
+                curvature=self.observed.curvature,
+                calibration_loss=self.observed.calibration_loss,
                 temperature=temperature,
             )
             if row.key in self.done:
@@ -291,7 +308,7 @@ class Runner(Recorder[Row]):
             print(f"{setting} seed {row.seed} {test}: {model} {size} {_brief(row)}", flush=True)
 
 
-def chosen(prepared: Stage, variant: Variant, budget: float) -> tuple[Stage, RankPlan]:
+def chosen(prepared: Round, variant: Variant, budget: float) -> tuple[Round, RankPlan]:
     """A plan for a budget and the stage that it is of: for objectives that predict the loss the
     best on selection images, as ``lossless`` takes it.
 
@@ -299,10 +316,10 @@ def chosen(prepared: Stage, variant: Variant, budget: float) -> tuple[Stage, Ran
         InputError: No plan is that small.
     """
     plan = prepared.plan(budget, smallest=variant.smallest)
-    if not prepared.corrects or is_dense(plan):
+    if not corrects(prepared) or is_dense(plan):
         return prepared, plan
     best = lowest(of_size(prepared, budget))
-    return best.stage, best.plan
+    return best.round, best.plan
 
 
 def is_dense(plan: RankPlan) -> bool:

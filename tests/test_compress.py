@@ -9,21 +9,28 @@ from torch import nn
 
 import rankfold
 from rankfold import Data, InputError
+from rankfold.compress import Preparation
 from rankfold.forms.blocks.modules import BLOCK_FORMS
+from rankfold.forms.conv import form as conv_form
 from rankfold.forms.conv.fit import conv_factors
 from rankfold.forms.conv.modules import CONV_FORMS
-from rankfold.forms.storage import FORMS, Form
-from rankfold.held_out import layer_entry
+from rankfold.forms.storage import STORAGES, Storage
 from rankfold.integrations.transformers import own_text
 from rankfold.model.sizes import model_parameters
 from rankfold.objective import OBJECTIVES
-from rankfold.search import round as stage  # CHECK
-from rankfold.search import study as collected
+from rankfold.report.report import layer_entry
+from rankfold.search import interactions, study
+from rankfold.search import round as round_module
+from rankfold.search.build import build, control, layer_module, layer_weight, look_at
+from rankfold.search.damping import DAMPINGS
 from rankfold.search.interactions import measured_shares
 from rankfold.search.plans import CORRECTIONS, MOST_CORRECTIONS, of_size, within_margin
-from rankfold.search.round import DAMPINGS
+from rankfold.search.round import with_storage
+from rankfold.search.rounds import next_round
+from rankfold.search.trial import measure
 from rankfold.settings import Settings
 from tests.cases import leave_identity_out
+from tests.rounds import first_round
 from tests.small_models import (
     VOCABULARY,
     SmallCNN,
@@ -63,7 +70,7 @@ def multiply_adds(model: nn.Module, images: torch.Tensor) -> int:
 # lossless
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", STORAGES)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_lossless_keeps_at_most_the_size_and_reports_it_truly(
     objective: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -222,8 +229,8 @@ def test_a_layer_that_sees_only_zeros_is_listed_and_kept() -> None:
     ],
 )
 def test_where_the_curvature_comes_from(options: dict[str, Any], expected: str | None) -> None:
-    prepared = rankfold.prepare(seeded(3, SmallMLP), pair_data(60), **options)
-    assert prepared.collected.curvature == expected
+    prepared = first_round(seeded(3, SmallMLP), pair_data(60), **options)
+    assert prepared.study.labels.curvature == expected
 
 
 def test_rounds_end_at_the_size_and_say_what_each_one_did() -> None:
@@ -247,7 +254,7 @@ def test_rounds_end_at_the_size_and_say_what_each_one_did() -> None:
 def test_a_layer_that_a_later_round_no_longer_reaches_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found, calls = collected.collect_statistics, 0
+    found, calls = study.collect_statistics, 0
 
     def forgetful(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -255,15 +262,15 @@ def test_a_layer_that_a_later_round_no_longer_reaches_is_named(
         statistics = found(*args, **kwargs)
         return statistics if calls == 1 else {n: s for n, s in statistics.items() if n != "head"}
 
-    monkeypatch.setattr(collected, "collect_statistics", forgetful)
+    monkeypatch.setattr(study, "collect_statistics", forgetful)
     with pytest.raises(InputError, match=r"round 1 no longer calls head \(1 such"):
         rankfold.lossless(trained_cnn(), image_data(200), size=0.5, rounds=2)
 
 
 def test_a_later_round_starts_from_the_model_of_the_one_before() -> None:
-    prepared = rankfold.prepare(trained_cnn(), image_data(200), rounds=2)
+    prepared = first_round(trained_cnn(), image_data(200), rounds=2)
     budget = 0.5 * prepared.factorizable
-    following = prepared.next_round(budget, rounds_left=2)
+    following = next_round(prepared, budget, rounds_left=2)
     spent = sum(choice.cost for choice in following.start.values())
     assert budget < spent < prepared.factorizable
     assert following.offset == pytest.approx(following.earlier[0].change.mean, abs=1e-6)
@@ -275,13 +282,13 @@ def test_a_later_round_starts_from_the_model_of_the_one_before() -> None:
 
 def test_the_control_of_two_rounds_moves_by_both_steps() -> None:
     data = image_data(200)
-    prepared = rankfold.prepare(trained_cnn(), data, rounds=2)
+    prepared = first_round(trained_cnn(), data, rounds=2)
     if prepared.step is None or prepared.step.eta == 0:
         pytest.skip("no step helps this net")
-    following = prepared.next_round(0.5 * prepared.factorizable, rounds_left=2)
-    first, both = prepared.control(), following.control()
+    following = next_round(prepared, 0.5 * prepared.factorizable, rounds_left=2)
+    first, both = control(prepared), control(following)
     assert first is not None and both is not None
-    name = next(iter(prepared.collected.layers))
+    name = next(iter(prepared.study.subject.layers))
     layer = first.get_submodule(name)
     expected = layer.weight.detach().flatten(1)
     if following.step is not None:
@@ -348,7 +355,7 @@ def test_shares_are_measured_on_examples_that_the_grams_have_not_seen(
         seen.append((part.name, len(part.examples)))
         return measured_shares(before, after, task, part, *rest, **more)
 
-    monkeypatch.setattr(stage, "measured_shares", watched)
+    monkeypatch.setattr(interactions, "measured_shares", watched)
     data = Data(*(images(n, seed) for seed, n in enumerate((calibration, selection, 20))))
     rankfold.lossless(trained_cnn(), data, size=0.6)
     assert set(seen) == {(name, count)}
@@ -370,9 +377,9 @@ def test_the_report_states_the_harmless_range_of_each_layer() -> None:
         found = entry["harmless_range"]
         assert found["radius"] >= 0
         assert 0 <= found["lossless_rank"] <= entry["full_rank"]
-    without = rankfold.prepare(trained_cnn(), image_data(100), objective="kronecker")
+    without = first_round(trained_cnn(), image_data(100), objective="kronecker")
     with pytest.raises(ValueError, match="gradient step"):
-        without.harmless_range(next(iter(without.collected.layers)))
+        without.harmless_range(next(iter(without.study.subject.layers)))
 
 
 def test_text_that_the_model_writes_is_added_to_the_calibration_text() -> None:
@@ -483,12 +490,12 @@ def test_a_search_among_models_whose_loss_is_not_finite_ends() -> None:
 
 
 def test_a_plan_whose_loss_is_not_finite_is_measured_once() -> None:
-    prepared = rankfold.prepare(mlp(), pair_data(), loss=worse_when_changed(math.inf))
+    prepared = first_round(mlp(), pair_data(), loss=worse_when_changed(math.inf))
     assert len(of_size(prepared, 0.8 * prepared.factorizable)) == 1
 
 
 def test_a_search_measures_no_plan_again_whose_loss_is_not_finite() -> None:
-    prepared = rankfold.prepare(mlp(), pair_data(), loss=worse_when_changed(math.inf))
+    prepared = first_round(mlp(), pair_data(), loss=worse_when_changed(math.inf))
     plans = [candidate.plan for candidate in within_margin(prepared, 0.1)]
     assert len(plans) > 1
     assert all(plan not in plans[:place] for place, plan in enumerate(plans))
@@ -502,11 +509,11 @@ def test_what_is_measured_computes_what_is_built(model: Any, dtype: torch.dtype)
     data = token_data()
     if not language:
         data = Data(*([(x.to(dtype), y) for x, y in images(40, seed)] for seed in (11, 12, 13)))
-    prepared = rankfold.prepare(model().to(dtype), data, embeddings=language)
+    prepared = first_round(model().to(dtype), data, embeddings=language)
     plan = prepared.plan(0.6 * prepared.factorizable)
     inputs = torch.stack(token_windows(2)) if language else images(4, 0).tensors[0].to(dtype)
     with torch.no_grad():
-        looked, built = (m(inputs) for m in (prepared.look_at(plan), prepared.build(plan)))
+        looked, built = (m(inputs) for m in (look_at(prepared, plan), build(prepared, plan)))
     if language:
         looked, built = looked.logits, built.logits
     if dtype == torch.bfloat16:
@@ -527,9 +534,10 @@ def test_one_preparation_serves_both_algorithms_and_several_sizes() -> None:
 def test_in_form_equals_a_preparation_in_that_form() -> None:
     pair = rankfold.prepare(trained_cnn(), image_data(40), form="pair")
     pivoted = rankfold.prepare(trained_cnn(), image_data(40), form="pivoted")
-    assert ranks(pair.in_form("pivoted").lossless(0.5)) == ranks(pivoted.lossless(0.5))
-    budget = 0.5 * pair.factorizable
-    assert pair.plan(budget) != pivoted.plan(budget)
+    other = Preparation(with_storage(pair._round, "pivoted"), pair._held_out)
+    assert ranks(other.lossless(0.5)) == ranks(pivoted.lossless(0.5))
+    budget = 0.5 * pair._round.factorizable
+    assert pair._round.plan(budget) != pivoted._round.plan(budget)
 
 
 # Errors
@@ -647,7 +655,7 @@ def test_an_interrupt_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stage, "layer_spectrum", interrupt)
+    monkeypatch.setattr(round_module, "layer_spectrum", interrupt)
     with pytest.raises(KeyboardInterrupt):
         rankfold.lossless(model, image_data(40), size=0.7)
     assert same_state(model, before)
@@ -694,8 +702,8 @@ def test_agreement_is_verified_against_the_original(tmp_path: Path) -> None:
 def test_the_quadratic_model_predicts_the_distance_from_the_original() -> None:
     """With no labels the loss has no gradient: the prediction is all that there is."""
     inputs = [x for x, _ in pairs(600)]
-    prepared = rankfold.prepare(mlp(), inputs, task="teacher", damping=0.001)
-    candidate = prepared.measure(prepared.plan(0.85 * prepared.factorizable))
+    prepared = first_round(mlp(), inputs, task="teacher", damping=0.001)
+    candidate = measure(prepared, prepared.plan(0.85 * prepared.factorizable))
     assert candidate.predicted is not None and candidate.predicted > 0
     assert 0.7 < candidate.change.mean / candidate.predicted < 1.4
 
@@ -740,7 +748,7 @@ def test_bad_metrics_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch
     def worked(*_: object, **__: object) -> None:
         raise AssertionError("statistics were collected")
 
-    monkeypatch.setattr(collected, "collect_statistics", worked)
+    monkeypatch.setattr(study, "collect_statistics", worked)
 
     def run(function: Any, name: str = "m", margin: float | None = 0.5, count: int = 40) -> None:
         metric = rankfold.Metric(name, function, margin)
@@ -808,8 +816,8 @@ def test_near_copies_of_held_out_images_are_listed() -> None:
 
 
 @pytest.mark.parametrize("form", ["pivoted", "pair"])
-def test_no_form_of_a_conv_takes_longer_than_the_dense_one(form: Form) -> None:
-    prepared = rankfold.prepare(trained_cnn(), image_data(120), form=form)
+def test_no_form_of_a_conv_takes_longer_than_the_dense_one(form: Storage) -> None:
+    prepared = first_round(trained_cnn(), image_data(120), form=form)
     spatial = 0
     for name, curve in prepared.curves.items():
         for choice in curve.choices():
@@ -914,19 +922,21 @@ def test_block_forms_can_be_left_out_and_pairs_have_none() -> None:
 
 
 def test_blocks_come_back_when_pairs_are_pivoted_again() -> None:
-    prepared = rankfold.prepare(long_mlp(), pair_data(60))
-    again = prepared.in_form("pair").in_form("pivoted")
-    assert not {c.form for c in prepared.in_form("pair").curves["wide"].choices()} & {*BLOCK_FORMS}
+    prepared = first_round(long_mlp(), pair_data(60))
+    again = with_storage(with_storage(prepared, "pair"), "pivoted")
+    assert not {c.form for c in with_storage(prepared, "pair").curves["wide"].choices()} & {
+        *BLOCK_FORMS
+    }
     assert again.curves["wide"].choices() == prepared.curves["wide"].choices()
 
 
 def test_a_choice_in_blocks_has_the_weight_of_its_module() -> None:
-    prepared = rankfold.prepare(long_mlp(), pair_data(60))
+    prepared = first_round(long_mlp(), pair_data(60))
     for name in ("wide", "narrow"):
         blocks = [c for c in prepared.curves[name].choices() if c.form in BLOCK_FORMS]
         for choice in blocks:
-            module = prepared.module(name, choice)
-            torch.testing.assert_close(prepared.weight(name, choice), module.dense_matrix())
+            module = layer_module(prepared, name, choice)
+            torch.testing.assert_close(layer_weight(prepared, name, choice), module.dense_matrix())
             assert choice.cost == sum(
                 p.numel() for n, p in module.named_parameters() if n != "bias"
             )
@@ -941,31 +951,32 @@ def test_factors_of_a_choice_are_found_once(monkeypatch: pytest.MonkeyPatch) -> 
         found.append((arguments[3], pivot))
         return conv_factors(*arguments, pivot=pivot)
 
-    monkeypatch.setattr(stage, "conv_factors", counted)
-    prepared = rankfold.prepare(trained_cnn(), image_data())
+    monkeypatch.setattr(conv_form, "conv_factors", counted)
+    prepared = first_round(trained_cnn(), image_data())
     name = "features.3"
     choice, other = [c for c in prepared.curves[name].choices() if c.form == "tucker"][:2]
-    weight = prepared.weight(name, choice)
-    module = prepared.module(name, choice)
-    assert torch.equal(weight, prepared.weight(name, choice))
+    weight = layer_weight(prepared, name, choice)
+    module = layer_module(prepared, name, choice)
+    assert torch.equal(weight, layer_weight(prepared, name, choice))
     torch.testing.assert_close(module.to_dense().weight.flatten(1), weight)
     assert found == [("tucker", True)]
-    assert not torch.equal(weight, prepared.weight(name, other))
-    prepared.in_form("pair").module(name, other)
+    assert not torch.equal(weight, layer_weight(prepared, name, other))
+    layer_module(with_storage(prepared, "pair"), name, other)
     assert found == [("tucker", True)] * 2 + [("tucker", False)]
 
 
 def test_a_later_round_cuts_layers_where_the_first_one_did() -> None:
     options = {"rounds": 2, "gradient_step": False, "curvature": "empirical"}
-    prepared = rankfold.prepare(long_mlp(), pair_data(60), **options)
-    following = prepared.next_round(0.5 * prepared.factorizable, rounds_left=2)
+    prepared = first_round(long_mlp(), pair_data(60), **options)
+    following = next_round(prepared, 0.5 * prepared.factorizable, rounds_left=2)
     cut = [name for name, choice in following.start.items() if choice.form in BLOCK_FORMS]
     assert cut
     for name in cut:
-        assert torch.equal(following.cuts[name].order, prepared.cuts[name].order)
+        (offer,), (before,) = following.offers[name], prepared.offers[name]
+        assert torch.equal(offer.state.order, before.state.order)
         # What the round before cut to these ranks costs nothing at them.
         choice = following.start[name]
-        whole = following.block_curves[name]
+        whole = offer.curve
         same = (whole.costs == choice.cost).nonzero().flatten()
         assert any(float(whole.changes[place]) == 0 for place in same) or (
             float(whole.changes[whole.costs <= choice.cost].min()) == 0

@@ -20,7 +20,11 @@ from rankfold.forms.storage import factor_parameters
 from rankfold.model import find_layers as find_layers_module
 from rankfold.model.find_layers import find_embeddings, find_layers
 from rankfold.model.sizes import model_parameters
+from rankfold.search.build import build
+from rankfold.search.interactions import corrected as corrected_by
+from rankfold.search.trial import measure
 from tests.command_line import rankfold as command
+from tests.rounds import first_round
 from tests.small_models import seeded, tiny_llama, token_data
 from tests.test_families import FAMILIES, WORDS, _close, _model, _opened_by_its_readme, _outputs
 from tests.tiny_language_model import TEXT, save_tiny_llama
@@ -112,13 +116,13 @@ def test_a_tied_matrix_is_factorized_once_and_stays_tied(name: str, tmp_path: Pa
 def test_a_matrix_of_low_rank_is_recovered_to_it(name: str, form: str) -> None:
     family, (first, _) = FAMILIES[name], TIED[name]
     model = lowered(tied(name).double(), first, 4)
-    prepared = rankfold.prepare(
+    prepared = first_round(
         model, family.data(), embeddings=True, include=[first], form=form, gradient_step=False
     )
     budget = factor_parameters(*model.get_submodule(first).weight.shape, 4, form)
     plan = prepared.plan(budget)
     assert plan[first].rank == 4 and prepared.predicted(plan) == pytest.approx(0, abs=1e-12)
-    built = prepared.build(plan)
+    built = build(prepared, plan)
     expected = _outputs(model, family.data()[0])
     for key, value in _outputs(built, family.data()[0]).items():
         torch.testing.assert_close(value, expected[key], atol=1e-8, rtol=1e-7)
@@ -164,9 +168,9 @@ def test_embeddings_join_the_other_layers_in_one_plan_and_their_interactions() -
     assert embedding["harmless_range"] is None  # no step, so no range around it
     assert len(layers) > 10 and result.ratio <= 0.7
     assert not any("embed" in e["name"] for e in result.report["not_factorized"])
-    prepared = rankfold.prepare(model, token_data(), embeddings=True)
-    measured = prepared.measure(prepared.plan(0.5 * prepared.factorizable))
-    corrected = prepared.corrected(measured)
+    prepared = first_round(model, token_data(), embeddings=True)
+    measured = measure(prepared, prepared.plan(0.5 * prepared.factorizable))
+    corrected = corrected_by(prepared, measured)
     assert corrected.factors is not None and corrected.factors["model.embed_tokens"] > 0
     by_flops = rankfold.lossless(
         model, token_data(), size=0.8, embeddings=True, cost="flops", interactions=False

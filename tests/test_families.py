@@ -27,7 +27,9 @@ from rankfold.model.layer_matrix import matrix_shape, weight_matrix
 from rankfold.model.replace import with_replaced
 from rankfold.model.sizes import model_parameters
 from rankfold.model.unpack import unpack
+from rankfold.search.build import build
 from rankfold.tasks.evaluation import on_device
+from tests.rounds import first_round
 
 WORDS = 64
 RANK = 4
@@ -447,12 +449,12 @@ def test_a_model_of_low_rank_is_recovered_to_it(name: str) -> None:
             u, sigma, v = torch.linalg.svd(weight_matrix(layer), full_matrices=False)
             low = (u[:, :RANK] * sigma[:RANK]) @ v[:RANK]
             layer.weight.copy_(low.view_as(layer.weight))
-    prepared = rankfold.prepare(
+    prepared = first_round(
         model, family.data(), task=family.task if family.asked else None, gradient_step=False,
         conv_forms=False,
     )  # fmt: skip
-    full = {n: min(matrix_shape(layer)) for n, layer in prepared.collected.layers.items()}
-    shapes = {n: matrix_shape(layer) for n, layer in prepared.collected.layers.items()}
+    full = {n: min(matrix_shape(layer)) for n, layer in prepared.study.subject.layers.items()}
+    shapes = {n: matrix_shape(layer) for n, layer in prepared.study.subject.layers.items()}
     budget = sum(
         factor_parameters(*shapes[n], RANK, "pivoted") if full[n] > RANK else out * in_
         for n, (out, in_) in shapes.items()
@@ -461,7 +463,7 @@ def test_a_model_of_low_rank_is_recovered_to_it(name: str) -> None:
     ranks = {n: full[n] if choice.rank is None else choice.rank for n, choice in plan.items()}
     assert all(rank <= max(RANK, 0) or full[n] <= RANK for n, rank in ranks.items()), ranks
     assert prepared.predicted(plan) == pytest.approx(0, abs=1e-9)
-    built = prepared.build(plan)
+    built = build(prepared, plan)
     factors = {n: m for n, m in built.named_modules() if hasattr(m, "to_dense")}
     assert factors
     dense = with_replaced(built, {n: m.to_dense() for n, m in factors.items()})

@@ -11,12 +11,12 @@ from benchmarks.methods.method import AtSize, Compressed, Study
 from rankfold.forms.curve import Choice, Curve
 from rankfold.forms.factors import truncate
 from rankfold.forms.low_rank.fit import low_rank_module
-from rankfold.forms.storage import Form
+from rankfold.forms.low_rank.form import rank_costs
+from rankfold.forms.storage import Storage
 from rankfold.maths.spectrum import Spectrum, whitened_spectrum
 from rankfold.model.layer_matrix import matrix_shape
 from rankfold.model.replace import with_replaced
 from rankfold.search.allocate import RankPlan, total_cost, uniform_within_cost
-from rankfold.search.layer_curves import rank_costs
 
 Spectra = Mapping[str, Spectrum]
 
@@ -30,7 +30,7 @@ def spectra(
     }
 
 
-def curve(study: Study, name: str, form: Form, changes: Tensor) -> Curve:
+def curve(study: Study, name: str, form: Storage, changes: Tensor) -> Curve:
     """The ranks 1..r of a layer with what each costs and ``(r,)`` what it is said to change."""
     layer = study.layers[name]
     out, in_ = matrix_shape(layer)
@@ -42,7 +42,7 @@ def curve(study: Study, name: str, form: Form, changes: Tensor) -> Curve:
     )
 
 
-def energy_curves(study: Study, found: Spectra, form: Form) -> dict[str, Curve]:
+def energy_curves(study: Study, found: Spectra, form: Storage) -> dict[str, Curve]:
     """Curves whose change is half of the energy that a rank cuts off."""
     return {
         name: curve(study, name, form, spectrum.truncation_changes()[1:])
@@ -50,7 +50,7 @@ def energy_curves(study: Study, found: Spectra, form: Form) -> dict[str, Curve]:
     }
 
 
-def uniform(study: Study, found: Spectra, form: Form = "pair") -> AtSize:
+def uniform(study: Study, found: Spectra, form: Storage = "pair") -> AtSize:
     """One ratio for all layers."""
     curves = energy_curves(study, found, form)
     return lambda size: build(
@@ -91,7 +91,7 @@ def _largest(one: Curve, cost: float) -> Choice:
     return one.choice(max(0, int((one.costs <= cost).sum()) - 1))
 
 
-def build(study: Study, found: Spectra, plan: RankPlan, form: Form) -> Compressed:
+def build(study: Study, found: Spectra, plan: RankPlan, form: Storage) -> Compressed:
     """The model of a plan, each layer truncated in its spectrum."""
     modules = {
         name: low_rank_module(study.layers[name], truncate(found[name], choice.rank, form))

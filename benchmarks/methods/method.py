@@ -11,11 +11,11 @@ from typing import Any, Literal, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from benchmarks.observed import Observed
 from rankfold.data.parts import Part
 from rankfold.files.tensors import model_sizes
 from rankfold.machine.progress import Progress
 from rankfold.model.layer_matrix import MatrixLayer, weight_matrix
-from rankfold.search.study import Collected
 
 Kind: TypeAlias = Literal["peer", "ours", "outside"]
 Result = TypeVar("Result")
@@ -34,10 +34,10 @@ class Study:
         saved_seconds: What was saved by keeping it.
     """
 
-    collected: Collected
+    collected: Observed
     seed: int
     progress: Progress
-    collect_without_step: Callable[[], Collected] | None = None
+    collect_without_step: Callable[[], Observed] | None = None
     passes: dict[object, tuple[Any, float]] = field(default_factory=dict)
     saved_seconds: float = 0.0
 
@@ -53,7 +53,7 @@ class Study:
         return found
 
     @cached_property
-    def without_step(self) -> Collected:
+    def without_step(self) -> Observed:
         """The statistics that rankfold takes where no step is wanted (docs/theory.md, 3)."""
         if self.collect_without_step is None:
             return self.collected

@@ -16,32 +16,37 @@ from torch import nn
 
 from benchmarks.methods.int8 import rounded
 from benchmarks.methods.method import AtSize, Compressed, Kind, Method, Study
-from rankfold.forms.storage import FORMS, Form
+from rankfold.forms.storage import STORAGES, Storage
 from rankfold.objective import OBJECTIVES, ObjectiveName
+from rankfold.search.build import control as moved_by_step
 from rankfold.search.plans import of_size
-from rankfold.search.round import Stage, lowest
+from rankfold.search.round import Round, start_round
+from rankfold.search.trial import lowest
 from rankfold.settings import Settings
 
 
-def _prepared(study: Study, objective: ObjectiveName, form: Form, conv_forms: bool = True) -> Stage:
+def _prepared(
+    study: Study, objective: ObjectiveName, form: Storage, conv_forms: bool = True
+) -> Round:
     settings = Settings(objective=objective, form=form, seed=study.seed, conv_forms=conv_forms)
     collected = study.without_step if objective == "kronecker" else study.collected
-    return Stage.of(collected, settings, progress=study.progress)
+    original = collected.original_losses("selection", settings.batch_size, study.progress)
+    return start_round(collected.study, settings, progress=study.progress, original=original)
 
 
 def compressed(
-    study: Study, objective: ObjectiveName, form: Form, conv_forms: bool = True
+    study: Study, objective: ObjectiveName, form: Storage, conv_forms: bool = True
 ) -> AtSize:
     prepared = _prepared(study, objective, form, conv_forms)
     return lambda size: Compressed.of(best_on_selection(prepared, size))
 
 
-def best_on_selection(prepared: Stage, size: float) -> nn.Module:
+def best_on_selection(prepared: Round, size: float) -> nn.Module:
     return lowest(of_size(prepared, size * prepared.factorizable)).build()
 
 
 def control(study: Study) -> AtSize:
-    moved = _prepared(study, "joint", "pivoted").control() or study.collected.model
+    moved = moved_by_step(_prepared(study, "joint", "pivoted")) or study.collected.model
     return lambda size: Compressed.of(moved)
 
 
@@ -64,7 +69,7 @@ METHODS = {
         needs_labels=objective == "first-order",
     )
     for objective in OBJECTIVES
-    for form in FORMS
+    for form in STORAGES
     if (objective, form) not in (("svd", "pair"), ("first-order", "pair"))
 }
 METHODS |= {
@@ -75,7 +80,7 @@ METHODS |= {
         "ours",
         models="vision",
     )
-    for form in FORMS
+    for form in STORAGES
 }
 _PEER: Kind = "peer"
 METHODS |= {

@@ -41,7 +41,7 @@ from benchmarks.methods.low_rank import (
 from benchmarks.methods.method import AtSize, Compressed, Method, Study
 from rankfold.forms.factors import balanced_pair, pivoted
 from rankfold.forms.low_rank.fit import low_rank_module
-from rankfold.forms.storage import Form
+from rankfold.forms.storage import Storage
 from rankfold.maths.linalg import descending_eigh
 from rankfold.maths.spectrum import Spectrum, tail_energies
 from rankfold.model.layer_matrix import MatrixLayer
@@ -74,7 +74,7 @@ def pifa_update(study: Study) -> AtSize:
     return _updated(study, "pivoted")
 
 
-def _updated(study: Study, form: Form) -> AtSize:
+def _updated(study: Study, form: Storage) -> AtSize:
     found = whitened(study)
     curves = energy_curves(study, found, form)
     return lambda size: update(
@@ -82,7 +82,7 @@ def _updated(study: Study, form: Form) -> AtSize:
     )
 
 
-def update(study: Study, found: Spectra, plan: RankPlan, form: Form) -> Compressed:
+def update(study: Study, found: Spectra, plan: RankPlan, form: Storage) -> Compressed:
     """The model of a plan, every left factor fitted on inputs from the blocks before it."""
     collected = study.collected
     part = study.calibration(UPDATE_WINDOWS if study.language else UPDATE_EXAMPLES)

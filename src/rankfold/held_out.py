@@ -1,338 +1,297 @@
-"""The held-out part is opened for a chosen plan: certificate, report and result."""
+"""The held-out part, sealed: it is opened here alone, for plans that are chosen, and recorded."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from rankfold.artifact.manifest import library_versions
-from rankfold.certificate.certify import Certificate, examples_seen
-from rankfold.certificate.document import Evidence, example_digests, make_document
+from rankfold.certificate.certify import examples_seen
+from rankfold.certificate.document import Evidence, example_digests
 from rankfold.certificate.earlier_uses import SHORT, Opening, history, record
-from rankfold.certificate.statement import ACCURACY, Statement, state
-from rankfold.data.copies import look_alikes
-from rankfold.data.parts import FEWEST, PARTS
-from rankfold.files.digests import model_digest
-from rankfold.files.json_file import finite
-from rankfold.files.tensors import model_sizes
-from rankfold.forms.curve import Choice
-from rankfold.machine.device import device_of
-from rankfold.report.report import (
-    damping_report,
-    layer_report,
-    loss_report,
-    predicted_by_rank,
-    settings_report,
+from rankfold.certificate.opened import Opened, Tested
+from rankfold.certificate.statement import (
+    ACCURACY,
+    Statement,
+    check_margin,
+    check_metric_margin,
+    fewest_units,
+    state,
 )
-from rankfold.result import Result
-from rankfold.search.allocate import RankPlan, best_within_cost, total_change, total_cost
-from rankfold.search.gradient_step import step_report
-from rankfold.search.round import Candidate, Stage, last_prediction
+from rankfold.data.copies import look_alikes
+from rankfold.data.parts import FEWEST, PARTS, Data, Part, split
+from rankfold.errors import InputError
+from rankfold.files.digests import model_digest
+from rankfold.search.build import control
+from rankfold.search.study import Study, units_of
+from rankfold.search.trial import Trial
+from rankfold.settings import Settings
 from rankfold.tasks.evaluation import Evaluation, Metric, evaluate, joined, metric_values
 
 LOOKS = 16  # times that the betting test looks whether it may stop
 
 
-@dataclass(frozen=True)
-class Tested:
-    """A model that the held-out part was opened for.
+@dataclass
+class HeldOut:
+    """The held-out part of a user's data; ``test`` is the only way to open it.
 
     Attributes:
-        model: The model.
-        statement: What was stated before.
-        evidence: Losses of every example.
-        certificate: What follows.
-        digest: Of the model's weights.
+        settings: Confidence, test, margins of accuracy.
+        metrics: The user's own, certified beside the loss.
     """
 
-    model: nn.Module
-    statement: Statement
-    evidence: Evidence
-    certificate: Certificate
-    digest: str
+    settings: Settings
+    metrics: tuple[Metric, ...]
+    _part: Part = field(repr=False)
+    # What is the same for every plan, evaluated once and only with a plan to test.
+    _original: Evaluation | None = field(default=None, repr=False)
+    _original_metrics: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _controls: list[tuple[Study, Evaluation | None]] = field(default_factory=list, repr=False)
+    _openings: list[Opening] = field(default_factory=list, repr=False)
+
+    @classmethod
+    def sealed(
+        cls, part: Part, settings: Settings, metrics: Sequence[Metric], margin: float | None
+    ) -> HeldOut:
+        """The part, where it could certify a margin; None for one that isn't known yet.
+
+        Raises:
+            InputError: It has too few units.
+        """
+        held_out = cls(settings, tuple(metrics), part)
+        held_out.check(margin)
+        return held_out
+
+    @property
+    def units(self) -> int:
+        """Independent units: examples, or the groups that they form."""
+        return units_of(self._part)
+
+    @property
+    def digest(self) -> str:
+        """Of all examples."""
+        return self._part.digest
+
+    def check(self, margin: float | None) -> None:
+        """Refuse a margin that so few units could never show; None where it isn't known yet.
+
+        Raises:
+            InputError: Says how many would.
+        """
+        check_enough(self.units, margin, self.metrics, self.settings)
+
+    def test(self, order: Sequence[Trial], margin: float) -> Opened:
+        """Open the part for plans from mild to strong, until the first that fails, and record it.
+
+        Order and statements are fixed before anything is opened. Each plan is tested at the whole
+        confidence, since a false "lossless" can only come from the first one that is not (Learn
+        then Test, Angelopoulos et al. 2021).
+
+        Args:
+            order: One plan, or several.
+            margin: Change of the mean loss up to which the verdict is ``lossless``.
+        """
+        self.check(margin)
+        statements = [self._statement(trial, margin) for trial in order]
+        tested: list[Tested | None] = [None] * len(order)
+        place = 0
+        for at, (trial, statement) in enumerate(zip(order, statements, strict=True)):
+            one = tested[at] = self._tested(trial, statement)
+            if not one.certificate.holds:
+                break
+            place = at
+        study = order[place].round.study
+        standing = tested[place]
+        assert standing is not None  # the loop tests the first, and goes on from one that holds
+        opening = Opening(
+            original=model_digest(study.subject.unpacked.given),
+            models=tuple(one.digest for one in tested if one is not None),
+            examples=tuple(digest[:SHORT] for digest in standing.evidence.examples),
+            verdict=standing.certificate.verdict,
+            seed=self.settings.seed,
+        )
+        past = history(opening, self._openings)
+        self._openings.append(opening)
+        record(opening)
+        others = [study.parts[name] for name in PARTS[:2]]
+        return Opened(
+            tested=tested,
+            place=place,
+            examples=len(self._part.examples),
+            digest=self._part.digest,
+            original=opening.original,
+            control=self._control(order[place]),
+            look_alikes=look_alikes(others, self._part),
+            history=past,
+        )
+
+    def _statement(self, trial: Trial, margin: float) -> Statement:
+        """What will be claimed of a plan, from its selection data alone."""
+        settings = self.settings
+        margins = {m.name: m.margin for m in self.metrics if m.margin is not None}
+        if settings.accuracy_margin is not None:
+            margins[ACCURACY] = settings.accuracy_margin
+        return state(
+            trial.change,
+            trial.differences,
+            self.units,
+            margin=margin,
+            confidence=settings.confidence,
+            test=settings.test,
+            largest_change=settings.largest_change,
+            metric_margins=margins,
+        )
+
+    def _tested(self, trial: Trial, statement: Statement) -> Tested:
+        study = trial.round.study
+        given, model = study.subject.unpacked.given, trial.build()
+        if self._original is None:
+            self._original = self._evaluated(trial, given, "original on held-out data")
+        factorized = self._until_shown(trial, model, self._original, statement)
+        seen = len(factorized.losses)
+        values: dict[str, tuple[Tensor, Tensor]] = {}
+        for metric in self.metrics:
+            if metric.name not in self._original_metrics:
+                self._original_metrics[metric.name] = self._measured(trial, metric, given)
+            before = self._original_metrics[metric.name]
+            values[metric.name] = (before, self._measured(trial, metric, model))
+        examples, answers = example_digests(self._part, seen)
+        groups = None if self._part.groups is None else self._part.groups[:seen]
+        original = self._original.first(seen)
+        evidence = Evidence(examples, answers, original, factorized, groups, values)
+        digest = self._part.take(range(seen)).digest
+        certificate = evidence.certificate(statement, study.task.unit, digest)
+        return Tested(model, statement, evidence, certificate, model_digest(model))
+
+    def _evaluated(
+        self, trial: Trial, model: nn.Module, shown: str, part: Part | None = None
+    ) -> Evaluation:
+        return evaluate(
+            model,
+            trial.round.study.task,
+            self._part if part is None else part,
+            batch_size=self.settings.batch_size,
+            progress=trial.round.progress,
+            stage=shown,
+        )
+
+    def _measured(self, trial: Trial, metric: Metric, model: nn.Module) -> Tensor:
+        return metric_values(
+            metric,
+            model,
+            self._part,
+            batch_size=self.settings.batch_size,
+            progress=trial.round.progress,
+        )
+
+    def _until_shown(
+        self, trial: Trial, model: nn.Module, original: Evaluation, statement: Statement
+    ) -> Evaluation:
+        """Losses of a plan's model; the betting test stops once "lossless" is shown."""
+        shown = "factorized on held-out data"
+        if statement.test != "betting" or statement.metric_margins:
+            return self._evaluated(trial, model, shown)
+        count = len(self._part.examples)
+        chunk = max(FEWEST, math.ceil(count / LOOKS))
+        found: list[Evaluation] = []
+        for end in range(chunk, count + chunk, chunk):
+            piece = self._part.take(range(end - chunk, min(end, count)))
+            found.append(self._evaluated(trial, model, shown, piece))
+            together = joined(found)
+            seen = original.first(len(together.losses))
+            if examples_seen(together.losses - seen.losses, seen.terms, statement) is not None:
+                break
+        return together
+
+    def _control(self, trial: Trial) -> Evaluation | None:
+        """Losses of the dense model moved by the same steps, once a study."""
+        study = trial.round.study
+        for known, evaluation in self._controls:
+            if known is study:
+                return evaluation
+        moved = control(trial.round)
+        found = None
+        if moved is not None:
+            found = self._evaluated(trial, moved, "control on held-out data")
+        self._controls.append((study, found))
+        return found
 
 
-def result_of(
-    algorithm: str,
-    chosen: Candidate,
-    margin: float,
-    target: Mapping[str, Any],
-    tried: Sequence[Candidate],
-    tested: Tested | None = None,
-    order: Sequence[Mapping[str, Any]] = (),
-) -> Result:
-    """The held-out part's word on the chosen model, the original and the control.
+def enough_held_out(
+    data: object, settings: Settings, metrics: Sequence[Metric], margin: float | None
+) -> Data:
+    """The three parts, where the held-out one could certify anything; before any work.
 
     Args:
-        algorithm: ``lossless`` or ``compact``.
-        chosen: By selection data.
-        margin: Change of the mean loss up to which the verdict is ``lossless``.
-        target: What was asked for, for the report.
-        tried: All plans that selection data saw.
-        tested: Where the held-out part has been opened for it already.
-        order: What a fixed sequence of tests gave.
+        data: A data set or data loader, which is split, or ``rankfold.Data``.
+        settings: The test, its confidence and range.
+        metrics: The user's own.
+        margin: Of the loss; None where it isn't known yet.
+
+    Raises:
+        InputError: Says what is wrong, and how many examples would do.
     """
-    stage = chosen.stage
-    if tested is None:
-        tested = opened(chosen, statement_on(chosen, margin))
-    certificate = tested.certificate
-    opening = Opening(
-        original=model_digest(stage.collected.unpacked.given),
-        models=tuple(entry["model"] for entry in order if entry["model"]) or (tested.digest,),
-        examples=tuple(digest[:SHORT] for digest in tested.evidence.examples),
-        verdict=certificate.verdict,
-        seed=stage.settings.seed,
-    )
-    past = history(opening, stage.collected.openings)
-    stage.collected.openings.append(opening)
-    record(opening)
-    report = _report(algorithm, chosen, tested, target, tried)
-    parts = stage.collected.parts
-    others = [part for name, part in parts.items() if name in PARTS[:2]]
-    document = make_document(
-        certificate,
-        tested.statement,
-        tested.evidence,
-        private=stage.settings.private,
-        models={
-            "class": f"{type(tested.model).__module__}.{type(tested.model).__qualname__}",
-            "original": opening.original,
-            "factorized": tested.digest,
-        },
-        data={
-            "parts": report["data"],
-            "look_alikes": [asdict(p) for p in look_alikes(others, parts["held_out"])],
-            "history": asdict(past),
-        },
-        run={
-            "algorithm": algorithm,
-            "ratio": report["ratio"],
-            "task": report["task"],
-            "plan": {
-                name: {"rank": c.rank, "second_rank": c.second_rank, "form": c.form}
-                for name, c in chosen.plan.items()
-            },
-            "order": list(order),
-            "settings": report["settings"],
-            "versions": library_versions(),
-        },
-    )
-    return Result(tested.model, certificate, report, document)
-
-
-def result_of_fixed_sequence(tried: Sequence[Candidate], margin: float) -> Result:
-    """Test sizes from mild to strong until the first that fails (Learn then Test).
-
-    Order and statements are fixed here, before the held-out part is opened; each size is tested at
-    the whole confidence, since a false "lossless" can only come from the first one that is not
-    (Angelopoulos et al. 2021).
-    """
-    known = [c for c in tried if math.isfinite(c.change.mean)]
-    # Of one size the better one, which comes last here.
-    sizes = {c.ratio: c for c in sorted(known, key=lambda c: c.change.mean, reverse=True)}
-    order = [sizes[ratio] for ratio in sorted(sizes, reverse=True)] or [*tried[:1]]
-    statements = [statement_on(c, margin) for c in order]
-    certified: tuple[Candidate, Tested] | None = None
-    results: list[Tested | None] = [None] * len(order)
-    for place, (candidate, statement) in enumerate(zip(order, statements, strict=True)):
-        tested = results[place] = opened(candidate, statement)
-        if certified is None or tested.certificate.holds:
-            certified = (candidate, tested)
-        if not tested.certificate.holds:
-            break
-    assert certified is not None  # order has one at least
-    chosen, tested = certified
-    record_of_order = [
-        {
-            "ratio": c.ratio,
-            "upper_bound": r and r.certificate.upper_bound,
-            "verdict": r and r.certificate.verdict,
-            "model": r and r.digest,
-        }
-        for c, r in zip(order, results, strict=True)
-    ]
-    target = {"certified": True}
-    return result_of("compact", chosen, margin, target, tried, tested=tested, order=record_of_order)
-
-
-def statement_on(candidate: Candidate, margin: float) -> Statement:
-    """What will be claimed of a candidate, from its selection data alone."""
-    stage = candidate.stage
-    settings = stage.settings
-    margins = {m.name: m.margin for m in stage.collected.metrics if m.margin is not None}
-    if settings.accuracy_margin is not None:
-        margins[ACCURACY] = settings.accuracy_margin
-    return state(
-        candidate.change,
-        candidate.differences,
-        stage.held_out_units,
-        margin=margin,
-        confidence=settings.confidence,
-        test=settings.test,
-        largest_change=settings.largest_change,
-        metric_margins=margins,
-    )
-
-
-def opened(candidate: Candidate, statement: Statement) -> Tested:
-    """Open the held-out part for a candidate."""
-    stage = candidate.stage
-    model = candidate.build()
-    collected, part = stage.collected, stage.collected.parts["held_out"]
-    original = stage.original_held_out()
-    factorized = _evaluate_until_shown(stage, model, original, statement)
-    seen = len(factorized.losses)
-    values: dict[str, tuple[Tensor, Tensor]] = {}
-    for metric in collected.metrics:
-        before = collected.original_metrics.get(metric.name)
-        if before is None:
-            before = _metric(stage, metric, collected.unpacked.given)
-            collected.original_metrics[metric.name] = before
-        values[metric.name] = (before, _metric(stage, metric, model))
-    examples, answers = example_digests(part, seen)
-    groups = None if part.groups is None else part.groups[:seen]
-    evidence = Evidence(examples, answers, original.first(seen), factorized, groups, values)
-    digest = part.take(range(seen)).digest
-    certificate = evidence.certificate(statement, collected.task.unit, digest)
-    return Tested(model, statement, evidence, certificate, model_digest(model))
-
-
-def _metric(stage: Stage, metric: Metric, model: nn.Module) -> Tensor:
-    return metric_values(
-        metric,
-        model,
-        stage.collected.parts["held_out"],
-        batch_size=stage.settings.batch_size,
-        progress=stage.progress,
-    )
-
-
-def _evaluate_until_shown(
-    stage: Stage, model: nn.Module, original: Evaluation, statement: Statement
-) -> Evaluation:
-    """Losses on the held-out part; the betting test stops once "lossless" is shown."""
-    shown = "factorized on held-out data"
-    if statement.test != "betting" or statement.metric_margins:
-        return stage.held_out(model, shown)
-    part = stage.collected.parts["held_out"]
-    count = len(part.examples)
-    chunk = max(FEWEST, math.ceil(count / LOOKS))
-    found: list[Evaluation] = []
-    for end in range(chunk, count + chunk, chunk):
-        piece = part.take(range(end - chunk, min(end, count)))
-        found.append(
-            evaluate(
-                model,
-                stage.collected.task,
-                piece,
-                batch_size=stage.settings.batch_size,
-                progress=stage.progress,
-                stage=shown,
-            )
+    check_metrics(metrics)
+    data = data if isinstance(data, Data) else split(data, settings.seed)
+    units = len(data.held_out) if data.groups is None else len(set(map(str, data.groups)))
+    units = min(units, settings.held_out_limit or units)
+    if data.groups is not None and settings.test == "betting":
+        raise InputError(
+            "the betting test looks at single examples, but the held-out examples come in groups; "
+            "use the test bounded."
         )
-        together = joined(found)
-        seen = original.first(len(together.losses))
-        if examples_seen(together.losses - seen.losses, seen.terms, statement) is not None:
-            break
-    return together
+    if units < 2:
+        raise InputError(
+            "the held-out examples form one group; a bound needs 2 independent ones or more. Give "
+            "examples of more groups (documents)."
+        )
+    check_enough(units, margin, metrics, settings)
+    return data
 
 
-def _report(
-    algorithm: str,
-    chosen: Candidate,
-    tested: Tested,
-    target: Mapping[str, Any],
-    tried: Sequence[Candidate],
-) -> dict[str, Any]:
-    stage, certificate = chosen.stage, tested.certificate
-    before, after = stage.original_sizes, model_sizes(tested.model)
-    layers = [layer_entry(stage, name, choice) for name, choice in chosen.plan.items()]
-    after["factorizable_parameters"] = sum(entry["factorized_parameters"] for entry in layers)
-    saved = sum(entry["flops"] - entry["factorized_flops"] for entry in layers)
-    after["flops"] = before["flops"] - saved
-    original, factorized = tested.evidence.original, tested.evidence.factorized
-    control = stage.control_held_out()
-    if control is not None:
-        control = control.first(len(original.losses))
-    collected = stage.collected
-    return {
-        "algorithm": algorithm,
-        "target": {**target, "margin": certificate.margin},
-        "task": collected.task.name,
-        "agreement": collected.task.agreement,
-        "settings": settings_report(stage.settings),
-        "original": before,
-        "factorized": after,
-        "ratio": after["parameters"] / before["parameters"],
-        "loss": loss_report(
-            original, factorized, control, certificate, last_prediction(chosen, tried)
-        ),
-        "accuracy": {"original": original.accuracy, "factorized": factorized.accuracy},
-        "certificate": certificate.as_dict(),
-        "allocation": _allocation_report(stage, chosen.plan),
-        "damping": damping_report(collected, stage.settings),
-        "device": device_of(collected.model),
-        "curvature": collected.curvature,
-        "calibration_loss": collected.calibration_loss,
-        "step": step_report(stage.step, stage.settings),
-        "rounds": [past.as_dict() for past in stage.earlier],
-        "refit": _refit_report(chosen),
-        "selection": [
-            {
-                "ratio": c.ratio,
-                "predicted_change": c.predicted,
-                "change": finite(c.change.mean),
-                "standard_error": finite(c.change.standard_error),
-                "refit": c.refit is not None,
-            }
-            for c in tried
-        ],
-        "data": {
-            name: {"examples": len(part.examples), "digest": part.digest}
-            for name, part in collected.parts.items()
-        },
-        "layers": layers,
-        "unpacked": collected.unpacked.names,
-        "not_factorized": [asdict(entry) for entry in collected.skipped],
-    }
+def check_metrics(metrics: Sequence[Metric]) -> None:
+    """Refuse metrics that share a name, or whose margin is none.
+
+    Raises:
+        InputError: As said.
+    """
+    names = [metric.name for metric in metrics]
+    if len({*names, ACCURACY}) <= len(names):
+        raise InputError(
+            f"the metrics are called {', '.join(names)}; expected different names, none of them "
+            f"{ACCURACY}, which is measured where the task has one (accuracy_margin states how "
+            "much of it may be lost)."
+        )
+    for metric in metrics:
+        if metric.margin is not None:
+            check_metric_margin(metric.name, metric.margin)
 
 
-def _refit_report(chosen: Candidate) -> dict[str, Any] | None:
-    """Which layers were fitted again, to how many examples, and what selection data say of it."""
-    refit = chosen.refit
-    if refit is None:
-        return None
-    return {
-        "layers": [*refit.modules],
-        "residual": list(refit.residual),
-        "examples": refit.examples,
-        "gain": finite(refit.gain),
-    }
+def check_enough(
+    units: int, margin: float | None, metrics: Sequence[Metric], settings: Settings
+) -> None:
+    """Refuse margins that so many units could never show, even if nothing changed.
 
-
-def _allocation_report(stage: Stage, plan: RankPlan) -> dict[str, float] | None:
-    """How far the plan may be from the best one of its cost, by the curves it was made with."""
-    if stage.objective.allocation != "multiplier":
-        return None
-    best = best_within_cost(stage.curves, total_cost(plan))
-    predicted = total_change(plan)
-    return {"predicted_cost": predicted, "gap": max(0.0, predicted - best.bound)}
-
-
-def layer_entry(stage: Stage, name: str, choice: Choice) -> dict[str, Any]:
-    """What the report says of one layer."""
-    predicts = stage.objective.predicts_loss
-    ranged = stage.step is not None and name in stage.collected.layers
-    lacking = stage.collected.lacking.get(name)
-    return {
-        **layer_report(stage.collected, stage.settings.form, name, choice),
-        "predicted_change": choice.change if predicts else None,
-        "predicted_by_rank": predicted_by_rank(stage.ranked[name]) if predicts else None,
-        "interaction_factor": None if stage.factors is None else stage.factors[name],
-        "grams_lack": None if lacking is None else lacking._asdict(),
-        "harmless_range": asdict(stage.harmless_range(name)) if ranged else None,
-    }
+    Raises:
+        InputError: Says how many would.
+    """
+    wanted: list[tuple[float, float | None, str, str]] = [
+        (settings.accuracy_margin or 0.0, 1.0, "accuracy", "accuracy_margin="),
+        *((m.margin or 0.0, 1.0, f"metric {m.name}", "margin of it") for m in metrics),
+    ]
+    if margin is not None:
+        check_margin(margin)
+        larger = "margin=, or a smaller largest_change="
+        wanted.insert(0, (margin, settings.largest_change, "loss", larger))
+    for within, largest, what, larger in wanted:
+        least = None if largest is None else fewest_units(within, largest, settings.confidence)
+        if least is not None and units < least:
+            raise InputError(
+                f"the held-out part has {units} independent examples: too few to show a change of "
+                f"the {what} of at most {within:g} with {settings.confidence:.0%} confidence where "
+                f"one example may change by {largest:g}, even if none changes at all. That needs "
+                f"{least} examples. Give more held-out data (held_out_limit=), or state a larger "
+                f"{larger}."
+            )

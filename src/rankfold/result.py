@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
 from rankfold.artifact.manifest import library_versions
 from rankfold.artifact.save import save_artifact
 from rankfold.certificate.certify import Certificate
-from rankfold.certificate.document import Document, files
+from rankfold.certificate.document import Document, files, make_document
+from rankfold.certificate.opened import Opened
 from rankfold.errors import InputError
 from rankfold.integrations import transformers as hf
 from rankfold.integrations.vision import NamedModel, make_named, parse_named
 from rankfold.model.sizes import model_parameters
 from rankfold.report.model_card import CARD_FILE, model_card
+from rankfold.report.report import report_of
+from rankfold.search.trial import Trial
+
+Algorithm: TypeAlias = Literal["lossless", "compact"]
 
 
 @dataclass(frozen=True)
@@ -99,3 +105,67 @@ class Result:
             original=hf.opened_as(self.model) if of_transformers else "",
             source=None if named is None else str(named),
         )
+
+
+def result_of(
+    algorithm: Algorithm,
+    chosen: Trial,
+    opened: Opened,
+    target: Mapping[str, Any],
+    tried: Sequence[Trial],
+    order: Sequence[Trial] = (),
+) -> Result:
+    """The result of a plan that the held-out part was opened for.
+
+    Args:
+        algorithm: Which one chose it.
+        chosen: The plan that stands.
+        opened: What the held-out part says of it.
+        target: What was asked for, for the report.
+        tried: All plans that selection data saw.
+        order: Those that were tested, where several were.
+    """
+    tested = opened.standing
+    report = report_of(algorithm, chosen, opened, target, tried)
+    document = make_document(
+        tested.certificate,
+        tested.statement,
+        tested.evidence,
+        private=chosen.round.settings.private,
+        models={
+            "class": f"{type(tested.model).__module__}.{type(tested.model).__qualname__}",
+            "original": opened.original,
+            "factorized": tested.digest,
+        },
+        data={
+            "parts": report["data"],
+            "look_alikes": [asdict(pair) for pair in opened.look_alikes],
+            "history": asdict(opened.history),
+        },
+        run={
+            "algorithm": algorithm,
+            "ratio": report["ratio"],
+            "task": report["task"],
+            "plan": {
+                name: {"rank": c.rank, "second_rank": c.second_rank, "form": c.form}
+                for name, c in chosen.plan.items()
+            },
+            "order": _order_report(order, opened) if "certified" in target else [],
+            "settings": report["settings"],
+            "versions": library_versions(),
+        },
+    )
+    return Result(tested.model, tested.certificate, report, document)
+
+
+def _order_report(order: Sequence[Trial], opened: Opened) -> list[dict[str, Any]]:
+    """What each plan of a fixed sequence got; those after the first that fails were not tested."""
+    return [
+        {
+            "ratio": trial.ratio,
+            "upper_bound": one and one.certificate.upper_bound,
+            "verdict": one and one.certificate.verdict,
+            "model": one and one.digest,
+        }
+        for trial, one in zip(order, opened.tested, strict=True)
+    ]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
+
+from typing_extensions import TypedDict
 
 from rankfold.certificate.statement import (
     ACCURACY,
@@ -15,12 +18,16 @@ from rankfold.certificate.statement import (
     check_metric_margin,
 )
 from rankfold.errors import InputError
-from rankfold.forms.storage import FORMS, Form
+from rankfold.forms.storage import STORAGES, Storage
+from rankfold.machine.offload import Offload
+from rankfold.machine.progress import Progress, SilentProgress, TrimmingProgress
 from rankfold.maths.gradient import STEP_ESTIMATORS, StepEstimator
 from rankfold.maths.linalg import Damping
 from rankfold.objective import OBJECTIVES, Cost, ObjectiveName
 from rankfold.statistics.labels import Curvature
+from rankfold.tasks.evaluation import Metric
 from rankfold.tasks.losses import TaskName
+from rankfold.tasks.supervised import LossFunction
 
 SizeOf: TypeAlias = Literal["model", "factorizable"]
 
@@ -77,7 +84,7 @@ class Settings:
 
     task: TaskName | None = None
     objective: ObjectiveName = "joint"
-    form: Form = "pivoted"
+    form: Storage = "pivoted"
     conv_forms: bool = True
     block_forms: bool = True
     embeddings: bool = False
@@ -114,7 +121,7 @@ class Settings:
                 f"embeddings need an objective that predicts the loss by curvature (kronecker or "
                 f"joint), not {self.objective}; leave embeddings out."
             )
-        check_choice("form", self.form, FORMS)
+        check_choice("form", self.form, STORAGES)
         check_choice("cost", self.cost, get_args(Cost))
         check_choice("curvature", self.curvature, ("auto", "empirical", "sampled"))
         check_choice("step_estimator", self.step_estimator, STEP_ESTIMATORS)
@@ -189,3 +196,87 @@ def check_size(size: float) -> None:
             f"the size is {size}; expected the share that is kept, above 0 and at most 1 "
             "(0.9 keeps 90 % of the parameters)."
         )
+
+
+class SettingKeywords(TypedDict, total=False):
+    """The fields of ``Settings`` as keywords of a function: ``**settings``, typed.
+
+    It is written out since type checkers read no other form; a test compares it with ``Settings``.
+    """
+
+    task: TaskName | None
+    objective: ObjectiveName
+    form: Storage
+    conv_forms: bool
+    block_forms: bool
+    embeddings: bool
+    cost: Cost
+    curvature: Curvature | Literal["auto"]
+    damping: float | Literal["auto"]
+    output_damping: float | None
+    shrinkage: bool
+    gradient_step: bool
+    step_estimator: StepEstimator
+    step_groups: int
+    self_share: float
+    rounds: int
+    interactions: bool
+    refit: bool
+    seed: int
+    limit: int | None
+    selection_limit: int | None
+    held_out_limit: int | None
+    include: Sequence[str]
+    exclude: Sequence[str]
+    confidence: float
+    test: TestName
+    largest_change: float | None
+    accuracy_margin: float | None
+    private: bool
+    batch_size: int | None
+
+
+class Options(SettingKeywords, total=False):
+    """Keywords that ``lossless``, ``compact`` and ``prepare`` share, beside those of ``Settings``.
+
+    Attributes:
+        loss: ``loss(model, batch)`` giving one loss per example, where it isn't recognised.
+        metrics: Certified beside the loss; those with a margin must hold too.
+        progress: For example ``rankfold.TerminalProgress()``.
+        offload_folder: Statistics, steps and spectra of all layers lie in files of this folder
+            (``rankfold.machine.offload``), not in memory; the model must be on the CPU.
+    """
+
+    loss: LossFunction | None
+    metrics: Sequence[Metric]
+    progress: Progress | None
+    offload_folder: str | Path | None
+
+
+class Asked(NamedTuple):
+    """The keywords of a run, read; fields as of ``Options``."""
+
+    settings: Settings
+    loss: LossFunction | None
+    metrics: tuple[Metric, ...]
+    progress: Progress
+    offload: Offload
+
+
+def read_options(options: Options) -> Asked:
+    """Settings and what is none of them, of the keywords of a call.
+
+    Raises:
+        InputError: A setting is out of its range.
+        TypeError: There is no such keyword.
+    """
+    settings = dict(options)
+    loss, metrics = settings.pop("loss", None), settings.pop("metrics", ())
+    progress, folder = settings.pop("progress", None), settings.pop("offload_folder", None)
+    return Asked(
+        Settings(**cast("Any", settings)),
+        cast("LossFunction | None", loss),
+        tuple(cast("Sequence[Metric]", metrics)),
+        TrimmingProgress(cast("Progress | None", progress) or SilentProgress()),
+        Offload(None if folder is None else Path(cast("str", folder))),
+    )

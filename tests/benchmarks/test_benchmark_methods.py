@@ -50,6 +50,7 @@ from benchmarks.methods.svd_llm import (
     whitened,
 )
 from benchmarks.methods.zero_sum import projection, score_changes, zero_sum_ranks
+from benchmarks.observed import observe
 from benchmarks.rows import read_rows
 from benchmarks.speed import SpeedRow, forward_bytes, interleaved, measure_speed
 from rankfold.data.parts import Data
@@ -60,7 +61,6 @@ from rankfold.forms.factors import truncate
 from rankfold.machine.progress import SilentProgress
 from rankfold.maths.spectrum import whitened_spectrum
 from rankfold.search.allocate import best_within_cost, total_cost, uniform_within_cost
-from rankfold.search.study import collect
 from rankfold.settings import Settings
 from rankfold.statistics.labels import noise_directions
 from rankfold.statistics.recorder import halves
@@ -272,7 +272,7 @@ def small_net(seed: int, count: int) -> tuple[nn.Module, Data]:
 @pytest.fixture(scope="module")
 def study() -> Study:
     model, data = small_net(0, 96)
-    return Study(collect(model, data, Settings()), 0, SilentProgress())
+    return Study(observe(model, data, Settings()), 0, SilentProgress())
 
 
 @pytest.mark.parametrize("name", list(METHODS))
@@ -358,7 +358,7 @@ def test_clipped_grams_have_as_many_directions_of_noise_as_rankfolds_own(
         [image for image, _ in part] for part in (data.calibration, data.selection, data.held_out)
     )
     images = Data(calibration, selection, held_out)
-    study = Study(collect(model, images, Settings(task="teacher")), 0, SilentProgress())
+    study = Study(observe(model, images, Settings(task="teacher")), 0, SilentProgress())
     assert noise_directions(len(calibration)) > 1
     # Both draw for one example after the other, but see the examples in another order.
     found = clipped_output_grams(study, Gradients.of(study))

@@ -53,7 +53,7 @@ def test_table_of_a_small_model() -> None:
     results = {"half": prepared.lossless(0.5)}
     models = {"original": model, "half": results["half"].model}
     speeds = {1: demo.tokens_per_second(models, 1, SilentProgress())}
-    table = demo.comparison(prepared, results, speeds)
+    table = demo.comparison(results, speeds)
     labels = list(table.columns[0].cells)
     for label in ("parameters, whole model", "bytes on disk, model.safetensors"):
         assert label in labels

@@ -11,14 +11,14 @@ from torch.nn import functional
 
 from rankfold.forms.embedding.fit import low_rank_uses
 from rankfold.forms.embedding.modules import LowRankEmbedding, LowRankHead, embedding_flops
-from rankfold.forms.storage import FORMS, Form, factor_parameters
+from rankfold.forms.storage import STORAGES, Storage, factor_parameters
 from rankfold.maths.spectrum import whitened_spectrum
 from rankfold.model.find_layers import EmbeddingMatrix
 from rankfold.model.replace import with_replaced
 from tests.cases import SEEDS, normal
 
 close = torch.testing.assert_close
-each_form = pytest.mark.parametrize("form", FORMS)
+each_form = pytest.mark.parametrize("form", STORAGES)
 
 
 class Tied(nn.Module):
@@ -45,7 +45,7 @@ def matrix_of(model: Tied) -> EmbeddingMatrix:
 @settings(max_examples=25, deadline=None)
 @given(seed=SEEDS, words=st.integers(2, 12), dim=st.integers(2, 8), data=st.data())
 def test_both_uses_compute_what_the_truncated_matrix_does(
-    form: Form, seed: int, words: int, dim: int, data: st.DataObject
+    form: Storage, seed: int, words: int, dim: int, data: st.DataObject
 ) -> None:
     model = Tied(max(words, 3), dim, seed)
     matrix = matrix_of(model)
@@ -69,7 +69,7 @@ def test_both_uses_compute_what_the_truncated_matrix_does(
 
 
 @each_form
-def test_a_copy_with_the_stand_ins_shares_what_was_shared(form: Form) -> None:
+def test_a_copy_with_the_stand_ins_shares_what_was_shared(form: Storage) -> None:
     model = Tied()
     spectrum = whitened_spectrum(model.embed.weight)
     made = low_rank_uses(matrix_of(model), spectrum, 3, form)

@@ -9,7 +9,7 @@ from torch import nn
 from rankfold.forms import factors as factorize  # CHECK
 from rankfold.forms.factors import Factors, balanced_pair, pivoted, truncate
 from rankfold.forms.low_rank.fit import low_rank_module
-from rankfold.forms.storage import FORMS, factor_parameters
+from rankfold.forms.storage import STORAGES, factor_parameters
 from rankfold.maths import linalg
 from rankfold.maths.linalg import LARGEST_COEFFICIENT
 from rankfold.maths.spectrum import whitened_spectrum
@@ -38,7 +38,7 @@ def assert_pivoted(factors, matrix, rank):
 
 
 @property_test
-@given(SEEDS, SIDES, SIDES, st.sampled_from(FORMS), st.data())
+@given(SEEDS, SIDES, SIDES, st.sampled_from(STORAGES), st.data())
 def test_both_forms_hold_the_truncated_matrix_at_the_stated_cost(seed, out, in_, form, data):
     k = data.draw(st.integers(1, min(out, in_)))  # up to full rank
     w, a, b = normal(seed, out, in_), gram(seed + 1, in_), gram(seed + 2, out)
@@ -53,7 +53,7 @@ def test_both_forms_hold_the_truncated_matrix_at_the_stated_cost(seed, out, in_,
         close(factors.product(), w, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", STORAGES)
 @pytest.mark.parametrize("rank", [-1, 0, 4])
 def test_truncate_refuses_ranks_outside_the_matrix(form, rank):
     with pytest.raises(ValueError, match=rf"rank {rank} is not in 1\.\.3"):
@@ -125,7 +125,7 @@ def test_pivoted_at_any_scale(scale):
     close(pivoted(left, right).product(), left @ right, rtol=1e-9, atol=1e-12 * scale)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", STORAGES)
 def test_a_layer_of_zeros_stays_zero(form):
     factors = truncate(whitened_spectrum(torch.zeros(4, 6)), 2, form)
     assert torch.equal(factors.product(), torch.zeros(4, 6, dtype=torch.float64))
@@ -139,7 +139,7 @@ def test_product_puts_rows_in_order():
 
 
 @each_layer()
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", STORAGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_low_rank_module_keeps_what_the_layer_was(case, form, dtype):
     layer = case.layer(dtype=dtype)
@@ -165,7 +165,7 @@ def test_low_rank_module_keeps_what_the_layer_was(case, form, dtype):
     assert torch.equal(layer.weight, before)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", STORAGES)
 @pytest.mark.parametrize("layer", [nn.Linear(6, 4), nn.Conv2d(3, 5, 2)], ids=["linear", "conv"])
 @pytest.mark.parametrize("on", [False, True])
 def test_low_rank_module_keeps_the_flags(layer, form, on):
@@ -175,7 +175,7 @@ def test_low_rank_module_keeps_the_flags(layer, form, on):
     assert all(parameter.requires_grad == on for parameter in module.parameters())
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", STORAGES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_survives_unbalanced_whitening(form, dtype):
     layer = filled(nn.Linear(8, 6, bias=False), 0).to(dtype)
@@ -203,7 +203,7 @@ def test_rounding_hurts_pivoted_factors_little_more_than_a_pair(dtype, kind):
         scale = torch.logspace(0, -3 if kind == "graded" else 0, 40, dtype=torch.float64)
         matrix = (normal(0, 60, 40) * scale) @ normal(1, 40, 50)
     spectrum = whitened_spectrum(matrix)
-    pair, pivots = (truncate(spectrum, 40, form) for form in FORMS)
+    pair, pivots = (truncate(spectrum, 40, form) for form in STORAGES)
     close(pivots.product(), pair.product(), rtol=1e-9, atol=1e-9)
     assert rounded_error(pivots, dtype) < 3 * rounded_error(pair, dtype)
 
@@ -218,7 +218,7 @@ def test_plain_pivoting_would_not_survive_rounding(monkeypatch):
 
 
 @property_test
-@given(SEEDS, st.sampled_from(CONV_CASES), st.sampled_from(FORMS))
+@given(SEEDS, st.sampled_from(CONV_CASES), st.sampled_from(STORAGES))
 def test_full_rank_modules_hold_the_layers_weight(seed, case, form):
     layer = case.layer(seed)
     rank = min(matrix_shape(layer))

@@ -10,7 +10,7 @@ from torch.nn import functional
 from rankfold.forms.factors import balanced_pair, pivoted
 from rankfold.forms.low_rank.fit import low_rank_module
 from rankfold.forms.low_rank.modules import LowRankConv2d, LowRankLinear
-from rankfold.forms.storage import FORMS, factor_parameters, features_in_order, left_rows
+from rankfold.forms.storage import STORAGES, factor_parameters, features_in_order, left_rows
 from rankfold.model.layer_matrix import matrix_shape
 from tests.cases import (
     SEEDS,
@@ -25,7 +25,7 @@ from tests.cases import (
 
 property_test = settings(max_examples=25, deadline=None)
 close = torch.testing.assert_close
-each_form = pytest.mark.parametrize("form", FORMS)
+each_form = pytest.mark.parametrize("form", STORAGES)
 
 
 def low_rank(layer, form, rank=2, seed=5):
@@ -132,7 +132,7 @@ def test_moving_a_module_to_another_dtype_keeps_the_order(form):
 
 
 @property_test
-@given(SEEDS, SIDES, SIDES, st.sampled_from(FORMS), st.data())
+@given(SEEDS, SIDES, SIDES, st.sampled_from(STORAGES), st.data())
 def test_gradients_are_those_of_the_product(seed, out, in_, form, data):
     rank = data.draw(st.integers(1, min(out, in_)))
     module, _ = low_rank(nn.Linear(in_, out, dtype=torch.float64), form, rank, seed)
@@ -146,7 +146,7 @@ def test_gradients_are_those_of_the_product(seed, out, in_, form, data):
 
 
 @property_test
-@given(SIDES, SIDES, st.sampled_from(FORMS), st.data())
+@given(SIDES, SIDES, st.sampled_from(STORAGES), st.data())
 def test_factor_parameters_count_what_a_module_holds(out, in_, form, data):
     rank = data.draw(st.integers(1, min(out, in_)))
     module, _ = low_rank(nn.Linear(in_, out, bias=False), form, rank)

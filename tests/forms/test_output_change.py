@@ -14,12 +14,13 @@ from rankfold.forms.blocks.modules import (
 )
 from rankfold.forms.conv.modules import empty_conv
 from rankfold.forms.factors import truncate
+from rankfold.forms.layer import FactorizedLayer
 from rankfold.forms.low_rank.fit import low_rank_module
-from rankfold.forms.output_change import Factorized, OutputChange, output_groups, with_output_change
+from rankfold.forms.output_change import OutputChange
 from rankfold.maths.spectrum import whitened_spectrum
 
 
-def low_rank(layer: nn.Linear | nn.Conv2d, rank: int, form: str) -> Factorized:
+def low_rank(layer: nn.Linear | nn.Conv2d, rank: int, form: str) -> FactorizedLayer:
     spectrum = whitened_spectrum(layer.weight.detach().flatten(1).double(), None, None)
     return low_rank_module(layer, truncate(spectrum, rank, form))  # type: ignore[arg-type]
 
@@ -47,7 +48,7 @@ def column_blocks(out: int) -> ColumnBlocksLinear:
     )
 
 
-def conv(form: str, ranks: tuple[int, ...], pivoted: bool = True) -> Factorized:
+def conv(form: str, ranks: tuple[int, ...], pivoted: bool = True) -> FactorizedLayer:
     layer = nn.Conv2d(6, 10, (3, 5), stride=(1, 2), padding=(1, 2))
     made = empty_conv(layer, form, ranks, pivoted)  # type: ignore[arg-type]
     with torch.no_grad():
@@ -93,7 +94,7 @@ def test_a_changed_layer_computes_the_changed_outputs(case: str) -> None:
     if not is_conv:
         inputs = torch.randn(2, 3, module.in_features)
     inputs = inputs.double()
-    groups = output_groups(module)
+    groups = module.output_groups()
     out = sum(len(group.rows) for group in groups)
     change = OutputChange(
         groups,
@@ -104,7 +105,7 @@ def test_a_changed_layer_computes_the_changed_outputs(case: str) -> None:
     last = outputs.movedim(-3, -1) if is_conv else outputs
     expected = change.of_outputs(last, module.bias)
     expected = expected.movedim(-1, -3) if is_conv else expected
-    changed = with_output_change(module, change)
+    changed = module.with_output_change(change)
     assert torch.allclose(changed(inputs), expected, atol=1e-9)
     # Of the same form: files and sizes stay what they were.
     assert {n: v.shape for n, v in changed.state_dict().items()} == {
@@ -118,9 +119,9 @@ def test_all_outputs_are_combinations_of_the_pivots(case: str) -> None:
     torch.manual_seed(0)
     module = CASES[case]().double()
     weight = module.to_dense().weight.detach().flatten(1)
-    rows = torch.cat([group.rows for group in output_groups(module)])
+    rows = torch.cat([group.rows for group in module.output_groups()])
     assert sorted(rows.tolist()) == list(range(len(weight)))
-    for group in output_groups(module):
+    for group in module.output_groups():
         found = torch.linalg.lstsq(weight[group.pivots].T, weight[group.rows].T, driver="gelsd")
         assert torch.allclose(
             weight[group.pivots].T @ found.solution, weight[group.rows].T, atol=1e-9

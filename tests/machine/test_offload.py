@@ -15,6 +15,8 @@ from benchmarks.memory import anonymous_bytes
 from rankfold import Data, InputError
 from rankfold.machine import offload
 from rankfold.machine.offload import Offload
+from rankfold.search.build import look_at
+from tests.rounds import first_round
 from tests.small_models import (
     SmallCNN,
     image_data,
@@ -120,13 +122,15 @@ def test_a_result_is_the_same_to_the_bit(case: str, tmp_path: Path, everything: 
 
 @on_linux
 def test_what_all_layers_have_lies_in_files(tmp_path: Path, everything: None) -> None:
-    prepared = rankfold.prepare(trained_cnn(), image_data(), offload_folder=tmp_path)
-    convs = [name for name, layer in prepared.collected.layers.items() if layer.weight.dim() == 4]
+    prepared = first_round(trained_cnn(), image_data(), offload_folder=tmp_path)
+    convs = [
+        name for name, layer in prepared.study.subject.layers.items() if layer.weight.dim() == 4
+    ]
     mapped = len(files_of(tmp_path))
     # Of a layer the factors of its spectrum, its direction; of a conv both Grams, too.
     assert mapped >= 3 * len(prepared.spectra) + 2 * len(convs)
     plan = prepared.plan(0.6 * prepared.factorizable)
-    looked_at = prepared.look_at(plan)
+    looked_at = look_at(prepared, plan)
     # The weights of all layers, and the factors of blocks.
     assert len(files_of(tmp_path)) >= mapped + len(plan)
     del prepared, looked_at

@@ -14,12 +14,16 @@ from torch.nn import functional
 
 import rankfold
 from rankfold.certificate.change import paired_change
+from rankfold.search import plans
 from rankfold.search.allocate import RankPlan
 from rankfold.search.interactions import LARGEST_CORRECTION, corrections, measured_shares
+from rankfold.search.interactions import corrected as corrected_by
 from rankfold.search.plans import CORRECTIONS, MOST_CORRECTIONS, of_size
-from rankfold.search.round import Candidate, Stage, last_prediction, lowest
+from rankfold.search.round import Round, with_storage
+from rankfold.search.trial import Trial, last_prediction, lowest, measure
 from rankfold.tasks.losses import Task
 from rankfold.tasks.supervised import Classification, UserLoss
+from tests.rounds import first_round
 from tests.search.test_gradient_step import taught
 from tests.small_models import mlp, same_state, state
 from tests.test_compress import image_data, long_mlp, pair_data, ranks, trained_cnn
@@ -128,10 +132,10 @@ def test_corrections_of_exact_predictions_are_1() -> None:
 
 
 def test_a_corrected_plan_is_predicted_at_what_its_model_measured() -> None:
-    prepared = rankfold.prepare(trained_cnn(), image_data(200))
+    prepared = first_round(trained_cnn(), image_data(200))
     plan = prepared.plan(0.5 * prepared.factorizable)
-    measured = prepared.measure(plan)
-    corrected = prepared.corrected(measured)
+    measured = measure(prepared, plan)
+    corrected = corrected_by(prepared, measured)
     assert corrected.factors is not None
     assert len({round(factor, 6) for factor in corrected.factors.values()}) > 1
     again = {
@@ -147,9 +151,11 @@ def test_a_corrected_plan_is_predicted_at_what_its_model_measured() -> None:
     ("build", "data"), [(trained_cnn, image_data(200)), (long_mlp, pair_data(60))]
 )
 def test_corrections_stay_when_factors_are_stored_in_another_form(build, data) -> None:
-    prepared = rankfold.prepare(build(), data)
-    corrected = prepared.corrected(prepared.measure(prepared.plan(0.5 * prepared.factorizable)))
-    again = corrected.in_form("pair").in_form("pivoted")
+    prepared = first_round(build(), data)
+    corrected = corrected_by(
+        prepared, measure(prepared, prepared.plan(0.5 * prepared.factorizable))
+    )
+    again = with_storage(with_storage(corrected, "pair"), "pivoted")
     several = [name for name, curve in corrected.curves.items() if len(curve.forms) > 1]
     assert several
     for name, curve in corrected.curves.items():
@@ -158,17 +164,17 @@ def test_corrections_stay_when_factors_are_stored_in_another_form(build, data) -
 
 
 def test_a_first_plan_that_is_kept_is_predicted_by_what_was_measured_since() -> None:
-    prepared = rankfold.prepare(trained_cnn(), image_data(200))
+    prepared = first_round(trained_cnn(), image_data(200))
     budget = 0.5 * prepared.factorizable
-    first = prepared.measure(prepared.plan(budget))
-    once = prepared.corrected(first)
-    second = once.measure(once.plan(budget))
+    first = measure(prepared, prepared.plan(budget))
+    once = corrected_by(prepared, first)
+    second = measure(once, once.plan(budget))
     # The correction by a plan brings it to its measured change; one by another plan, to its curves.
     assert last_prediction(first, [first]) == pytest.approx(first.predicted)
     assert last_prediction(first, [first, second]) == pytest.approx(first.change.mean, rel=1e-6)
     assert last_prediction(second, [first, second]) == pytest.approx(second.predicted)
-    twice = once.corrected(second)
-    third = twice.measure(twice.plan(budget))
+    twice = corrected_by(once, second)
+    third = measure(twice, twice.plan(budget))
     again = {
         name: next(c for c in twice.curves[name].choices() if c.ranks == choice.ranks)
         for name, choice in first.plan.items()
@@ -178,11 +184,11 @@ def test_a_first_plan_that_is_kept_is_predicted_by_what_was_measured_since() -> 
 
 
 def test_a_plan_of_another_round_keeps_its_prediction() -> None:
-    prepared = rankfold.prepare(trained_cnn(), image_data(200))
-    first = prepared.measure(prepared.plan(0.5 * prepared.factorizable))
-    corrected = prepared.corrected(first)
-    other = replace(corrected, collected=replace(corrected.collected))
-    later = other.measure(other.plan(0.5 * prepared.factorizable))
+    prepared = first_round(trained_cnn(), image_data(200))
+    first = measure(prepared, prepared.plan(0.5 * prepared.factorizable))
+    corrected = corrected_by(prepared, first)
+    other = replace(corrected, study=replace(corrected.study))
+    later = measure(other, other.plan(0.5 * prepared.factorizable))
     assert last_prediction(first, [first, later]) == pytest.approx(first.predicted)
 
 
@@ -198,10 +204,10 @@ def test_a_result_reports_the_last_prediction() -> None:
 
 
 def test_corrections_add_up() -> None:
-    prepared = rankfold.prepare(trained_cnn(), image_data(200))
+    prepared = first_round(trained_cnn(), image_data(200))
     budget = 0.5 * prepared.factorizable
-    once = prepared.corrected(prepared.measure(prepared.plan(budget)))
-    twice = once.corrected(once.measure(once.plan(budget)))
+    once = corrected_by(prepared, measure(prepared, prepared.plan(budget)))
+    twice = corrected_by(once, measure(once, once.plan(budget)))
     assert once.factors is not None and twice.factors is not None
     for name, curve in prepared.curves.items():
         # Both have a level of their own beside the layers' factors.
@@ -226,17 +232,17 @@ def test_corrections_add_up() -> None:
 def test_plans_are_corrected_twice_and_on_while_they_get_better(
     losses: list[float], measured: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared = rankfold.prepare(trained_cnn(), image_data(200), refit=False)
-    measure, level = Stage.measure, iter(losses)
+    prepared = first_round(trained_cnn(), image_data(200), refit=False)
+    level = iter(losses)
 
-    def of_that_loss(self: Stage, plan: RankPlan) -> Candidate:
-        found = measure(self, plan)
+    def of_that_loss(here: Round, plan: RankPlan) -> Trial:
+        found = measure(here, plan)
         noise = torch.linspace(-1e-3, 1e-3, len(found.evaluation.losses), dtype=torch.float64)
         evaluation = replace(found.evaluation, losses=next(level) + noise)
-        change = paired_change(self.original_selection(), evaluation)
+        change = paired_change(here.original, evaluation)
         return replace(found, change=change, evaluation=evaluation)
 
-    monkeypatch.setattr(Stage, "measure", of_that_loss)
+    monkeypatch.setattr(plans, "measure", of_that_loss)
     tried = of_size(prepared, 0.5 * prepared.factorizable)
     assert len(tried) == measured <= 1 + MOST_CORRECTIONS
     assert lowest(tried).evaluation.losses.mean() == pytest.approx(min(losses[:measured]))

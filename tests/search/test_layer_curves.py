@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 
 from rankfold.forms.curve import Curve
-from rankfold.forms.storage import FORMS, factor_parameters
+from rankfold.forms.low_rank.form import rank_costs
+from rankfold.forms.storage import STORAGES, factor_parameters
 from rankfold.maths.linalg import Damping
 from rankfold.maths.spectrum import whitened_spectrum
 from rankfold.model.layer_matrix import matrix_shape, weight_matrix
@@ -21,7 +22,6 @@ from rankfold.search.layer_curves import (
     first_order_changes,
     layer_curve,
     layer_spectrum,
-    rank_costs,
 )
 from rankfold.statistics.layer_statistics import LayerStatistics
 from tests.cases import CONV_CASES, LINEAR_CASES, SEEDS, SIDES, gram, normal
@@ -137,7 +137,7 @@ def test_first_order_changes_of_a_layer_of_zeros():
 
 
 @pytest.mark.parametrize("case", [*LINEAR_CASES[:2], *CONV_CASES[:1]], ids=lambda case: case.name)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", STORAGES)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_layer_curve_has_each_ranks_cost_and_change(case, form, name):
     layer = case.layer()

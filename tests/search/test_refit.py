@@ -20,12 +20,13 @@ from rankfold.forms.low_rank.fit import low_rank_module
 from rankfold.machine.progress import SilentProgress
 from rankfold.maths.spectrum import whitened_spectrum
 from rankfold.model.replace import with_replaced
-from rankfold.search import refit
+from rankfold.search import plans, refit
 from rankfold.search.plans import within_margin
-from rankfold.search.refit import Moments, best_change, fitted_again, lasting
-from rankfold.search.round import Stage
+from rankfold.search.refit import Moments, best_change, fitted_again, lasting, refitted
 from rankfold.search.side_by_side import Pairs, run_in_step
+from rankfold.search.trial import Trial
 from rankfold.tasks.supervised import UserLoss
+from tests.rounds import first_round
 from tests.small_models import same_state, state
 from tests.test_compress import image_data, long_mlp, pair_data, trained_cnn
 
@@ -362,15 +363,14 @@ def test_the_same_seed_gives_the_same_refit() -> None:
 
 
 def test_compact_goes_on_to_smaller_plans_while_they_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared = rankfold.prepare(trained_cnn(), image_data(200))
-    refitted = Stage.refitted
+    prepared = first_round(trained_cnn(), image_data(200))
 
-    def far_better(self: Stage, candidate: object) -> object:
-        found = refitted(self, candidate)  # type: ignore[arg-type]
+    def far_better(trial: Trial) -> Trial:
+        found = refitted(trial)
         change = replace(found.change, mean=found.change.mean - 0.02)
         return replace(found, change=change)
 
-    monkeypatch.setattr(Stage, "refitted", far_better)
+    monkeypatch.setattr(plans, "refitted", far_better)
     tried = within_margin(prepared, 0.05)
     fitted = [c for c in tried if c.refit is not None]
     first = [c for c in tried if c.refit is None]

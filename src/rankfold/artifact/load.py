@@ -28,7 +28,7 @@ from rankfold.forms.blocks.modules import BLOCK_FORMS, BlockForm, empty_blocks
 from rankfold.forms.conv.modules import CONV_FORMS, ConvForm, empty_conv
 from rankfold.forms.embedding.modules import LowRankEmbedding, LowRankHead
 from rankfold.forms.low_rank.modules import LowRankConv2d, LowRankLinear
-from rankfold.forms.storage import Form, left_rows
+from rankfold.forms.storage import Storage, left_rows
 from rankfold.integrations import transformers as hf
 from rankfold.integrations.vision import NamedModel, make_named
 from rankfold.model.layer_matrix import MatrixLayer
@@ -170,7 +170,7 @@ def empty_modules(model: nn.Module, entry: Mapping[str, Any], where: str) -> dic
     """
     if entry.get("uses") is None:
         return {entry["name"]: empty_low_rank(model, entry, where)}
-    rank, form = entry["rank"], cast("Form", entry["form"])
+    rank, form = entry["rank"], cast("Storage", entry["form"])
     modules: dict[str, nn.Module] = {}
     shared: tuple[nn.Parameter, nn.Parameter] | None = None
     for name in entry["uses"]:
@@ -228,7 +228,7 @@ def empty_low_rank(model: nn.Module, entry: Mapping[str, Any], where: str) -> nn
     weight = layer.weight
     if entry["form"] in CONV_FORMS or entry["form"] in BLOCK_FORMS:
         return _empty_in_form(layer, entry, where)
-    form = cast("Form", entry["form"])
+    form = cast("Storage", entry["form"])
     _check_rank(name, rank, weight, where)
     left = weight.new_empty(left_rows(weight.shape[0], rank, form), rank)
     right = weight.new_empty(rank, *weight.shape[1:])

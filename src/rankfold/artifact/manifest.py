@@ -16,7 +16,7 @@ from rankfold.files.digests import _file_digest, json_digest, tensors_digest
 from rankfold.files.json_file import read_json
 from rankfold.forms.blocks.modules import BLOCK_FORMS
 from rankfold.forms.conv.modules import CONV_FORMS
-from rankfold.forms.storage import FORMS
+from rankfold.forms.storage import STORAGES
 from rankfold.integrations.vision import NamedModel
 
 FORMAT_VERSION = 1
@@ -254,7 +254,7 @@ def check_structure(manifest: Mapping[str, Any], where: str) -> None:
         rank = layer["rank"]
         if rank is not None:
             expect(_is_rank(rank), f"a positive rank of {layer['name']}")
-            forms = (*FORMS, *BLOCK_FORMS, *CONV_FORMS)
+            forms = (*STORAGES, *BLOCK_FORMS, *CONV_FORMS)
             expect(layer.get("form") in forms, f"a form of {layer['name']} among {forms}")
             second = layer.get("second_rank")
             expect(second is None or _is_rank(second), f"a second rank of {layer['name']}, or null")
@@ -264,6 +264,9 @@ def check_structure(manifest: Mapping[str, Any], where: str) -> None:
                 or (isinstance(uses, list) and all(isinstance(use, str) for use in uses)),
                 f"a list of the names of the uses of {layer['name']}",
             )
-            expect(uses is None or layer["form"] in FORMS, f"a form of {layer['name']} in {FORMS}")
+            expect(
+                uses is None or layer["form"] in STORAGES,
+                f"a form of {layer['name']} in {STORAGES}",
+            )
             if layer["form"] in CONV_FORMS:
                 expect(isinstance(layer.get("pivoted"), bool), f"pivoted of {layer['name']}")

@@ -56,7 +56,7 @@ from rankfold.export.export import export as export_artifact
 from rankfold.export.traced import PROGRAMS
 from rankfold.files.digests import model_digest
 from rankfold.files.folder import check_output
-from rankfold.forms.storage import FORMS
+from rankfold.forms.storage import STORAGES
 from rankfold.machine.device import OUT_OF_MEMORY, check_device, unused_gpu
 from rankfold.machine.freed_memory import give_back_freed_memory
 from rankfold.machine.offload import Offload, advice
@@ -215,7 +215,7 @@ class Factorizing(Reading):
     objective: Annotated[str, typer.Option(help=f"What is minimised: {', '.join(OBJECTIVES)}.")] = (
         Settings.objective
     )
-    form: Annotated[str, typer.Option(help=f"Of the factors: {' or '.join(FORMS)}.")] = (
+    form: Annotated[str, typer.Option(help=f"Of the factors: {' or '.join(STORAGES)}.")] = (
         Settings.form
     )
     conv_forms: Annotated[

@@ -24,9 +24,8 @@ from torch import Tensor, nn
 
 from rankfold.artifact.load import load
 from rankfold.artifact.manifest import MANIFEST_FILE, WEIGHTS_FILE
-from rankfold.certificate.change import paired_change, weighted_mean
 from rankfold.cli.tables import VERDICT_STYLE
-from rankfold.compress import Preparation, prepare
+from rankfold.compress import prepare
 from rankfold.data.parts import PARTS, SHARES, Data
 from rankfold.data.sources import token_windows
 from rankfold.errors import InputError
@@ -80,8 +79,8 @@ def run_demo(out: Path, console: Console, progress: Progress) -> int:
     results = dict(zip(names, (prepared.compact(), prepared.lossless(SIZE)), strict=True))
     models = {"original": model, **{name: result.model for name, result in results.items()}}
     speeds = {batch: tokens_per_second(models, batch, progress) for batch in (8, 1)}
-    console.print(comparison(prepared, results, speeds))
-    for line in _notes(prepared):
+    console.print(comparison(results, speeds))
+    for line in _notes(results[names[0]].report):
         console.print(line, highlight=False)
     same = True
     for name, result in results.items():
@@ -159,11 +158,10 @@ def tokens_per_second(
     return {name: tokens.numel() / statistics.median(times) for name, times in seconds.items()}
 
 
-def comparison(
-    prepared: Preparation, results: Mapping[str, Result], speeds: Mapping[int, Mapping[str, float]]
-) -> Table:
+def comparison(results: Mapping[str, Result], speeds: Mapping[int, Mapping[str, float]]) -> Table:
     """Original, control and factorized models side by side."""
-    columns = {"original": _dense_column(prepared, speeds), "control": _control_column(prepared)}
+    report = next(iter(results.values())).report
+    columns = {"original": _dense_column(report, speeds), "control": _control_column(report)}
     for name, result in results.items():
         columns[name] = _factorized_column(name, result, speeds)
     table = Table(title="SmolLM2-135M-Instruct on Python's documentation", title_justify="left")
@@ -176,26 +174,25 @@ def comparison(
 
 
 def _dense_column(
-    prepared: Preparation, speeds: Mapping[int, Mapping[str, float]]
+    report: Mapping[str, Any], speeds: Mapping[int, Mapping[str, float]]
 ) -> dict[str, str]:
-    original, sizes = prepared.original_held_out(), prepared.original_sizes
-    spread = weighted_mean(original.losses, original.terms).standard_error
-    column = {**_size_rows(sizes, 1.0), **_loss_rows(original.mean, spread)}
+    loss = report["loss"]
+    rows = _loss_rows(loss["original"], loss["original_standard_error"])
+    column = {**_size_rows(report["original"], 1.0), **rows}
     for batch, speed in speeds.items():
         column[f"tokens a second, batch {batch}"] = f"{speed['original']:.0f}"
     return column
 
 
-def _control_column(prepared: Preparation) -> dict[str, str]:
-    control = prepared.control_held_out()
-    if control is None:
+def _control_column(report: Mapping[str, Any]) -> dict[str, str]:
+    loss = report["loss"]
+    if loss["control"] is None:
         return {}
-    spread = weighted_mean(control.losses, control.terms).standard_error
-    change = paired_change(prepared.original_held_out(), control)
+    change, error = loss["control_change"], loss["control_change_standard_error"]
     return {
-        **_size_rows(prepared.original_sizes, 1.0),
-        **_loss_rows(control.mean, spread),
-        "change ± standard error": f"{change.mean:+.4f} ± {change.standard_error:.4f}",
+        **_size_rows(report["original"], 1.0),
+        **_loss_rows(loss["control"], loss["control_standard_error"]),
+        "change ± standard error": f"{change:+.4f} ± {error:.4f}",
     }
 
 
@@ -235,9 +232,9 @@ def _loss_rows(loss: float, standard_error: float) -> dict[str, str]:
     }
 
 
-def _notes(prepared: Preparation) -> list[str]:
-    parts = prepared.collected.parts
-    counts = ", ".join(f"{len(part.examples)} {name}" for name, part in parts.items())
+def _notes(report: Mapping[str, Any]) -> list[str]:
+    parts = report["data"]
+    counts = ", ".join(f"{part['examples']} {name}" for name, part in parts.items())
     return [
         f"Windows of {WINDOW} tokens, disjoint by topic: {counts.replace('_', '-')}. "
         "± is the standard error over windows; the change's is paired.",

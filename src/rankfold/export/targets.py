@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from torch import nn
 
-from rankfold.forms.embedding.modules import LowRankEmbedding, LowRankHead
-from rankfold.forms.output_change import Factorized
+from rankfold.forms.embedding.modules import FactorizedUse
+from rankfold.forms.layer import FactorizedLayer
 
 EXPORT_FILE = "export.json"  # says what the folder is, and that it may be overwritten
 
-_FACTORIZED = (*get_args(Factorized), LowRankEmbedding, LowRankHead)
-
 
 def _factorized(model: nn.Module) -> dict[str, Any]:
-    found = {name: m for name, m in model.named_modules() if isinstance(m, _FACTORIZED)}
+    found = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, FactorizedLayer | FactorizedUse)
+    }
     # The matrix of a conv in blocks is a part of it.
     return {name: m for name, m in found.items() if name.rpartition(".")[0] not in found}
 

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rankfold.forms.blocks.modules import BlockForm
-from rankfold.forms.conv.modules import ConvForm
-from rankfold.forms.storage import Form
 from rankfold.maths.knapsack import undominated
-
-LayerForm: TypeAlias = Form | BlockForm | ConvForm
 
 
 @dataclass(frozen=True)
@@ -34,7 +28,7 @@ class Choice:
     rank: int | None
     cost: int
     change: float
-    form: LayerForm | None = None
+    form: str | None = None
     second_rank: int | None = None
 
     @property
@@ -68,7 +62,7 @@ class Curve:
     changes: Tensor
     dense_cost: int
     errors: Tensor | None = None
-    forms: tuple[LayerForm | None, ...] = (None,)
+    forms: tuple[str | None, ...] = (None,)
     form_of: Tensor | None = None
     second_ranks: Tensor | None = None
 
@@ -146,7 +140,7 @@ def merged(curves: Sequence[Curve]) -> Curve:
     )
 
 
-def _form_positions(curve: Curve, forms: tuple[LayerForm | None, ...]) -> Tensor:
+def _form_positions(curve: Curve, forms: tuple[str | None, ...]) -> Tensor:
     """``(n,)`` position of each choice's form in another list of forms."""
     here = torch.tensor([forms.index(form) for form in curve.forms])
     return here[torch.zeros_like(curve.ranks) if curve.form_of is None else curve.form_of]
@@ -155,6 +149,6 @@ def _form_positions(curve: Curve, forms: tuple[LayerForm | None, ...]) -> Tensor
 NEGLIGIBLE = 1e-12  # share of a layer's largest predicted change
 
 
-def _beyond_rounding(changes: Tensor) -> Tensor:
+def beyond_rounding(changes: Tensor) -> Tensor:
     """Zeros where only rounding keeps from 0: a weight cut in rank before is not worth more."""
     return changes.where(changes > NEGLIGIBLE * changes.max(), 0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankfold.forms.storage import Form
+from rankfold.forms.storage import Storage
 from rankfold.maths.linalg import pivot_rows
 from rankfold.maths.spectrum import Spectrum
 
@@ -32,7 +32,7 @@ class Factors:
         return product if self.order is None else torch.cat([self.right, product])[self.order]
 
 
-def truncate(spectrum: Spectrum, rank: int, form: Form) -> Factors:
+def truncate(spectrum: Spectrum, rank: int, form: Storage) -> Factors:
     """The best rank-``rank`` factors in the asked form, float64.
 
     Raises:

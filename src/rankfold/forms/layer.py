@@ -2,18 +2,60 @@
 
 from __future__ import annotations
 
+import copy
+from abc import abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import Self
 
+from rankfold.forms.output_change import Group, OutputChange
 from rankfold.forms.storage import multiplies_identity, plus_bias, with_identity_rows
 from rankfold.model.layer_matrix import MatrixLayer
 from rankfold.model.stock_layers import conv2d
 
 
-class ConvStandIn(nn.Module):
+class FactorizedLayer(nn.Module):
+    """What stands for a Linear or Conv2d and holds its matrix as factors.
+
+    A form's modules derive from it; what reads, exports or refits a model knows no other name.
+    """
+
+    bias: nn.Parameter | None
+
+    @abstractmethod
+    def dense_matrix(self) -> Tensor:
+        """The factors multiplied out, ``(out, in)``, or ``(out, in * kh * kw)`` of a conv."""
+
+    @abstractmethod
+    def to_dense(self) -> nn.Linear | nn.Conv2d:
+        """The same layer as one stock layer, factors multiplied out."""
+
+    @abstractmethod
+    def to_stock(self) -> nn.Sequential:
+        """The same layer as stock layers, one after the other."""
+
+    def output_groups(self) -> list[Group]:
+        """Outputs that are combinations of a few of them; none where no change can be taken up."""
+        return []
+
+    def take_up(self, change: OutputChange) -> None:
+        """Multiply a change of the groups into the factor at the outputs, in place; bias apart."""
+        raise NotImplementedError(f"a {type(self).__name__} has no groups of outputs")
+
+    def with_output_change(self, change: OutputChange) -> Self:
+        """A copy, of the same form and ranks, that computes the changed outputs."""
+        twin = copy.deepcopy(self)
+        with torch.no_grad():
+            twin.take_up(change)
+            if change.shift is not None and twin.bias is not None:
+                twin.bias.add_(change.shift.to(twin.bias))
+        return twin
+
+
+class ConvStandIn(FactorizedLayer):
     """What stands for a Conv2d keeps its geometry: a model may ask for it, to foresee sizes."""
 
     in_channels: int

@@ -18,17 +18,17 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-Form: TypeAlias = Literal["pair", "pivoted"]
+Storage: TypeAlias = Literal["pair", "pivoted"]
 
-FORMS: tuple[Form, ...] = ("pair", "pivoted")
+STORAGES: tuple[Storage, ...] = ("pair", "pivoted")
 
 
-def left_rows(out: int, rank: int, form: Form) -> int:
+def left_rows(out: int, rank: int, form: Storage) -> int:
     """Rows of the left factor: all of them in a pair, those that are no pivot otherwise."""
     return out if form == "pair" else out - rank
 
 
-def factor_parameters(out: int, in_: int, rank: int, form: Form) -> int:
+def factor_parameters(out: int, in_: int, rank: int, form: Storage) -> int:
     """Parameters of both factors of an ``(out, in_)`` matrix of this rank, bias not counted."""
     return rank * (left_rows(out, rank, form) + in_)
 

@@ -12,16 +12,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 
 from rankfold.data.parts import Batch, Part
+from rankfold.forms.curve import Curve
 from rankfold.machine.progress import Progress, SilentProgress
 from rankfold.model.backward import each_gradient
 from rankfold.model.evaluation_mode import evaluation_mode
 from rankfold.model.layer_matrix import MatrixLayer
+from rankfold.search.build import plan_weights, with_weights
+from rankfold.search.round import Round
+from rankfold.search.study import Study
+from rankfold.search.trial import Trial
 from rankfold.tasks.evaluation import on_device
 from rankfold.tasks.losses import BatchLoss, Task, divergence
 
@@ -143,3 +149,64 @@ def _slopes(
 
     each_gradient(loss, weights, add)
     return slopes
+
+
+def corrects(round_: Round) -> bool:
+    """Whether plans are made again with measured interactions."""
+    return round_.settings.interactions and round_.objective.allocation == "multiplier"
+
+
+def corrected(round_: Round, measured: Trial) -> Round:
+    """The curves with what a plan of theirs showed of each layer's share in the real change.
+
+    Each layer's predictions are brought towards its measured share, and all of them to the change
+    that the plan had on selection data, where it had one. A plan whose loss is not finite shows
+    nothing: then the round stays.
+    """
+    if not math.isfinite(measured.change.mean):
+        return round_
+    study, base = round_.study, round_.study.subject.base
+    names = list(study.subject.matrices)
+    shares = measured_shares(
+        with_weights(round_, base, ((name, round_.moved(name)) for name in names)),
+        with_weights(round_, base, plan_weights(round_, measured.plan)),
+        study.task,
+        share_examples(study),
+        names,
+        batch_size=round_.settings.batch_size,
+        progress=round_.progress,
+    )
+    predicted = {name: choice.change for name, choice in measured.plan.items()}
+    factors = corrections(shares, predicted)
+    known = round_.factors or dict.fromkeys(factors, 1.0)
+    foreseen = math.fsum(factors[name] * change for name, change in predicted.items())
+    harm = measured.change.mean - round_.gain
+    level = harm / foreseen if harm > 0 and foreseen > 0 else 1.0
+    level = min(LARGEST_CORRECTION, max(1 / LARGEST_CORRECTION, level))
+
+    def rescaled(curves: Mapping[str, Curve]) -> dict[str, Curve]:
+        return {
+            name: replace(curve, changes=curve.changes * (level * factors[name]))
+            for name, curve in curves.items()
+        }
+
+    return replace(
+        round_,
+        ranked=rescaled(round_.ranked),
+        curves=rescaled(round_.curves),
+        factors={name: known[name] * factor for name, factor in factors.items()},
+        level=round_.level * level,
+    )
+
+
+def share_examples(study: Study) -> Part:
+    """The examples that each layer's share is measured on, so many of either part.
+
+    Of selection data where there are as many: the Grams have seen the calibration examples, and
+    what is cut because these don't use it shows no change on them.
+    """
+    calibration, selection = study.parts["calibration"], study.parts["selection"]
+    most = SHARE_EXAMPLES.get(study.task.name, OTHER_SHARE_EXAMPLES)
+    few = max(1, min(most, round(SHARE_OF_CALIBRATION * len(calibration.examples))))
+    part = selection if len(selection.examples) >= few else calibration
+    return part.spread(few)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rankfold.forms.curve import Curve, _beyond_rounding
-from rankfold.forms.storage import Form, factor_parameters
+from rankfold.forms.curve import Curve, beyond_rounding
+from rankfold.forms.low_rank.form import rank_curve
+from rankfold.forms.storage import Storage
 from rankfold.maths.linalg import Damping, damped, marginal_product
 from rankfold.maths.spectrum import Spectrum, whitened_spectrum
-from rankfold.model.layer_matrix import MatrixLayer, matrix_shape, weight_matrix
+from rankfold.model.layer_matrix import MatrixLayer, weight_matrix
 from rankfold.objective import Objective
 from rankfold.statistics.embeddings import EmbeddingStatistics
 from rankfold.statistics.grams import damped_grams, expected_grams
@@ -39,15 +40,13 @@ def layer_spectrum(
     return whitened_spectrum(weight, a, b)
 
 
-def layer_curve(
+def truncation_changes(
     objective: Objective,
     layer: MatrixLayer,
     spectrum: Spectrum,
     statistics: LayerStatistics | None,
-    form: Form,
-    cost_per_parameter: int,
-) -> Curve:
-    """Ranks 1..r with their costs and predicted changes.
+) -> tuple[Tensor, Tensor | None]:
+    """Predicted changes of the ranks 1..r, and their errors for the first-order rule.
 
     An objective that predicts the loss predicts it by the Grams as they were measured: damping
     chooses the directions, and would count as loss what the data never used.
@@ -57,28 +56,41 @@ def layer_curve(
         layer: The layer.
         spectrum: Its spectrum.
         statistics: Of the layer, for the objectives that need them.
-        form: Decides the cost of a rank.
-        cost_per_parameter: 1 for parameters, 2 x rows for FLOPs.
+
+    Returns:
+        ``(r,)`` float64 changes; ``(r,)`` relative Frobenius errors, or None.
     """
-    errors = None
+    if objective.allocation == "uniform":
+        return spectrum.truncation_changes()[1:].cpu(), None
+    if statistics is None:
+        raise ValueError(f"the {objective.allocation} allocation needs statistics with gradients")
     if objective.allocation == "first-order":
-        if statistics is None:
-            raise ValueError("the first-order objective needs statistics with gradients")
         changes, errors = first_order_changes(weight_matrix(layer), spectrum, statistics.gradient)
-    elif objective.allocation == "multiplier":
-        if statistics is None:
-            raise ValueError("this objective needs statistics with gradients")
-        changes = _beyond_rounding(spectrum.changes_under(*expected_grams(statistics))[1:])
-    else:
-        changes = spectrum.truncation_changes()[1:]
-    out, in_ = matrix_shape(layer)
-    return Curve(
-        ranks=torch.arange(1, len(changes) + 1),
-        costs=rank_costs(layer, form, cost_per_parameter),
-        changes=changes.cpu(),
-        dense_cost=out * in_ * cost_per_parameter,
-        errors=None if errors is None else errors.cpu(),
-    )
+        return changes.cpu(), errors.cpu()
+    changes = spectrum.changes_under(*expected_grams(statistics))[1:]
+    return beyond_rounding(changes).cpu(), None
+
+
+def layer_curve(
+    objective: Objective,
+    layer: MatrixLayer,
+    spectrum: Spectrum,
+    statistics: LayerStatistics | None,
+    storage: Storage,
+    price: int,
+) -> Curve:
+    """Ranks 1..r with their costs and predicted changes (``truncation_changes``).
+
+    Args:
+        objective: Decides what a change is.
+        layer: The layer.
+        spectrum: Its spectrum.
+        statistics: Of the layer, for the objectives that need them.
+        storage: Decides the cost of a rank.
+        price: Cost of a parameter: 1, or 2 x rows for FLOPs.
+    """
+    changes, errors = truncation_changes(objective, layer, spectrum, statistics)
+    return rank_curve(layer, changes, errors, storage, price)
 
 
 def embedding_spectrum(
@@ -104,16 +116,8 @@ def embedding_curve(
         dense_cost: Of the matrix left dense.
     """
     changes = torch.stack([use.changes(spectrum) for use in statistics.uses.values()]).sum(0)[1:]
-    changes = _beyond_rounding(changes)
+    changes = beyond_rounding(changes)
     return Curve(torch.arange(1, len(changes) + 1), costs, changes.cpu(), dense_cost)
-
-
-def rank_costs(layer: MatrixLayer, form: Form, cost_per_parameter: int) -> Tensor:
-    """Cost of every rank 1..min(out, in) of a layer in a form, int64."""
-    out, in_ = matrix_shape(layer)
-    ranks = range(1, min(out, in_) + 1)
-    parameters = [factor_parameters(out, in_, rank, form) for rank in ranks]
-    return torch.tensor(parameters) * cost_per_parameter
 
 
 def first_order_changes(

@@ -11,7 +11,11 @@ from rankfold.certificate.change import paired_change
 from rankfold.certificate.statement import half_width
 from rankfold.errors import InputError
 from rankfold.search.allocate import smallest_cost, total_change, total_cost
-from rankfold.search.round import Candidate, Stage, lowest
+from rankfold.search.interactions import corrected, corrects
+from rankfold.search.refit import refits, refitted
+from rankfold.search.round import Round
+from rankfold.search.rounds import next_round
+from rankfold.search.trial import Trial, lowest, measure
 
 # Chance that compact leaves the held-out test of a model as good as its selection data say.
 POWER = 0.9
@@ -24,7 +28,7 @@ CORRECTIONS = 2
 MOST_CORRECTIONS = 6
 
 
-def of_size(stage: Stage, budget: float) -> list[Candidate]:
+def of_size(round_: Round, budget: float) -> list[Trial]:
     """Plans for a cost of the factorizable layers, measured on selection data.
 
     One a round, and one for each time that interactions are measured: at the best of these, at
@@ -32,30 +36,30 @@ def of_size(stage: Stage, budget: float) -> list[Candidate]:
     best of all is fitted again (``refit``) and measured once more.
 
     Args:
-        stage: The first round.
+        round_: The first one.
         budget: Cost, in the unit of ``settings.cost``.
 
     Raises:
         InputError: No plan is that small.
     """
-    tried = [stage.measure(stage.plan(budget))]
-    for left in range(stage.settings.rounds - 1, 0, -1):
-        stage = stage.next_round(budget, left + 1)
-        tried.append(stage.measure(stage.plan(budget)))
+    tried = [measure(round_, round_.plan(budget))]
+    for left in range(round_.settings.rounds - 1, 0, -1):
+        round_ = next_round(round_, budget, left + 1)
+        tried.append(measure(round_, round_.plan(budget)))
     last = lowest(tried)
-    for done in range(MOST_CORRECTIONS if stage.corrects else 0):
+    for done in range(MOST_CORRECTIONS if corrects(round_) else 0):
         # Twice also where the first looks no better: few selection examples can't tell.
         if done >= CORRECTIONS and not _is_better(last, tried[-2]):
             break
-        stage = last.stage.corrected(last)
-        if stage is last.stage:
+        round_ = corrected(last.round, last)
+        if round_ is last.round:
             break  # the loss is not finite: the plan would be measured once more
-        last = stage.measure(stage.plan(budget))
+        last = measure(round_, round_.plan(budget))
         tried.append(last)
     return [*tried, *_refitted(lowest(tried))]
 
 
-def within_margin(stage: Stage, margin: float) -> list[Candidate]:
+def within_margin(round_: Round, margin: float) -> list[Trial]:
     """Plans around the smallest one that passes, measured on selection data.
 
     Interactions are measured first, at the plan predicted to be within the margin; then sizes are
@@ -63,43 +67,43 @@ def within_margin(stage: Stage, margin: float) -> list[Candidate]:
     again (``refit``), and smaller plans are as far as that makes them pass.
 
     Args:
-        stage: The first round.
+        round_: The first one.
         margin: Largest change of the loss that counts as no harm.
     """
-    seen: list[Candidate] = []
-    for _ in range(CORRECTIONS if stage.corrects else 0):
-        seen.append(stage.measure(stage.plan_within(margin)))
-        corrected = stage.corrected(seen[-1])
-        if corrected is stage:
+    seen: list[Trial] = []
+    for _ in range(CORRECTIONS if corrects(round_) else 0):
+        seen.append(measure(round_, round_.plan_within(margin)))
+        following = corrected(round_, seen[-1])
+        if following is round_:
             break  # the loss is not finite: the plan would be measured once more
-        stage = corrected
-    tried = _bracketed(stage, margin, float(stage.total), seen)
-    for _ in range(stage.settings.rounds - 1):
+        round_ = following
+    tried = _bracketed(round_, margin, float(round_.total), seen)
+    for _ in range(round_.settings.rounds - 1):
         best = _smallest_passing(tried, margin)
         if best is None:
             break  # fresh statistics make small models better, not large ones
-        stage = best.stage.next_round(total_cost(best.plan), rounds_left=2)
-        rest = stage.total - stage.factorizable
-        tried += _bracketed(stage, margin, float(rest + total_cost(best.plan)), [])
+        round_ = next_round(best.round, total_cost(best.plan), rounds_left=2)
+        rest = round_.total - round_.factorizable
+        tried += _bracketed(round_, margin, float(rest + total_cost(best.plan)), [])
     return [*tried, *_refitted_within(favoured(tried, margin), margin)]
 
 
-def favoured(tried: Sequence[Candidate], margin: float) -> Candidate:
+def favoured(tried: Sequence[Trial], margin: float) -> Trial:
     """The smallest model that passes, or the most promising one where none does."""
     return _smallest_passing(tried, margin) or min(tried, key=promised_bound)
 
 
-def promised_bound(candidate: Candidate) -> float:
+def promised_bound(trial: Trial) -> float:
     """The held-out upper bound that a model of this measured change would get.
 
     One-sided bound at the certificate's confidence for the held-out part's number of examples, and
     room for the selection examples' own luck so that the certificate holds with a chance of
     ``POWER``. Infinite for a model whose loss is not finite.
     """
-    change = candidate.change
+    change = trial.change
     if not math.isfinite(change.mean):
         return math.inf
-    settings, held_out = candidate.stage.settings, candidate.stage.held_out_units
+    settings, held_out = trial.round.settings, trial.round.study.held_out_units
     deviation = change.deviation
     reach = settings.largest_change
     if reach is not None:
@@ -110,94 +114,103 @@ def promised_bound(candidate: Candidate) -> float:
     return change.mean + bound + luck
 
 
-def _refitted(candidate: Candidate) -> list[Candidate]:
-    """The candidate fitted again, if it can be and its loss is finite."""
-    if not (candidate.stage.refits and math.isfinite(candidate.change.mean)):
+def _refitted(trial: Trial) -> list[Trial]:
+    """The trial fitted again, if it can be and its loss is finite."""
+    if not (refits(trial.round) and math.isfinite(trial.change.mean)):
         return []
-    refitted = candidate.stage.refitted(candidate)
-    return [] if refitted.refit is None else [refitted]
+    found = refitted(trial)
+    return [] if found.refit is None else [found]
 
 
-def _refitted_within(candidate: Candidate, margin: float) -> list[Candidate]:
-    """The candidate fitted again, and smaller plans likewise while they pass."""
-    stage, tried = candidate.stage, _refitted(candidate)
+def _refitted_within(trial: Trial, margin: float) -> list[Trial]:
+    """The trial fitted again, and smaller plans likewise while they pass."""
+    round_, tried = trial.round, _refitted(trial)
     while tried and len(tried) < MOST_REFITS and promised_bound(tried[-1]) <= margin:
-        spent, target = total_cost(tried[-1].plan), _next_cost(tried[-1], stage, margin)
-        if not target <= spent - CLOSE_ENOUGH * stage.total:
+        spent, target = total_cost(tried[-1].plan), _next_cost(tried[-1], round_, margin)
+        if not target <= spent - CLOSE_ENOUGH * round_.total:
             break
-        smaller = _refitted(stage.measure(stage.plan(target, smallest=True)))
+        smaller = _refitted(measure(round_, round_.plan(target, smallest=True)))
         if not smaller:
             break
         tried += smaller
     return tried
 
 
-def _next_cost(candidate: Candidate, stage: Stage, margin: float) -> float:
+def _next_cost(trial: Trial, round_: Round, margin: float) -> float:
     """Cost of the plan that should just be within the margin, by what a measured one showed.
 
     Its prediction is corrected by the ratio of its actual to its predicted change. NaN where
     nothing was predicted, or nothing finite came.
     """
-    excess, predicted = promised_bound(candidate) - stage.gain, total_change(candidate.plan)
+    excess, predicted = promised_bound(trial) - round_.gain, total_change(trial.plan)
     if not (excess > 0 and predicted > 0 and math.isfinite(excess)):
         return math.nan
-    return stage.cost_within((margin - stage.gain) * predicted / excess, default=math.nan)
+    return round_.cost_within((margin - round_.gain) * predicted / excess, default=math.nan)
 
 
-def _is_better(candidate: Candidate, other: Candidate) -> bool:
+def _is_better(trial: Trial, other: Trial) -> bool:
     """Whether selection losses are lower by more than the standard error of their difference."""
-    change = paired_change(other.evaluation, candidate.evaluation)
+    change = paired_change(other.evaluation, trial.evaluation)
     return change.mean < -change.standard_error
 
 
-def _smallest_passing(tried: Sequence[Candidate], margin: float) -> Candidate | None:
-    passing = [candidate for candidate in tried if promised_bound(candidate) <= margin]
+def _smallest_passing(tried: Sequence[Trial], margin: float) -> Trial | None:
+    passing = [trial for trial in tried if promised_bound(trial) <= margin]
     return min(passing, key=lambda c: total_cost(c.plan), default=None)
 
 
-def _bracketed(
-    stage: Stage, margin: float, passes: float, seen: Sequence[Candidate]
-) -> list[Candidate]:
+def _bracketed(round_: Round, margin: float, passes: float, seen: Sequence[Trial]) -> list[Trial]:
     """Try plans on selection data, between the smallest that passes and the largest that fails.
 
     Each trial corrects the prediction by the ratio of actual to predicted change; where
     nothing is predicted the bracket is halved. ``passes`` is a cost of the whole model that is
     known to pass, ``seen`` are plans measured already; they count among those tried.
     """
-    rest = stage.total - stage.factorizable
-    fails = rest + smallest_cost(stage.curves) - 1.0
+    rest = round_.total - round_.factorizable
+    fails = rest + smallest_cost(round_.curves) - 1.0
     tried = list(seen)
-    for candidate in seen:
-        spent = rest + total_cost(candidate.plan)
-        if promised_bound(candidate) <= margin:
+    for trial in seen:
+        spent = rest + total_cost(trial.plan)
+        if promised_bound(trial) <= margin:
             passes = min(passes, spent)
         else:
             fails = max(fails, spent)
-    target = rest + stage.cost_within(margin - stage.gain, default=0.9 * stage.factorizable)
-    while len(tried) < MOST_PLANS and passes - fails > CLOSE_ENOUGH * stage.total:
+    target = rest + round_.cost_within(margin - round_.gain, default=0.9 * round_.factorizable)
+    while len(tried) < MOST_PLANS and passes - fails > CLOSE_ENOUGH * round_.total:
         edge = 0.1 * (passes - fails)
         if math.isnan(target):
             target = (fails + passes) / 2
         target = min(max(target, fails + edge), passes - edge)
         try:
-            plan = stage.plan(target - rest, smallest=True)
+            plan = round_.plan(target - rest, smallest=True)
         except InputError:  # the first-order rule does not reach every size
             fails, target = target, math.nan
             continue
-        candidate = stage.measure(plan)
-        if tried and candidate.plan == tried[-1].plan:
+        trial = measure(round_, plan)
+        if tried and trial.plan == tried[-1].plan:
             break
-        tried.append(candidate)
-        reached = promised_bound(candidate)
+        tried.append(trial)
+        reached = promised_bound(trial)
         spent = rest + total_cost(plan)
         if reached <= margin:
             passes = min(passes, spent)
         else:
             fails = max(fails, target)
-        target = rest + _next_cost(candidate, stage, margin)
+        target = rest + _next_cost(trial, round_, margin)
     if not tried:
         raise InputError(
-            f"the objective {stage.settings.objective} has no plan at any size that was tried; "
+            f"the objective {round_.settings.objective} has no plan at any size that was tried; "
             "use another objective."
         )
     return tried
+
+
+def mild_to_strong(tried: Sequence[Trial]) -> list[Trial]:
+    """The sizes tried, from the largest to the smallest, in which a sequence of tests takes them.
+
+    Of one size the better trial. Those whose loss is not finite are left out, but one stays.
+    """
+    known = [trial for trial in tried if math.isfinite(trial.change.mean)]
+    # Of one size the better one, which comes last here.
+    sizes = {t.ratio: t for t in sorted(known, key=lambda t: t.change.mean, reverse=True)}
+    return [sizes[ratio] for ratio in sorted(sizes, reverse=True)] or [*tried[:1]]

@@ -19,27 +19,29 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from operator import add
 
 import torch
 from torch import Tensor, nn
 
+from rankfold.certificate.change import paired_change
 from rankfold.data.parts import Batch, Part
-from rankfold.forms.layer import ConvStandIn
+from rankfold.forms.layer import ConvStandIn, FactorizedLayer
 from rankfold.forms.output_change import (
-    Factorized,
     Group,
     OutputChange,
-    output_groups,
-    with_output_change,
 )
 from rankfold.machine.progress import Progress
 from rankfold.model.evaluation_mode import evaluation_mode
 from rankfold.model.layer_matrix import kept_dtype
+from rankfold.model.replace import put_modules
 from rankfold.model.residual_connections import Residual, residual_connections
+from rankfold.search.build import build, control
+from rankfold.search.round import Round
 from rankfold.search.side_by_side import Pairs, run_in_step
+from rankfold.search.trial import Refit, Trial, try_on_selection
 from rankfold.tasks.evaluation import on_device
 from rankfold.tasks.losses import Task, field_of, output_of, without_labels
 
@@ -151,7 +153,7 @@ class Fitted:
         examples: Number of examples that they were fitted to.
     """
 
-    modules: dict[str, Factorized]
+    modules: dict[str, FactorizedLayer]
     residual: list[str]
     examples: int
 
@@ -184,7 +186,7 @@ def fitted_again(
     modules = {
         name: module
         for name in names
-        if isinstance(module := factorized.get_submodule(name), Factorized)
+        if isinstance(module := factorized.get_submodule(name), FactorizedLayer)
         # A bias that stands in another module, too, has another use.
         and (module.bias is None or held_by[id(module.bias)] == 1)
     }
@@ -208,7 +210,7 @@ def fitted_again(
     ]
     # Which tokens are no padding, where a batch says so.
     masks = [field_of(batch, "attention_mask") for batch in batches]
-    found: dict[str, Factorized] = {}
+    found: dict[str, FactorizedLayer] = {}
     to_sums: list[str] = []
 
     def fit(name: str, pairs: Pairs, streams: Pairs) -> list[Tensor]:
@@ -221,7 +223,7 @@ def fitted_again(
         if any(batch.streams is not None for batch in rows):
             to_sums.append(name)
         change = _change(module, rows)
-        found[name] = with_output_change(module, change)
+        found[name] = module.with_output_change(change)
         changed = [change.of_outputs(batch.outputs, module.bias) for batch in rows]
         return [y.movedim(-1, _channel_axis(module)) for y in changed]
 
@@ -251,7 +253,7 @@ def _forward(task: Task, model: nn.Module, batch: Batch) -> None:
         task.batch_loss(model, batch)
 
 
-def _channel_axis(module: Factorized) -> int:
+def _channel_axis(module: FactorizedLayer) -> int:
     """Where the outputs stand, of a conv before its positions."""
     return -3 if isinstance(module, ConvStandIn) else -1
 
@@ -277,7 +279,7 @@ class _Rows:
     @classmethod
     def of(
         cls,
-        module: Factorized,
+        module: FactorizedLayer,
         wanted: Tensor,
         outputs: Tensor,
         mask: Tensor | None,
@@ -310,9 +312,9 @@ class _Rows:
         return kept.to(kept_dtype(values))
 
 
-def _change(module: Factorized, rows: Sequence[_Rows]) -> OutputChange:
+def _change(module: FactorizedLayer, rows: Sequence[_Rows]) -> OutputChange:
     """The change of a layer's outputs, from those of the original and its own in each batch."""
-    groups, bias = output_groups(module), module.bias
+    groups, bias = module.output_groups(), module.bias
     of_batches = (batch.moments(groups, bias) for batch in rows)
     together = reduce(lambda some, more: list(map(add, some, more)), of_batches)
     coefficients: list[Tensor] = []
@@ -345,3 +347,36 @@ def _outputs_of_one(
         stack.enter_context(evaluation_mode(model))
         _forward(task, model, batch)
     return {name: size for name, size in sizes.items() if name not in often}
+
+
+def refits(round_: Round) -> bool:
+    """Whether output factors are fitted once more to what other layers have changed."""
+    return round_.settings.refit and round_.objective.allocation == "multiplier"
+
+
+def refitted(trial: Trial) -> Trial:
+    """A trial with its output factors fitted again, measured.
+
+    The trial itself where it has no layer that can be.
+    """
+    round_ = trial.round
+    study, model = round_.study, build(round_, trial.plan)
+    fitted = fitted_again(
+        control(round_) or study.subject.dense,
+        model,
+        [name for name, choice in trial.plan.items() if choice.rank is not None],
+        study.task,
+        study.parts["calibration"],
+        batch_size=round_.settings.batch_size,
+        progress=round_.progress,
+    )
+    if not fitted.modules:
+        return trial
+    put_modules(model, fitted.modules)
+    shown = f"size {trial.ratio:.3f}, refit, on selection data"
+    evaluation = try_on_selection(round_, model, shown)
+    change = paired_change(round_.original, evaluation)
+    gain = change.mean - trial.change.mean
+    refit = Refit(fitted.modules, fitted.residual, fitted.examples, gain)
+    predicted = None if trial.predicted is None else trial.predicted + refit.gain
+    return replace(trial, predicted=predicted, change=change, evaluation=evaluation, refit=refit)

@@ -1,40 +1,38 @@
-"""A model, its data, and what one pass over the calibration examples showed."""
+"""A study: the user's model, calibration and selection data, and what a pass over them showed.
+
+It holds no held-out example: ``open_inputs`` gives that part apart, to be sealed.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rankfold.certificate.certify import check_metric_values
-from rankfold.certificate.earlier_uses import Opening
 from rankfold.certificate.statement import order_seed
 from rankfold.data.copies import refuse_copies, without_copies
 from rankfold.data.parts import PARTS, Data, Part, as_part, example_input, select_part, split
 from rankfold.errors import InputError
-from rankfold.forms.embedding.modules import embedding_flops
-from rankfold.forms.storage import Form, factor_parameters
 from rankfold.integrations.transformers import own_text, task_hint
-from rankfold.machine.device import device_of
-from rankfold.machine.offload import Offload, check_offload
+from rankfold.machine.offload import Offload
 from rankfold.machine.progress import Progress
 from rankfold.maths.linalg import Damping
-from rankfold.model.find_layers import EmbeddingMatrix, Skipped, find_embeddings, find_layers
-from rankfold.model.layer_matrix import MatrixLayer
-from rankfold.model.unpack import Unpacked, unpack
-from rankfold.objective import OBJECTIVES, Cost, Objective
-from rankfold.search.layer_curves import rank_costs
+from rankfold.model.find_layers import EmbeddingMatrix, find_embeddings, find_layers
+from rankfold.model.unpack import unpack
+from rankfold.objective import OBJECTIVES, Objective
+from rankfold.search.subject import Subject
 from rankfold.settings import Settings
 from rankfold.statistics.embeddings import EmbeddingRecorder, EmbeddingStatistics
 from rankfold.statistics.labels import TEXT, Curvature, calibration_loss, choose_curvature
 from rankfold.statistics.layer_statistics import LayerStatistics
 from rankfold.statistics.recorder import collect_statistics
-from rankfold.statistics.trace import Trace, trace
-from rankfold.tasks.evaluation import Evaluation, Metric, evaluate, metric_values
+from rankfold.statistics.trace import trace
+from rankfold.tasks.evaluation import Metric, evaluate, metric_values
 from rankfold.tasks.losses import Task
 from rankfold.tasks.recognise import recognise_task
 from rankfold.tasks.supervised import LossFunction
@@ -46,170 +44,108 @@ DEFAULT_LIMITS = dict.fromkeys(TEXT, (64, 32, 128))
 OTHER_LIMITS = (2048, 2048, 10000)
 
 
-@dataclass
-class Collected:
-    """A model, its data, and what one pass over the calibration examples showed.
+@dataclass(frozen=True)
+class Statistics:
+    """What one pass over the calibration examples showed of each layer.
 
     Attributes:
-        model: The user's model, unpacked: the same function from plain layers.
-        base: The model whose weights are factorized: the user's own, or in a later round what
-            the one before made of it.
-        dense: The user's model moved by the steps of earlier rounds, for the control.
-        task: Gives the loss.
-        parts: The examples used of each part.
-        layers: Layers of ``base`` to factorize.
-        embeddings: Embedding matrices of ``base`` to factorize, by the name of their first use.
-        skipped: Layers that stay as they are.
-        seen: Calls and FLOPs of one example.
-        statistics: By layer; empty for objectives that need none.
-        curvature: Where B came from, or None.
-        calibration_loss: Mean loss of some calibration examples, or None.
-        unpacked: The user's own model, and what was replaced in it.
-        original: Losses of the model on the parts where they are known already.
-        metrics: The user's metrics.
-        original_metrics: Their values of the user's model on the held-out part, where known.
-        openings: Of the held-out part, by this process.
-        damping_trials: Dampings tried and the change on selection data that each gave.
-        embedding_statistics: By the names in ``embeddings``.
-        lacking: By layer, what its Grams lack, as shares of their mean eigenvalues
-            (``shrinkage``); kept when the statistics are dropped.
-        offload: Where what is kept of all layers lies.
+        layers: By layer; empty for objectives that need none. Entries are dropped once used.
+        embeddings: By embedding matrix, likewise.
+        lacking: By layer, what its Grams lack, as shares of their mean eigenvalues (``shrinkage``).
     """
 
-    model: nn.Module
-    base: nn.Module
-    dense: nn.Module
+    layers: dict[str, LayerStatistics] = field(default_factory=dict)
+    embeddings: dict[str, EmbeddingStatistics] = field(default_factory=dict)
+    lacking: Mapping[str, Damping] = field(default_factory=dict)
+
+
+class Labels(NamedTuple):
+    """Which labels the gradients are taken of.
+
+    Attributes:
+        curvature: Where B comes from, None for objectives that need no gradients.
+        calibration_loss: Mean loss of some calibration examples, None where no data is needed.
+    """
+
+    curvature: Curvature | None = None
+    calibration_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A model, its calibration and selection data, and what a pass over them showed.
+
+    Attributes:
+        subject: The model as a set of matrices.
+        task: Gives the loss.
+        parts: ``calibration``, ``selection`` and, where the model wrote some, ``own_text``.
+        held_out_units: How many independent units the sealed part has: examples, or groups.
+        labels: Which labels the gradients were taken of.
+        statistics: Of the matrices of ``subject.base``.
+        offload: Where what is kept of all layers lies.
+        damping_trials: Dampings tried and the change on selection data that each gave.
+    """
+
+    subject: Subject
     task: Task
-    parts: dict[str, Part]
-    layers: dict[str, MatrixLayer]
-    skipped: list[Skipped]
-    seen: Trace
-    statistics: dict[str, LayerStatistics]
-    curvature: Curvature | None
-    calibration_loss: float | None
-    unpacked: Unpacked
-    original: dict[str, Evaluation] = field(default_factory=dict)
-    metrics: tuple[Metric, ...] = ()
-    original_metrics: dict[str, Tensor] = field(default_factory=dict)
-    openings: list[Opening] = field(default_factory=list)
-    damping_trials: list[tuple[Damping, float]] = field(default_factory=list)
-    embeddings: dict[str, EmbeddingMatrix] = field(default_factory=dict)
-    embedding_statistics: dict[str, EmbeddingStatistics] = field(default_factory=dict)
-    lacking: dict[str, Damping] = field(default_factory=dict)
-    offload: Offload = field(default_factory=Offload)
-
-    @property
-    def matrices(self) -> dict[str, MatrixLayer | EmbeddingMatrix]:
-        """All that can be factorized."""
-        return {**self.layers, **self.embeddings}
-
-    def original_losses(self, part: str, batch_size: int | None, progress: Progress) -> Evaluation:
-        """Losses of the user's model on a part, evaluated once."""
-        if part not in self.original:
-            stage = f"original on {part.replace('_', '-')} data"
-            self.original[part] = evaluate(
-                self.unpacked.given,
-                self.task,
-                self.parts[part],
-                batch_size=batch_size,
-                progress=progress,
-                stage=stage,
-            )
-        return self.original[part]
-
-    def observe(self, settings: Settings, progress: Progress | None) -> None:
-        """Pass over the calibration examples with ``base`` and keep its statistics."""
-        recorder = EmbeddingRecorder(self.embeddings)
-        objective = OBJECTIVES[settings.objective]
-        self.statistics = collect_statistics(
-            self.base,
-            self.task,
-            self.parts["calibration"],
-            self.layers,
-            curvature=self.curvature,
-            gradients=self.takes_step(settings) or objective.allocation == "first-order",
-            shrinkage=settings.shrinkage and objective.allocation == "multiplier",
-            seed=settings.seed,
-            prior=self.parts.get(OWN_TEXT),
-            batch_size=settings.batch_size,
-            progress=progress,
-            embeddings=recorder,
-            offload=self.offload,
-        )
-        self.embedding_statistics = recorder.statistics()
-        self.lacking = {name: found.lacking for name, found in self.statistics.items()}
+    parts: Mapping[str, Part]
+    held_out_units: int
+    labels: Labels
+    statistics: Statistics
+    offload: Offload
+    damping_trials: tuple[tuple[Damping, float], ...] = ()
 
     def takes_step(self, settings: Settings) -> bool:
-        """Whether the weights are moved by the gradient step before they are truncated.
+        """Whether the weights are moved by the gradient step before they are truncated."""
+        return _takes_step(self.task, settings)
 
-        For a task of agreement the gradient is 0.
-        """
-        wanted = OBJECTIVES[settings.objective].step and settings.gradient_step
-        return wanted and not self.task.agreement
-
-    def cost_per_parameter(self, name: str, cost: Cost) -> int:
-        """1 for parameters; for FLOPs a multiply-add for each row of one example."""
-        return 1 if cost == "parameters" else 2 * self.seen.rows.get(name, 0)
-
-    def rank_costs(self, name: str, form: Form, cost: Cost) -> Tensor:
-        """Cost of every rank of a layer or an embedding matrix in a form, ``(r,)`` int64."""
-        if name in self.layers:
-            return rank_costs(self.layers[name], form, self.cost_per_parameter(name, cost))
-        words, dim = self.embeddings[name].weight.shape
-        ranks = range(1, min(words, dim) + 1)
-        if cost == "parameters":
-            return torch.tensor([factor_parameters(words, dim, rank, form) for rank in ranks])
-        return torch.tensor([self.embedding_flops(name, rank, form) for rank in ranks])
-
-    def dense_cost(self, name: str, cost: Cost) -> int:
-        """Cost of a layer or an embedding matrix left dense."""
-        if name in self.embeddings and cost == "flops":
-            return self.embedding_flops(name, None, "pair")
-        per_parameter = 1 if name in self.embeddings else self.cost_per_parameter(name, cost)
-        return self.matrices[name].weight.numel() * per_parameter
-
-    def embedding_flops(self, name: str, rank: int | None, form: Form) -> int:
-        """Of all uses of an embedding matrix, for one example."""
-        matrix = self.embeddings[name]
-        words, dim = matrix.weight.shape
-        looked_up, scored = (
-            sum(self.seen.rows.get(use, 0) for use in uses)
-            for uses in (matrix.lookups, matrix.heads)
+    def standing_on(
+        self, base: nn.Module, dense: nn.Module, settings: Settings, progress: Progress
+    ) -> Study:
+        """The same study of what a round has made of the model, with statistics of its own."""
+        subject = self.subject.standing_on(base, dense)
+        found = _observed(
+            subject, self.task, self.parts, self.labels, settings, self.offload, progress
         )
-        return embedding_flops((words, dim), rank, form, looked_up, scored)
-
-    def leave_dense(self, reason: str, names: Iterable[str]) -> None:
-        """Move layers to the skipped ones."""
-        for name in list(names):
-            uses: Mapping[str, nn.Module]
-            if name in self.embeddings:
-                uses = self.embeddings.pop(name).uses
-                self.embedding_statistics.pop(name, None)
-            else:
-                uses = {name: self.layers.pop(name)}
-                self.statistics.pop(name, None)
-            for use, layer in uses.items():
-                count = sum(parameter.numel() for parameter in layer.parameters())
-                self.skipped.append(Skipped(use, type(layer).__name__, count, reason))
+        return replace(self, subject=subject, statistics=found)
 
 
-def collect(
+class Inputs(NamedTuple):
+    """A model and its data as they are opened, before anything is computed.
+
+    Attributes:
+        subject: The model as a set of matrices.
+        task: Gives the loss.
+        parts: ``calibration`` and ``selection``.
+        held_out: The part that a study knows nothing of but its number of units.
+    """
+
+    subject: Subject
+    task: Task
+    parts: Mapping[str, Part]
+    held_out: Part
+
+
+def open_inputs(
     model: nn.Module,
     data: object,
     settings: Settings,
     *,
     loss: LossFunction | None = None,
     metrics: Sequence[Metric] = (),
-    progress: Progress | None = None,
-    offload: Offload | None = None,
-) -> Collected:
-    """Find the layers, choose the examples, and pass over the calibration part once.
+) -> Inputs:
+    """Find the layers, recognise the task, and choose the examples of each part.
+
+    Args:
+        model: The user's model.
+        data: A data set or data loader, or ``rankfold.Data``.
+        settings: What is asked for.
+        loss: The user's own.
+        metrics: Tried on one example.
 
     Raises:
         InputError: Names the input, what was expected, and what to do.
     """
-    offload = offload or Offload()
-    check_offload(offload, device_of(model))
     unpacked = unpack(model)
     model = unpacked.model
     embeddings: dict[str, EmbeddingMatrix] = {}
@@ -224,38 +160,115 @@ def collect(
     task = recognise_task(sample, loss, settings.task, originals, task_hint(model))
     parts = _choose_parts(data, task, settings)
     _try_metrics(model, task, parts["calibration"].take([0]), metrics, settings)
-    _add_own_text(model, task, parts, settings, progress)
-    calibration = parts["calibration"]
-    seen = trace(model, task, calibration)
-    collected = Collected(
-        model, model, model, task, parts, layers, skipped, seen, {}, None, None, unpacked
-    )
-    collected.metrics = tuple(metrics)
-    collected.embeddings = embeddings
-    collected.offload = offload
+    seen = trace(model, task, parts["calibration"])
+    subject = Subject(unpacked, model, model, layers, embeddings, tuple(skipped), seen)
+    held_out = parts.pop("held_out")
+    return Inputs(subject, task, parts, held_out)
+
+
+def study_of(
+    inputs: Inputs,
+    settings: Settings,
+    *,
+    progress: Progress | None = None,
+    offload: Offload | None = None,
+) -> Study:
+    """Pass over the calibration part once.
+
+    Args:
+        inputs: Of the model and its data.
+        settings: What is asked for.
+        progress: Shows the stages.
+        offload: Where what is kept of all layers lies.
+
+    Raises:
+        InputError: Names the input, what was expected, and what to do.
+    """
+    offload = offload or Offload()
+    subject, task, parts = inputs.subject, inputs.task, dict(inputs.parts)
+    parts |= _own_text(subject.model, task, parts["calibration"], settings, progress)
     objective = OBJECTIVES[settings.objective]
     _check_agreement(task, objective, settings)
     if not objective.needs_data:
-        unseen = [name for name in layers if name not in seen.rows]
-        collected.leave_dense("not called in a forward pass on the first example", unseen)
-    _require_layers(collected)
+        unseen = [name for name in subject.layers if name not in subject.seen.rows]
+        subject = subject.without(unseen, "not called in a forward pass on the first example")
+    _require_layers(subject)
+    labels, statistics = Labels(), Statistics()
     if objective.needs_data:
-        collected.calibration_loss, classes = calibration_loss(model, task, calibration)
-        if objective.needs_backward:
-            labels = objective.output_gram != "full" or collected.takes_step(settings)
-            collected.curvature = (
-                choose_curvature(collected.calibration_loss, classes, labels)
-                if settings.curvature == "auto"
-                else settings.curvature
-            )
-        collected.observe(settings, progress)
-        unreached = [name for name in layers if name not in collected.statistics]
-        collected.leave_dense("not called in a forward pass on the calibration data", unreached)
-        silent = [name for name, stats in collected.statistics.items() if stats.is_silent]
-        silent += [name for name, s in collected.embedding_statistics.items() if not s.uses]
-        collected.leave_dense("the calibration data gave it no input or no gradient", silent)
-        _require_layers(collected)
-    return collected
+        labels = _labels(subject.model, task, parts["calibration"], objective, settings)
+        statistics = _observed(subject, task, parts, labels, settings, offload, progress)
+        subject = _without_unreached(subject, statistics)
+        _require_layers(subject)
+    units = units_of(inputs.held_out)
+    return Study(subject, task, parts, units, labels, statistics, offload)
+
+
+def units_of(part: Part) -> int:
+    """Independent units of a part: examples, or the groups that they form."""
+    return len(part.examples) if part.groups is None else len(set(part.groups))
+
+
+def _labels(
+    model: nn.Module, task: Task, calibration: Part, objective: Objective, settings: Settings
+) -> Labels:
+    """Which labels the gradients are taken of, as settings say or the calibration loss shows."""
+    loss, classes = calibration_loss(model, task, calibration)
+    if not objective.needs_backward:
+        return Labels(None, loss)
+    if settings.curvature != "auto":
+        return Labels(settings.curvature, loss)
+    wanted = objective.output_gram != "full" or _takes_step(task, settings)
+    return Labels(choose_curvature(loss, classes, wanted), loss)
+
+
+def _observed(
+    subject: Subject,
+    task: Task,
+    parts: Mapping[str, Part],
+    labels: Labels,
+    settings: Settings,
+    offload: Offload,
+    progress: Progress | None,
+) -> Statistics:
+    """Pass over the calibration examples with ``subject.base`` and keep its statistics."""
+    recorder = EmbeddingRecorder(subject.embeddings)
+    objective = OBJECTIVES[settings.objective]
+    found = collect_statistics(
+        subject.base,
+        task,
+        parts["calibration"],
+        subject.layers,
+        curvature=labels.curvature,
+        gradients=_takes_step(task, settings) or objective.allocation == "first-order",
+        shrinkage=settings.shrinkage and objective.allocation == "multiplier",
+        seed=settings.seed,
+        prior=parts.get(OWN_TEXT),
+        batch_size=settings.batch_size,
+        progress=progress,
+        embeddings=recorder,
+        offload=offload,
+    )
+    lacking = {name: statistics.lacking for name, statistics in found.items()}
+    return Statistics(found, recorder.statistics(), lacking)
+
+
+def _takes_step(task: Task, settings: Settings) -> bool:
+    """For a task of agreement the gradient is 0."""
+    wanted = OBJECTIVES[settings.objective].step and settings.gradient_step
+    return wanted and not task.agreement
+
+
+def _without_unreached(subject: Subject, statistics: Statistics) -> Subject:
+    """The matrices that the calibration data reach; statistics of others are dropped."""
+    found = statistics.layers
+    unreached = [name for name in subject.layers if name not in found]
+    subject = subject.without(unreached, "not called in a forward pass on the calibration data")
+    silent = [name for name, one in found.items() if one.is_silent]
+    silent += [name for name, one in statistics.embeddings.items() if not one.uses]
+    for name in silent:
+        found.pop(name, None)
+        statistics.embeddings.pop(name, None)
+    return subject.without(silent, "the calibration data gave it no input or no gradient")
 
 
 def _try_metrics(
@@ -286,14 +299,14 @@ def _check_agreement(task: Task, objective: Objective, settings: Settings) -> No
         )
 
 
-def _require_layers(collected: Collected) -> None:
-    if not collected.matrices:
-        counts = Counter(layer.reason for layer in collected.skipped)
+def _require_layers(subject: Subject) -> None:
+    if not subject.matrices:
+        counts = Counter(layer.reason for layer in subject.skipped)
         reasons = "; ".join(f"{reason} ({count})" for reason, count in counts.most_common(4))
         raise InputError(
-            f"none of the {len(collected.skipped)} weighted layers of "
-            f"{type(collected.model).__name__} can be factorized: {reasons or 'there are none'}. "
-            "Check the data, the model's forward, and --include and --exclude."
+            f"none of the {len(subject.skipped)} weighted layers of "
+            f"{type(subject.model).__name__} can be factorized: {reasons or 'there are none'}. "
+            "Check the data, the model's forward, and include= and exclude=."
         )
 
 
@@ -316,25 +329,25 @@ def _choose_parts(data: Data, task: Task, settings: Settings) -> dict[str, Part]
     return parts
 
 
-def _add_own_text(
+def _own_text(
     model: nn.Module,
     task: Task,
-    parts: dict[str, Part],
+    calibration: Part,
     settings: Settings,
     progress: Progress | None,
-) -> None:
-    """Add text that the model writes itself until it is a share of what is calibrated on."""
-    examples = parts["calibration"].examples
+) -> dict[str, Part]:
+    """Text that the model writes itself, so much that it is a share of what is calibrated on."""
+    examples = calibration.examples
     count = round(settings.self_share / (1 - settings.self_share) * len(examples))
     if count == 0:
-        return
+        return {}
     if task.name != "causal-lm":
         raise InputError(
             f"self_share is {settings.self_share}, but the task is {task.name}: only causal "
             "language models write text. Leave self_share at 0."
         )
-    first = cast("Any", example_input(examples[0]))
-    ids = first["input_ids"] if isinstance(first, Mapping) else first
+    first = example_input(examples[0])
+    ids = cast("torch.Tensor", first["input_ids"] if isinstance(first, Mapping) else first)
     windows = own_text(model, count, len(ids), settings.seed, progress)
     written = windows if torch.is_tensor(examples[0]) else [{"input_ids": w} for w in windows]
-    parts[OWN_TEXT] = as_part("own text", written)
+    return {OWN_TEXT: as_part("own text", written)}

@@ -13,7 +13,7 @@ from rankfold.forms.blocks.fit import (
     ranks_worth_having,
 )
 from rankfold.forms.blocks.modules import BlockForm, block_parameters
-from rankfold.forms.curve import Curve, _beyond_rounding
+from rankfold.forms.curve import Curve, beyond_rounding
 from rankfold.maths.linalg import Damping
 from rankfold.maths.spectrum import quadratic_change
 from rankfold.model.layer_matrix import kept_dtype
@@ -52,7 +52,7 @@ def block_curve(
     grams, chosen_by = expected_grams(statistics), damped_grams(statistics, damping)
     blocks = block_spectra(weight, *chosen_by, form, order)
     cut = blocks.cut(*chosen_by, kept_dtype(weight))
-    table = _beyond_rounding(block_changes(blocks, *grams))
+    table = beyond_rounding(block_changes(blocks, *grams))
     pairs = ranks_worth_having(table, form, shape)
     costs = torch.tensor([block_parameters(*shape, form, pair) for pair in pairs.tolist()])
     changes = table.cpu()[pairs[:, 0], pairs[:, 1]]

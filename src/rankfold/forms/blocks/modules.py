@@ -8,7 +8,7 @@ Only halves that are still longer than wide are made, so that no factor is empty
 - ``row-blocks``: two sets of outputs, for layers with more outputs than inputs;
 - ``column-blocks``: two sets of inputs, for the others.
 
-Both blocks are pivoted as in ``rankfold.forms.storage``. The lines (rows or columns) of the matrix are
+Both blocks are pivoted (``rankfold.forms.storage``). The lines (rows or columns) of the matrix are
 held as ``[pivots of the first; pivots of the second; rest of the first; rest of the second]``.
 """
 
@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rankfold.forms.factored_weight import FactoredWeight
-from rankfold.forms.layer import ConvStandIn, conv_part, mixing_conv, stock_conv
+from rankfold.forms.factors import pivoted
+from rankfold.forms.layer import ConvStandIn, FactorizedLayer, conv_part, mixing_conv, stock_conv
+from rankfold.forms.output_change import Group, OutputChange, all_outputs, put_values
 from rankfold.forms.storage import features_in_order, plus_bias
 from rankfold.model.layer_matrix import MatrixLayer, matrix_shape
 from rankfold.model.stock_layers import linear
@@ -56,7 +58,7 @@ def check_block_ranks(out: int, in_: int, form: BlockForm, ranks: Sequence[int])
         raise ValueError(f"a {(out, in_)} weight has no {form} of ranks {tuple(ranks)}")
 
 
-class _BlockLinear(nn.Module):
+class _BlockLinear(FactorizedLayer):
     """What both block forms share.
 
     Args:
@@ -167,6 +169,38 @@ class RowBlocksLinear(_BlockLinear):
         mix = self._mix().detach()
         return nn.Sequential(linear(self.shared.detach(), None), linear(mix, self.bias))
 
+    def output_groups(self) -> list[Group]:
+        """The outputs of each block."""
+        sizes = [*self.ranks, len(self.first), len(self.second)]
+        first, second, *rest = torch.split(torch.argsort(self.order), sizes)
+        return [Group(torch.cat([p, r]), p) for p, r in zip((first, second), rest, strict=True)]
+
+    def take_up(self, change: OutputChange) -> None:
+        """Each block has pivots, coefficients, and columns of the output factor of its own."""
+        rows: list[Tensor] = []
+        pivots: list[Tensor] = []
+        shared: list[Tensor] = []
+        blocks = zip(
+            self.output_groups(),
+            (self.first, self.second),
+            torch.split(self.shared, list(self.ranks)),
+            change.coefficients,
+            strict=True,
+        )
+        for group, factor, old, coefficients in blocks:
+            rank = len(group.pivots)
+            # The block's lines in terms of its old pivots.
+            own = torch.cat([torch.eye(rank).to(factor), factor]).double()
+            own += coefficients.to(own)
+            factors = pivoted(own, old.double())
+            put_values(factor, factors.left)
+            shared.append(factors.right)
+            places = group.rows[torch.argsort(cast("Tensor", factors.order))]
+            pivots.append(places[:rank])
+            rows.append(places[rank:])
+        put_values(self.shared, torch.cat(shared))
+        self.order = torch.argsort(torch.cat([*pivots, *rows])).to(self.order)
+
     def _mix(self) -> Tensor:
         return self._lines(self.first, self.second).index_select(0, self.order)
 
@@ -209,6 +243,14 @@ class ColumnBlocksLinear(_BlockLinear):
         mix = self._mix().detach()
         return nn.Sequential(linear(mix, None), linear(self.shared.detach(), self.bias))
 
+    def output_groups(self) -> list[Group]:
+        """All outputs are combinations of as many as both ranks."""
+        return [all_outputs(self.shared, None)]
+
+    def take_up(self, change: OutputChange) -> None:
+        """Multiply a change of the outputs into the shared factor."""
+        put_values(self.shared, change.of_lines(self.shared.double()))
+
     def _mix(self) -> Tensor:
         lines = self._lines(self.first.T, self.second.T)
         return lines.index_select(0, torch.argsort(self.order)).T
@@ -247,6 +289,18 @@ class BlocksConv2d(ConvStandIn):
         outputs: Tensor = self.matrix(positions)
         # As a conv's: a model may take a view of it.
         return outputs.movedim(-1, -3).contiguous()
+
+    def dense_matrix(self) -> Tensor:
+        """The factors multiplied out, ``(out, in)``."""
+        return self.matrix.dense_matrix()
+
+    def output_groups(self) -> list[Group]:
+        """Those of its matrix."""
+        return self.matrix.output_groups()
+
+    def take_up(self, change: OutputChange) -> None:
+        """Multiply a change of the outputs into its matrix."""
+        self.matrix.take_up(change)
 
     def to_dense(self) -> nn.Conv2d:
         """The same layer as one ``nn.Conv2d``, factors multiplied out."""

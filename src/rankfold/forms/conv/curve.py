@@ -21,7 +21,8 @@ from rankfold.forms.conv.modules import (
     conv_factor_parameters,
 )
 from rankfold.forms.curve import Curve
-from rankfold.forms.storage import Form
+from rankfold.forms.problem import Calls
+from rankfold.forms.storage import Storage
 from rankfold.maths.linalg import (
     Damping,
     damped,
@@ -38,12 +39,11 @@ def conv_curve(
     statistics: LayerStatistics,
     spectrum: Spectrum,
     damping: Damping,
-    form: Form,
+    storage: Storage,
     cost: Cost,
-    rows: int,
-    image_sizes: Sequence[tuple[int, int]],
+    calls: Calls,
 ) -> Curve:
-    """What the forms of a conv with more than one small kernel offer; see ``conv_forms``.
+    """What the forms of a conv with more than one tap offer.
 
     Choices that take more operations than the dense conv are left out, also where parameters are
     counted: behind a stride, or with identity rows that are multiplied, a form may store less and
@@ -59,24 +59,24 @@ def conv_curve(
         statistics: Its statistics, with gradients.
         spectrum: Its spectrum under the damped Grams.
         damping: Of both Grams.
-        form: ``pivoted``, or ``pair`` for stock convs.
+        storage: Of the factors.
         cost: What the curve counts.
-        rows: Outputs of one channel in one example, over all calls.
-        image_sizes: Height and width of the input of every call in one example.
+        calls: Of one example.
     """
     a, b = damped_grams(statistics, damping)
-    pivoted = form == "pivoted"
-    dense_flops = 2 * rows * layer.weight.numel()
+    pivoted = storage == "pivoted"
+    dense_flops = 2 * calls.rows * layer.weight.numel()
 
-    def flops(conv_form: ConvForm, ranks: tuple[int, ...]) -> int:
-        return sum(conv_factor_flops(layer, conv_form, ranks, *s, pivoted) for s in image_sizes)
+    def flops(form: ConvForm, ranks: tuple[int, ...]) -> int:
+        sizes = calls.image_sizes
+        return sum(conv_factor_flops(layer, form, ranks, *size, pivoted) for size in sizes)
 
     found = conv_candidates(
         weight.view_as(layer.weight),
         a,
         b,
         pivot=pivoted,
-        allowed=lambda conv_form, ranks: flops(conv_form, ranks) <= dense_flops,
+        allowed=lambda form, ranks: flops(form, ranks) <= dense_flops,
     )
     regular = spectrum.truncation_changes()[1:-1].flip(0)  # rising
     measured = spectrum.changes_under(*expected_grams(statistics))[1:-1].flip(0)

@@ -6,7 +6,7 @@
   al. 2016, arXiv 1511.06530). ``TuckerConv2d``.
 
 Factors of a product are not unique: for every r x r matrix M, ``(H M, M^-1 V)`` is the same.
-Pivoted, the freedom is used up as in ``rankfold.forms.storage``: r rows of H are those of the identity
+Pivoted (``rankfold.forms.storage``), the freedom is used up: r rows of H are those of the identity
 and are not stored; ``order`` says which. That saves r^2 parameters at each joint, and the stored
 coefficients are small.
 """
@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from rankfold.forms.factored_weight import FactoredWeight
 from rankfold.forms.layer import ConvStandIn, conv_part, mixed_channels, mixing_conv, stock_conv
+from rankfold.forms.output_change import Group, OutputChange, all_outputs, put_lines, put_values
 from rankfold.forms.storage import multiplies_identity, with_identity_rows
 
 ConvForm: TypeAlias = Literal["vertical", "horizontal", "tucker"]
@@ -93,6 +94,10 @@ class _FactorizedConv2d(ConvStandIn):
     @abstractmethod
     def dense_weight(self) -> Tensor:
         """The factors multiplied out, ``(out, in, kh, kw)``."""
+
+    def dense_matrix(self) -> Tensor:
+        """The factors multiplied out, ``(out, in * kh * kw)``."""
+        return self.dense_weight().flatten(1)
 
     def to_dense(self) -> nn.Conv2d:
         """The same layer as one ``nn.Conv2d``, factors multiplied out."""
@@ -196,6 +201,20 @@ class SpatialConv2d(_FactorizedConv2d):
             padding = tuple(padding)
         return {"stride": tuple(stride), "padding": padding, "dilation": tuple(dilation)}
 
+    def output_groups(self) -> list[Group]:
+        """All outputs are combinations of as many as the second factor has columns."""
+        return [all_outputs(self._kernel_lines(), None)]
+
+    def take_up(self, change: OutputChange) -> None:
+        """Multiply a change of the outputs into the second factor."""
+        lines = change.of_lines(self._kernel_lines().double()).view(-1, self.ranks[0])
+        self.order = put_lines(lines, self.second, self.first, self.order)
+
+    def _kernel_lines(self) -> Tensor:
+        """The second factor, ``(out, taps * rank)``."""
+        lines = with_identity_rows(self.second, self.order)
+        return lines.reshape(self.out_channels, -1)
+
     def dense_weight(self) -> Tensor:
         """The factors multiplied out, ``(out, in, kh, kw)``."""
         # Each kernel has one axis of length 1, so that summing over it joins the two.
@@ -291,6 +310,20 @@ class TuckerConv2d(_FactorizedConv2d):
             mix = with_identity_rows(self.last, self.last_order)
             parts.append(mixing_conv(mix.detach(), self.bias))
         return nn.Sequential(*parts)
+
+    def output_groups(self) -> list[Group]:
+        """All outputs are combinations of as many as the rank of the last factor, or the core."""
+        if self.last is None:
+            return [all_outputs(self.core.flatten(1), None)]
+        return [all_outputs(self.last, self.last_order)]
+
+    def take_up(self, change: OutputChange) -> None:
+        """Multiply a change of the outputs into the last factor, or the core."""
+        if self.last is None:
+            put_values(self.core, change.of_lines(self.core.double().flatten(1)))
+            return
+        lines = change.of_lines(with_identity_rows(self.last.double(), self.last_order))
+        self.last_order = put_lines(lines, self.last, self.core, self.last_order)
 
     def dense_weight(self) -> Tensor:
         """The factors multiplied out, ``(out, in, kh, kw)``."""

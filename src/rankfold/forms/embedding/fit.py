@@ -7,13 +7,13 @@ from torch import nn
 from rankfold.forms.embedding.modules import LowRankEmbedding, LowRankHead
 from rankfold.forms.factors import truncate
 from rankfold.forms.layer import copied
-from rankfold.forms.storage import Form
+from rankfold.forms.storage import Storage
 from rankfold.maths.spectrum import Spectrum
 from rankfold.model.find_layers import EmbeddingMatrix
 
 
 def low_rank_uses(
-    matrix: EmbeddingMatrix, spectrum: Spectrum, rank: int, form: Form
+    matrix: EmbeddingMatrix, spectrum: Spectrum, rank: int, form: Storage
 ) -> dict[str, LowRankEmbedding | LowRankHead]:
     """The modules that replace the uses of an embedding matrix; they share the factors.
 

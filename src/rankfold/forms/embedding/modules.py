@@ -14,18 +14,19 @@ All stand-ins of one matrix hold the same two parameters. The large one is calle
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rankfold.forms.storage import Form, features_in_order, left_rows, with_identity_rows
+from rankfold.forms.storage import Storage, features_in_order, left_rows, with_identity_rows
 from rankfold.model.stock_layers import embedding, linear
 
 
-class _Factored(nn.Module):
-    """The two factors and the order of the columns."""
+class FactorizedUse(nn.Module):
+    """One use of an embedding matrix: the two factors and the order of the columns."""
 
     weight: nn.Parameter
     mix: nn.Parameter
@@ -46,7 +47,7 @@ class _Factored(nn.Module):
         return self.weight.shape[1]
 
     @property
-    def form(self) -> Form:
+    def form(self) -> Storage:
         """``pair`` or ``pivoted``."""
         return "pair" if self.order is None else "pivoted"
 
@@ -63,13 +64,21 @@ class _Factored(nn.Module):
         """The product of the factors, ``(words, dim)``."""
         return self.weight @ self.full_mix().T
 
+    @abstractmethod
+    def to_dense(self) -> nn.Embedding | nn.Linear:
+        """The same module as one stock module, factors multiplied out."""
+
+    @abstractmethod
+    def to_stock(self) -> nn.Sequential:
+        """The same module as two stock modules, one after the other."""
+
     def extra_repr(self) -> str:
         """Shapes, rank and form for ``print(model)``."""
         return f"{len(self.weight)}, {self.dim}, rank={self.rank}, form={self.form}"
 
 
 def embedding_flops(
-    shape: tuple[int, int], rank: int | None, form: Form, looked_up: int, scored: int
+    shape: tuple[int, int], rank: int | None, form: Storage, looked_up: int, scored: int
 ) -> int:
     """Floating-point operations (2 a multiply-add) of all uses of a matrix.
 
@@ -87,7 +96,7 @@ def embedding_flops(
     return 2 * (looked_up * small + scored * (small + words * rank))
 
 
-class LowRankEmbedding(_Factored):
+class LowRankEmbedding(FactorizedUse):
     """An Embedding whose matrix has low rank.
 
     Args:
@@ -126,7 +135,7 @@ class LowRankEmbedding(_Factored):
         return nn.Sequential(first, linear(self.full_mix().detach(), None))
 
 
-class LowRankHead(_Factored):
+class LowRankHead(FactorizedUse):
     """A Linear that scores words by an embedding matrix of low rank.
 
     Args:

@@ -18,9 +18,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rankfold.forms.factored_weight import FactoredWeight
-from rankfold.forms.layer import ConvStandIn, conv_part, mixed_channels, mixing_conv, stock_conv
+from rankfold.forms.layer import (
+    ConvStandIn,
+    FactorizedLayer,
+    conv_part,
+    mixed_channels,
+    mixing_conv,
+    stock_conv,
+)
+from rankfold.forms.output_change import Group, OutputChange, all_outputs, put_lines
 from rankfold.forms.storage import (
-    Form,
+    Storage,
     features_in_order,
     plus_bias,
     with_identity_rows,
@@ -28,7 +36,7 @@ from rankfold.forms.storage import (
 from rankfold.model.stock_layers import linear
 
 
-class _LowRank(nn.Module):
+class _LowRank(FactorizedLayer):
     """The two factors, the order of the outputs, and the bias."""
 
     left: nn.Parameter
@@ -50,7 +58,7 @@ class _LowRank(nn.Module):
         return self.right.shape[0]
 
     @property
-    def form(self) -> Form:
+    def form(self) -> Storage:
         """``pair`` or ``pivoted``."""
         return "pair" if self.order is None else "pivoted"
 
@@ -72,6 +80,15 @@ class _LowRank(nn.Module):
     def full_left(self) -> Tensor:
         """The left factor with its identity rows, ``(out, rank)``."""
         return with_identity_rows(self.left, self.order)
+
+    def output_groups(self) -> list[Group]:
+        """All outputs are combinations of as many as the rank."""
+        return [all_outputs(self.left, self.order)]
+
+    def take_up(self, change: OutputChange) -> None:
+        """Multiply a change of the outputs into the left factor."""
+        lines = change.of_lines(self.full_left().double())
+        self.order = put_lines(lines, self.left, self.right, self.order)
 
 
 class LowRankLinear(_LowRank):

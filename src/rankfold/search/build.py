@@ -1,0 +1,115 @@
+"""From a plan to a model: modules, weights, and the control."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.forms.curve import Choice
+from rankfold.forms.embedding.fit import low_rank_uses
+from rankfold.forms.registry import LayerFactors, form_of
+from rankfold.model.layer_matrix import MatrixLayer
+from rankfold.model.replace import with_replaced
+from rankfold.search.allocate import RankPlan
+from rankfold.search.round import Round
+
+
+def build(round_: Round, plan: RankPlan) -> nn.Module:
+    """A copy of the model with this plan's layers, the dense ones moved by the step."""
+    modules: dict[str, nn.Module] = {}
+    weights: dict[str, Tensor] = {}
+    for name, choice in plan.items():
+        if choice.rank is not None:
+            modules |= replacements(round_, name, choice)
+        elif round_.step and round_.step.eta and name in round_.study.subject.layers:
+            weights[name] = round_.moved(name)
+    return with_replaced(round_.study.subject.base, modules, weights)
+
+
+def look_at(round_: Round, plan: RankPlan) -> nn.Module:
+    """A model that computes what a plan's model does, with one weight a layer.
+
+    For Linear layers it is made without choosing pivots, which takes most of building. In half
+    precision it is the plan's model itself: rounding factors is another error than rounding
+    their product.
+    """
+    subject = round_.study.subject
+    if any(torch.finfo(matrix.weight.dtype).bits < 32 for matrix in subject.matrices.values()):
+        return build(round_, plan)
+    # Shown: the halves of block forms take a second a layer of SmolLM2, once for each plan.
+    choices = round_.progress.track(plan.items(), "weights of the plan", len(plan))
+    weights = ((name, layer_weight(round_, name, choice)) for name, choice in choices)
+    return with_weights(round_, subject.base, weights)
+
+
+def control(round_: Round) -> nn.Module | None:
+    """The dense model moved by the same steps, None where no step was taken."""
+    subject = round_.study.subject
+    dense, step = subject.dense, round_.step
+    if step and step.eta:
+        layers = {n: cast("MatrixLayer", dense.get_submodule(n)) for n in subject.layers}
+        moved = ((name, step.moved(name, layer)) for name, layer in layers.items())
+        return with_weights(round_, dense, moved)
+    return None if dense is subject.model else dense
+
+
+def with_weights(
+    round_: Round, model: nn.Module, weights: Iterable[tuple[str, Tensor]]
+) -> nn.Module:
+    """A copy of a model with these weights of layers, for passes alone."""
+    keep = round_.study.offload.kept
+    kept = {name: keep(weight) for name, weight in weights}
+    return with_replaced(model, {}, kept, share=True)
+
+
+def replacements(round_: Round, name: str, choice: Choice) -> Mapping[str, nn.Module]:
+    """The modules that a choice of a rank puts in the place of a layer, or of all uses."""
+    subject = round_.study.subject
+    if name not in subject.embeddings:
+        return {name: layer_module(round_, name, choice)}
+    if choice.rank is None:
+        raise ValueError(f"the choice leaves {name} dense")
+    matrix, storage = subject.embeddings[name], round_.settings.form
+    return {**low_rank_uses(matrix, round_.spectra[name], choice.rank, storage)}
+
+
+def layer_module(round_: Round, name: str, choice: Choice) -> nn.Module:
+    """The module that a choice of a rank puts in the layer's place."""
+    if choice.rank is None:
+        raise ValueError(f"the choice leaves {name} dense")
+    return layer_factors(round_, name, choice).module(round_.study.subject.layers[name])
+
+
+def layer_weight(round_: Round, name: str, choice: Choice) -> Tensor:
+    """What a choice makes of a matrix, ``(out, in)``, in its dtype."""
+    if choice.rank is None:
+        return round_.moved(name)
+    subject = round_.study.subject
+    if name in subject.embeddings:
+        like = subject.embeddings[name].weight
+        return round_.spectra[name].truncated(choice.rank).to(like.device, like.dtype)
+    return layer_factors(round_, name, choice).dense(subject.layers[name])
+
+
+def plan_weights(round_: Round, plan: RankPlan) -> Iterator[tuple[str, Tensor]]:
+    """What a plan makes of all weights, one after the other."""
+    for name, choice in plan.items():
+        yield name, layer_weight(round_, name, choice)
+
+
+def layer_factors(round_: Round, name: str, choice: Choice) -> LayerFactors:
+    """The factors of a choice of a rank; the last ones of each layer are kept."""
+    asked = (round_.settings.form, choice.form, choice.ranks)
+    known = round_.found.get(name)
+    if known is None or known[0] != asked:
+        form = form_of(choice, round_.settings.form).form
+        offers = round_.offers.get(name, ())
+        state = next((offer.state for offer in offers if offer.form is form), None)
+        keep = partial(round_.keep, name)
+        known = asked, form.factors(round_.problem(name), choice, state, keep)
+        round_.found[name] = known
+    return known[1]
