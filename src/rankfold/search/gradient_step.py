@@ -70,7 +70,7 @@ class Directions:
         return sum(self.noises.values())
 
     def harmless(self, name: str, singular_values: Tensor) -> HarmlessRange:
-        """The harmless range of one layer, see ``spectrum.harmless_range``."""
+        """The harmless range of one layer, see ``maths.gradient.harmless_range``."""
         return harmless_range(
             singular_values, self.norms[name], self.signals[name], self.noises[name]
         )
@@ -168,7 +168,7 @@ def step_directions(
     release: bool = False,
     offload: Offload | None = None,
 ) -> Directions:
-    """The direction of every layer; see ``spectrum.gradient_step``.
+    """The direction of every layer; see ``maths.gradient.gradient_step``.
 
     With ``release``, each layer's gradients are dropped from ``statistics`` once used.
     ``offload`` says where directions lie.
@@ -210,7 +210,7 @@ def search_step(
 ) -> Step:
     """Choose the step's length on selection data.
 
-    The search starts at ``spectrum.step_length`` of all layers together and walks by half decades
+    The search starts at ``maths.gradient.step_length`` of all layers together and walks by half decades
     to the side that improves; a parabola fitted to what was measured then proposes one more
     length. Without an improvement that the selection examples show, the step is 0.
 

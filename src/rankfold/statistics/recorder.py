@@ -8,7 +8,8 @@ For a loss that is the mean over N terms (tokens, images), and a layer ``y = W x
 
 so that ``1/2 tr(B Delta A Delta^T)`` is the K-FAC model of the mean loss (a conv's positions are
 counted once: in B), but for rows that dominate the gradient, which are counted apart
-(``curvature``). Only hooks live here; the maths is in ``spectrum`` and ``layer_matrix``.
+(``dominant_rows``). Only hooks live here; what they call is in ``rankfold.maths`` and
+``layer_matrix``.
 """
 
 from __future__ import annotations
