@@ -35,11 +35,10 @@ from rankfold.maths.linalg import (
     Damping,
     add_gram,
     keep_below,
-    kept_below,
     mirrored,
     rows_of_same_gram,
 )
-from rankfold.maths.shrinkage import held_out_damping
+from rankfold.maths.shrinkage import damping_of_half
 from rankfold.model.backward import each_gradient
 from rankfold.model.evaluation_mode import evaluation_mode
 from rankfold.model.layer_matrix import (
@@ -314,9 +313,12 @@ class _Recorder:
                 continue
             leader = self.sums.get(sums.leader or "")
             inputs = (
-                leader.lacking.input if leader else _lacking(first.input_diagonal, sums.input_gram)
+                leader.lacking.input
+                if leader
+                else damping_of_half(first.input_diagonal, sums.input_gram)
             )
-            sums.lacking = Damping(inputs, _lacking(first.output_diagonal, sums.output_gram))
+            outputs = damping_of_half(first.output_diagonal, sums.output_gram)
+            sums.lacking = Damping(inputs, outputs)
 
     def observe(self, model: nn.Module, task: Task, batch: Batch, half: int | None) -> None:
         """One pass: forward, then backward for the curvature, the mean gradients, or both.
@@ -471,14 +473,6 @@ class _Recorder:
             )
             for name, sums in self.sums.items()
         }
-
-
-def _lacking(early_diagonal: Tensor, running: Tensor) -> float:
-    """The damping that a running Gram needed at its first half, by what came since."""
-    if not len(running):
-        return 0.0
-    early = kept_below(running, early_diagonal)
-    return held_out_damping(early, mirrored(running) - early)
 
 
 def _add_inputs(gram: Tensor, layer: MatrixLayer, inputs: Tensor, sign: int = 1) -> None:
