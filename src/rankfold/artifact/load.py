@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.artifact.manifest import (
-    _FLOATS,
+    FLOATS,
     WEIGHTS_FILE,
     Manifest,
-    _check_config_digest,
+    check_config_digest,
     check_digest,
     read_manifest,
 )
@@ -61,7 +61,7 @@ def load(folder: str | Path, model: nn.Module | None = None, *, as_saved: bool =
     manifest = read_manifest(path)
     of_transformers = manifest["model"]["kind"] == "transformers"
     if as_saved and of_transformers:
-        _check_config_digest(path, manifest)
+        check_config_digest(path, manifest)
     tensors = read_tensors(path / WEIGHTS_FILE)
     if model is None:
         model = skeleton(path, manifest, tensors)
@@ -159,7 +159,7 @@ def restore_computed_buffers(model: nn.Module, dtypes: Mapping[str, str]) -> Non
         owner = modules.get(parent)
         buffer = None if owner is None else owner._buffers.get(leaf)
         if owner is not None and buffer is not None and str(buffer.dtype) != dtype:
-            owner._buffers[leaf] = buffer.to(_FLOATS[dtype])
+            owner._buffers[leaf] = buffer.to(FLOATS[dtype])
 
 
 def empty_modules(model: nn.Module, entry: Mapping[str, Any], where: str) -> dict[str, nn.Module]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rankfold.certificate.certify import Verdict
 from rankfold.errors import InputError, opening_an_artifact
-from rankfold.files.digests import _file_digest, json_digest, tensors_digest
+from rankfold.files.digests import file_digest, json_digest, tensors_digest
 from rankfold.files.json_file import read_json
 from rankfold.forms.blocks.modules import BLOCK_FORMS
 from rankfold.forms.conv.modules import CONV_FORMS
@@ -21,14 +21,10 @@ from rankfold.integrations.vision import NamedModel
 
 FORMAT_VERSION = 1
 
-WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_FILE, MANIFEST_FILE, CONFIG_FILE = "model.safetensors", "rankfold.json", "config.json"
 
-MANIFEST_FILE = "rankfold.json"
-
-CONFIG_FILE = "config.json"
-
-
-_FLOATS = {str(t): t for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+# Of the tensors whose types a manifest says.
+FLOATS = {str(t): t for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 Manifest = dict[str, Any]
 
@@ -71,9 +67,14 @@ def check_digest(manifest: Manifest, tensors: Mapping[str, Tensor], where: str) 
         )
 
 
-def _check_config_digest(folder: Path, manifest: Manifest) -> None:
+def check_config_digest(folder: Path, manifest: Manifest) -> None:
+    """Refuse a ``config.json`` that is not the one that was saved.
+
+    Raises:
+        InputError: Its digest is another.
+    """
     file, stated = folder / CONFIG_FILE, manifest.get("config_digest")
-    if stated is not None and stated != _file_digest(file):
+    if stated is not None and stated != file_digest(file):
         raise InputError(
             f"{file} is not the file that was saved: its digest is not the one in {MANIFEST_FILE}. "
             f"{_ON_PURPOSE}"
@@ -235,7 +236,7 @@ def _check_model(model: object, where: str) -> None:
     )
     buffers = said.get("computed_buffers")
     _expect(
-        isinstance(buffers, dict) and all(str(value) in _FLOATS for value in buffers.values()),
+        isinstance(buffers, dict) and all(str(value) in FLOATS for value in buffers.values()),
         "an object of types model.computed_buffers",
         where,
     )

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from rankfold.certificate import bounds
 from rankfold.certificate.bounds import Array, BettingTest
-from rankfold.certificate.change import _check_pairs
+from rankfold.certificate.change import check_pairs
 from rankfold.certificate.statement import (
     ACCURACY,
     Statement,
     TestName,
-    _reach,
     half_width,
+    reach_of,
 )
 from rankfold.errors import InputError
 from rankfold.tasks.evaluation import Evaluation
@@ -213,7 +213,7 @@ def _units_of_losses(
     original: Evaluation, factorized: Evaluation, groups: Sequence[str] | None
 ) -> tuple[Array, Array]:
     """Changes of the loss, and weights, of the independent units."""
-    _check_pairs(original, factorized)
+    check_pairs(original, factorized)
     changes = (factorized.losses - original.losses).numpy()
     return _units(changes, original.terms.numpy(), groups)
 
@@ -401,7 +401,7 @@ def _needed(
     units: int,
 ) -> int | None:
     """Units with which everything would hold, or None where a mean is not below its margin."""
-    wanted = [(change, deviation, statement.margin, statement.test, _reach(change, statement))]
+    wanted = [(change, deviation, statement.margin, statement.test, reach_of(change, statement))]
     for metric in metrics:
         if metric.margin is not None and metric.verdict == "not shown":
             spread = max(1e-6, (metric.upper_bound - metric.lost) / 2 * math.sqrt(units))

@@ -210,9 +210,9 @@ def search_step(
 ) -> Step:
     """Choose the step's length on selection data.
 
-    The search starts at ``maths.gradient.step_length`` of all layers together and walks by half decades
-    to the side that improves; a parabola fitted to what was measured then proposes one more
-    length. Without an improvement that the selection examples show, the step is 0.
+    The search starts at ``maths.gradient.step_length`` of all layers together and walks by half
+    decades to the side that improves; a parabola fitted to what was measured then proposes one
+    more length. Without an improvement that the selection examples show, the step is 0.
 
     With several groups, each in turn then goes ``GROUP_FACTOR`` further, or else less far, where
     that is better with all other lengths as they are.
