@@ -39,7 +39,7 @@ from benchmarks.cifar_nets import akamaster_resnet20, load_cifar_net
 from benchmarks.documents import markdown
 from benchmarks.rows import append_row, read_rows
 from rankfold.data.parts import Data
-from rankfold.export.export import FILES, TARGETS
+from rankfold.export.export import TARGETS
 from rankfold.export.torch_export import largest_difference
 from rankfold.export.traced import PROGRAMS, write_program
 from rankfold.files.tensors import safetensors_bytes
@@ -281,7 +281,7 @@ def measure(name: str, tool: str, repeats: int, file: Path) -> None:
     inputs = examples["inputs"]
     few = inputs[: len(examples["output"])]
     few = few if few.is_floating_point() else few[:, :TOKENS]
-    files = (folder / form).glob(FILES.get(cast("Any", form), "model.safetensors"))
+    files = (folder / form).glob(TARGETS[form].files if form in TARGETS else "model.safetensors")
     original = folder / (f"dense.{form}" if form in PROGRAMS else "dense/model.safetensors")
     row = Row(
         model=name,

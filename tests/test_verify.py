@@ -79,7 +79,8 @@ def test_the_held_out_part_alone_is_enough(work: Path) -> None:
 
 
 def test_python_data_is_taken_whole_or_its_held_out_part(work: Path) -> None:
-    more = "\n\ndef parts():\n    from rankfold.data import split\n    return split(pairs(), 0)\n"
+    more = "\n\ndef parts():\n    from rankfold.data.parts import split\n"
+    more += "    return split(pairs(), 0)\n"
     (work / "net.py").write_text((work / "net.py").read_text() + more)
     for name in ("pairs", "parts"):
         rankfold("verify", "out", "--data", f"net.py:{name}", "--model", *NET, cwd=work)

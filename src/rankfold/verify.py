@@ -121,83 +121,131 @@ def verify(
     path = Path(folder)
     document = read_document(path)
     checks = [*_files(path, document), *_numbers(document)]
-    part, missing = _find(document, data, collate)
-    checks += missing
+    part, more = _find(document, data, collate)
+    checks += more
     if part is None:
         return Verification(tuple(checks), None)
-
-    def losses(of: nn.Module, stage: str) -> Evaluation:
-        made = document["run"]["task"]
-        named = made if loss is None and made in TASKS else None
-        task = recognise_task(part, loss, named, () if original is None else (original,))
-        if task.name != document["run"]["task"]:
-            raise InputError(
-                f"the certificate is of the task {document['run']['task']}, the data gives "
-                f"{task.name}; give the loss that the certificate was made with (from Python)."
-            )
-        return evaluate(of, task, part, batch_size=batch_size, progress=progress, stage=stage)
-
-    def values(of: nn.Module) -> dict[str, Tensor]:
-        return {
-            metric.name: metric_values(metric, of, part, batch_size=batch_size, progress=progress)
-            for metric in metrics
-        }
-
+    private = document["evidence"] is None
+    stored = None if private else Evidence.from_dict(document["evidence"], document)
+    afresh = _Afresh(document, part, original, loss, metrics, batch_size, progress)
     tolerance = _tolerance(model)
-    stored = None
-    if document["evidence"] is not None:
-        stored = Evidence.from_dict(document["evidence"], document)
-    after = losses(model, "factorized on held-out data")
+    after = afresh.losses(model, "factorized on held-out data")
     if stored is not None:
-        checks.append(
-            _losses("losses of the factorized model", stored.factorized, after, tolerance)
-        )
-    before = stored.original if stored is not None else None
-    if original is None:
-        checks += [
-            Check(
-                what, "not checked", "give the original: --model, and --weights where it needs it"
-            )
-            for what in ("weights of the original", "losses of the original model")
-        ]
-    else:
-        checks.append(_original(original, document))
-        before = losses(original, "original on held-out data")
-        if stored is not None:
-            checks.append(
-                _losses("losses of the original model", stored.original, before, tolerance)
-            )
+        what = "losses of the factorized model"
+        checks.append(_losses(what, stored.factorized, after, tolerance))
+    before, more = _original_losses(afresh, stored, tolerance)
+    checks += more
+    what = "certificate from fresh losses"
     if before is None:
-        what = "certificate from fresh losses"
         detail = "single losses are private: give the original with --model"
         return Verification((*checks, Check(what, "not checked", detail)), None)
-    wanted = {m["name"] for m in document["certificate"]["metrics"]} - {ACCURACY}
-    unknown = sorted(wanted - {metric.name for metric in metrics})
-    fresh_metrics: Mapping[str, tuple[Tensor, Tensor]] = {}
-    if unknown and stored is not None:
-        fresh_metrics = stored.metrics
-        detail = "their functions are the user's: verify from Python with metrics="
-        checks.append(Check(f"metrics {', '.join(unknown)}", "not checked", detail))
-    elif unknown:
-        raise InputError(f"give the metrics {', '.join(unknown)}: verify from Python with metrics=")
-    elif wanted:
-        old = values(original) if original is not None else None
-        fresh_metrics = {
-            name: (
-                old[name] if old is not None else stored.metrics[name][0],  # type: ignore[union-attr]
-                value,
-            )
-            for name, value in values(model).items()
-        }
+    values, more = _metric_values(afresh, model, stored)
+    checks += more
     groups = document["data"]["held_out_groups"]
-    fresh = Evidence(part.digests, [], before, after, groups, fresh_metrics).certificate(
+    fresh = Evidence(part.digests, [], before, after, groups, values).certificate(
         read_statement(document), document["certificate"]["unit"], part.digest
     )
     scale = tolerance * (1 + abs(after.mean))
-    checks.append(
-        _certificates("certificate from fresh losses", document["certificate"], fresh, scale)
-    )
+    checks.append(_certificates(what, document["certificate"], fresh, scale))
     return Verification(tuple(checks), fresh)
+
+
+@dataclass(frozen=True)
+class _Afresh:
+    """What is computed once more on the held-out examples.
+
+    Attributes:
+        document: The certificate.
+        part: The held-out examples.
+        original: The original model, or None.
+        loss: The user's own, or None.
+        metrics: The user's.
+        batch_size: Examples a batch.
+        progress: Shows the stages.
+    """
+
+    document: Document
+    part: Part
+    original: nn.Module | None
+    loss: LossFunction | None
+    metrics: Sequence[Metric]
+    batch_size: int | None
+    progress: Progress | None
+
+    def losses(self, model: nn.Module, stage: str) -> Evaluation:
+        """Of a model, by the task that the certificate names.
+
+        Raises:
+            InputError: The data gives another task.
+        """
+        made = self.document["run"]["task"]
+        named = made if self.loss is None and made in TASKS else None
+        originals = () if self.original is None else (self.original,)
+        task = recognise_task(self.part, self.loss, named, originals)
+        if task.name != made:
+            raise InputError(
+                f"the certificate is of the task {made}, the data gives "
+                f"{task.name}; give the loss that the certificate was made with (from Python)."
+            )
+        return evaluate(
+            model, task, self.part,
+            batch_size=self.batch_size, progress=self.progress, stage=stage,
+        )  # fmt: skip
+
+    def metric_values(self, model: nn.Module) -> dict[str, Tensor]:
+        """Of a model, by metric."""
+        return {
+            metric.name: metric_values(
+                metric, model, self.part, batch_size=self.batch_size, progress=self.progress
+            )
+            for metric in self.metrics
+        }
+
+
+def _original_losses(
+    afresh: _Afresh, stored: Evidence | None, tolerance: float
+) -> tuple[Evaluation | None, list[Check]]:
+    """Losses of the original model: fresh ones, else the stored ones, else None."""
+    if afresh.original is None:
+        detail = "give the original: --model, and --weights where it needs it"
+        checks = [
+            Check(what, "not checked", detail)
+            for what in ("weights of the original", "losses of the original model")
+        ]
+        return None if stored is None else stored.original, checks
+    checks = [_original(afresh.original, afresh.document)]
+    found = afresh.losses(afresh.original, "original on held-out data")
+    if stored is not None:
+        what = "losses of the original model"
+        checks.append(_losses(what, stored.original, found, tolerance))
+    return found, checks
+
+
+def _metric_values(
+    afresh: _Afresh, model: nn.Module, stored: Evidence | None
+) -> tuple[Mapping[str, tuple[Tensor, Tensor]], list[Check]]:
+    """Values of both models by metric: fresh ones where the metrics are given, else stored ones.
+
+    Without the original model, its values are the stored ones.
+
+    Raises:
+        InputError: A metric isn't given, and its values are private.
+    """
+    wanted = {m["name"] for m in afresh.document["certificate"]["metrics"]} - {ACCURACY}
+    unknown = sorted(wanted - {metric.name for metric in afresh.metrics})
+    if unknown and stored is not None:
+        detail = "their functions are the user's: verify from Python with metrics="
+        return stored.metrics, [Check(f"metrics {', '.join(unknown)}", "not checked", detail)]
+    if unknown:
+        raise InputError(f"give the metrics {', '.join(unknown)}: verify from Python with metrics=")
+    if not wanted:
+        return {}, []
+    if afresh.original is not None:
+        before = afresh.metric_values(afresh.original)
+    else:
+        assert stored is not None  # else there would be no losses of the original, either
+        before = {name: values[0] for name, values in stored.metrics.items()}
+    return {name: (before[name], v) for name, v in afresh.metric_values(model).items()}, []
 
 
 def _files(folder: Path, document: Document) -> list[Check]:

@@ -13,7 +13,7 @@ from torch import nn
 
 import rankfold
 from rankfold import ArtifactError, InputError
-from rankfold.artifact import load as artifact  # CHECK
+from rankfold.artifact import save as artifact
 from rankfold.artifact.manifest import read_manifest, read_report
 from rankfold.artifact.save import save_artifact
 from rankfold.integrations.transformers import load_folder

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, pipeline
 
 import rankfold
-from rankfold.export.export import FILES, TARGETS
+from rankfold.export.export import TARGETS
 from rankfold.export.torch_export import largest_difference
 from rankfold.export.traced import PROGRAMS, write_program
 from tests.command_line import environment
@@ -98,7 +98,7 @@ class Written:
     def share(self, to: str) -> float:
         """Bytes of a form, as a share of the original's in the same."""
         original = self.folder / (f"original.{to}" if to in PROGRAMS else "dense/model.safetensors")
-        files = (self.folder / to).glob(FILES.get(to, "model.safetensors"))
+        files = (self.folder / to).glob(TARGETS[to].files if to in TARGETS else "model.safetensors")
         return sum(file.stat().st_size for file in files) / original.stat().st_size
 
 

@@ -87,7 +87,9 @@ class ToyForm:
         weight = problem.weight.double()
         side = len(weight)
         changes = [
-            quadratic_change(self._parts(problem, rank).dense(problem.layer).double() - weight, *grams)
+            quadratic_change(
+                self._parts(problem, rank).dense(problem.layer).double() - weight, *grams
+            )
             for rank in range(1, side)
         ]
         ranks = torch.arange(1, side)
@@ -143,7 +145,7 @@ def toy() -> Iterator[ToyForm]:
 
 
 class Net(nn.Module):
-    """One layer that is a diagonal and rank 2, one that is not square."""
+    """One layer that is near to a diagonal and rank 2, one that is not square."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,13 +174,15 @@ def test_it_is_allocated_built_saved_reloaded_reported_and_exported(
 ) -> None:
     model, result = _result()
     (entry,) = result.report["layers"]
-    assert (entry["form"], entry["rank"]) == (toy.names[0], 2)
-    assert entry["factorized_parameters"] == SIDE + 4 * SIDE
+    assert entry["form"] == toy.names[0]
+    assert entry["factorized_parameters"] == SIDE + 2 * SIDE * entry["rank"] <= 0.75 * SIDE**2
     assert result.report["factorized"]["parameters"] == sum(
         p.numel() for p in result.model.parameters()
     )
     values = torch.randn(5, SIDE)
-    torch.testing.assert_close(result.model(values), model(values), atol=1e-4, rtol=1e-4)
+    assert isinstance(result.model.square, DiagonalPlusLowRank)
+    changed = (result.model(values) - model(values)).norm() / model(values).norm()
+    assert 0 < changed < 0.2
     folder = result.save(tmp_path / "out")
     assert json.loads((folder / "rankfold.json").read_text())["layers"][0]["form"] == toy.names[0]
     again = rankfold.load(folder, model=Net())

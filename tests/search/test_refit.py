@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -265,6 +266,28 @@ def test_later_layers_are_fitted_to_what_earlier_ones_give_by_then(bias: bool) -
     assert torch.allclose(
         again.modules["4"].dense_matrix(), fitted.modules["4"].dense_matrix(), atol=1e-9
     )
+
+
+def test_fitted_layers_have_no_hooks_of_the_pass() -> None:
+    class Stream(nn.Module):
+        """The first layer's output is what the last one's is added to: both are looked at."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 6).double(), nn.Linear(6, 6).double()
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            stream: Tensor = self.first(inputs)
+            return stream + self.last(torch.tanh(stream))
+
+    torch.manual_seed(6)
+    model = Stream()
+    twin = factorized(model, names=["first", "last"])
+    fitted = fit(model, twin, ["first", "last"], list(torch.randn(30, 6).double()))
+    assert fitted.residual == ["last"]
+    for module in fitted.modules.values():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+    torch.save(fitted.modules, io.BytesIO())
 
 
 def test_layers_that_cannot_be_fitted_are_left_as_they_are() -> None:

@@ -38,7 +38,7 @@ class RankfoldConfig(QuantizationConfigMixin):  # type: ignore[misc, unused-igno
     """The part of ``rankfold.json`` that says how to rebuild the layers.
 
     Args:
-        fields: As ``rankfold.artifact.structure`` gives them.
+        fields: As ``manifest.structure`` gives them.
 
     Raises:
         ArtifactError: They are damaged, or of a newer version.

@@ -15,20 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.artifact.manifest import (
-    _FLOATS,
+    FLOATS,
     WEIGHTS_FILE,
     Manifest,
-    _check_config_digest,
+    check_config_digest,
     check_digest,
     read_manifest,
 )
 from rankfold.errors import InputError, opening_an_artifact
 from rankfold.files.tensors import read_tensors
-from rankfold.forms.blocks.modules import BLOCK_FORMS, BlockForm, empty_blocks
-from rankfold.forms.conv.modules import CONV_FORMS, ConvForm, empty_conv
-from rankfold.forms.embedding.modules import LowRankEmbedding, LowRankHead
-from rankfold.forms.low_rank.modules import LowRankConv2d, LowRankLinear
-from rankfold.forms.storage import Storage, left_rows
+from rankfold.forms.embedding.fit import empty_uses
+from rankfold.forms.registry import form_named
+from rankfold.forms.storage import Storage
 from rankfold.integrations import transformers as hf
 from rankfold.integrations.vision import NamedModel, make_named
 from rankfold.model.layer_matrix import MatrixLayer
@@ -61,7 +59,7 @@ def load(folder: str | Path, model: nn.Module | None = None, *, as_saved: bool =
     manifest = read_manifest(path)
     of_transformers = manifest["model"]["kind"] == "transformers"
     if as_saved and of_transformers:
-        _check_config_digest(path, manifest)
+        check_config_digest(path, manifest)
     tensors = read_tensors(path / WEIGHTS_FILE)
     if model is None:
         model = skeleton(path, manifest, tensors)
@@ -159,7 +157,7 @@ def restore_computed_buffers(model: nn.Module, dtypes: Mapping[str, str]) -> Non
         owner = modules.get(parent)
         buffer = None if owner is None else owner._buffers.get(leaf)
         if owner is not None and buffer is not None and str(buffer.dtype) != dtype:
-            owner._buffers[leaf] = buffer.to(_FLOATS[dtype])
+            owner._buffers[leaf] = buffer.to(FLOATS[dtype])
 
 
 def empty_modules(model: nn.Module, entry: Mapping[str, Any], where: str) -> dict[str, nn.Module]:
@@ -169,30 +167,13 @@ def empty_modules(model: nn.Module, entry: Mapping[str, Any], where: str) -> dic
         InputError: The model has no such layer, or one that has no such ranks.
     """
     if entry.get("uses") is None:
-        return {entry["name"]: empty_low_rank(model, entry, where)}
-    rank, form = entry["rank"], cast("Storage", entry["form"])
-    modules: dict[str, nn.Module] = {}
-    shared: tuple[nn.Parameter, nn.Parameter] | None = None
-    for name in entry["uses"]:
-        layer = _layer(model, name, (nn.Linear, nn.Embedding), where)
-        words, dim = layer.weight.shape
-        _check_rank(name, rank, layer.weight, where)
-        if shared is None:
-            shared = (
-                nn.Parameter(layer.weight.new_empty(words, rank)),
-                nn.Parameter(layer.weight.new_empty(left_rows(dim, rank, form), rank)),
-            )
-        if shared[0].shape[0] != words or shared[1].shape[0] != left_rows(dim, rank, form):
-            raise InputError(
-                f"{where} is damaged or of another model: {', '.join(entry['uses'])} share one "
-                "matrix, but have different shapes in the given model."
-            )
-        order = torch.arange(dim, device=layer.weight.device) if form == "pivoted" else None
-        if isinstance(layer, nn.Embedding):
-            modules[name] = LowRankEmbedding(*shared, order, layer.padding_idx)
-        else:
-            modules[name] = LowRankHead(*shared, order, layer.bias)
-    return modules
+        return {entry["name"]: _empty_layer(model, entry, where)}
+    kinds = (nn.Linear, nn.Embedding)
+    uses = {name: _layer(model, name, kinds, where) for name in entry["uses"]}
+    try:
+        return {**empty_uses(uses, entry["rank"], cast("Storage", entry["form"]))}
+    except ValueError as error:
+        raise InputError(f"{where} is damaged or of another model: {error}.") from error
 
 
 def _layer(model: nn.Module, name: str, kinds: tuple[type[nn.Module], ...], where: str) -> Any:
@@ -209,49 +190,14 @@ def _layer(model: nn.Module, name: str, kinds: tuple[type[nn.Module], ...], wher
     return layer
 
 
-def _check_rank(name: str, rank: int, weight: Tensor, where: str) -> None:
-    if rank > min(weight.shape[0], weight[0].numel()):
-        raise InputError(
-            f"{where} is damaged or of another model: rank {rank} of {name} is above what a weight "
-            f"of shape {tuple(weight.shape)} has."
-        )
-
-
-def empty_low_rank(model: nn.Module, entry: Mapping[str, Any], where: str) -> nn.Module:
-    """A factorized module for the layer that an entry of the manifest names, still to be filled.
-
-    Raises:
-        InputError: The model has no such layer, or one that has no such ranks.
-    """
-    name, rank = entry["name"], entry["rank"]
+def _empty_layer(model: nn.Module, entry: Mapping[str, Any], where: str) -> nn.Module:
+    """A module for the layer that an entry names, in the entry's form, still to be filled."""
+    name, second = entry["name"], entry.get("second_rank")
     layer: MatrixLayer = _layer(model, name, (nn.Linear, nn.Conv2d), where)
-    weight = layer.weight
-    if entry["form"] in CONV_FORMS or entry["form"] in BLOCK_FORMS:
-        return _empty_in_form(layer, entry, where)
-    form = cast("Storage", entry["form"])
-    _check_rank(name, rank, weight, where)
-    left = weight.new_empty(left_rows(weight.shape[0], rank, form), rank)
-    right = weight.new_empty(rank, *weight.shape[1:])
-    order = torch.arange(weight.shape[0], device=weight.device) if form == "pivoted" else None
-    bias = None if layer.bias is None else layer.bias.detach()
-    if isinstance(layer, nn.Linear):
-        return LowRankLinear(left, right, bias, order)
-    return LowRankConv2d(left, right, layer, bias, order)
-
-
-def _empty_in_form(layer: MatrixLayer, entry: Mapping[str, Any], where: str) -> nn.Module:
-    """A layer of the forms that only some layers have."""
-    name, form, second = entry["name"], entry["form"], entry.get("second_rank")
     ranks = (entry["rank"],) if second is None else (entry["rank"], second)
     try:
-        blocks = form in BLOCK_FORMS
-        several = blocks or form == "tucker"
-        suits = blocks or isinstance(layer, nn.Conv2d)
-        if not suits or len(ranks) != (2 if several else 1):
-            raise ValueError(f"form {form} with ranks {ranks} does not suit a {type(layer)}")
-        if blocks:
-            return empty_blocks(layer, cast("BlockForm", form), ranks)
-        return empty_conv(cast("nn.Conv2d", layer), cast("ConvForm", form), ranks, entry["pivoted"])
+        form = form_named(entry["form"])
+        return form.empty(layer, entry["form"], ranks, entry.get("pivoted") is True)
     except ValueError as error:
         raise InputError(
             f"{where} is damaged or of another model: its layer {name}: {error}."

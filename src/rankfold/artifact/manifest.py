@@ -12,23 +12,18 @@ from torch import Tensor
 
 from rankfold.certificate.certify import Verdict
 from rankfold.errors import InputError, opening_an_artifact
-from rankfold.files.digests import _file_digest, json_digest, tensors_digest
+from rankfold.files.digests import file_digest, json_digest, tensors_digest
 from rankfold.files.json_file import read_json
-from rankfold.forms.blocks.modules import BLOCK_FORMS
-from rankfold.forms.conv.modules import CONV_FORMS
+from rankfold.forms.registry import form_named, form_names
 from rankfold.forms.storage import STORAGES
 from rankfold.integrations.vision import NamedModel
 
 FORMAT_VERSION = 1
 
-WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_FILE, MANIFEST_FILE, CONFIG_FILE = "model.safetensors", "rankfold.json", "config.json"
 
-MANIFEST_FILE = "rankfold.json"
-
-CONFIG_FILE = "config.json"
-
-
-_FLOATS = {str(t): t for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+# Of the tensors whose types a manifest says.
+FLOATS = {str(t): t for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 Manifest = dict[str, Any]
 
@@ -71,9 +66,14 @@ def check_digest(manifest: Manifest, tensors: Mapping[str, Tensor], where: str) 
         )
 
 
-def _check_config_digest(folder: Path, manifest: Manifest) -> None:
+def check_config_digest(folder: Path, manifest: Manifest) -> None:
+    """Refuse a ``config.json`` that is not the one that was saved.
+
+    Raises:
+        InputError: Its digest is another.
+    """
     file, stated = folder / CONFIG_FILE, manifest.get("config_digest")
-    if stated is not None and stated != _file_digest(file):
+    if stated is not None and stated != file_digest(file):
         raise InputError(
             f"{file} is not the file that was saved: its digest is not the one in {MANIFEST_FILE}. "
             f"{_ON_PURPOSE}"
@@ -203,70 +203,84 @@ def check_structure(manifest: Mapping[str, Any], where: str) -> None:
             f"{where} has format_version {found}; this rankfold reads up to {FORMAT_VERSION}. "
             "Install a newer rankfold."
         )
-
-    def expect(condition: bool, what: str) -> None:
-        if not condition:
-            raise InputError(f"{where} is damaged: expected {what}.")
-
-    model, layers = manifest.get("model"), manifest.get("layers")
-    expect(isinstance(model, dict), "an object 'model'")
-    assert isinstance(model, dict)  # for the type checker
-    expect(model.get("kind") in ("transformers", "module"), "model.kind transformers or module")
-    expect(isinstance(model.get("class"), str), "a text model.class")
-    source = model.get("source")
-    if source is not None:
-        fields = {"library", "name", "options"}
-        expect(
-            isinstance(source, dict) and source.keys() == fields,
-            "an object model.source of library, name and options",
-        )
-        try:
-            NamedModel(**source)
-        except InputError as error:
-            raise InputError(f"{where} is damaged: in model.source, {error}") from error
-    aliases = model.get("shared_tensors")
-    expect(
-        isinstance(aliases, dict) and all(isinstance(v, str) for v in aliases.values()),
-        "an object of names model.shared_tensors",
-    )
-    buffers = model.get("computed_buffers")
-    expect(
-        isinstance(buffers, dict) and all(str(value) in _FLOATS for value in buffers.values()),
-        "an object of types model.computed_buffers",
-    )
-    orders = model.get("axes_in_memory", {})
-    expect(
-        isinstance(orders, dict) and all(_is_order(axes) for axes in orders.values()),
-        "an object of orders of axes model.axes_in_memory",
-    )
-    names = manifest.get("unpacked")
-    expect(
-        isinstance(names, list) and all(isinstance(name, str) for name in names),
-        "a list of names 'unpacked'",
-    )
+    _check_model(manifest.get("model"), where)
+    _expect(_are_names(manifest.get("unpacked")), "a list of names 'unpacked'", where)
     for key in ("digest", "config_digest"):
         stated = manifest.get(key)
-        expect(stated is None or isinstance(stated, str), f"a text {key!r}")
-    expect(isinstance(layers, list), "a list 'layers'")
+        _expect(stated is None or isinstance(stated, str), f"a text {key!r}", where)
+    layers = manifest.get("layers")
+    _expect(isinstance(layers, list), "a list 'layers'", where)
     for layer in cast("list[Any]", layers):
-        expect(isinstance(layer, dict) and isinstance(layer.get("name"), str), "named layers")
-        expect("rank" in layer, f"a rank of {layer['name']}, or null")
-        rank = layer["rank"]
-        if rank is not None:
-            expect(_is_rank(rank), f"a positive rank of {layer['name']}")
-            forms = (*STORAGES, *BLOCK_FORMS, *CONV_FORMS)
-            expect(layer.get("form") in forms, f"a form of {layer['name']} among {forms}")
-            second = layer.get("second_rank")
-            expect(second is None or _is_rank(second), f"a second rank of {layer['name']}, or null")
-            uses = layer.get("uses")
-            expect(
-                uses is None
-                or (isinstance(uses, list) and all(isinstance(use, str) for use in uses)),
-                f"a list of the names of the uses of {layer['name']}",
-            )
-            expect(
-                uses is None or layer["form"] in STORAGES,
-                f"a form of {layer['name']} in {STORAGES}",
-            )
-            if layer["form"] in CONV_FORMS:
-                expect(isinstance(layer.get("pivoted"), bool), f"pivoted of {layer['name']}")
+        named = isinstance(layer, dict) and isinstance(layer.get("name"), str)
+        _expect(named, "named layers", where)
+        _expect("rank" in layer, f"a rank of {layer['name']}, or null", where)
+        if layer["rank"] is not None:
+            _check_layer(layer, where)
+
+
+def _check_model(model: object, where: str) -> None:
+    """Check what the manifest says of the model and of its tensors as a whole."""
+    _expect(isinstance(model, dict), "an object 'model'", where)
+    said = cast("dict[str, Any]", model)
+    known = said.get("kind") in ("transformers", "module")
+    _expect(known, "model.kind transformers or module", where)
+    _expect(isinstance(said.get("class"), str), "a text model.class", where)
+    if said.get("source") is not None:
+        _check_source(said["source"], where)
+    aliases = said.get("shared_tensors")
+    _expect(
+        isinstance(aliases, dict) and all(isinstance(v, str) for v in aliases.values()),
+        "an object of names model.shared_tensors",
+        where,
+    )
+    buffers = said.get("computed_buffers")
+    _expect(
+        isinstance(buffers, dict) and all(str(value) in FLOATS for value in buffers.values()),
+        "an object of types model.computed_buffers",
+        where,
+    )
+    orders = said.get("axes_in_memory", {})
+    _expect(
+        isinstance(orders, dict) and all(_is_order(axes) for axes in orders.values()),
+        "an object of orders of axes model.axes_in_memory",
+        where,
+    )
+
+
+def _check_source(source: object, where: str) -> None:
+    """Check what makes the model, where a library does."""
+    fields = {"library", "name", "options"}
+    _expect(
+        isinstance(source, dict) and source.keys() == fields,
+        "an object model.source of library, name and options",
+        where,
+    )
+    try:
+        NamedModel(**cast("dict[str, Any]", source))
+    except InputError as error:
+        raise InputError(f"{where} is damaged: in model.source, {error}") from error
+
+
+def _check_layer(layer: Mapping[str, Any], where: str) -> None:
+    """Check the entry of a factorized layer."""
+    name = layer["name"]
+    _expect(_is_rank(layer["rank"]), f"a positive rank of {name}", where)
+    forms = form_names()
+    _expect(layer.get("form") in forms, f"a form of {name} among {forms}", where)
+    form: str = layer["form"]
+    second = layer.get("second_rank")
+    _expect(second is None or _is_rank(second), f"a second rank of {name}, or null", where)
+    uses = layer.get("uses")
+    _expect(uses is None or _are_names(uses), f"a list of the names of the uses of {name}", where)
+    _expect(uses is None or form in STORAGES, f"a form of {name} in {STORAGES}", where)
+    if form not in STORAGES and len(form_named(form).storages) > 1:
+        _expect(isinstance(layer.get("pivoted"), bool), f"pivoted of {name}", where)
+
+
+def _expect(condition: bool, what: str, where: str) -> None:
+    if not condition:
+        raise InputError(f"{where} is damaged: expected {what}.")
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)

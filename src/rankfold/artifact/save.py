@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rankfold.artifact.manifest import (
-    _FLOATS,
     CONFIG_FILE,
+    FLOATS,
     FORMAT_VERSION,
     MANIFEST_FILE,
     WEIGHTS_FILE,
@@ -21,7 +21,7 @@ from rankfold.artifact.manifest import (
     library_versions,
     structure,
 )
-from rankfold.files.digests import _file_digest
+from rankfold.files.digests import file_digest
 from rankfold.files.folder import check_output, folder_in_one_step
 from rankfold.files.tensors import METADATA
 from rankfold.integrations import transformers as hf
@@ -81,7 +81,7 @@ def save_artifact(
             (draft / name).write_text(content, encoding="utf-8")
         if of_transformers:
             hf.write_configuration(model, draft, structure(complete), tokenizer)
-            complete["config_digest"] = _file_digest(draft / CONFIG_FILE)
+            complete["config_digest"] = file_digest(draft / CONFIG_FILE)
         text = json.dumps(complete, indent=1, allow_nan=False, ensure_ascii=False)
         (draft / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
     return target
@@ -96,5 +96,5 @@ def _computed_buffers(model: nn.Module) -> dict[str, str]:
     return {
         name: str(buffer.dtype)
         for name, buffer in model.named_buffers()
-        if name not in stored and str(buffer.dtype) in _FLOATS
+        if name not in stored and str(buffer.dtype) in FLOATS
     }

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from rankfold.certificate import bounds
 from rankfold.certificate.bounds import Array, BettingTest
-from rankfold.certificate.change import _check_pairs
+from rankfold.certificate.change import check_pairs
 from rankfold.certificate.statement import (
     ACCURACY,
     Statement,
     TestName,
-    _reach,
     half_width,
+    reach_of,
 )
 from rankfold.errors import InputError
 from rankfold.tasks.evaluation import Evaluation
@@ -174,27 +174,16 @@ def certify(
         InputError: A metric is outside [0, 1] or has no value for an example; there are fewer
             than two units; the test can't respect groups.
     """
-    _check_pairs(original, factorized)
-    values = (factorized.losses - original.losses).numpy()
-    x, w = _units(values, original.terms.numpy(), groups)
-    if len(x) < 2:
-        raise InputError(
-            f"the held-out examples form {len(x)} independent group; a bound needs 2 or more. "
-            "Give examples of more groups (documents)."
-        )
-    if groups is not None and statement.test == "betting":
-        raise InputError(
-            "the betting test looks at single examples, but the held-out examples come in groups; "
-            "use --test bounded."
-        )
+    x, w = _units_of_losses(original, factorized, groups)
+    _check_units(len(x), groups, statement)
     change, error = bounds.mean_and_error(x, w)
-    upper = _upper(x, w, statement, statement.highest, 1)
-    lower = -_upper(-x, w, statement, _minus(statement.lowest), -1)
+    lower, upper = _bounds(x, w, statement)
     compared = tuple(_compare_metrics(original, factorized, statement, groups, metrics or {}))
     verdict = _joint_verdict(_verdict(upper, lower, statement.margin), compared)
-    above = None
-    if statement.highest is not None:
-        above = int((x > statement.highest).sum())
+    above, share_above = _above_range(x, statement)
+    needed = None
+    if verdict == "not shown":
+        needed = _needed(change, error * math.sqrt(len(x)), statement, compared, len(x))
     return Certificate(
         verdict=verdict,
         change=change,
@@ -204,7 +193,7 @@ def certify(
         margin=statement.margin,
         unit=unit,
         confidence=statement.confidence,
-        examples=len(values),
+        examples=len(original.losses),
         data_digest=data_digest,
         method=METHODS[statement.test],
         test=statement.test,
@@ -214,14 +203,19 @@ def certify(
         highest=statement.highest,
         range_from=statement.range_from,
         above=above,
-        share_above=None
-        if above is None
-        else bounds.share_bound(above, len(x), statement.confidence),
-        needed=None
-        if verdict != "not shown"
-        else _needed(change, error * math.sqrt(len(x)), statement, compared, len(x)),
+        share_above=share_above,
+        needed=needed,
         metrics=compared,
     )
+
+
+def _units_of_losses(
+    original: Evaluation, factorized: Evaluation, groups: Sequence[str] | None
+) -> tuple[Array, Array]:
+    """Changes of the loss, and weights, of the independent units."""
+    check_pairs(original, factorized)
+    changes = (factorized.losses - original.losses).numpy()
+    return _units(changes, original.terms.numpy(), groups)
 
 
 def _units(values: Array, terms: Array, groups: Sequence[str] | None) -> tuple[Array, Array]:
@@ -238,8 +232,25 @@ def _units(values: Array, terms: Array, groups: Sequence[str] | None) -> tuple[A
     return np.bincount(place, terms * values) / weights, weights
 
 
-def _minus(value: float | None) -> float | None:
-    return None if value is None else -value
+def _check_units(units: int, groups: Sequence[str] | None, statement: Statement) -> None:
+    """Refuse units that the statement's test can't judge by."""
+    if units < 2:
+        raise InputError(
+            f"the held-out examples form {units} independent group; a bound needs 2 or more. "
+            "Give examples of more groups (documents)."
+        )
+    if groups is not None and statement.test == "betting":
+        raise InputError(
+            "the betting test looks at single examples, but the held-out examples come in groups; "
+            "use --test bounded."
+        )
+
+
+def _bounds(x: Array, w: Array, statement: Statement) -> tuple[float, float]:
+    """One-sided bounds of the mean of ``x``, the lower and the upper one."""
+    lowest = None if statement.lowest is None else -statement.lowest
+    upper = _upper(x, w, statement, statement.highest, 1)
+    return -_upper(-x, w, statement, lowest, -1), upper
 
 
 def _upper(x: Array, w: Array, statement: Statement, top: float | None, sign: int) -> float:
@@ -256,6 +267,14 @@ def _upper(x: Array, w: Array, statement: Statement, top: float | None, sign: in
     test = BettingTest(grid, top, float(w.max()), expected, statement.deviation)
     test.add(x, w)
     return test.bound(statement.confidence)
+
+
+def _above_range(x: Array, statement: Statement) -> tuple[int | None, float | None]:
+    """How many units changed by more than the range's end, and a bound of the share of all."""
+    if statement.highest is None:
+        return None, None
+    above = int((x > statement.highest).sum())
+    return above, bounds.share_bound(above, len(x), statement.confidence)
 
 
 def _compare_metrics(
@@ -300,6 +319,7 @@ def _compare_metric(
         highest=1.0,
         deviation=0.2,
     )
+    lower, upper = _bounds(x, w, own)
     total = terms.sum()
     binary = groups is None and bool(np.isin(before, (0, 1)).all() and np.isin(after, (0, 1)).all())
     return MetricChange(
@@ -307,8 +327,8 @@ def _compare_metric(
         original=float((terms * before).sum() / total),
         factorized=float((terms * after).sum() / total),
         lost=float((w * x).sum() / w.sum()),
-        upper_bound=_upper(x, w, own, 1.0, 1),
-        lower_bound=-_upper(-x, w, own, 1.0, -1),
+        upper_bound=upper,
+        lower_bound=lower,
         margin=statement.metric_margins.get(name),
         p_value=bounds.mcnemar_p_value(int((x > 0).sum()), int((x < 0).sum())) if binary else None,
     )
@@ -381,7 +401,7 @@ def _needed(
     units: int,
 ) -> int | None:
     """Units with which everything would hold, or None where a mean is not below its margin."""
-    wanted = [(change, deviation, statement.margin, statement.test, _reach(change, statement))]
+    wanted = [(change, deviation, statement.margin, statement.test, reach_of(change, statement))]
     for metric in metrics:
         if metric.margin is not None and metric.verdict == "not shown":
             spread = max(1e-6, (metric.upper_bound - metric.lost) / 2 * math.sqrt(units))

@@ -52,11 +52,16 @@ def paired_change(original: Evaluation, changed: Evaluation) -> Change:
     Raises:
         ValueError: The evaluations are not of the same examples.
     """
-    _check_pairs(original, changed)
+    check_pairs(original, changed)
     return weighted_mean(changed.losses - original.losses, original.terms)
 
 
-def _check_pairs(original: Evaluation, changed: Evaluation) -> None:
+def check_pairs(original: Evaluation, changed: Evaluation) -> None:
+    """Refuse evaluations of different examples.
+
+    Raises:
+        ValueError: As said.
+    """
     if len(original.losses) != len(changed.losses):
         raise ValueError(
             f"the two evaluations are of different examples: {len(original.losses)} and "

@@ -220,76 +220,123 @@ def read_statement(document: Mapping[str, Any]) -> Statement:
 
 def text_lines(document: Mapping[str, Any]) -> list[str]:
     """The certificate as a person reads it."""
-    c, data, run, models = (document[k] for k in ("certificate", "data", "run", "models"))
-    unit, sure = c["unit"], f"{c['confidence']:.0%}"
-    lines = [
+    parts = (_claim, _found, _range, _metrics, _to_show_it, _data, _order, _origin)
+    return [line for part in parts for line in part(document)]
+
+
+def _claim(document: Mapping[str, Any]) -> list[str]:
+    """The verdict, of which models, and what was to be shown."""
+    c, run, models = (document[k] for k in ("certificate", "run", "models"))
+    return [
         f"rankfold certificate: {c['verdict']}",
         "",
         f"model          {models['class']}, {run['algorithm']}, {run['ratio']:.4f} of the "
         "original's parameters",
         f"weights        {models['factorized']}",
         f"original       {models['original']}",
-        f"claim          the mean loss is at most {c['margin']:g} {unit} above the original's"
+        f"claim          the mean loss is at most {c['margin']:g} {c['unit']} above the original's"
         + ("" if c["highest"] is None else ", each example's change counted up to the range's end"),
+    ]
+
+
+def _found(document: Mapping[str, Any]) -> list[str]:
+    """The change of the loss and its bounds."""
+    c, sure = document["certificate"], _sure(document)
+    return [
         f"found          change {c['change']:+.6g} ± {c['standard_error']:.2g} (standard error) "
         f"over {c['examples']} held-out examples in {c['units']} independent units",
         f"bound          with {sure} confidence at most {c['upper_bound']:+.6g}, and with {sure} "
-        f"at least {c['lower_bound']:+.6g} {unit}",
+        f"at least {c['lower_bound']:+.6g} {c['unit']}",
         f"test           {c['method']}",
     ]
-    if c["highest"] is not None:
-        lines += [
-            f"range          the change of one example counts from {c['lowest']:+.6g} to "
-            f"{c['highest']:+.6g} {unit} ({c['range_from']}, before the held-out part was opened)",
-            f"beyond it      {c['above']} of {c['units']} units changed by more; with {sure} "
-            f"confidence at most {c['share_above']:.2%} of all do. They are counted in full here, "
-            "but what those not seen here would add is not bounded",
-            f"t interval     its upper bound is {c['t_upper_bound']:+.6g}, for comparison",
-        ]
-    for metric in c["metrics"]:
-        lines.append(
-            f"{metric['name']:<14} {metric['original']:.4f} to {metric['factorized']:.4f}; with "
-            f"{sure} confidence at most {metric['upper_bound']:+.4f} is lost ("
-            + (
-                "no margin was stated)"
-                if metric["margin"] is None
-                else f"margin {metric['margin']:g}: {metric['verdict']})"
-            )
+
+
+def _range(document: Mapping[str, Any]) -> list[str]:
+    """The range in which one example's change counts, where there is one."""
+    c = document["certificate"]
+    if c["highest"] is None:
+        return []
+    return [
+        f"range          the change of one example counts from {c['lowest']:+.6g} to "
+        f"{c['highest']:+.6g} {c['unit']} ({c['range_from']}, before the held-out part was opened)",
+        f"beyond it      {c['above']} of {c['units']} units changed by more; with "
+        f"{_sure(document)} confidence at most {c['share_above']:.2%} of all do. They are counted "
+        "in full here, but what those not seen here would add is not bounded",
+        f"t interval     its upper bound is {c['t_upper_bound']:+.6g}, for comparison",
+    ]
+
+
+def _metrics(document: Mapping[str, Any]) -> list[str]:
+    """What of each metric may be lost."""
+    return [
+        f"{metric['name']:<14} {metric['original']:.4f} to {metric['factorized']:.4f}; with "
+        f"{_sure(document)} confidence at most {metric['upper_bound']:+.4f} is lost ("
+        + (
+            "no margin was stated)"
+            if metric["margin"] is None
+            else f"margin {metric['margin']:g}: {metric['verdict']})"
         )
-    if c["verdict"] == "not shown":
-        lines.append(
-            "to show it     no number of examples would do: the measured change is not below the "
-            "margin"
-            if c["needed"] is None
-            else f"to show it     about {c['needed']} units, if the change is what it seems"
-        )
-    lines.append(f"held-out       {c['data_digest']}")
+        for metric in document["certificate"]["metrics"]
+    ]
+
+
+def _to_show_it(document: Mapping[str, Any]) -> list[str]:
+    """How many units would show what these don't."""
+    c = document["certificate"]
+    if c["verdict"] != "not shown":
+        return []
+    return [
+        "to show it     no number of examples would do: the measured change is not below the margin"
+        if c["needed"] is None
+        else f"to show it     about {c['needed']} units, if the change is what it seems"
+    ]
+
+
+def _data(document: Mapping[str, Any]) -> list[str]:
+    """The parts of the data, and what is known of them."""
+    c, data = document["certificate"], document["data"]
+    lines = [f"held-out       {c['data_digest']}"]
     for name in ("calibration", "selection"):
         lines.append(f"{name:<14} {data['parts'][name]['digest']}")
     lines.append(f"disjoint       {overlap_line(data)}")
     lines.append(f"opened         {history_line(data['history'], c['confidence'])}")
-    for number, tested in enumerate(run["order"], 1):
-        lines.append(
-            f"{'order of tests' if number == 1 else '':<14} {number}. {tested['ratio']:.4f} of the "
-            "parameters: "
-            + (
-                "not tested"
-                if tested["verdict"] is None
-                else f"{tested['verdict']}, at most {tested['upper_bound']:+.6g}"
-            )
+    return lines
+
+
+def _order(document: Mapping[str, Any]) -> list[str]:
+    """The models in the order in which they were to be tested, where there were several."""
+    order = document["run"]["order"]
+    lines = [
+        f"{'order of tests' if number == 1 else '':<14} {number}. {tested['ratio']:.4f} of the "
+        "parameters: "
+        + (
+            "not tested"
+            if tested["verdict"] is None
+            else f"{tested['verdict']}, at most {tested['upper_bound']:+.6g}"
         )
-    if run["order"]:
+        for number, tested in enumerate(order, 1)
+    ]
+    if order:
         lines.append(
             f"{'':<14} fixed before, tested until the first that fails: one confidence for all "
             "(fixed-sequence testing)"
         )
+    return lines
+
+
+def _origin(document: Mapping[str, Any]) -> list[str]:
+    """What makes the same again, and the digest of all."""
+    run = document["run"]
     versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
-    lines += [
+    return [
         f"seed           {run['settings']['seed']}",
         f"made with      {versions}",
         f"digest         {document['digest']}",
     ]
-    return lines
+
+
+def _sure(document: Mapping[str, Any]) -> str:
+    return f"{document['certificate']['confidence']:.0%}"
 
 
 def overlap_line(data: Mapping[str, Any]) -> str:

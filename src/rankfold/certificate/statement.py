@@ -160,7 +160,8 @@ def half_width(
     return math.sqrt(2 * needed / units) * deviation + reach / units
 
 
-def _reach(change: float, statement: Statement) -> float | None:
+def reach_of(change: float, statement: Statement) -> float | None:
+    """From a mean change to the largest change stated by the user; None where none was."""
     if statement.range_from == "stated" and statement.highest is not None:
         return max(0.0, statement.highest - change)
     return None

@@ -115,19 +115,34 @@ def record_examples(
     encoded = [_ids(tokenizer, text, length) for text in texts]
     if task == "masked-lm":
         return cast("list[Any]", hidden_words(encoded, tokenizer, seed))
+    answers = _answers(file, records, tokenizer, length, task, columns, label_ids)
+    if answers is not None:
+        inputs = _inputs(encoded, tokenizer)
+        return [e | {"labels": y} for e, y in zip(inputs, answers, strict=True)]
+    if task in ("embedding", "teacher"):
+        return cast("list[Any]", _inputs(encoded, tokenizer))
+    return [window for window in encoded if len(window) > 1]
+
+
+def _answers(
+    file: Path,
+    records: Sequence[Record],
+    tokenizer: Any,
+    length: int,
+    task: str | None,
+    columns: dict[str, str | None],
+    label_ids: dict[str, int] | None,
+) -> list[Tensor] | None:
+    """What a model should say of each text: target or label; None where there are none to be."""
     target = columns["target"] or (TARGET if task in (None, "seq2seq") else None)
     label = columns["label"] or (LABEL if task in (None, "classification", "regression") else None)
     if columns["target"] or task == "seq2seq" or target in records[0]:
         targets = column(file, records, str(target), "--target-column")
-        labels = _padded([_ids(tokenizer, str(t), length) for t in targets], NO_LABEL)
-        return [e | {"labels": t} for e, t in zip(_inputs(encoded, tokenizer), labels, strict=True)]
+        return _padded([_ids(tokenizer, str(t), length) for t in targets], NO_LABEL)
     if columns["label"] or task in ("classification", "regression") or label in records[0]:
         values = column(file, records, str(label), "--label-column")
-        found = _labels(file, str(label), values, task, label_ids)
-        return [e | {"labels": y} for e, y in zip(_inputs(encoded, tokenizer), found, strict=True)]
-    if task in ("embedding", "teacher"):
-        return cast("list[Any]", _inputs(encoded, tokenizer))
-    return [window for window in encoded if len(window) > 1]
+        return _labels(file, str(label), values, task, label_ids)
+    return None
 
 
 def _ids(tokenizer: Any, text: str, length: int) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -15,7 +16,7 @@ from torch.nn.utils import parametrize
 from rankfold.artifact.load import load_tensors
 from rankfold.artifact.manifest import WEIGHTS_FILE
 from rankfold.errors import InputError
-from rankfold.export.targets import _factorized
+from rankfold.export.targets import OpenedArtifact, Written, factorized_modules
 from rankfold.files.tensors import METADATA
 from rankfold.integrations import transformers as hf
 from rankfold.model.replace import put_modules
@@ -31,24 +32,33 @@ def to_dense(model: nn.Module) -> nn.Module:
     """
     dense = {
         name: copy.deepcopy(module).double().to_dense().to(next(module.parameters()).dtype)
-        for name, module in _factorized(model).items()
+        for name, module in factorized_modules(model).items()
     }
     put_modules(model, dense)
     return model
 
 
-def _write_dense(
-    draft: Path, dense: nn.Module, original: nn.Module, unpacked: list[str], source: Path
-) -> nn.Module:
-    tensors = packed(dense.state_dict(), original, unpacked, str(source))
-    load_tensors(original, tensors, {}, str(source))
-    if hf.is_transformers_model(original):
-        hf.write_plain_folder(original, draft, source)
-        return original
-    # Every name, shared tensors twice: load_state_dict asks for all of them.
-    complete = {name: tensor.clone() for name, tensor in original.state_dict().items()}
-    save_file(complete, draft / WEIGHTS_FILE, metadata=METADATA)
-    return original
+class Dense:
+    """The export target ``dense``."""
+
+    name = "dense"
+    summary = "the original architecture, factors multiplied out"
+    options = ()
+    files = "*.safetensors"
+
+    def write(self, opened: OpenedArtifact, draft: Path) -> Written:
+        """Write the weights under the original's names; see ``Target``."""
+        original, source = opened.like_the_original(), opened.folder
+        dense = to_dense(opened.model).state_dict()
+        tensors = packed(dense, original, opened.unpacked, str(source))
+        load_tensors(original, tensors, {}, str(source))
+        if opened.of_transformers:
+            hf.write_plain_folder(original, draft, source)
+            return Written(original)
+        # Every name, shared tensors twice: load_state_dict asks for all of them.
+        complete = {name: tensor.clone() for name, tensor in original.state_dict().items()}
+        save_file(complete, draft / WEIGHTS_FILE, metadata=METADATA)
+        return Written(original)
 
 
 def packed(
@@ -79,35 +89,12 @@ def packed(
     for name in computed:  # from here on it holds the weight that it computes
         names.remove(name)
         unpack_named(numbered, [name], where)
-    places: dict[str, tuple[int, torch.Size]] = {}  # of each tensor: its first number, its shape
-    count = 1
-    with torch.no_grad():
-        for name, tensor in numbered.state_dict(keep_vars=True).items():
-            if _inside(name, outer) and tensor.is_floating_point():
-                places[name] = (count, tensor.shape)
-                numbers = torch.arange(count, count + tensor.numel(), dtype=torch.float64)
-                tensor.data = numbers.view(tensor.shape)
-                count += tensor.numel()
+    places = _numbered(numbered, outer)
     unpack_named(numbered, names, where)
-    values = torch.full((count,), torch.nan, dtype=torch.float64)
-    wrong: set[str] = set()
-    for name, numbers in numbered.state_dict().items():
-        if not _inside(name, outer) or name not in tensors:
-            continue
-        if not numbers.is_floating_point():
-            moved[name] = tensors[name]
-            continue
-        index = numbers.flatten().to(torch.int64)
-        if not torch.equal(index.double(), numbers.flatten()) or not _within(index, count):
-            wrong |= {module for module in outer if _inside(name, [module])}
-            continue
-        values[index] = tensors[name].flatten().double()
-    for name, (first, shape) in places.items():
-        found = values[first : first + shape.numel()]
-        if bool(found.isnan().any()):
-            wrong |= {module for module in outer if _inside(name, [module])}
-        dtype = next(t.dtype for n, t in tensors.items() if _inside(n, outer))
-        moved[name] = found.view(shape).to(dtype)
+    inner = {name: t for name, t in tensors.items() if _inside(name, outer)}
+    found, unknown = _put_in_places(inner, numbered.state_dict(), places)
+    moved |= found
+    wrong = {module for module in outer for name in unknown if _inside(name, [module])}
     for name in computed:
         parts = _parts_of_weights(original.get_submodule(name), f"{name}.", moved)
         if parts is None:
@@ -122,6 +109,65 @@ def packed(
             "rankfold.load."
         )
     return moved
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where each tensor's numbers stand in one row of all of them, counted from 1.
+
+    Attributes:
+        first: Of each tensor its first place, and its shape.
+        end: One more than the last place.
+    """
+
+    first: Mapping[str, tuple[int, torch.Size]]
+    end: int
+
+
+def _numbered(model: nn.Module, modules: Sequence[str]) -> _Places:
+    """Write 1, 2, 3.. into all floating tensors inside these modules."""
+    first: dict[str, tuple[int, torch.Size]] = {}
+    place = 1
+    with torch.no_grad():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if _inside(name, modules) and tensor.is_floating_point():
+                first[name] = (place, tensor.shape)
+                numbers = torch.arange(place, place + tensor.numel(), dtype=torch.float64)
+                tensor.data = numbers.view(tensor.shape)
+                place += tensor.numel()
+    return _Places(first, place)
+
+
+def _put_in_places(
+    tensors: Mapping[str, Tensor], numbered: Mapping[str, Tensor], places: _Places
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The original's tensors, and names of tensors whose numbers aren't those of a place.
+
+    Args:
+        tensors: Of the unpacked modules.
+        numbered: Of the same modules, made of a model that holds its places.
+        places: The original's.
+    """
+    moved: dict[str, Tensor] = {}
+    unknown: list[str] = []
+    values = torch.full((places.end,), torch.nan, dtype=torch.float64)
+    for name, numbers in numbered.items():
+        if name not in tensors:
+            continue
+        if not numbers.is_floating_point():
+            moved[name] = tensors[name]
+            continue
+        index = numbers.flatten().to(torch.int64)
+        if torch.equal(index.double(), numbers.flatten()) and _within(index, places.end):
+            values[index] = tensors[name].flatten().double()
+        else:
+            unknown.append(name)
+    for name, (first, shape) in places.first.items():
+        found = values[first : first + shape.numel()]
+        if bool(found.isnan().any()):
+            unknown.append(name)
+        moved[name] = found.view(shape).to(next(iter(tensors.values())).dtype)
+    return moved, unknown
 
 
 def _is_computed(model: nn.Module, name: str) -> bool:
@@ -159,8 +205,8 @@ def _parts_of_weights(
     return {f"{prefix}{n}": t for n, t in twin.state_dict().items() if n.startswith(PARTS)}
 
 
-def _within(index: Tensor, count: int) -> bool:
-    return index.numel() == 0 or (int(index.min()) >= 1 and int(index.max()) < count)
+def _within(index: Tensor, end: int) -> bool:
+    return index.numel() == 0 or (int(index.min()) >= 1 and int(index.max()) < end)
 
 
 def _inside(name: str, modules: Iterable[str]) -> bool:

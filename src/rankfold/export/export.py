@@ -10,41 +10,30 @@ outputs differ from the model's.
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import nn
 
-from rankfold.artifact.load import load, skeleton
+from rankfold.artifact.load import load
 from rankfold.artifact.manifest import WEIGHTS_FILE, library_versions, read_manifest
 from rankfold.errors import InputError
-from rankfold.export.dense import (
-    _write_dense,
-    to_dense,
-)
+from rankfold.export.dense import Dense
 from rankfold.export.example_inputs import Given
-from rankfold.export.pairs import (
-    _write_pairs,
-)
-from rankfold.export.targets import EXPORT_FILE, _write_json
-from rankfold.export.traced import PROGRAMS, Program, write_program
+from rankfold.export.pairs import Pairs
+from rankfold.export.targets import EXPORT_FILE, OpenedArtifact, check_options, target_of
+from rankfold.export.targets import TARGETS as TARGETS  # also looked for here
+from rankfold.export.targets import register_target as register_target
+from rankfold.export.traced import TracedProgram
 from rankfold.files.folder import check_output, folder_in_one_step
 from rankfold.integrations import transformers as hf
 from rankfold.model.sizes import model_parameters
 from rankfold.model.unpack import unwrapped
 
-Target: TypeAlias = Literal["dense", "pairs", "onnx", "pt2"]
-
-TARGETS: tuple[Target, ...] = get_args(Target)
-
-FILES: dict[Target, str] = {
-    "dense": "*.safetensors",
-    "pairs": "*.safetensors",
-    "onnx": "model.onnx*",  # a large model's weights are in model.onnx.data
-    "pt2": "model.pt2",
-}
+for _target in (Dense(), Pairs(), TracedProgram("onnx"), TracedProgram("pt2")):
+    register_target(_target)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -67,7 +56,7 @@ class Exported:
     """
 
     folder: Path
-    to: Target
+    to: str
     parameters: int
     bytes: int
     factorized_parameters: int
@@ -80,7 +69,7 @@ def export(
     folder: str | Path,
     out: str | Path,
     *,
-    to: Target,
+    to: str,
     model: nn.Module | None = None,
     overwrite: bool = False,
     inputs: Given | None = None,
@@ -104,57 +93,46 @@ def export(
         InputError: Not an artifact, or not of this model; a layer has no such form; the model
             can't be traced, or its program computes something else; ``out`` can't be written.
     """
-    _check_options(to, inputs, dtype)
-    source, target = Path(folder), Path(out)
-    check_output(target, overwrite, EXPORT_FILE)
-    manifest = read_manifest(source)
-    transformers = manifest["model"]["kind"] == "transformers"
-    if model is not None:
-        model = unwrapped(model)
-    factorized = load(source, model=copy.deepcopy(model))
-    if dtype is not None:
-        factorized = factorized.to(DTYPES[dtype])
-    parameters = model_parameters(factorized)
-    program: Program | None = None
-    unpacked: list[str] = manifest["unpacked"]
-    about = {
-        "made_by": "rankfold",
-        "versions": library_versions(),
-        "to": to,
-        "class": manifest["model"]["class"],
-    }
-    with folder_in_one_step(target) as draft:
-        if to == "pairs":
-            plain = _write_pairs(draft, factorized, unpacked, about, source, transformers)
-        elif to == "onnx" or to == "pt2":
-            plain = factorized
-            if transformers:
-                hf.write_configuration_alone(plain, draft, source, hf.IN_A_PROGRAM)
-            program = write_program(plain, draft / f"model.{to}", to, inputs)
-            _write_json(draft / EXPORT_FILE, {**about, **program.described()})
-        else:
-            empty = skeleton(source, manifest) if model is None else copy.deepcopy(model)
-            plain = _write_dense(draft, to_dense(factorized), empty, unpacked, source)
-            _write_json(draft / EXPORT_FILE, about)
-        if transformers:
+    target = target_of(to)
+    check_options(target, {"inputs": inputs, "dtype": dtype})
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}.")
+    source, out = Path(folder), Path(out)
+    check_output(out, overwrite, EXPORT_FILE)
+    opened = _opened(source, model, inputs, dtype)
+    parameters = model_parameters(opened.model)  # before it may be changed
+    with folder_in_one_step(out) as draft:
+        written = target.write(opened, draft)
+        about = {
+            "made_by": "rankfold",
+            "versions": library_versions(),
+            "to": to,
+            "class": opened.manifest["model"]["class"],
+            **written.told,
+        }
+        text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+        (draft / EXPORT_FILE).write_text(text, encoding="utf-8")
+        if opened.of_transformers:
             hf.copy_processing_files(source, draft)
     return Exported(
-        target,
-        to,
-        model_parameters(plain),
-        sum(file.stat().st_size for file in target.glob(FILES[to])),
-        parameters,
-        (source / WEIGHTS_FILE).stat().st_size,
-        program.difference if program else None,
-        program.any_length if program else (),
+        folder=out,
+        to=to,
+        parameters=model_parameters(written.model),
+        bytes=sum(file.stat().st_size for file in out.glob(target.files)),
+        factorized_parameters=parameters,
+        factorized_bytes=(source / WEIGHTS_FILE).stat().st_size,
+        difference=written.difference,
+        dynamic=written.dynamic,
     )
 
 
-def _check_options(to: str, inputs: Given | None, dtype: str | None) -> None:
-    if to not in TARGETS:
-        raise InputError(f"to is {to!r}; expected {', '.join(TARGETS[:-1])} or {TARGETS[-1]}.")
-    if to not in PROGRAMS and (inputs is not None or dtype is not None):
-        option = "dtype" if inputs is None else "inputs"
-        raise InputError(f"{option} goes with {' and '.join(PROGRAMS)}; {to} keeps what is stored.")
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}.")
+def _opened(
+    folder: Path, model: nn.Module | None, inputs: Given | None, dtype: str | None
+) -> OpenedArtifact:
+    """The artifact with its model loaded, in the dtype asked for."""
+    manifest = read_manifest(folder)
+    own = None if model is None else unwrapped(model)
+    factorized = load(folder, model=copy.deepcopy(own))
+    if dtype is not None:
+        factorized = factorized.to(DTYPES[dtype])
+    return OpenedArtifact(folder, manifest, factorized, own, inputs)

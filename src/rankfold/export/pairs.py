@@ -10,9 +10,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rankfold.errors import InputError
-from rankfold.export.targets import EXPORT_FILE, _factorized, _write_json
+from rankfold.export.targets import (
+    OpenedArtifact,
+    Written,
+    factorized_modules,
+    place_of_shared_factor,
+)
 from rankfold.files.tensors import METADATA
-from rankfold.forms.embedding.modules import LowRankEmbedding, LowRankHead
 from rankfold.integrations import transformers as hf
 from rankfold.model.replace import put_modules
 from rankfold.model.sizes import stored_tensors
@@ -31,46 +35,48 @@ _OPTIONS = {
 
 def to_pairs(model: nn.Module) -> nn.Module:
     """Make every factorized layer of ``model`` itself a sequence of stock layers."""
-    factorized = _factorized(model)
+    factorized = factorized_modules(model)
     stock = {name: module.to_stock() for name, module in factorized.items()}
     # Uses of one embedding matrix go on sharing its large factor.
     first: dict[int, nn.Parameter] = {}
     for name, module in factorized.items():
-        if isinstance(module, LowRankEmbedding | LowRankHead):
-            large = stock[name][0 if isinstance(module, LowRankEmbedding) else 1]
+        if (place := place_of_shared_factor(module)) is not None:
+            large = stock[name][place]
             large.weight = first.setdefault(id(module.weight), large.weight)
     put_modules(model, stock)
     return model
 
 
-def _write_pairs(
-    draft: Path,
-    model: nn.Module,
-    unpacked: list[str],
-    about: dict[str, Any],
-    source: Path,
-    transformers: bool,
-) -> nn.Module:
-    changed = [*_factorized(model), *unpacked]
-    to_pairs(model)
-    _refuse_own_modules(model, unpacked, source)
-    made = {id(model.get_submodule(name)) for name in changed}
-    layers = {
-        name: [_described(part) for part in _parts(module)]
-        for name, module in model.named_modules(remove_duplicate=False)
-        if id(module) in made
-    }
-    tensors, shared = stored_tensors(model)
-    stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(stored, draft / PAIRS_FILE, metadata=METADATA)
-    _write_json(draft / EXPORT_FILE, {**about, "layers": layers, "shared": shared})
-    kind = str(about["class"]).rpartition(".")[2]
-    opening = _OPEN_TRANSFORMERS if transformers else _OPEN_OWN
-    text = _README + opening.format(kind=kind) + "```\n"
-    (draft / "README.md").write_text(text, encoding="utf-8")
-    if transformers:
-        hf.write_configuration_alone(model, draft, source, hf.IN_PAIRS)
-    return model
+class Pairs:
+    """The export target ``pairs``."""
+
+    name = "pairs"
+    summary = "two stock layers for each factorized one"
+    options = ()
+    files = "*.safetensors"
+
+    def write(self, opened: OpenedArtifact, draft: Path) -> Written:
+        """Write the tensors, the list of stock layers and the lines that open them."""
+        model = opened.model
+        changed = [*factorized_modules(model), *opened.unpacked]
+        to_pairs(model)
+        _refuse_own_modules(model, opened.unpacked, opened.folder)
+        made = {id(model.get_submodule(name)) for name in changed}
+        layers = {
+            name: [_described(part) for part in _parts(module)]
+            for name, module in model.named_modules(remove_duplicate=False)
+            if id(module) in made
+        }
+        tensors, shared = stored_tensors(model)
+        stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(stored, draft / PAIRS_FILE, metadata=METADATA)
+        kind = str(opened.manifest["model"]["class"]).rpartition(".")[2]
+        opening = _OPEN_TRANSFORMERS if opened.of_transformers else _OPEN_OWN
+        text = _README + opening.format(kind=kind) + "```\n"
+        (draft / "README.md").write_text(text, encoding="utf-8")
+        if opened.of_transformers:
+            hf.write_configuration_alone(model, draft, opened.folder, hf.IN_PAIRS)
+        return Written(model, told={"layers": layers, "shared": shared})
 
 
 def _parts(module: nn.Module) -> Iterable[nn.Module]:

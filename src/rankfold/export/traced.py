@@ -13,6 +13,7 @@ from torch import nn
 from rankfold.errors import InputError
 from rankfold.export.example_inputs import BATCH, Given, example_inputs
 from rankfold.export.onnx import check_onnx, has_onnxruntime, run_onnx, write_onnx
+from rankfold.export.targets import OpenedArtifact, Option, Written
 from rankfold.export.torch_export import (
     largest_difference,
     output_names,
@@ -22,6 +23,7 @@ from rankfold.export.torch_export import (
     trace,
     write_pt2,
 )
+from rankfold.integrations import transformers as hf
 
 ProgramKind: TypeAlias = Literal["onnx", "pt2"]
 PROGRAMS: tuple[ProgramKind, ...] = get_args(ProgramKind)
@@ -62,6 +64,36 @@ class Program:
             "outputs": self.outputs,
             "largest_relative_difference": self.difference,
         }
+
+
+@dataclass(frozen=True)
+class TracedProgram:
+    """The export targets ``onnx`` and ``pt2``."""
+
+    name: ProgramKind
+
+    @property
+    def summary(self) -> str:
+        """See ``Target``."""
+        return {"onnx": "for onnxruntime", "pt2": "a program of torch.export"}[self.name]
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        """See ``Target``."""
+        return ("inputs", "dtype")
+
+    @property
+    def files(self) -> str:
+        """See ``Target``; the weights of a large ONNX model are in ``model.onnx.data``."""
+        return f"model.{self.name}*"
+
+    def write(self, opened: OpenedArtifact, draft: Path) -> Written:
+        """Write the program and, of a transformers model, its configuration; see ``Target``."""
+        model = opened.model
+        if opened.of_transformers:
+            hf.write_configuration_alone(model, draft, opened.folder, hf.IN_A_PROGRAM)
+        program = write_program(model, draft / f"model.{self.name}", self.name, opened.inputs)
+        return Written(model, program.described(), program.difference, program.any_length)
 
 
 def write_program(model: nn.Module, file: Path, kind: ProgramKind, given: Given | None) -> Program:

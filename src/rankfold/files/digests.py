@@ -14,7 +14,8 @@ from rankfold.files.json_file import read_bytes
 from rankfold.model.sizes import stored_tensors
 
 
-def _file_digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """SHA-256 over the bytes of a file."""
     return hashlib.sha256(read_bytes(file)).hexdigest()
 
 

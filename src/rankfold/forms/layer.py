@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,14 @@ class FactorizedLayer(nn.Module):
     """What stands for a Linear or Conv2d and holds its matrix as factors.
 
     A form's modules derive from it; what reads, exports or refits a model knows no other name.
+
+    Attributes:
+        takes_changes: Whether a change of its outputs can be taken up in its factors. A module that
+            says so has ``output_groups`` and ``take_up``; others are left as they are by a refit.
     """
 
     bias: nn.Parameter | None
+    takes_changes: ClassVar[bool] = False
 
     @abstractmethod
     def dense_matrix(self) -> Tensor:
@@ -38,12 +43,12 @@ class FactorizedLayer(nn.Module):
         """The same layer as stock layers, one after the other."""
 
     def output_groups(self) -> list[Group]:
-        """Outputs that are combinations of a few of them; none where no change can be taken up."""
-        return []
+        """Outputs that are combinations of a few of them, the groups that a change speaks of."""
+        raise NotImplementedError(f"a {type(self).__name__} takes no changes of its outputs")
 
     def take_up(self, change: OutputChange) -> None:
         """Multiply a change of the groups into the factor at the outputs, in place; bias apart."""
-        raise NotImplementedError(f"a {type(self).__name__} has no groups of outputs")
+        raise NotImplementedError(f"a {type(self).__name__} takes no changes of its outputs")
 
     def with_output_change(self, change: OutputChange) -> Self:
         """A copy, of the same form and ranks, that computes the changed outputs."""

@@ -4,7 +4,7 @@ Language models send attention that has nowhere to go to one token, mostly the f
 attention sink, Xiao et al. 2023, arXiv 2309.17453). Its key and value receive gradients from all
 tokens after it: of SmolLM2's value projections one row of 512 has nine tenths of the squared
 gradient. K-FAC takes inputs and gradients for independent. Such rows are not: the huge gradients
-always meet the same input. ``curvature`` counts them where they belong.
+always meet the same input. ``rankfold.statistics`` counts them apart.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from rankfold.maths.linalg import symmetric_eigh
+from rankfold.maths.linalg import kept_below, mirrored, symmetric_eigh
 
 # Dampings looked at, as shares of the mean eigenvalue: where the first one is best, none is needed.
 LEAST, MOST = 1e-6, 10.0
@@ -53,6 +53,23 @@ def held_out_damping(gram: Tensor, other: Tensor) -> float:
     damped = eigenvalues.clamp(min=0) / (mean * len(gram)) + shares[:, None] / len(gram)
     best = int((counts * damped.log() + energies / trace / damped).sum(1).argmin())
     return float(shares[best]) if best > 0 else 0.0
+
+
+def damping_of_half(diagonal: Tensor, running: Tensor) -> float:
+    """The damping that a Gram needed when half of its rows were added up, by the rows since.
+
+    Args:
+        diagonal: ``(n,)`` of the Gram at its half.
+        running: ``(n, n)`` the Gram now on and above the diagonal, and below it that at its half
+            (``linalg.keep_below``).
+
+    Returns:
+        As ``held_out_damping``; 0 where n is.
+    """
+    if not len(running):
+        return 0.0
+    early = kept_below(running, diagonal)
+    return held_out_damping(early, mirrored(running) - early)
 
 
 def decomposed(gram: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,7 @@
 """From the user's model to one whose matrices all stand in a Linear or Conv2d of their own.
 
 Wrappers around the whole are taken off; layers that pack several matrices, or store one in another
-way, are replaced by a composition of plain ones that computes the same (``unpacked_modules``). What
-would be changed silently by factorizing it is refused by name: adapters, quantized weights.
+way, are replaced by a composition of plain ones that computes the same (``unpacked_modules``).
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from rankfold.model.unpacked_modules import (
     UnpackedRule,
     without_parameters_of_weight,
 )
+from rankfold.model.unsuitable import refuse_unsuitable
 
 # Operators of torch that an affine map of the last dimension is made of.
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
@@ -133,48 +133,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def _compiled(module: nn.Module) -> nn.Module | None:
     """What ``torch.compile`` wrapped, or None."""
     return module._modules.get("_orig_mod")
-
-
-def refuse_unsuitable(model: nn.Module) -> None:
-    """Refuse models whose layers are not what they seem.
-
-    Raises:
-        InputError: As said; names the first such layer.
-    """
-    for name, module in model.named_modules():
-        where = f"the layer {name or 'at the root'} ({type(module).__name__})"
-        if hasattr(module, "lora_A") or (
-            hasattr(module, "base_layer") and hasattr(module, "merge")
-        ):
-            raise InputError(
-                f"{where} has an adapter beside its weight; expected a model without adapters. "
-                "Merge them first, with peft: model = model.merge_and_unload()."
-            )
-        if reason := _quantized(module):
-            raise InputError(
-                f"{where} is quantized: {reason}; expected weights in float32, bfloat16 or "
-                "float16. Factorize the original model and quantize afterwards."
-            )
-
-
-def _quantized(module: nn.Module) -> str | None:
-    if ".quantized" in type(module).__module__ and type(module).__module__.startswith("torch"):
-        return f"it is a {type(module).__module__}.{type(module).__name__}"
-    for name, parameter in module._parameters.items():
-        if parameter is None:
-            continue
-        kind = type(parameter.data)
-        if kind is not Tensor:
-            return f"its {name} is a {kind.__module__}.{kind.__name__}, no plain tensor"
-        low = parameter.is_floating_point() and parameter.element_size() < 2
-        whole = not parameter.is_floating_point() and not parameter.is_complex()
-        if parameter.dim() > 1 and (low or whole):
-            return f"its {name} is {parameter.dtype}"
-    for name in ("qweight", "weight", "weight_packed"):
-        held = module._buffers.get(name)
-        if held is not None and not held.is_floating_point() and held.dim() > 1:
-            return f"its {name} is {held.dtype}"
-    return None
 
 
 def _clones(model: nn.Module) -> dict[int, Any]:

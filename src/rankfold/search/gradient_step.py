@@ -70,7 +70,7 @@ class Directions:
         return sum(self.noises.values())
 
     def harmless(self, name: str, singular_values: Tensor) -> HarmlessRange:
-        """The harmless range of one layer, see ``spectrum.harmless_range``."""
+        """The harmless range of one layer, see ``maths.gradient.harmless_range``."""
         return harmless_range(
             singular_values, self.norms[name], self.signals[name], self.noises[name]
         )
@@ -168,7 +168,7 @@ def step_directions(
     release: bool = False,
     offload: Offload | None = None,
 ) -> Directions:
-    """The direction of every layer; see ``spectrum.gradient_step``.
+    """The direction of every layer; see ``maths.gradient.gradient_step``.
 
     With ``release``, each layer's gradients are dropped from ``statistics`` once used.
     ``offload`` says where directions lie.
@@ -210,9 +210,9 @@ def search_step(
 ) -> Step:
     """Choose the step's length on selection data.
 
-    The search starts at ``spectrum.step_length`` of all layers together and walks by half decades
-    to the side that improves; a parabola fitted to what was measured then proposes one more
-    length. Without an improvement that the selection examples show, the step is 0.
+    The search starts at ``maths.gradient.step_length`` of all layers together and walks by half
+    decades to the side that improves; a parabola fitted to what was measured then proposes one
+    more length. Without an improvement that the selection examples show, the step is 0.
 
     With several groups, each in turn then goes ``GROUP_FACTOR`` further, or else less far, where
     that is better with all other lengths as they are.
@@ -228,62 +228,111 @@ def search_step(
         progress: Shows the evaluations.
         groups: Number of groups, of neighbouring layers and of nearly the same number.
     """
-    trials: list[tuple[float, float]] = []
-    bounds: dict[float, float] = {}
     scratch = copy.deepcopy(model)
+    selection = _Selection(scratch, task, part, original, layers, batch_size, progress)
+    lengths = _Lengths(selection, found)
+    best = _walk(lengths, step_length(found.signal))
+    fit = fit_step(lengths.trials)
+    if fit is not None and all(_apart(fit.best, eta) for eta, _ in lengths.trials):
+        if lengths.measure(fit.best) < lengths.changes[best]:
+            best = fit.best
+        fit = fit_step(lengths.trials)
+    if not lengths.bounds[best] < 0:
+        return Step(0.0, found, lengths.trials, 0.0, fit)
+    step = Step(best, found, lengths.trials, lengths.changes[best], fit)
+    return step if groups == 1 else _by_group(selection, step, groups)
 
-    def change_of(step: Step, stage: str) -> Change:
+
+@dataclass(frozen=True)
+class _Selection:
+    """Selection examples, and a copy of the model to try steps with.
+
+    Attributes:
+        scratch: The copy; its weights are those of the step tried last.
+        task: Gives the loss.
+        part: The examples.
+        original: Losses of the unmoved model on them.
+        layers: Layers of the unmoved model.
+        batch_size: Examples a batch.
+        progress: Shows the evaluations.
+    """
+
+    scratch: nn.Module
+    task: Task
+    part: Part
+    original: Evaluation
+    layers: Mapping[str, MatrixLayer]
+    batch_size: int | None
+    progress: Progress
+
+    def change(self, step: Step, stage: str) -> Change:
+        """How a step changes the loss."""
         with torch.no_grad():
-            for name, layer in layers.items():
-                weight = cast("nn.Parameter", scratch.get_submodule(name).weight)
+            for name, layer in self.layers.items():
+                weight = cast("nn.Parameter", self.scratch.get_submodule(name).weight)
                 weight.copy_(step.moved(name, layer).view_as(weight))
         evaluation = evaluate(
-            scratch,
-            task,
-            part,
-            batch_size=batch_size,
-            progress=progress,
+            self.scratch,
+            self.task,
+            self.part,
+            batch_size=self.batch_size,
+            progress=self.progress,
             stage=f"{stage} on selection data",
             finite=False,
         )
-        return paired_change(original, evaluation)
+        return paired_change(self.original, evaluation)
 
-    def measure(eta: float) -> float:
-        change = change_of(Step(eta, found, [], 0.0), f"step {eta:.1e}")
-        trials.append((eta, change.mean))
-        bounds[eta] = change.upper_bound(GAIN_CONFIDENCE)
+
+class _Lengths:
+    """Lengths that all layers together were moved by, and what each was measured to do.
+
+    Attributes:
+        trials: ``(eta, measured change)`` of every length, in the order in which they were tried.
+        changes: The measured change of the loss, by length.
+        bounds: Its upper bound at ``GAIN_CONFIDENCE``, by length.
+    """
+
+    def __init__(self, selection: _Selection, directions: Directions):
+        self._selection = selection
+        self._directions = directions
+        self.trials: list[tuple[float, float]] = []
+        self.changes: dict[float, float] = {}
+        self.bounds: dict[float, float] = {}
+
+    def measure(self, eta: float) -> float:
+        """Try a length: the measured change."""
+        step = Step(eta, self._directions, [], 0.0)
+        change = self._selection.change(step, f"step {eta:.1e}")
+        self.trials.append((eta, change.mean))
+        self.changes[eta], self.bounds[eta] = change.mean, change.upper_bound(GAIN_CONFIDENCE)
         return change.mean
 
-    best = step_length(found.signal)
-    lowest = measure(best)
+
+def _walk(lengths: _Lengths, start: float) -> float:
+    """The best length found by half decades from a first one, to the side that improves."""
+    best, lowest = start, lengths.measure(start)
     for factor in (1 / math.sqrt(10), math.sqrt(10)):
         walked = False
-        while len(trials) < MOST_TRIALS:
+        while len(lengths.trials) < MOST_TRIALS:
             eta = best * factor
-            change = measure(eta)
+            change = lengths.measure(eta)
             if not change < lowest:
                 break
             best, lowest, walked = eta, change, True
         if walked:
             break
-    fit = fit_step(trials)
-    if fit is not None and all(_apart(fit.best, eta) for eta, _ in trials):
-        change = measure(fit.best)
-        if change < lowest:
-            best, lowest = fit.best, change
-        fit = fit_step(trials)
-    if not bounds[best] < 0:
-        return Step(0.0, found, trials, 0.0, fit)
-    step = Step(best, found, trials, lowest, fit)
-    if groups == 1:
-        return step
+    return best
+
+
+def _by_group(selection: _Selection, step: Step, groups: int) -> Step:
+    """The step with each group of layers in turn going further, or less far, where that helps."""
     tried: list[tuple[int, float, float]] = []
-    found_groups = neighbours(list(layers), groups)
-    for place, group in enumerate(found_groups):
+    found = neighbours(list(selection.layers), groups)
+    for place, group in enumerate(found):
         for factor in (GROUP_FACTOR, 1 / GROUP_FACTOR):
             other = replace(step, scales={**step.scales, **dict.fromkeys(group, factor)})
-            stage = f"group {place + 1} of {len(found_groups)}, step x {factor:g}"
-            gain = change_of(other, stage).mean
+            stage = f"group {place + 1} of {len(found)}, step x {factor:g}"
+            gain = selection.change(other, stage).mean
             tried.append((place, factor, gain))
             if gain < step.gain:
                 step = replace(other, gain=gain)

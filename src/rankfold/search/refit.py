@@ -182,24 +182,18 @@ def fitted_again(
         batch_size: Examples a batch.
         progress: Shows the layers.
     """
-    held_by = Counter(id(p) for m in factorized.modules() for p in m._parameters.values())
-    modules = {
-        name: module
-        for name in names
-        if isinstance(module := factorized.get_submodule(name), FactorizedLayer)
-        # A bias that stands in another module, too, has another use.
-        and (module.bias is None or held_by[id(module.bias)] == 1)
-    }
+    modules = _with_own_bias(factorized, names)
     first = part.batches(batch_size)[0]
     batch = on_device(part.collate(first), factorized)
     sizes = _outputs_of_one(factorized, modules, task, batch)
     if not sizes:
         return Fitted({}, [], 0)
+    modules = {name: modules[name] for name in sizes}
     few = on_device(part.collate(first[:LOOKED_AT]), factorized)
     with evaluation_mode(factorized):
         residuals = residual_connections(
             factorized,
-            {name: _channel_axis(modules[name]) for name in sizes},
+            {name: _channel_axis(module) for name, module in modules.items()},
             {name for name, _ in original.named_modules()},
             partial(_forward, task, factorized, few),
         )
@@ -210,39 +204,89 @@ def fitted_again(
     ]
     # Which tokens are no padding, where a batch says so.
     masks = [field_of(batch, "attention_mask") for batch in batches]
-    found: dict[str, FactorizedLayer] = {}
-    to_sums: list[str] = []
-
-    def fit(name: str, pairs: Pairs, streams: Pairs) -> list[Tensor]:
-        module, residual = modules[name], residuals.get(name)
-        known: Sequence[tuple[Tensor, Tensor] | None] = streams or [None] * len(pairs)
-        rows = [
-            _Rows.of(module, *pair, mask, residual, stream)
-            for pair, mask, stream in zip(pairs, masks, known, strict=True)
-        ]
-        if any(batch.streams is not None for batch in rows):
-            to_sums.append(name)
-        change = _change(module, rows)
-        found[name] = module.with_output_change(change)
-        changed = [change.of_outputs(batch.outputs, module.bias) for batch in rows]
-        return [y.movedim(-1, _channel_axis(module)) for y in changed]
-
+    fit = _Fit(modules, residuals, masks)
     run_in_step(
         original,
         factorized,
         batches,
         partial(_forward, task),
-        list(sizes),
+        list(modules),
         {name: residual.streams for name, residual in residuals.items()},
-        fit,
+        fit.visit,
         progress,
         "layers fitted again",
     )
-    for name, module in found.items():  # they were copied in evaluation mode
-        module.train(modules[name].training)
-        for new, old in zip(module.parameters(), modules[name].parameters(), strict=True):
-            new.requires_grad_(old.requires_grad)
-    return Fitted(found, to_sums, len(part.examples))
+    return Fitted(fit.in_their_modes(), fit.residual, len(part.examples))
+
+
+def _with_own_bias(model: nn.Module, names: Sequence[str]) -> dict[str, FactorizedLayer]:
+    """Those of these layers that take changes of their outputs, and whose bias has no other use."""
+    held_by = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    return {
+        name: module
+        for name in names
+        if isinstance(module := model.get_submodule(name), FactorizedLayer)
+        and module.takes_changes
+        and (module.bias is None or held_by[id(module.bias)] == 1)
+    }
+
+
+class _Fit:
+    """Fits each layer that both models stop at.
+
+    Args:
+        modules: The layers, in the order of their calls.
+        residuals: What the outputs are added to, of the layers where that is known.
+        masks: Of each batch, which of its rows count, or None.
+
+    Attributes:
+        found: Layers that were fitted.
+        residual: Those of them that were fitted to what they are added to.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, FactorizedLayer],
+        residuals: Mapping[str, Residual],
+        masks: Sequence[Tensor | None],
+    ):
+        self._modules = modules
+        self._residuals = residuals
+        self._masks = masks
+        self.found: dict[str, FactorizedLayer] = {}
+        self.residual: list[str] = []
+
+    def visit(self, name: str, pairs: Pairs, streams: Pairs) -> list[Tensor]:
+        """Fit a layer; its outputs in each batch as they are then."""
+        module, residual = self._modules[name], self._residuals.get(name)
+        known: Sequence[tuple[Tensor, Tensor] | None] = streams or [None] * len(pairs)
+        rows = [
+            _Rows.of(module, *pair, mask, residual, stream)
+            for pair, mask, stream in zip(pairs, self._masks, known, strict=True)
+        ]
+        if any(batch.streams is not None for batch in rows):
+            self.residual.append(name)
+        change = _change(module, rows)
+        self.found[name] = _without_hooks(module.with_output_change(change))
+        changed = [change.of_outputs(batch.outputs, module.bias) for batch in rows]
+        return [y.movedim(-1, _channel_axis(module)) for y in changed]
+
+    def in_their_modes(self) -> dict[str, FactorizedLayer]:
+        """The fitted layers, which were copied in evaluation mode, in the modes of the given."""
+        for name, module in self.found.items():
+            module.train(self._modules[name].training)
+            olds = self._modules[name].parameters()
+            for new, old in zip(module.parameters(), olds, strict=True):
+                new.requires_grad_(old.requires_grad)
+        return self.found
+
+
+def _without_hooks(module: FactorizedLayer) -> FactorizedLayer:
+    """A copy of a layer that is looked at, without what looks at it."""
+    for part in module.modules():
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+    return module
 
 
 def _forward(task: Task, model: nn.Module, batch: Batch) -> None:

@@ -9,14 +9,15 @@ stops in a hook.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial, reduce
 from typing import TypeAlias
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from rankfold.data.parts import Batch
 from rankfold.machine.progress import Progress
@@ -57,59 +58,112 @@ def run_in_step(
         progress: Shows the layers.
         stage: What it calls them.
     """
-    runner = getcurrent()
-    waiting: dict[greenlet, tuple[str, Tensor]] = {}
-    seen: dict[greenlet, dict[Place, Tensor]] = defaultdict(dict)
-    to_come = list(names)
-
-    def wait(name: str, module: nn.Module, args: object, output: Tensor) -> Tensor | None:
-        """Stop the pass here, and go on with what comes back."""
-        one = getcurrent()
-        if name not in to_come or one not in passes:  # called in another order, or by another
-            return None
-        waiting[one] = name, output
-        del output  # not held while others run
-        reply: Tensor | None = runner.switch()
-        return reply
-
-    def see(place: Place, tensor: Tensor) -> None:
-        seen[getcurrent()][place] = tensor
-
-    passes = [
-        greenlet(partial(run, model, batch)) for model in (first, second) for batch in batches
-    ]
+    passes = _Passes(names, streams, len(batches))
     with ExitStack() as stack:
         for model in (first, second):
             stack.enter_context(evaluation_mode(model))
-            for name in names:
-                handle = model.get_submodule(name).register_forward_hook(partial(wait, name))
-                stack.callback(handle.remove)
-            stack.enter_context(watch(model, set().union(*streams.values()), see))
-        stack.callback(_end, passes)
-        for one in passes:
-            one.switch()
+            stack.enter_context(passes.attached(model))
+        stack.callback(passes.end)
+        passes.begin([partial(run, m, batch) for m in (first, second) for batch in batches])
         for name in progress.track(names, stage, len(names)):
-            here = [one for one in passes if one in waiting and waiting[one][0] == name]
-            outputs = [waiting.pop(one)[1] for one in here]
-            replies: Sequence[Tensor | None] = [None] * len(here)
-            to_come.remove(name)
-            added = [_sum_at(streams.get(name, ()), seen[one]) for one in here]
-            needed = {place for later in to_come for place in streams.get(later, ())}
-            for tensors in seen.values():
-                for place in tensors.keys() - needed:
-                    del tensors[place]
-            if len(here) == len(passes):
-                half = len(batches)
-                pairs = _in_pairs(outputs, half)
-                if all(a.shape == b.shape for a, b in pairs):
-                    made = visit(name, pairs, _in_pairs(added, half))
-                    replies = replies if made is None else [*replies[:half], *made]
-                del pairs
-            del outputs, added
-            if not to_come:
+            here, replies = passes.stop(name, visit)
+            if not passes.to_come:
                 return
             for one, reply in zip(here, replies, strict=True):
                 one.switch(reply)
+
+
+class _Passes:
+    """The passes of both models over all batches, and what they have where they wait.
+
+    Args:
+        names: Layers that they stop at, in order.
+        streams: By layer, where the tensors that its outputs will be added to are seen before.
+        batches: Their number; the first model's passes come first.
+
+    Attributes:
+        to_come: Layers that no pass has gone past.
+    """
+
+    def __init__(
+        self, names: Sequence[str], streams: Mapping[str, Collection[Place]], batches: int
+    ):
+        self.to_come = list(names)
+        self._streams = streams
+        self._batches = batches
+        self._runner = getcurrent()
+        self._passes: list[greenlet] = []
+        self._waiting: dict[greenlet, tuple[str, Tensor]] = {}
+        self._seen: dict[greenlet, dict[Place, Tensor]] = defaultdict(dict)
+        self._hooks: dict[str, list[RemovableHandle]] = defaultdict(list)
+
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator[None]:
+        """Hooks on a model, and off again whatever happens."""
+        with ExitStack() as stack:
+            for name in self.to_come:
+                hook = partial(self._wait, name)
+                handle = model.get_submodule(name).register_forward_hook(hook)
+                self._hooks[name].append(handle)
+                stack.callback(handle.remove)
+            stack.enter_context(watch(model, set().union(*self._streams.values()), self._see))
+            yield
+
+    def begin(self, runs: Sequence[Callable[[], object]]) -> None:
+        """Let all passes go to the first layer that they call."""
+        self._passes = [greenlet(run) for run in runs]
+        for one in self._passes:
+            one.switch()
+
+    def end(self) -> None:
+        """Unwind the passes that wait, whether all is done or an error came."""
+        for one in self._passes:
+            if one:
+                one.throw()
+
+    def stop(self, name: str, visit: Visit) -> tuple[Sequence[greenlet], Sequence[Tensor | None]]:
+        """The passes that wait at the next layer, and what each goes on with.
+
+        What is held of the layer ends with this call, before any pass goes on.
+        """
+        here = [one for one in self._passes if one in self._waiting and self._at(one) == name]
+        outputs = [self._waiting.pop(one)[1] for one in here]
+        self.to_come.remove(name)
+        for handle in self._hooks.pop(name):  # so that a copy of the layer has none
+            handle.remove()
+        added = [_sum_at(self._streams.get(name, ()), self._seen[one]) for one in here]
+        self._forget()
+        if len(here) == len(self._passes):
+            pairs = _in_pairs(outputs, self._batches)
+            if all(a.shape == b.shape for a, b in pairs):
+                made = visit(name, pairs, _in_pairs(added, self._batches))
+                if made is not None:
+                    return here, [*[None] * self._batches, *made]
+        return here, [None] * len(here)
+
+    def _at(self, one: greenlet) -> str:
+        return self._waiting[one][0]
+
+    def _wait(self, name: str, module: nn.Module, args: object, output: Tensor) -> Tensor | None:
+        """Stop the pass here, and go on with what comes back."""
+        one = getcurrent()
+        # Called in another order, or by another.
+        if name not in self.to_come or one not in self._passes:
+            return None
+        self._waiting[one] = name, output
+        del output  # not held while others run
+        reply: Tensor | None = self._runner.switch()
+        return reply
+
+    def _see(self, place: Place, tensor: Tensor) -> None:
+        self._seen[getcurrent()][place] = tensor
+
+    def _forget(self) -> None:
+        """Let go of what no layer that is still to come is added to."""
+        needed = {place for later in self.to_come for place in self._streams.get(later, ())}
+        for tensors in self._seen.values():
+            for place in tensors.keys() - needed:
+                del tensors[place]
 
 
 def _sum_at(places: Collection[Place], tensors: Mapping[Place, Tensor]) -> Tensor | None:
@@ -124,10 +178,3 @@ def _in_pairs(tensors: Sequence[Tensor | None], half: int) -> Pairs:
     if len(known) < 2 * half:
         return []
     return list(zip(known[:half], known[half:], strict=True))
-
-
-def _end(passes: Sequence[greenlet]) -> None:
-    """Unwind the passes that wait, whether all is done or an error came."""
-    for one in passes:
-        if one:
-            one.throw()

@@ -8,7 +8,8 @@ For a loss that is the mean over N terms (tokens, images), and a layer ``y = W x
 
 so that ``1/2 tr(B Delta A Delta^T)`` is the K-FAC model of the mean loss (a conv's positions are
 counted once: in B), but for rows that dominate the gradient, which are counted apart
-(``curvature``). Only hooks live here; the maths is in ``spectrum`` and ``layer_matrix``.
+(``dominant_rows``). Only hooks live here; what they call is in ``rankfold.maths`` and
+``layer_matrix``.
 """
 
 from __future__ import annotations
@@ -34,11 +35,10 @@ from rankfold.maths.linalg import (
     Damping,
     add_gram,
     keep_below,
-    kept_below,
     mirrored,
     rows_of_same_gram,
 )
-from rankfold.maths.shrinkage import held_out_damping
+from rankfold.maths.shrinkage import damping_of_half
 from rankfold.model.backward import each_gradient
 from rankfold.model.evaluation_mode import evaluation_mode
 from rankfold.model.layer_matrix import (
@@ -101,36 +101,52 @@ def collect_statistics(
         InputError: The loss, or what a layer sees, is not finite.
     """
     progress = progress or SilentProgress()
-    first, second = (part.take(half) for half in halves(task.name, len(part.examples)))
+    embeddings, offload = embeddings or EmbeddingRecorder({}), offload or Offload()
     directions = noise_directions(len(part.examples))
-    embeddings = embeddings or EmbeddingRecorder({})
-    recorder = _Recorder(
-        layers, curvature, gradients, seed, directions, embeddings, offload or Offload()
-    )
-
-    def observe(source: Part, batches: Iterable[list[Any]], half: int | None) -> None:
-        for examples in batches:
-            recorder.observe(model, task, on_device(source.collate(examples), model), half)
-
-    with (
-        recorder.attached(),
-        evaluation_mode(model, trainable=recorder.trainable),
-        torch.set_grad_enabled(curvature is not None),
-    ):
-        early, late = first.batches(batch_size), second.batches(batch_size)
-        shown = iter(progress.track([*early, *late], "collect statistics", len(early) + len(late)))
-        observe(first, islice(shown, len(early)), 0)
-        if shrinkage:
-            recorder.keep_first_half()
-        observe(second, shown, 1)
-        recorder.refuse_infinite()
-        if shrinkage:
-            recorder.compare_halves(progress)
+    recorder = _Recorder(layers, curvature, gradients, seed, directions, embeddings, offload)
+    with recorder.attached(model):
+        _observe_halves(recorder, model, task, part, shrinkage, batch_size, progress)
         if prior is not None:
             batches = prior.batches(batch_size)
-            observe(prior, progress.track(batches, "own text's statistics", len(batches)), None)
+            shown = progress.track(batches, "own text's statistics", len(batches))
+            _observe(recorder, model, task, prior, shown, None)
             recorder.refuse_infinite()
     return recorder.statistics()
+
+
+def _observe_halves(
+    recorder: _Recorder,
+    model: nn.Module,
+    task: Task,
+    part: Part,
+    shrinkage: bool,
+    batch_size: int | None,
+    progress: Progress,
+) -> None:
+    """Pass the user's examples through the model, one half after the other."""
+    first, second = (part.take(half) for half in halves(task.name, len(part.examples)))
+    early, late = first.batches(batch_size), second.batches(batch_size)
+    shown = iter(progress.track([*early, *late], "collect statistics", len(early) + len(late)))
+    _observe(recorder, model, task, first, islice(shown, len(early)), 0)
+    if shrinkage:
+        recorder.keep_first_half()
+    _observe(recorder, model, task, second, shown, 1)
+    recorder.refuse_infinite()
+    if shrinkage:
+        recorder.compare_halves(progress)
+
+
+def _observe(
+    recorder: _Recorder,
+    model: nn.Module,
+    task: Task,
+    part: Part,
+    batches: Iterable[list[Any]],
+    half: int | None,
+) -> None:
+    """Pass batches of a part through the model; ``half`` as in ``_Recorder.observe``."""
+    for examples in batches:
+        recorder.observe(model, task, on_device(part.collate(examples), model), half)
 
 
 def halves(task: str, count: int) -> tuple[range, range]:
@@ -181,6 +197,34 @@ class _Sums:
             squares += self.dominant.output_squares
         self.dominant = DominantRows(rows_of_same_gram(rows), squares)
 
+    def refuse_infinite(self, name: str, dtype: torch.dtype) -> None:
+        """Refuse sums that are not finite, of a layer of this name and weight.
+
+        Raises:
+            InputError: As said.
+        """
+        for what, gram in {"inputs": self.input_gram, "output gradients": self.output_gram}.items():
+            if not bool(torch.isfinite(gram).all()):
+                wider = "float64" if dtype == torch.float32 else "float32"
+                advice = "" if dtype == torch.float64 else f", or give the model in {wider}"
+                raise InputError(
+                    f"the squares of the {what} of the layer {name}, added up, are NaN or "
+                    "infinite; expected finite ones. Its weight is "
+                    f"{str(dtype).removeprefix('torch.')}: check the model's weights and the "
+                    f"data{advice}."
+                )
+
+    def become_means(self, terms: Mapping[int | None, float]) -> None:
+        """Divide each sum by what it is over; ``terms`` are numbers of the loss's, by half."""
+        total = sum(terms.values())
+        for gram, count in ((self.input_gram, max(1, self.rows)), (self.output_gram, total)):
+            gram.copy_(mirrored(gram)).div_(count)
+        if self.dominant is not None:
+            inputs, squares = self.dominant.inputs, self.dominant.output_squares
+            self.dominant = DominantRows(inputs / math.sqrt(total), squares / total)
+        for half, gradient in enumerate(self.gradients):
+            gradient /= terms[half]
+
 
 class _Recorder:
     """Owns the hooks, and the sums that they feed."""
@@ -225,8 +269,8 @@ class _Recorder:
         self.listening = self.embeddings.listening = listening
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Hooks on, and off again whatever happens."""
+    def attached(self, model: nn.Module) -> Iterator[None]:
+        """Hooks on, the model as passes need it, and all as before whatever happens."""
         with ExitStack() as stack:
             stack.enter_context(self.embeddings.attached())
             for name, layer in self.layers.items():
@@ -237,6 +281,8 @@ class _Recorder:
                         self._require_gradient, with_kwargs=True
                     )
                     stack.callback(before.remove)
+            stack.enter_context(evaluation_mode(model, trainable=self.trainable))
+            stack.enter_context(torch.set_grad_enabled(self.curvature is not None))
             yield
 
     def keep_first_half(self) -> None:
@@ -252,18 +298,7 @@ class _Recorder:
             InputError: Names the layer.
         """
         for name, sums in self.sums.items():
-            parts = {"inputs": sums.input_gram, "output gradients": sums.output_gram}
-            for what, gram in parts.items():
-                if not bool(torch.isfinite(gram).all()):
-                    dtype = self.layers[name].weight.dtype
-                    wider = "float64" if dtype == torch.float32 else "float32"
-                    advice = "" if dtype == torch.float64 else f", or give the model in {wider}"
-                    raise InputError(
-                        f"the squares of the {what} of the layer {name}, added up, are NaN or "
-                        "infinite; expected finite ones. Its weight is "
-                        f"{str(dtype).removeprefix('torch.')}: check the model's weights and the "
-                        f"data{advice}."
-                    )
+            sums.refuse_infinite(name, self.layers[name].weight.dtype)
 
     def compare_halves(self, progress: Progress) -> None:
         """Judge the Grams of the first half by those of the second.
@@ -278,9 +313,12 @@ class _Recorder:
                 continue
             leader = self.sums.get(sums.leader or "")
             inputs = (
-                leader.lacking.input if leader else _lacking(first.input_diagonal, sums.input_gram)
+                leader.lacking.input
+                if leader
+                else damping_of_half(first.input_diagonal, sums.input_gram)
             )
-            sums.lacking = Damping(inputs, _lacking(first.output_diagonal, sums.output_gram))
+            outputs = damping_of_half(first.output_diagonal, sums.output_gram)
+            sums.lacking = Damping(inputs, outputs)
 
     def observe(self, model: nn.Module, task: Task, batch: Batch, half: int | None) -> None:
         """One pass: forward, then backward for the curvature, the mean gradients, or both.
@@ -420,16 +458,9 @@ class _Recorder:
 
     def statistics(self) -> dict[str, LayerStatistics]:
         """Sums to means."""
-        terms = sum(self.terms.values())
-        self.embeddings.terms = terms
+        self.embeddings.terms = sum(self.terms.values())
         for sums in self.sums.values():
-            for gram, count in ((sums.input_gram, max(1, sums.rows)), (sums.output_gram, terms)):
-                gram.copy_(mirrored(gram)).div_(count)
-            if sums.dominant is not None:
-                inputs, squares = sums.dominant.inputs, sums.dominant.output_squares
-                sums.dominant = DominantRows(inputs / math.sqrt(terms), squares / terms)
-            for half, gradient in enumerate(sums.gradients):
-                gradient /= self.terms[half]
+            sums.become_means(self.terms)
         backward = self.curvature is not None
         return {
             name: LayerStatistics(
@@ -442,14 +473,6 @@ class _Recorder:
             )
             for name, sums in self.sums.items()
         }
-
-
-def _lacking(early_diagonal: Tensor, running: Tensor) -> float:
-    """The damping that a running Gram needed at its first half, by what came since."""
-    if not len(running):
-        return 0.0
-    early = kept_below(running, early_diagonal)
-    return held_out_damping(early, mirrored(running) - early)
 
 
 def _add_inputs(gram: Tensor, layer: MatrixLayer, inputs: Tensor, sign: int = 1) -> None:

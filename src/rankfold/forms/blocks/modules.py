@@ -71,6 +71,7 @@ class _BlockLinear(FactorizedLayer):
         bias: ``(out,)`` or None; copied.
     """
 
+    takes_changes = True
     form: BlockForm
     order: Tensor
     bias: nn.Parameter | None
@@ -263,6 +264,8 @@ class BlocksConv2d(ConvStandIn):
         matrix: The layer of its matrix and bias.
         like: The conv it replaces, whose stride is taken.
     """
+
+    takes_changes = True
 
     def __init__(self, matrix: RowBlocksLinear | ColumnBlocksLinear, like: nn.Conv2d):
         super().__init__()

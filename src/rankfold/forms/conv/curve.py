@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rankfold.forms.conv.fit import (
@@ -78,12 +79,7 @@ def conv_curve(
         pivot=pivoted,
         allowed=lambda form, ranks: flops(form, ranks) <= dense_flops,
     )
-    regular = spectrum.truncation_changes()[1:-1].flip(0)  # rising
-    measured = spectrum.changes_under(*expected_grams(statistics))[1:-1].flip(0)
-    changes = np.array([candidate.change for candidate in found])
-    if len(regular):
-        share = (measured / regular.clamp(min=torch.finfo(torch.float64).tiny)).clamp(0, 1)
-        changes = changes * np.interp(changes, regular.cpu().numpy(), share.cpu().numpy())
+    changes = _as_measured(np.array([c.change for c in found]), spectrum, statistics)
     in_flops = cost == "flops"
     costs = [flops(c.form, c.ranks) if in_flops else c.parameters for c in found]
     return Curve(
@@ -95,6 +91,19 @@ def conv_curve(
         form_of=torch.tensor([CONV_FORMS.index(c.form) for c in found], dtype=torch.int64),
         second_ranks=torch.tensor([(*c.ranks, 0)[1] for c in found], dtype=torch.int64),
     )
+
+
+def _as_measured(
+    changes: NDArray[np.float64], spectrum: Spectrum, statistics: LayerStatistics
+) -> NDArray[np.float64]:
+    """Changes under damped Grams, ``(n,)``, times the share that the measured ones confirm."""
+    regular = spectrum.truncation_changes()[1:-1].flip(0)  # rising
+    measured = spectrum.changes_under(*expected_grams(statistics))[1:-1].flip(0)
+    if not len(regular):
+        return changes
+    share = (measured / regular.clamp(min=torch.finfo(torch.float64).tiny)).clamp(0, 1)
+    confirmed = np.interp(changes, regular.cpu().numpy(), share.cpu().numpy())
+    return np.asarray(changes * confirmed, dtype=np.float64)
 
 
 # Input ranks of Tucker-2 among which candidates are listed; each costs a decomposition.

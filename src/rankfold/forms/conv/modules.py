@@ -78,6 +78,8 @@ def _short(order: Tensor | None) -> Tensor | None:
 class _FactorizedConv2d(ConvStandIn):
     """Geometry and bias of the conv that is replaced, and the way back to it."""
 
+    takes_changes = True
+
     def __init__(self, in_channels: int, out_channels: int, like: nn.Conv2d, bias: Tensor | None):
         super().__init__()
         if like.groups != 1:

@@ -39,6 +39,7 @@ from rankfold.model.stock_layers import linear
 class _LowRank(FactorizedLayer):
     """The two factors, the order of the outputs, and the bias."""
 
+    takes_changes = True
     left: nn.Parameter
     right: nn.Parameter
     bias: nn.Parameter | None

@@ -1,0 +1,49 @@
+"""Refuses by name what factorizing would change silently: adapters, quantized weights."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from rankfold.errors import InputError
+
+
+def refuse_unsuitable(model: nn.Module) -> None:
+    """Refuse models whose layers are not what they seem.
+
+    Raises:
+        InputError: As said; names the first such layer.
+    """
+    for name, module in model.named_modules():
+        where = f"the layer {name or 'at the root'} ({type(module).__name__})"
+        if hasattr(module, "lora_A") or (
+            hasattr(module, "base_layer") and hasattr(module, "merge")
+        ):
+            raise InputError(
+                f"{where} has an adapter beside its weight; expected a model without adapters. "
+                "Merge them first, with peft: model = model.merge_and_unload()."
+            )
+        if reason := _quantized(module):
+            raise InputError(
+                f"{where} is quantized: {reason}; expected weights in float32, bfloat16 or "
+                "float16. Factorize the original model and quantize afterwards."
+            )
+
+
+def _quantized(module: nn.Module) -> str | None:
+    if ".quantized" in type(module).__module__ and type(module).__module__.startswith("torch"):
+        return f"it is a {type(module).__module__}.{type(module).__name__}"
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        kind = type(parameter.data)
+        if kind is not Tensor:
+            return f"its {name} is a {kind.__module__}.{kind.__name__}, no plain tensor"
+        low = parameter.is_floating_point() and parameter.element_size() < 2
+        whole = not parameter.is_floating_point() and not parameter.is_complex()
+        if parameter.dim() > 1 and (low or whole):
+            return f"its {name} is {parameter.dtype}"
+    for name in ("qweight", "weight", "weight_packed"):
+        held = module._buffers.get(name)
+        if held is not None and not held.is_floating_point() and held.dim() > 1:
+            return f"its {name} is {held.dtype}"
+    return None
