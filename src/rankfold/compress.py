@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from typing_extensions import Unpack
 
 from rankfold.certificate.statement import (
     ACCURACY,
@@ -30,7 +31,7 @@ from rankfold.result import Result
 from rankfold.search.plans import favoured, of_size, within_margin
 from rankfold.search.round import Stage, choose_damping, lowest
 from rankfold.search.study import collect
-from rankfold.settings import Settings, SizeOf, check_size
+from rankfold.settings import SettingKeywords, Settings, SizeOf, check_size
 from rankfold.tasks.evaluation import Metric
 from rankfold.tasks.supervised import LossFunction
 
@@ -46,7 +47,7 @@ def lossless(
     metrics: Sequence[Metric] = (),
     progress: Progress | None = None,
     offload_folder: str | Path | None = None,
-    **settings: Any,
+    **settings: Unpack[SettingKeywords],
 ) -> Result:
     """The best model of a given size, with the verdict of held-out data on it.
 
@@ -91,7 +92,7 @@ def compact(
     metrics: Sequence[Metric] = (),
     progress: Progress | None = None,
     offload_folder: str | Path | None = None,
-    **settings: Any,
+    **settings: Unpack[SettingKeywords],
 ) -> Result:
     """The smallest model whose mean loss is no worse than the original's by more than a margin.
 
@@ -136,7 +137,7 @@ def prepare(
     metrics: Sequence[Metric] = (),
     progress: Progress | None = None,
     offload_folder: str | Path | None = None,
-    **settings: Any,
+    **settings: Unpack[SettingKeywords],
 ) -> Preparation:
     """Everything that does not depend on the size: statistics, step, spectra.
 
