@@ -155,9 +155,7 @@ def verify(
     before = stored.original if stored is not None else None
     if original is None:
         checks += [
-            Check(
-                what, "not checked", "give the original: --model, and --weights where it needs it"
-            )
+            Check(what, "not checked", "give the original: original=")
             for what in ("weights of the original", "losses of the original model")
         ]
     else:
@@ -169,7 +167,7 @@ def verify(
             )
     if before is None:
         what = "certificate from fresh losses"
-        detail = "single losses are private: give the original with --model"
+        detail = "single losses are private: give the original: original="
         return Verification((*checks, Check(what, "not checked", detail)), None)
     wanted = {m["name"] for m in document["certificate"]["metrics"]} - {ACCURACY}
     unknown = sorted(wanted - {metric.name for metric in metrics})
@@ -284,8 +282,8 @@ def _find(
     if len(absent) == len(wanted):
         raise InputError(
             f"none of the certificate's {len(wanted)} held-out examples is in the data given. Give "
-            "the data that was certified on, with the options (--length, --mean, --std, "
-            "--image-size) that it was read with."
+            "the data that was certified on, with the options (length=, mean=, std=, "
+            "image_size=) that it was read with."
         )
     what = "held-out examples"
     if absent:

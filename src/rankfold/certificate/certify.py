@@ -185,7 +185,7 @@ def certify(
     if groups is not None and statement.test == "betting":
         raise InputError(
             "the betting test looks at single examples, but the held-out examples come in groups; "
-            "use --test bounded."
+            'use test="bounded".'
         )
     change, error = bounds.mean_and_error(x, w)
     upper = _upper(x, w, statement, statement.highest, 1)
