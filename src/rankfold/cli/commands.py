@@ -324,7 +324,7 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help=f"{', '.join(TARGETS)}. dense: the original architecture, factors multiplied out; "
+            help="The form to write. dense: the original architecture, factors multiplied out; "
             "pairs: two stock layers for each factorized one; onnx: for onnxruntime; pt2: a "
             "program of torch.export."
         ),
@@ -352,7 +352,7 @@ def export(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help=f"Of the weights, for onnx and pt2: {', '.join(DTYPES)}.",
+            help=f"Type of the weights, for onnx and pt2: {', '.join(DTYPES)}.",
             show_default="the artifact's",
         ),
     ] = None,

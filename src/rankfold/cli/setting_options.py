@@ -96,13 +96,13 @@ def parsed(one: Option, text: str) -> Any:
     Raises:
         InputError: It means none.
     """
+    if NoneType in one.alternatives and text == "none":
+        return None
     plain = [kind for kind in one.alternatives if kind in _WORDS]
     if text in one.choices or (one.choices and not plain):
         return text  # a word that is none of the choices is refused by Settings
     if _repeatable(one):
         return tuple(text.split(","))
-    if NoneType in one.alternatives and text == "none":
-        return None
     for kind in plain:
         try:
             return _TRUTH[text.lower()] if kind is bool else kind(text)
