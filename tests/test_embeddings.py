@@ -182,7 +182,7 @@ def test_by_default_embeddings_are_left_out_and_say_how_to_include_them() -> Non
     layers, skipped = find_layers(tiny_llama())
     assert "model.embed_tokens" not in layers and "lm_head" not in layers
     reasons = {entry.name: entry.reason for entry in skipped}
-    assert "--embeddings" in reasons["model.embed_tokens"]
+    assert "embeddings=True" in reasons["model.embed_tokens"]
     with pytest.raises(InputError, match="predicts the loss by curvature"):
         rankfold.prepare(tiny_llama(), token_data(), embeddings=True, objective="svd")
 

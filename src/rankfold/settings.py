@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
+from types import UnionType
+from typing import (
+    Any,
+    Literal,
+    NamedTuple,
+    TypeAlias,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from typing_extensions import TypedDict
 
@@ -31,87 +43,239 @@ from rankfold.tasks.supervised import LossFunction
 
 SizeOf: TypeAlias = Literal["model", "factorizable"]
 
+# The group of an option in the command line's help and in docs/options.md. The research panel holds
+# what only an ablation needs; the help does not show it.
+Panel: TypeAlias = Literal["Options", "Data", "Certificate", "Search", "Advanced", "Research"]
+EVERYDAY: Panel = "Options"
+RESEARCH: Panel = "Research"
+
+
+@dataclass(frozen=True)
+class Option:
+    """A field of ``Settings``, as the command line and the documentation show it.
+
+    Attributes:
+        name: In Python.
+        type: Its annotation.
+        default: Its value where none is given.
+        help: What it means.
+        panel: The group of options that it stands in.
+        unset: What None stands for.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+    panel: Panel
+    unset: str | None
+
+    @property
+    def alternatives(self) -> tuple[Any, ...]:
+        """The types that its value may have; of a plain type that one."""
+        union = get_origin(self.type) in (Union, UnionType)
+        return get_args(self.type) if union else (self.type,)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The words that its value may be."""
+        literals = (one for one in self.alternatives if get_origin(one) is Literal)
+        return tuple(str(word) for one in literals for word in get_args(one))
+
+
+def _shown(help: str, panel: Panel, unset: str | None = None) -> dict[str, str | None]:
+    """What ``Option`` says of a field."""
+    return {"help": help, "panel": panel, "unset": unset}
+
 
 @dataclass(frozen=True)
 class Settings:
     """Everything that decides the result, recorded in the artifact.
 
-    Attributes:
-        task: One of ``TASKS``; None to recognise it from the model and the data.
-        objective: What is minimised; one of ``OBJECTIVES``.
-        form: ``pivoted`` (fewest parameters) or ``pair`` (two stock layers).
-        conv_forms: Whether a conv with several taps may also become two convs along one axis
-            each, or a Tucker-2 of three (``conv_modules``), where the objective predicts the loss.
-        block_forms: Whether a pivoted Linear or 1x1 conv whose matrix is much longer than wide may
-            also become two blocks, each with a rank of its own (``block_modules``), likewise.
-        embeddings: Whether embedding matrices are factorized, too, and output layers that share
-            them or have too many outputs for a Gram. They are factorizable parameters then.
-        cost: What the size counts: ``parameters`` or ``flops``.
-        curvature: ``empirical``, ``sampled``, or ``auto``: by what the calibration loss shows.
-        damping: Added to A, as a share of its mean eigenvalue; ``auto`` chooses among ``DAMPINGS``
-            on selection data, for both Grams.
-        output_damping: The same for B; None for the value of ``damping``.
-        shrinkage: Whether one half of the calibration examples says what the Grams of the other
-            lack; a Gram that lacks more than the damping is damped by that (``shrinkage``).
-        gradient_step: Whether the joint objective moves the weights by its gradient term.
-        step_estimator: How that term is estimated: ``cross-validated``, ``denoised`` or ``raw``.
-        step_groups: Groups of neighbouring layers that have a length each; 1 for one length.
-        self_share: Share that text of the language model's own has in what A and B are collected
-            on: .5 adds as much as the user gave; see ``integrations.transformers.own_text``.
-        rounds: Times that the statistics are collected: more than one compresses in parts.
-        interactions: Whether the plan is made again once a first one has shown each layer's share
-            in the change of all of them together; see ``interactions``.
-        refit: Whether the result's layers are fitted once more to the inputs that the others have
-            changed, and stay so where selection data prefer it; see ``refit``.
-        seed: Seeds the split, the choice of examples and sampled labels.
-        limit: Calibration examples used; None for the task's default.
-        selection_limit: Selection examples used, likewise.
-        held_out_limit: Held-out examples used, likewise.
-        include: Glob patterns of layers to factorize; empty for all.
-        exclude: Glob patterns of layers to leave as they are.
-        confidence: Of the certificate's one-sided bounds.
-        test: Of the certificate: ``bounded`` (any distribution, up to a largest change of one
-            example), ``t`` (assumes a nearly normal mean) or ``betting`` (may stop early).
-        largest_change: The largest change of one example that counts in full, in the unit of the
-            loss; None for a range that the selection data give. Not for ``t``.
-        accuracy_margin: How much of the accuracy may be lost, as a share; None only reports it.
-        private: Keep the held-out examples' single losses out of the artifact.
-        batch_size: Examples a batch; None for a size that suits the examples.
+    What a field means is said beside it; ``docs/options.md`` and ``rankfold lossless --help`` are
+    made from that.
 
     Raises:
         InputError: A value is not one of those allowed.
     """
 
-    task: TaskName | None = None
-    objective: ObjectiveName = "joint"
-    form: Storage = "pivoted"
-    conv_forms: bool = True
-    block_forms: bool = True
-    embeddings: bool = False
-    cost: Cost = "parameters"
-    curvature: Curvature | Literal["auto"] = "auto"
-    damping: float | Literal["auto"] = 0.1
-    output_damping: float | None = None
-    shrinkage: bool = True
-    gradient_step: bool = True
-    step_estimator: StepEstimator = "cross-validated"
-    step_groups: int = 1
-    self_share: float = 0.0
-    rounds: int = 1
-    interactions: bool = True
-    refit: bool = True
-    seed: int = 0
-    limit: int | None = None
-    selection_limit: int | None = None
-    held_out_limit: int | None = None
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    confidence: float = DEFAULT_CONFIDENCE
-    test: TestName = "bounded"
-    largest_change: float | None = None
-    accuracy_margin: float | None = None
-    private: bool = False
-    batch_size: int | None = None
+    task: TaskName | None = field(
+        default=None,
+        metadata=_shown(
+            "What the model is for. teacher and embedding need no labels.",
+            "Options",
+            unset="as the model and the data show",
+        ),
+    )
+    objective: ObjectiveName = field(
+        default="joint", metadata=_shown("What is minimised.", "Search")
+    )
+    form: Storage = field(
+        default="pivoted",
+        metadata=_shown(
+            "How factors are stored: pivoted has the fewest parameters, pair is two stock layers.",
+            "Search",
+        ),
+    )
+    conv_forms: bool = field(
+        default=True,
+        metadata=_shown(
+            "Let a conv of several taps become two convs along one axis each, or a Tucker-2, "
+            "where that predicts a lower loss.",
+            "Advanced",
+        ),
+    )
+    block_forms: bool = field(
+        default=True,
+        metadata=_shown(
+            "Let a pivoted Linear or 1x1 conv much longer than wide become two blocks, each with "
+            "its own rank, where that predicts a lower loss.",
+            "Advanced",
+        ),
+    )
+    embeddings: bool = field(
+        default=False,
+        metadata=_shown(
+            "Factorize embeddings too, and output layers that share them or have too many "
+            "outputs for a Gram.",
+            "Search",
+        ),
+    )
+    cost: Cost = field(default="parameters", metadata=_shown("What sizes count.", "Search"))
+    curvature: Curvature | Literal["auto"] = field(
+        default="auto",
+        metadata=_shown(
+            "Whose labels the curvature is of: the data's (empirical) or drawn from the model's "
+            "predictions (sampled). auto decides by the calibration loss.",
+            "Research",
+        ),
+    )
+    damping: float | Literal["auto"] = field(
+        default=0.1,
+        metadata=_shown(
+            "Added to the Grams, as a share of their mean eigenvalue. auto chooses on selection "
+            "data.",
+            "Advanced",
+        ),
+    )
+    output_damping: float | None = field(
+        default=None,
+        metadata=_shown(
+            "Damping of the Grams of output gradients.", "Research", unset="as damping"
+        ),
+    )
+    shrinkage: bool = field(
+        default=True,
+        metadata=_shown(
+            "Damp a Gram of few examples by what halves of the calibration data show that it "
+            "lacks, where that is more than the damping.",
+            "Advanced",
+        ),
+    )
+    gradient_step: bool = field(
+        default=True,
+        metadata=_shown("Let the joint objective move the weights by its gradient term.", "Search"),
+    )
+    step_estimator: StepEstimator = field(
+        default="cross-validated",
+        metadata=_shown("How the gradient term is estimated.", "Research"),
+    )
+    step_groups: int = field(
+        default=1,
+        metadata=_shown("Groups of neighbouring layers that have a step length each.", "Research"),
+    )
+    self_share: float = field(
+        default=0.0,
+        metadata=_shown(
+            "Share of the calibration text that the language model writes itself: 0.5 adds as "
+            "much as the data given.",
+            "Search",
+        ),
+    )
+    rounds: int = field(
+        default=1,
+        metadata=_shown(
+            "Times that statistics are collected: 2 or more compress in parts.", "Search"
+        ),
+    )
+    interactions: bool = field(
+        default=True,
+        metadata=_shown(
+            "Plan again once a first plan has shown how the layers' errors add up.", "Advanced"
+        ),
+    )
+    refit: bool = field(
+        default=True,
+        metadata=_shown(
+            "Fit each factorized layer once more to the inputs that the others have changed, "
+            "where selection data prefer it.",
+            "Advanced",
+        ),
+    )
+    seed: int = field(
+        default=0,
+        metadata=_shown(
+            "Seed of the split, the choice of examples and the sampled labels.", "Data"
+        ),
+    )
+    limit: int | None = field(
+        default=None,
+        metadata=_shown(
+            "Calibration examples used.", "Options", unset="64 windows of text, or 2048"
+        ),
+    )
+    selection_limit: int | None = field(
+        default=None,
+        metadata=_shown("Selection examples used.", "Data", unset="32 windows of text, or 2048"),
+    )
+    held_out_limit: int | None = field(
+        default=None,
+        metadata=_shown("Held-out examples used.", "Data", unset="128 windows of text, or 10000"),
+    )
+    include: Sequence[str] = field(
+        default=(),
+        metadata=_shown("Factorize only layers whose name matches this pattern.", "Options"),
+    )
+    exclude: Sequence[str] = field(
+        default=(),
+        metadata=_shown("Leave layers whose name matches this pattern as they are.", "Options"),
+    )
+    confidence: float = field(
+        default=DEFAULT_CONFIDENCE,
+        metadata=_shown("Confidence of the certificate's one-sided bounds.", "Certificate"),
+    )
+    test: TestName = field(
+        default="bounded",
+        metadata=_shown(
+            "Test of the certificate. bounded holds for any distribution, up to the largest "
+            "change of one example; t assumes a nearly normal mean; betting may stop early.",
+            "Certificate",
+        ),
+    )
+    largest_change: float | None = field(
+        default=None,
+        metadata=_shown(
+            "The largest change of one example's loss that counts in full, in nats. Not for the "
+            "test t.",
+            "Certificate",
+            unset="what the selection data show",
+        ),
+    )
+    accuracy_margin: float | None = field(
+        default=None,
+        metadata=_shown(
+            "Share of the accuracy that may be lost.", "Certificate", unset="only reported"
+        ),
+    )
+    private: bool = field(
+        default=False,
+        metadata=_shown(
+            "Keep the held-out examples' single losses out of the artifact.", "Certificate"
+        ),
+    )
+    batch_size: int | None = field(
+        default=None, metadata=_shown("Examples a batch.", "Data", unset="what suits the examples")
+    )
 
     def __post_init__(self) -> None:
         """Refuse values outside their ranges, by name."""
@@ -125,12 +289,8 @@ class Settings:
         check_choice("cost", self.cost, get_args(Cost))
         check_choice("curvature", self.curvature, ("auto", "empirical", "sampled"))
         check_choice("step_estimator", self.step_estimator, STEP_ESTIMATORS)
-        for name in ("damping", "output_damping"):
-            value = getattr(self, name)
-            known = value == "auto" if name == "damping" else value is None
-            if not (known or (not isinstance(value, str) and 0 <= value < math.inf)):
-                expected = "a finite number, 0 or more" + ", or auto" * (name == "damping")
-                raise InputError(f"{name} is {value}; expected {expected}.")
+        _check_damping("damping", self.damping, "auto")
+        _check_damping("output_damping", self.output_damping, None)
         if self.damping == "auto" and self.output_damping is not None:
             raise InputError(
                 "damping is auto, which chooses the output damping too; leave output_damping out."
@@ -173,29 +333,6 @@ class Settings:
             raise ValueError("the damping is chosen on selection data first; see prepare")
         output = self.damping if self.output_damping is None else self.output_damping
         return Damping(self.damping, output)
-
-
-def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Refuse a value that is not one of those allowed.
-
-    Raises:
-        InputError: As said.
-    """
-    if value not in allowed:
-        raise InputError(f"{name} is {value!r}; expected one of {', '.join(allowed)}.")
-
-
-def check_size(size: float) -> None:
-    """Refuse a size outside (0, 1].
-
-    Raises:
-        InputError: As said.
-    """
-    if not 0 < size <= 1:
-        raise InputError(
-            f"the size is {size}; expected the share that is kept, above 0 and at most 1 "
-            "(0.9 keeps 90 % of the parameters)."
-        )
 
 
 class SettingKeywords(TypedDict, total=False):
@@ -280,3 +417,43 @@ def read_options(options: Options) -> Asked:
         TrimmingProgress(cast("Progress | None", progress) or SilentProgress()),
         Offload(None if folder is None else Path(cast("str", folder))),
     )
+
+
+@cache
+def setting_options() -> dict[str, Option]:
+    """The fields of ``Settings`` by name, with their help and panel."""
+    types = get_type_hints(Settings)
+    return {
+        one.name: Option(one.name, types[one.name], one.default, **one.metadata)
+        for one in fields(Settings)
+    }
+
+
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Refuse a value that is not one of those allowed.
+
+    Raises:
+        InputError: As said.
+    """
+    if value not in allowed:
+        raise InputError(f"{name} is {value!r}; expected one of {', '.join(allowed)}.")
+
+
+def _check_damping(name: str, value: object, otherwise: str | None) -> None:
+    known = value == otherwise or (isinstance(value, int | float) and 0 <= value < math.inf)
+    if not known:
+        or_auto = "" if otherwise is None else f", or {otherwise}"
+        raise InputError(f"{name} is {value}; expected a finite number, 0 or more{or_auto}.")
+
+
+def check_size(size: float) -> None:
+    """Refuse a size outside (0, 1].
+
+    Raises:
+        InputError: As said.
+    """
+    if not 0 < size <= 1:
+        raise InputError(
+            f"the size is {size}; expected the share that is kept, above 0 and at most 1 "
+            "(0.9 keeps 90 % of the parameters)."
+        )

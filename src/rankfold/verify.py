@@ -137,7 +137,7 @@ def verify(
     checks += more
     what = "certificate from fresh losses"
     if before is None:
-        detail = "single losses are private: give the original with --model"
+        detail = "single losses are private: give the original: original="
         return Verification((*checks, Check(what, "not checked", detail)), None)
     values, more = _metric_values(afresh, model, stored)
     checks += more
@@ -207,7 +207,7 @@ def _original_losses(
 ) -> tuple[Evaluation | None, list[Check]]:
     """Losses of the original model: fresh ones, else the stored ones, else None."""
     if afresh.original is None:
-        detail = "give the original: --model, and --weights where it needs it"
+        detail = "give the original: original="
         checks = [
             Check(what, "not checked", detail)
             for what in ("weights of the original", "losses of the original model")
@@ -332,8 +332,8 @@ def _find(
     if len(absent) == len(wanted):
         raise InputError(
             f"none of the certificate's {len(wanted)} held-out examples is in the data given. Give "
-            "the data that was certified on, with the options (--length, --mean, --std, "
-            "--image-size) that it was read with."
+            "the data that was certified on, with the options (length=, mean=, std=, "
+            "image_size=) that it was read with."
         )
     what = "held-out examples"
     if absent:

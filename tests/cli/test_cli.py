@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from rankfold.settings import Settings
+from rankfold.settings import RESEARCH, setting_options
 from tests.command_line import environment, images, make_project, rankfold
 from tests.tiny_language_model import TEXT, save_tiny_llama
 
@@ -381,8 +381,33 @@ def test_json_alone_on_stdout_though_the_model_prints(work: Path) -> None:
     assert json.loads(rankfold(*arguments, cwd=work).stdout)["ratio"] < 0.61
 
 
-def test_help_states_every_setting() -> None:
+def test_help_states_every_setting_but_those_of_research() -> None:
     shown = rankfold("lossless", "--help", cwd=Path.cwd()).stdout
-    for name in Settings.__dataclass_fields__:
-        assert f"--{name.replace('_', '-')}"[:16] in shown
+    for name, option in setting_options().items():
+        assert (f"--{name.replace('_', '-')} " in shown) == (option.panel != RESEARCH)
     assert rankfold("--version", cwd=Path.cwd()).stdout.startswith("rankfold ")
+
+
+def test_set_gives_what_the_option_gives(work: Path) -> None:
+    by_option, by_set = ("--no-refit", "--curvature", "sampled"), ("refit=false", "rounds=1")
+    rankfold(*LOSSLESS[:-1], "a", *by_option, cwd=work)
+    given = [word for one in (*by_set, "curvature=sampled") for word in ("--set", one)]
+    rankfold(*LOSSLESS[:-1], "b", *given, cwd=work)
+    written = [(work / out / "model.safetensors").read_bytes() for out in ("a", "b")]
+    assert written[0] == written[1]
+    settings = json.loads((work / "b" / "rankfold.json").read_text())["settings"]
+    assert settings["curvature"] == "sampled" and settings["refit"] is False
+    refused = rankfold(*LOSSLESS[:-1], "c", "--set", "refitt=false", cwd=work, expect=2)
+    assert "there is no setting 'refitt'" in refused.stderr and "refit" in refused.stderr
+
+
+def test_messages_from_below_name_options(work: Path) -> None:
+    (work / "few.npz").write_bytes((work / "data.npz").read_bytes())
+    rankfold(*LOSSLESS, "--device", "cpu", cwd=work)
+    again = rankfold(*LOSSLESS, cwd=work, expect=2).stderr
+    assert "choose another one or pass --overwrite." in again
+    assert "overwrite=" not in again
+    told = rankfold("verify", "out", *DATA, "--model", "net.py:net", cwd=work).stdout
+    assert "give the original: --model, and --weights where it needs it" in told
+    missing = rankfold("evaluate", "out", *DATA, cwd=work, expect=2).stderr
+    assert "pass an instance of it by --model file.py:function." in missing

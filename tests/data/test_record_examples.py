@@ -106,14 +106,14 @@ def test_labelled_text(tmp_path: Path) -> None:
 
 def test_a_column_that_is_missing_lists_those_there_are(tmp_path: Path) -> None:
     file = _jsonl(tmp_path, {"body": "a b", "summary": "c"})
-    with pytest.raises(InputError, match=r"no column 'text'; it has 'body', 'summary'(.*)--text-c"):
+    with pytest.raises(InputError, match=r"no column 'text'; it has 'body', 'summary'(.*)text_c"):
         _read(file)
     columns = {"text": "body", "target": "summary"}
     (found,) = _read(file, "seq2seq", columns=columns)
     assert found["labels"].tolist() == [4]
-    with pytest.raises(InputError, match=r"no column 'label'.*--label-column"):
+    with pytest.raises(InputError, match=r"no column 'label'.*label_column="):
         _read(file, "classification", columns={"text": "body"})
-    with pytest.raises(InputError, match=r"no column 'target'.*--target-column"):
+    with pytest.raises(InputError, match=r"no column 'target'.*target_column="):
         _read(file, "seq2seq", columns={"text": "body"})
     assert [w.tolist() for w in _read(file, "causal-lm", columns={"text": "body"})] == [[4, 4]]
 
@@ -227,8 +227,8 @@ def test_a_tag_labels_the_first_piece_of_its_token(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"words": ["a"], "tags": [0]}, r"no column 'tokens'; it has 'words', 'tags'.*--tokens-c"),
-        ({"tokens": ["a"], "label": 0}, r"no column 'tags'.*--tags-column"),
+        ({"words": ["a"], "tags": [0]}, r"no column 'tokens'; it has 'words', 'tags'.*tokens_c"),
+        ({"tokens": ["a"], "label": 0}, r"no column 'tags'.*tags_column="),
         ({"tokens": ["a", "b"], "tags": ["O"]}, "record 0 of .* has 2 tokens and 1 tags"),
         ({"tokens": "a b", "tags": ["O"]}, r"holds 'a b' in record 0; expected a list"),
         ({"tokens": [], "tags": []}, r"holds '\[\]' in record 0"),

@@ -185,7 +185,7 @@ def test_sounds_that_the_model_does_not_hear_are_refused(listener: Path, tmp_pat
 def test_a_processor_that_can_not_be_opened_is_named(vit: Path, tmp_path: Path) -> None:
     images, opened = _images(tmp_path / "images", count=2), open_model(str(vit))
     (vit / "preprocessor_config.json").write_text('{"image_processor_type": "No')
-    with pytest.raises(InputError, match=f"{re.escape(str(vit))} says how.*Give --image-size"):
+    with pytest.raises(InputError, match=f"{re.escape(str(vit))} says how.*Give image_size="):
         open_examples(str(images), opened, DataOptions())
     image, _ = open_examples(str(images), opened, DataOptions(image_size=16))[0]
     assert image.shape == (3, 16, 16)

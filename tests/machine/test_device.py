@@ -35,7 +35,7 @@ def test_an_error_counts_the_gpus(monkeypatch: pytest.MonkeyPatch, two_gpus: Non
 
 
 def test_who_leaves_a_gpu_idle_is_told(two_gpus: None) -> None:
-    assert "--device cuda would use the card 0" in str(unused_gpu(torch.device("cpu")))
+    assert 'device="cuda" would use the card 0' in str(unused_gpu(torch.device("cpu")))
     assert unused_gpu(torch.device("cuda", 0)) is None
 
 

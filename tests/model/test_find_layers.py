@@ -42,7 +42,7 @@ def test_every_other_layer_is_listed_with_its_reason(monkeypatch: pytest.MonkeyP
     assert set(layers) == {"good", "conv"}
     reasons = {entry.name: entry.reason for entry in skipped}
     assert "2 groups stand in one weight" in reasons["grouped"]
-    assert "--embeddings" in reasons["embedding"]
+    assert "embeddings=True" in reasons["embedding"]
     assert "shared" in reasons["tied"]
     assert "rank 1" in reasons["thin"]
     assert "Conv1d" in reasons["sequence"]

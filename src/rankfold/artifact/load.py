@@ -87,7 +87,7 @@ def skeleton(
     if source is None:
         raise InputError(
             f"{folder} holds a {manifest['model']['class']}, a class of your own: pass an "
-            "instance, rankfold.load(folder, model=YourClass(...)) or --model file.py:function."
+            "instance of it by model=."
         )
     return make_named(NamedModel(**source), tensors)
 

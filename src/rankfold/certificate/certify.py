@@ -242,7 +242,7 @@ def _check_units(units: int, groups: Sequence[str] | None, statement: Statement)
     if groups is not None and statement.test == "betting":
         raise InputError(
             "the betting test looks at single examples, but the held-out examples come in groups; "
-            "use --test bounded."
+            'use test="bounded".'
         )
 
 

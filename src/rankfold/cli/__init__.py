@@ -1,5 +1,6 @@
 """The command line."""
 
-from rankfold.cli.commands import app, main
+from rankfold.cli.app import app
+from rankfold.cli.commands import main
 
 __all__ = ["app", "main"]

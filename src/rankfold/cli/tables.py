@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from rankfold.cli.app import as_options
 from rankfold.errors import InputError
 
 NATURAL = 10_000  # columns of a console on which every table has room
@@ -148,7 +149,7 @@ def certificate_lines(certificate: dict[str, Any]) -> list[str]:
 
 def _reasons(report: dict[str, Any]) -> str:
     counted = Counter(entry["reason"] for entry in report["not_factorized"])
-    listed = "; ".join(f"{count} x {reason}" for reason, count in counted.most_common())
+    listed = "; ".join(f"{count} x {as_options(reason)}" for reason, count in counted.most_common())
     return f" ({listed})" if listed else ""
 
 
@@ -245,7 +246,7 @@ def not_factorized_table(report: dict[str, Any]) -> Table:
     """One row a layer that can't be factorized, with the reason."""
     table = _listing("not factorized", ["layer", "kind", "reason"])
     for entry in report["not_factorized"]:
-        table.add_row(entry["name"], entry["kind"], entry["reason"])
+        table.add_row(entry["name"], entry["kind"], as_options(entry["reason"]))
     return table
 
 

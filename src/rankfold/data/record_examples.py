@@ -111,7 +111,7 @@ def record_examples(
     if MESSAGES in records[0] and columns["text"] is None:
         return _conversations(file, records, tokenizer, length)
     name = columns["text"] or TEXT
-    texts = [str(value) for value in column(file, records, name, "--text-column")]
+    texts = [str(value) for value in column(file, records, name, "text_column=")]
     encoded = [_ids(tokenizer, text, length) for text in texts]
     if task == "masked-lm":
         return cast("list[Any]", hidden_words(encoded, tokenizer, seed))
@@ -137,10 +137,10 @@ def _answers(
     target = columns["target"] or (TARGET if task in (None, "seq2seq") else None)
     label = columns["label"] or (LABEL if task in (None, "classification", "regression") else None)
     if columns["target"] or task == "seq2seq" or target in records[0]:
-        targets = column(file, records, str(target), "--target-column")
+        targets = column(file, records, str(target), "target_column=")
         return _padded([_ids(tokenizer, str(t), length) for t in targets], NO_LABEL)
     if columns["label"] or task in ("classification", "regression") or label in records[0]:
-        values = column(file, records, str(label), "--label-column")
+        values = column(file, records, str(label), "label_column=")
         return _labels(file, str(label), values, task, label_ids)
     return None
 
@@ -168,7 +168,7 @@ def _labels(
 ) -> list[Tensor]:
     if task == "regression":
         return [torch.tensor(value) for value in numbers(file, name, values)]
-    found = _label_numbers(file, name, values, label_ids, "For values use --task regression.")
+    found = _label_numbers(file, name, values, label_ids, 'For values use task="regression".')
     return [torch.tensor(number) for number in found]
 
 
@@ -221,8 +221,8 @@ def _tagged(
             "to; expected a fast one (a folder with tokenizer.json). Or give the data as "
             "file.py:function, with input_ids and labels."
         )
-    tokens_column = _lists(file, names[0], column(file, records, names[0], "--tokens-column"))
-    tags_column = _lists(file, names[1], column(file, records, names[1], "--tags-column"))
+    tokens_column = _lists(file, names[0], column(file, records, names[0], "tokens_column="))
+    tags_column = _lists(file, names[1], column(file, records, names[1], "tags_column="))
     for place, (tokens, tags) in enumerate(zip(tokens_column, tags_column, strict=True)):
         if len(tokens) != len(tags):
             raise InputError(
@@ -246,7 +246,7 @@ def _tagged(
         if all(label == NO_LABEL for label in row):
             raise InputError(
                 f"record {place} of {file} has no tagged token within {length} ids; allow more "
-                "with --length, or remove it."
+                "by length=, or remove it."
             )
         encoded.append(torch.tensor(found["input_ids"], dtype=torch.int64))
         labels.append(torch.tensor(row, dtype=torch.int64))
@@ -312,7 +312,7 @@ def _conversations(
     if not examples:
         raise InputError(
             f"in {file} the assistant says nothing within the first {length} tokens of any "
-            "conversation; allow more with --length."
+            "conversation; allow more by length=."
         )
     return examples
 
@@ -344,7 +344,7 @@ def _image_examples(
             )
     found: list[int] | None = None
     if task not in ("teacher", "embedding") or label in records[0]:
-        values = column(file, records, label, "--label-column")
+        values = column(file, records, label, "label_column=")
         found = _label_numbers(file, label, values, label_ids, "The model's config names them.")
     images = TableImages([value["bytes"] for value in held], found, read, where)
     return cast("Sequence[Any]", images)
@@ -355,12 +355,10 @@ def _table_examples(
 ) -> list[tuple[Tensor, Tensor] | Tensor]:
     unlabelled = task == "teacher" and label not in records[0]
     inputs = [name for name in records[0] if name != label]
-    columns = [
-        numbers(file, name, column(file, records, name, "--label-column")) for name in inputs
-    ]
+    columns = [numbers(file, name, column(file, records, name, "label_column=")) for name in inputs]
     rows = torch.tensor(columns, dtype=torch.float32).T
     if unlabelled:
         return list(rows)
-    values = column(file, records, label, "--label-column")
+    values = column(file, records, label, "label_column=")
     found = _labels(file, label, values, task, None)
     return list(zip(rows, found, strict=True))

@@ -22,9 +22,8 @@ LENGTH, DECODER_LENGTH = 8, 6  # tokens; they differ, so that the traced axes ar
 MASK = "attention_mask"
 PADDING = 2
 HOW = (
-    "Give --input-shape (3x224x224 of an image, the number of tokens of a text), or --inputs "
-    "file.py:function giving a batch: a tensor, or a mapping of the model's inputs by name "
-    "(from Python: inputs=)"
+    "Give inputs=, which is a batch (a tensor, or a mapping of the model's inputs by name) or the "
+    "shape of one example (3x224x224 of an image, the number of tokens of a text)"
 )
 
 

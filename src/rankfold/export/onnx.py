@@ -63,7 +63,8 @@ def write_onnx(traced: Traced, outputs: Sequence[str], file: Path) -> None:
         except Exception as error:
             cause = str(error).strip().splitlines()[-1].removesuffix(".")
             raise InputError(
-                f"torch's exporter can't write this model as ONNX: {cause}. Use --to pt2, or dense."
+                f"torch's exporter can't write this model as ONNX: {cause}. "
+                'Use to="pt2" or to="dense".'
             ) from error
         weights = set(made.model.graph.initializers)
         optimizer.optimize_ir(

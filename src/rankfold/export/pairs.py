@@ -97,7 +97,8 @@ def _refuse_own_modules(model: nn.Module, unpacked: Iterable[str], source: Path)
         if any(type(part) not in _OPTIONS for part in _parts(module)):
             raise InputError(
                 f"{source} can't be exported as pairs: its module {name} is made of several layers "
-                f"by rankfold's {type(module).__name__}, which is no sequence. Use --to dense."
+                f"by rankfold's {type(module).__name__}, which is no sequence. "
+                'Use to="dense".'
             )
 
 

@@ -78,7 +78,7 @@ def trace(model: nn.Module, inputs: ExampleInputs, *, plain: bool = False) -> Tr
             f"{type(model).__name__} can't be traced for a batch of any size"
             + (" and sequences of any length" if inputs.lengths else "")
             + f": {_first_line(error)}. A model that fixes the length is traced at the one that "
-            "--input-shape gives."
+            "inputs= gives."
         ) from error
     finally:
         hook.remove()

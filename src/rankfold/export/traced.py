@@ -115,7 +115,7 @@ def write_program(model: nn.Module, file: Path, kind: ProgramKind, given: Given 
         if torch.bfloat16 in dtypes:
             raise InputError(
                 "the model is bfloat16, which onnxruntime doesn't compute with on a CPU. Give "
-                '--dtype float32 or --dtype float16 (dtype="float32").'
+                'dtype="float32" or dtype="float16".'
             )
     inputs = example_inputs(model, given)
     longer = (0, 0) if inputs.given else LONGER
@@ -140,7 +140,7 @@ def write_program(model: nn.Module, file: Path, kind: ProgramKind, given: Given 
             raise InputError(
                 f"the {kind} file doesn't compute what the model does: its outputs differ by "
                 f"{difference:.2g} of the largest, {allowed:g} is allowed. It was not kept; use "
-                "--to dense or pairs."
+                'to="dense" or to="pairs".'
             )
     described = {
         name: (

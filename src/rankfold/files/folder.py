@@ -30,7 +30,7 @@ def check_output(folder: Path, overwrite: bool, mark: str) -> None:
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise InputError(
             f"the output folder {folder} exists and is not empty; choose another one or pass "
-            "--overwrite (overwrite=True)."
+            "overwrite=True."
         )
     if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file():
         raise InputError(

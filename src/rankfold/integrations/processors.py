@@ -25,7 +25,7 @@ def image_preparation(folder: Path) -> ImagePreparation:
     Raises:
         InputError: It can't be opened.
     """
-    processor = _opened("AutoImageProcessor", folder, "--image-size, --mean or --std")
+    processor = _opened("AutoImageProcessor", folder, "image_size=, mean= or std=")
 
     def prepare(image: Any, what: str) -> dict[str, Tensor]:
         return _inputs(folder, what, lambda: processor(images=image, return_tensors="pt"))

@@ -34,12 +34,12 @@ WITHOUT_RANKFOLD = (
     "'import rankfold' before from_pretrained"
 )
 IN_PAIRS = (
-    "this folder was written by rankfold export --to pairs, and its README.md opens it; "
-    "from_pretrained opens what --to dense writes"
+    'this folder was written by rankfold.export with to="pairs", and its README.md opens it; '
+    'from_pretrained opens what to="dense" writes'
 )
 IN_A_PROGRAM = (
-    "this folder was written by rankfold export --to onnx or pt2: onnxruntime or torch.export.load "
-    "opens its model file; from_pretrained opens what --to dense writes"
+    'this folder was written by rankfold.export with to="onnx" or to="pt2": onnxruntime or '
+    'torch.export.load opens its model file; from_pretrained opens what to="dense" writes'
 )
 GENERATION_FILE = "generation_config.json"
 # Beside the weights and their configuration: what turns data into inputs.

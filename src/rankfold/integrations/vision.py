@@ -22,7 +22,7 @@ from rankfold.files.size_limits import check_modest
 LIBRARIES = ("timm", "torchvision")
 _SPEC = re.compile(rf"({'|'.join(LIBRARIES)}):([\w.-]+)((?:,[^,=]+=[^,]*)*)")
 _OPTION = re.compile(r"[A-Za-z]\w*")
-# They name files, downloads and code; weights are given by --weights.
+# They name files, downloads and code; weights are given by weights=.
 _REFUSED = re.compile(r"pretrained|checkpoint|weights|cache|cfg|progress|file|path|jit|scriptable")
 _PLAIN = (bool, int, float, str)
 

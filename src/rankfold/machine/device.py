@@ -9,8 +9,8 @@ from rankfold.errors import InputError
 
 OUT_OF_MEMORY = (
     "the GPU's memory is too small for this; expected some 40 bytes a parameter beside what a "
-    "batch takes. Ask for smaller batches (--batch-size), leave layers out (--exclude), or run it "
-    "on the CPU (--device cpu; --offload-folder DIR, where its memory is too small as well)."
+    "batch takes. Ask for smaller batches (batch_size=), leave layers out (exclude=), or run it on "
+    'the CPU (device="cpu"; offload_folder="DIR", where its memory is too small as well).'
 )
 
 
@@ -34,7 +34,7 @@ def check_device(name: str) -> torch.device:
         found = f"{seen} GPU" + "s" * (seen != 1) if seen else "no GPU"
         raise InputError(
             f"the device is {name!r}, but PyTorch {torch.__version__} sees {found}; {expected}. "
-            "Use --device cpu, or a build of PyTorch for your GPU and its driver."
+            'Use device="cpu", or a build of PyTorch for your GPU and its driver.'
         )
     return device
 
@@ -43,7 +43,7 @@ def unused_gpu(device: torch.device) -> str | None:
     """What to tell a user whose GPU stays idle, or None."""
     if device.type != "cpu" or not torch.cuda.is_available():
         return None
-    return f"running on the CPU; --device cuda would use the {torch.cuda.get_device_name(0)}"
+    return f'running on the CPU; device="cuda" would use the {torch.cuda.get_device_name(0)}'
 
 
 def device_of(model: nn.Module) -> str:

@@ -100,7 +100,7 @@ def advice(parameters: int, offload: Offload) -> str | None:
         return None
     return (
         f"a model of {parameters:,} parameters may need some {needed / 1e9:.1f} GB, of which "
-        f"{available / 1e9:.1f} GB are available; --offload-folder DIR keeps most of it in files"
+        f'{available / 1e9:.1f} GB are available; offload_folder="DIR" keeps most of it in files'
     )
 
 

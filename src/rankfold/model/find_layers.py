@@ -221,7 +221,7 @@ def _reason(
     if isinstance(module, _CONVS) and (reason := groups_reason(module)) is not None:
         return reason
     if _looks_up(module):
-        return "embeddings are left out: --embeddings includes them"
+        return "embeddings are left out: embeddings=True includes them"
     plain = plain_kind(module) in (nn.Linear, nn.Conv2d)
     if not (plain and isinstance(module, nn.Linear | nn.Conv2d)):
         stock = type(module).__module__.startswith("torch.")

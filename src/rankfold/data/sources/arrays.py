@@ -83,12 +83,12 @@ def read_npz(
     if mean is not None or std is not None:
         if inputs.dim() != 4:
             raise InputError(
-                f"--mean and --std need images; x in {file} has the shape {x.shape}, expected "
+                f"mean= and std= need images; x in {file} has the shape {x.shape}, expected "
                 "(n, h, w, c) or (n, c, h, w)."
             )
         channels = inputs.shape[1]
         inputs = normalize_images(
-            inputs, channel_values("--mean", mean, channels), channel_values("--std", std, channels)
+            inputs, channel_values("mean", mean, channels), channel_values("std", std, channels)
         )
     return TensorDataset(inputs, labels)
 

@@ -54,7 +54,7 @@ class ClassFolder(Dataset[Any]):
 
 def refused(error: InputError) -> InputError:
     """The same, with the way to go on without the file."""
-    return InputError(f"{error} Or leave out such files with --skip-broken.")
+    return InputError(f"{error} Or leave out such files by skip_broken=True.")
 
 
 def class_files(
@@ -94,7 +94,7 @@ def class_files(
         raise InputError(
             f"the {what} folder {folder} has {found}; expected two or more folders, one a class, "
             f"with the {what}s of that class in it. {what.capitalize()}s without classes do for "
-            "--task teacher."
+            'task="teacher".'
         )
     labels = _labels(folder, [path.name for path in classes], label_ids or {})
     files: list[tuple[Path, int | None]] = []

@@ -86,10 +86,10 @@ def image_reader(
     """
     require("PIL", "images")
     if size is not None and size < 1:
-        raise InputError(f"--image-size is {size}; expected 1 pixel or more.")
+        raise InputError(f"image_size= is {size}; expected 1 pixel or more.")
     channels = 3
-    means = channel_values("--mean", mean, channels)
-    stds = channel_values("--std", std, channels)
+    means = channel_values("mean", mean, channels)
+    stds = channel_values("std", std, channels)
 
     def squares(image: Any, _: str) -> Tensor:
         return normalize_images(_square(image, size or DEFAULT_SIZE), means, stds)

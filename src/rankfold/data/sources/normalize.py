@@ -12,7 +12,7 @@ from rankfold.errors import InputError
 
 
 def channel_values(
-    option: str, values: Sequence[float] | None, channels: int
+    name: str, values: Sequence[float] | None, channels: int
 ) -> Sequence[float] | None:
     """One value per channel, from one for all or one for each.
 
@@ -22,10 +22,10 @@ def channel_values(
     if values is None:
         return None
     if len(values) not in (1, channels):
-        raise InputError(f"{option} has {len(values)} values; the images have {channels} channels.")
+        raise InputError(f"{name}= has {len(values)} values; the images have {channels} channels.")
     for value in values:
-        if not math.isfinite(value) or (option == "--std" and value <= 0):
-            raise InputError(f"{option} has the value {value}; expected finite numbers, std > 0.")
+        if not math.isfinite(value) or (name == "std" and value <= 0):
+            raise InputError(f"{name}= has the value {value}; expected finite numbers, std > 0.")
     return list(values) * (channels if len(values) == 1 else 1)
 
 

@@ -1,0 +1,115 @@
+"""The app: how a function becomes a command, and how a command ends.
+
+Results go to stdout, everything else to stderr, also what a user's own model prints. Exit codes:
+0 done, 2 bad input, 3 no model that satisfies what was asked, 4 a certificate that does not agree,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import is_dataclass
+from typing import Any, get_type_hints
+
+import torch
+import typer
+from typer.main import get_command
+
+from rankfold.cli.options import gathered, in_panels, spread
+from rankfold.errors import InputError
+from rankfold.machine.device import OUT_OF_MEMORY
+
+DONE, BAD_INPUT, NOT_FOUND, DIFFERS, INTERRUPTED = 0, 2, 3, 4, 130
+
+app = typer.Typer(
+    name="rankfold",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Make a trained network smaller by low-rank factorization, without fine-tuning, and "
+    "certify on held-out data that it is not worse.",
+)
+
+# Arguments of Python that the command line has under another name.
+OTHER_NAMES = {
+    "inputs": "--inputs or --input-shape",
+    "model": "--model file.py:function",
+    "original": "--model, and --weights where it needs it",
+}
+_VALUE = r"""(?:"(?P<quoted>[^"]*)"|(?P<bare>\w+(?:[./:-]+\w+)*))"""
+_ARGUMENT = re.compile(rf"(?<![\w.])(?P<name>[a-z]\w*)=(?:{_VALUE}|(?![\w\"'(\[{{=]))")
+
+
+def command(function: Callable[..., int]) -> Callable[..., None]:
+    """Register a command.
+
+    A parameter annotated with a dataclass of options is spread into the options that the
+    dataclass lists. Bad input and interruptions end in one message and an exit code.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    flat: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in groups:
+            flat += spread(hints[name])
+        else:
+            flat.append(parameter.replace(annotation=hints[name]))
+
+    @functools.wraps(function)
+    def run(**values: Any) -> None:
+        try:
+            for name in groups:
+                values[name] = gathered(hints[name], values)
+            code = function(**values)
+        except InputError as error:
+            tell(f"error: {error}")
+            code = BAD_INPUT
+        except torch.cuda.OutOfMemoryError:
+            tell(f"error: {OUT_OF_MEMORY}")
+            code = BAD_INPUT
+        except KeyboardInterrupt:
+            tell("interrupted; nothing was written")
+            code = INTERRUPTED
+        raise typer.Exit(code)
+
+    ordered = in_panels(flat)
+    run.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in ordered}
+    app.command()(run)
+    return run
+
+
+def tell(message: str) -> None:
+    """Say something on stderr, arguments of Python written as options."""
+    typer.echo(as_options(message), err=True)
+
+
+def as_options(text: str) -> str:
+    """Arguments as Python writes them, ``batch_size=4``, as options: ``--batch-size 4``.
+
+    Names that no command has an option for stay as they are.
+    """
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found["name"], found["quoted"] or found["bare"]
+        if value is None and name in OTHER_NAMES:
+            return OTHER_NAMES[name]
+        if name not in _option_names():
+            return found[0]
+        words = name.replace("_", "-")
+        if value in ("True", "False"):
+            return "--" + "no-" * (value == "False") + words
+        return f"--{words}" if value is None else f"--{words} {value}"
+
+    return _ARGUMENT.sub(option, text)
+
+
+@functools.cache
+def _option_names() -> frozenset[str]:
+    """As Python writes them, of all commands."""
+    commands: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
+    parameters = [one for made in commands.values() for one in made.params]
+    return frozenset(str(one.name) for one in parameters if one.param_type_name == "option")

@@ -1,0 +1,308 @@
+"""The options of the command line, each declared once.
+
+Those that decide a result are made from the fields of ``Settings`` (``setting_options``); the
+others are the fields of the groups below. A command takes a group as one argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from inspect import Parameter
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias, get_type_hints
+
+import typer
+from typer.models import OptionInfo
+
+from rankfold.artifact.manifest import MANIFEST_FILE
+from rankfold.cli.open import DataOptions
+from rankfold.cli.setting_options import chosen_settings, setting_parameters
+from rankfold.errors import InputError
+from rankfold.files.folder import check_output
+from rankfold.settings import EVERYDAY, RESEARCH, Settings
+
+# In the order in which the help shows them; the last is hidden.
+PANELS = (
+    EVERYDAY, "Output", "Data", "Reading files", "Certificate", "Search", "Advanced", RESEARCH,
+)  # fmt: skip
+
+MODEL_HELP = (
+    "A transformers folder, a .gguf file, timm:NAME or torchvision:NAME (options after commas: "
+    "timm:resnet18,num_classes=10), or file.py:function (package.module:function) giving an "
+    "nn.Module."
+)
+DATA_HELP = (
+    "A UTF-8 text file, a .jsonl, .csv, .tsv or .parquet, an .npz with x and y, a folder of class "
+    "folders of images or wav files, a folder that datasets saved (save_to_disk), file.py:function "
+    "giving a data set, or self: text that a language model writes itself."
+)
+
+ModelArgument: TypeAlias = Annotated[str, typer.Argument(help=MODEL_HELP)]
+FolderArgument: TypeAlias = Annotated[
+    Path, typer.Argument(help="The --out folder of an earlier run.")
+]
+OwnClass: TypeAlias = Annotated[
+    str | None, typer.Option(help="For a class of your own: file.py:function giving it.")
+]
+Weights: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        help="A .safetensors file for a model given as file.py:function.",
+        rich_help_panel="Advanced",
+    ),
+]
+Json: TypeAlias = Annotated[
+    bool, typer.Option("--json", help="Print the result as one JSON object.")
+]
+
+
+def margin_option(panel: str | None = None) -> OptionInfo:
+    """What ``lossless`` gives a verdict on, and ``compact`` aims at."""
+    found: OptionInfo = typer.Option(
+        help="Change of the mean loss that counts as no harm, in nats.", rich_help_panel=panel
+    )
+    return found
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How data is read, and where the model runs on it."""
+
+    length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens a window of text.",
+            show_default="512, or what the model takes",
+            rich_help_panel="Data",
+        ),
+    ] = None
+    mean: Annotated[
+        str | None,
+        typer.Option(
+            help="Subtracted from images, per channel: .485,.456,.406.",
+            show_default="as the model's preprocessor_config.json or timm says, else nothing",
+            rich_help_panel="Reading files",
+        ),
+    ] = None
+    std: Annotated[
+        str | None,
+        typer.Option(
+            help="What images are divided by, per channel.",
+            show_default="as for --mean",
+            rich_help_panel="Reading files",
+        ),
+    ] = None
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Side of the images of a folder, in pixels.",
+            show_default="as for --mean, else 224",
+            rich_help_panel="Reading files",
+        ),
+    ] = None
+    skip_broken: Annotated[
+        bool,
+        typer.Option(
+            "--skip-broken",
+            help="Name and leave out files of a folder that are broken.",
+            rich_help_panel="Reading files",
+        ),
+    ] = False
+    text_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of the text in a .jsonl, .csv, .tsv or .parquet.",
+            show_default="text",
+            rich_help_panel="Reading files",
+        ),
+    ] = None
+    label_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of the label.", show_default="label", rich_help_panel="Reading files"
+        ),
+    ] = None
+    target_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of the target text, for seq2seq.",
+            show_default="target",
+            rich_help_panel="Reading files",
+        ),
+    ] = None
+    tokens_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of the lists of tokens, for token-classification.",
+            show_default="tokens",
+            rich_help_panel="Reading files",
+        ),
+    ] = None
+    tags_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of the lists of labels, one a token.",
+            show_default="tags",
+            rich_help_panel="Reading files",
+        ),
+    ] = None
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda or cuda:1.")] = "cpu"
+    json: Json = False
+
+    def data_options(self, task: str | None, seed: int = 0) -> DataOptions:
+        """The same for ``rankfold.cli.open``."""
+        return DataOptions(
+            mean=_numbers("--mean", self.mean),
+            std=_numbers("--std", self.std),
+            image_size=self.image_size,
+            skip_broken=self.skip_broken,
+            length=self.length,
+            task=task,
+            text_column=self.text_column,
+            label_column=self.label_column,
+            target_column=self.target_column,
+            tokens_column=self.tokens_column,
+            tags_column=self.tags_column,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where the three parts of the data come from."""
+
+    data: Annotated[str | None, typer.Option(help=DATA_HELP + " Split into the parts.")] = None
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Data for the statistics, in place of --data.", rich_help_panel="Data"),
+    ] = None
+    selection: Annotated[
+        str | None,
+        typer.Option(
+            help="Data for choosing the step and the ranks, in place of --data.",
+            rich_help_panel="Data",
+        ),
+    ] = None
+    held_out: Annotated[
+        str | None,
+        typer.Option(help="Data for the certificate, in place of --data.", rich_help_panel="Data"),
+    ] = None
+
+    def check(self) -> None:
+        """Refuse what is missing, or said twice.
+
+        Raises:
+            InputError: As said.
+        """
+        parts = (self.calibration, self.selection, self.held_out)
+        if self.data is not None and any(parts):
+            raise InputError(
+                "--data is split into the parts; give either --data, or --calibration, "
+                "--selection and --held-out."
+            )
+        if self.data is None and not all(parts):
+            raise InputError(
+                "data is missing; give --data, or all of --calibration, --selection and --held-out."
+            )
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where results and what a run needs lie."""
+
+    out: Annotated[Path | None, typer.Option(help="Folder that the model is saved in.")] = None
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace an earlier result in --out.",
+            rich_help_panel="Output",
+        ),
+    ] = False
+    offload_folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder on a disk for statistics and spectra, some 30 bytes a parameter, which "
+            "then take no memory.",
+            show_default="memory",
+            rich_help_panel="Advanced",
+        ),
+    ] = None
+    weights: Weights = None
+
+    def output(self) -> Path:
+        """The folder to write to, checked before any work is done.
+
+        Raises:
+            InputError: None is given, or it can't be written.
+        """
+        if self.out is None:
+            raise InputError("--out is missing; expected a folder to save the model in.")
+        check_output(self.out, self.overwrite, MANIFEST_FILE)
+        return self.out
+
+
+@dataclass(frozen=True)
+class Compressing:
+    """Everything that ``lossless`` and ``compact`` share."""
+
+    parts: Parts
+    folders: Folders
+    settings: Settings
+    reading: Reading
+
+
+def spread(group: Any) -> list[Parameter]:
+    """The options of a group: those of its fields, and of the groups among them."""
+    if group is Settings:
+        return setting_parameters()
+    types = get_type_hints(group, include_extras=True)
+    found: list[Parameter] = []
+    for one in fields(group):
+        if is_dataclass(types[one.name]):
+            found += spread(types[one.name])
+        else:
+            kind = Parameter.KEYWORD_ONLY
+            found.append(Parameter(one.name, kind, default=one.default, annotation=types[one.name]))
+    return found
+
+
+def gathered(group: Any, values: dict[str, Any]) -> Any:
+    """The group, of values of its options, which are taken out of ``values``.
+
+    Raises:
+        InputError: A setting is out of its range.
+    """
+    if group is Settings:
+        return chosen_settings(values)
+    types = get_type_hints(group, include_extras=True)
+    own = {
+        one.name: gathered(types[one.name], values)
+        if is_dataclass(types[one.name])
+        else values.pop(one.name)
+        for one in fields(group)
+    }
+    return group(**own)
+
+
+def in_panels(parameters: Sequence[Parameter]) -> list[Parameter]:
+    """Arguments first, then options by their panels; within one they keep their order."""
+
+    def place(parameter: Parameter) -> int:
+        info = getattr(parameter.annotation, "__metadata__", (None,))[0]
+        panel = getattr(info, "rich_help_panel", None) or EVERYDAY
+        return PANELS.index(panel) if isinstance(info, OptionInfo) else -1
+
+    return sorted(parameters, key=place)
+
+
+def _numbers(option: str, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(value) for value in text.split(",")]
+    except ValueError as error:
+        raise InputError(
+            f"{option} is {text!r}; expected numbers separated by commas, one a channel."
+        ) from error
