@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 Cost: TypeAlias = Literal["parameters", "flops"]
 
@@ -63,3 +63,19 @@ OBJECTIVES: dict[ObjectiveName, Objective] = {
         False, "none", False, "first-order", "arXiv 2412.06867 as summarised; docs/theory.md, 6"
     ),
 }
+
+
+def register_objective(name: str, objective: Objective) -> None:
+    """Let ``Settings`` take a further objective.
+
+    Raises:
+        ValueError: There is one of this name.
+    """
+    if name in OBJECTIVES:
+        raise ValueError(f"an objective {name!r} is registered already")
+    OBJECTIVES[cast("ObjectiveName", name)] = objective
+
+
+def unregister_objective(name: str) -> None:
+    """Take a registered objective back, for tests."""
+    del OBJECTIVES[cast("ObjectiveName", name)]

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rankfold.certificate.certify import Certificate
-from rankfold.certificate.change import weighted_mean
+from rankfold.certificate.change import paired_change, weighted_mean
 from rankfold.certificate.opened import Opened
 from rankfold.data.parts import PARTS
 from rankfold.files.json_file import finite
@@ -222,8 +222,19 @@ def loss_report(
         "change": certificate.change,
         "standard_error": certificate.standard_error,
         "predicted_change": predicted,
-        "control": None if control is None else control.mean,
-        "control_change": None if control is None else control.mean - original.mean,
+        **_control_report(original, control),
+    }
+
+
+def _control_report(original: Evaluation, control: Evaluation | None) -> dict[str, Any]:
+    """Loss of the control, its paired change, and the errors of both."""
+    if control is None:
+        return {"control": None, "control_change": None}
+    return {
+        "control": control.mean,
+        "control_standard_error": weighted_mean(control.losses, control.terms).standard_error,
+        "control_change": control.mean - original.mean,
+        "control_change_standard_error": paired_change(original, control).standard_error,
     }
 
 
