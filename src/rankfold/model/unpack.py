@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -159,11 +159,38 @@ def _unpackable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, plain
 
 
+LayerRule: TypeAlias = Callable[[nn.Module], nn.Module | None]
+_RULES: list[LayerRule] = []
+
+
+def register_layer_type(rule: LayerRule) -> LayerRule:
+    """Let a further type of layer be factorized: one that holds its matrix in a way of its own.
+
+    Args:
+        rule: Gives a module that computes the same from Linear and Conv2d layers, with the same
+            training flag and parameters that can be trained as before; None for any module that is
+            not of the type. It is asked again when a saved model is opened.
+
+    Returns:
+        The rule, so that this may stand as a decorator.
+    """
+    _RULES.append(rule)
+    return rule
+
+
+def unregister_layer_type(rule: LayerRule) -> None:
+    """Take a rule back, for tests."""
+    _RULES.remove(rule)
+
+
 def _plain(module: nn.Module) -> nn.Module | None:
     """What computes the same from plainer layers, or None where nothing does or needs to."""
     inner = unwrapped(module)
     if inner is not module:
         return inner
+    for rule in _RULES:
+        if (plain := rule(module)) is not None:
+            return plain
     if parametrize.is_parametrized(module) or _weight_hooks(module):
         return _baked(module)
     if type(module) is nn.MultiheadAttention:
