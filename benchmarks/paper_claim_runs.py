@@ -240,7 +240,7 @@ class Runner(Recorder[Row]):
             variant.label,
             size,
             evaluation,
-            kept=stage.kept(plan),
+            kept=stage.size(plan),
             predicted=stage.predicted(plan),
         )
         moved = self._control(stage) if variant.rounds > 1 else None
@@ -268,7 +268,7 @@ class Runner(Recorder[Row]):
             label,
             None,
             evaluation,
-            kept=prepared.kept(plan),
+            kept=prepared.size(plan),
             predicted=prepared.predicted(plan),
         )
 

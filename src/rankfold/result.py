@@ -162,7 +162,7 @@ def _order_report(order: Sequence[Trial], opened: Opened) -> list[dict[str, Any]
     """What each plan of a fixed sequence got; those after the first that fails were not tested."""
     return [
         {
-            "ratio": trial.ratio,
+            "ratio": trial.size,
             "upper_bound": one and one.certificate.upper_bound,
             "verdict": one and one.certificate.verdict,
             "model": one and one.digest,

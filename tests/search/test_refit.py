@@ -398,7 +398,7 @@ def test_compact_goes_on_to_smaller_plans_while_they_pass(monkeypatch: pytest.Mo
     fitted = [c for c in tried if c.refit is not None]
     first = [c for c in tried if c.refit is None]
     assert len(fitted) > 1
-    assert all(b.ratio < a.ratio for a, b in itertools.pairwise(fitted))
+    assert all(b.size < a.size for a, b in itertools.pairwise(fitted))
     assert fitted[0].plan in [c.plan for c in first]
 
 

@@ -42,7 +42,7 @@ def result_table(report: dict[str, Any], title: str) -> Table:
     table.add_column("")
     table.add_column("original", justify="right")
     table.add_column("factorized", justify="right")
-    table.add_column("kept", justify="right")
+    table.add_column("size", justify="right")
     before, after, loss = report["original"], report["factorized"], report["loss"]
     for label, key in (
         ("parameters, whole model", "parameters"),
@@ -236,7 +236,7 @@ def _layer_cells(layer: dict[str, Any]) -> dict[str, str]:
         "rank": rank,
         "form": form,
         "parameters": f"{layer['factorized_parameters']:,}",
-        "kept": f"{layer['factorized_parameters'] / layer['parameters']:.3f}",
+        "size": f"{layer['factorized_parameters'] / layer['parameters']:.3f}",
         "predicted": "" if predicted is None else f"{predicted:+.5f}",
     }
     return cells | (dict(zip(RANGES, _range_cells(found), strict=True)) if found else {})

@@ -14,7 +14,7 @@ from rankfold.maths.spectrum import Spectrum
 
 @dataclass(frozen=True)
 class Factors:
-    """A rank-k matrix in one of the two forms of ``rankfold.forms.storage``.
+    """A rank-k matrix in one of the two storages of ``rankfold.forms.storage``.
 
     Attributes:
         left: ``(out, k)`` or ``(out - k, k)``.
@@ -32,8 +32,8 @@ class Factors:
         return product if self.order is None else torch.cat([self.right, product])[self.order]
 
 
-def truncate(spectrum: Spectrum, rank: int, form: Storage) -> Factors:
-    """The best rank-``rank`` factors in the asked form, float64.
+def truncate(spectrum: Spectrum, rank: int, storage: Storage) -> Factors:
+    """The best rank-``rank`` factors, stored as asked, float64.
 
     Raises:
         ValueError: ``rank`` is not in 1..min(out, in).
@@ -41,7 +41,7 @@ def truncate(spectrum: Spectrum, rank: int, form: Storage) -> Factors:
     if not 1 <= rank <= len(spectrum.singular_values):
         raise ValueError(f"rank {rank} is not in 1..{len(spectrum.singular_values)}")
     left, right = spectrum.factors(rank)
-    return balanced_pair(left, right) if form == "pair" else pivoted(left, right)
+    return balanced_pair(left, right) if storage == "pair" else pivoted(left, right)
 
 
 def balanced_pair(left: Tensor, right: Tensor) -> Factors:

@@ -23,14 +23,14 @@ Storage: TypeAlias = Literal["pair", "pivoted"]
 STORAGES: tuple[Storage, ...] = ("pair", "pivoted")
 
 
-def left_rows(out: int, rank: int, form: Storage) -> int:
+def left_rows(out: int, rank: int, storage: Storage) -> int:
     """Rows of the left factor: all of them in a pair, those that are no pivot otherwise."""
-    return out if form == "pair" else out - rank
+    return out if storage == "pair" else out - rank
 
 
-def factor_parameters(out: int, in_: int, rank: int, form: Storage) -> int:
+def factor_parameters(out: int, in_: int, rank: int, storage: Storage) -> int:
     """Parameters of both factors of an ``(out, in_)`` matrix of this rank, bias not counted."""
-    return rank * (left_rows(out, rank, form) + in_)
+    return rank * (left_rows(out, rank, storage) + in_)
 
 
 def with_identity_rows(factor: Tensor, order: Tensor | None) -> Tensor:

@@ -86,7 +86,7 @@ def _sizes(report: Mapping[str, Any]) -> str:
             ("FLOPs of weighted layers, one example", "flops"),
         )
     ]
-    return "\n".join(["| | original | this model | kept |", "| --- | --- | --- | --- |", *rows])
+    return "\n".join(["| | original | this model | size |", "| --- | --- | --- | --- |", *rows])
 
 
 def _certificate(report: Mapping[str, Any]) -> str:

@@ -268,7 +268,7 @@ def _allocation_report(here: Round, plan: RankPlan) -> dict[str, float] | None:
 
 def _trial_report(trial: Trial) -> dict[str, Any]:
     return {
-        "ratio": trial.ratio,
+        "ratio": trial.size,
         "predicted_change": trial.predicted,
         "change": finite(trial.change.mean),
         "standard_error": finite(trial.change.standard_error),

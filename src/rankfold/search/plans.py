@@ -212,5 +212,5 @@ def mild_to_strong(tried: Sequence[Trial]) -> list[Trial]:
     """
     known = [trial for trial in tried if math.isfinite(trial.change.mean)]
     # Of one size the better one, which comes last here.
-    sizes = {t.ratio: t for t in sorted(known, key=lambda t: t.change.mean, reverse=True)}
-    return [sizes[ratio] for ratio in sorted(sizes, reverse=True)] or [*tried[:1]]
+    sizes = {t.size: t for t in sorted(known, key=lambda t: t.change.mean, reverse=True)}
+    return [sizes[size] for size in sorted(sizes, reverse=True)] or [*tried[:1]]

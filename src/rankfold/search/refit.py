@@ -417,7 +417,7 @@ def refitted(trial: Trial) -> Trial:
     if not fitted.modules:
         return trial
     put_modules(model, fitted.modules)
-    shown = f"size {trial.ratio:.3f}, refit, on selection data"
+    shown = f"size {trial.size:.3f}, refit, on selection data"
     evaluation = try_on_selection(round_, model, shown)
     change = paired_change(round_.original, evaluation)
     gain = change.mean - trial.change.mean

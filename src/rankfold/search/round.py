@@ -66,13 +66,13 @@ class PastRound:
     """What a round made of the model before the statistics were collected again.
 
     Attributes:
-        ratio: Share kept of the whole model, in the unit of the cost.
+        size: Share kept of the whole model, in the unit of the cost.
         predicted: Predicted change of the loss, or None.
         change: Measured change on selection data, against the user's model.
         step: The round's gradient step as in the report, or None.
     """
 
-    ratio: float
+    size: float
     predicted: float | None
     change: Change
     step: dict[str, Any] | None
@@ -80,7 +80,7 @@ class PastRound:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
-            "ratio": self.ratio,
+            "ratio": self.size,
             "predicted_change": self.predicted,
             "change": finite(self.change.mean),
             "standard_error": finite(self.change.standard_error),
@@ -182,7 +182,7 @@ class Round:
         plan = plan_for_change(self.objective, self.curves, tolerance)
         return default if plan is None else float(total_cost(plan))
 
-    def kept(self, plan: RankPlan) -> float:
+    def size(self, plan: RankPlan) -> float:
         """Share kept of the whole model, in the unit of the cost."""
         return (self.total - self.factorizable + total_cost(plan)) / self.total
 

@@ -58,5 +58,5 @@ def next_round(round_: Round, budget: float, rounds_left: int) -> Round:
         release=True,
         before=round_.offers,
     )
-    past = PastRound(trial.ratio, trial.predicted, trial.change, step_report(round_.step, settings))
+    past = PastRound(trial.size, trial.predicted, trial.change, step_report(round_.step, settings))
     return replace(started, earlier=(*round_.earlier, past), start=trial.plan)

@@ -44,7 +44,7 @@ class Trial:
     Attributes:
         round: The round that it belongs to.
         plan: The ranks.
-        ratio: Share kept of the whole model, in the unit of the cost.
+        size: Share kept of the whole model, in the unit of the cost.
         predicted: Predicted change of the loss, or None.
         change: Measured change on selection data.
         evaluation: Its losses on the selection examples.
@@ -53,7 +53,7 @@ class Trial:
 
     round: Round
     plan: RankPlan
-    ratio: float
+    size: float
     predicted: float | None
     change: Change
     evaluation: Evaluation
@@ -84,11 +84,11 @@ class Trial:
 
 def measure(round_: Round, plan: RankPlan) -> Trial:
     """Measure the change of a plan's model on selection data."""
-    share = round_.kept(plan)
-    shown = f"size {share:.3f} on selection data"
+    size = round_.size(plan)
+    shown = f"size {size:.3f} on selection data"
     evaluation = try_on_selection(round_, look_at(round_, plan), shown)
     change = paired_change(round_.original, evaluation)
-    return Trial(round_, plan, share, round_.predicted(plan), change, evaluation)
+    return Trial(round_, plan, size, round_.predicted(plan), change, evaluation)
 
 
 def try_on_selection(round_: Round, model: nn.Module, shown: str) -> Evaluation:

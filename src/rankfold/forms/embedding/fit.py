@@ -17,7 +17,7 @@ from rankfold.model.find_layers import EmbeddingMatrix
 
 
 def low_rank_uses(
-    matrix: EmbeddingMatrix, spectrum: Spectrum, rank: int, form: Storage
+    matrix: EmbeddingMatrix, spectrum: Spectrum, rank: int, storage: Storage
 ) -> dict[str, LowRankEmbedding | LowRankHead]:
     """The modules that replace the uses of an embedding matrix; they share the factors.
 
@@ -27,12 +27,12 @@ def low_rank_uses(
         matrix: The matrix ``(words, dim)``.
         spectrum: Of it.
         rank: The rank.
-        form: Of the factors.
+        storage: Of the factors.
 
     Raises:
         ValueError: ``rank`` is not in 1..min(words, dim).
     """
-    factors = truncate(spectrum.transposed(), rank, form)
+    factors = truncate(spectrum.transposed(), rank, storage)
     like = matrix.weight
     weight, mix = (
         nn.Parameter(factor.to(like.device, like.dtype).contiguous(), like.requires_grad)

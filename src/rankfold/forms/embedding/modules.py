@@ -78,21 +78,21 @@ class FactorizedUse(nn.Module):
 
 
 def embedding_flops(
-    shape: tuple[int, int], rank: int | None, form: Storage, looked_up: int, scored: int
+    shape: tuple[int, int], rank: int | None, storage: Storage, looked_up: int, scored: int
 ) -> int:
     """Floating-point operations (2 a multiply-add) of all uses of a matrix.
 
     Args:
         shape: ``(words, dim)``.
         rank: None for the dense matrix, of which a lookup computes nothing.
-        form: Of the factors.
+        storage: Of the factors.
         looked_up: Rows that are looked up.
         scored: Rows that a head scores all words for.
     """
     words, dim = shape
     if rank is None:
         return 2 * scored * words * dim
-    small = rank * left_rows(dim, rank, form)
+    small = rank * left_rows(dim, rank, storage)
     return 2 * (looked_up * small + scored * (small + words * rank))
 
 
