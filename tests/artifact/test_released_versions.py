@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import rankfold
 from rankfold import ArtifactError
+from rankfold.artifact.manifest import read_report
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 VERSIONS = sorted(folder.name for folder in FIXTURES.glob("artifact-*"))
@@ -87,7 +88,7 @@ def test_a_transformers_model_opens_and_computes_what_it_did(name: str) -> None:
 @pytest.mark.parametrize("name", VERSIONS)
 def test_its_report_can_be_read(name: str) -> None:
     for kind in (*OWN, "llama"):
-        manifest = rankfold.artifact.read_report(FIXTURES / name / kind)
+        manifest = read_report(FIXTURES / name / kind)
         assert manifest["versions"]["rankfold"] == name.removeprefix("artifact-")
 
 
