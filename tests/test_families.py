@@ -279,6 +279,8 @@ NO_PAIRS = {
 }
 # The layer that is read, where a plan may leave it dense: then the pairs open.
 READ_LAYER = dict.fromkeys(("vit", "deit-without-labels"), "patch_embeddings.projection")
+# Of each kind of layer one, for the short run as on other processors.
+AS_ON_OTHERS = ("llama", "gpt2", "wav2vec2", "resnet", "efficientnet")
 SEEN: dict[str, dict[str, Any]] = {}  # reports of the runs so far, by family
 
 
@@ -308,7 +310,13 @@ def _outputs(model: nn.Module, example: Any) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.processors] if name in AS_ON_OTHERS else [])
+        for name in FAMILIES
+    ],
+)
 def test_compress_save_reload_compare(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     model = _model(family)

@@ -21,6 +21,8 @@ import rankfold
 from rankfold.errors import InputError
 from rankfold.memory_layout import ALIGNMENT, axes_by_stride, laid_out, lay_out, unusual_orders
 
+pytestmark = pytest.mark.processors
+
 
 def _lies_well(tensor: Tensor) -> bool:
     dense = tensor.permute(axes_by_stride(tensor)).is_contiguous()
