@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rankfold.certificate_file import document_digest, evidence_digest, files
+from rankfold.errors import InputError
+from rankfold.verify import verify
 from tests.command_line import OTHER_PROCESSORS, images, make_project, rankfold
 from tests.tiny_language_model import TEXT, save_tiny_llama
 
@@ -379,6 +381,12 @@ def test_verify_says_what_it_lacks(work: Path) -> None:
     assert "--weights goes with --model" in alone.stderr
     (work / "out" / "certificate.json").unlink()
     assert "has no certificate.json" in rankfold(*VERIFY, cwd=work, expect=2).stderr
+
+
+def test_spectra_that_are_not_found_may_be_of_another_processor(work: Path) -> None:
+    data = [{"input_features": torch.rand(3, 4)} for _ in range(5)]
+    with pytest.raises(InputError, match="other last digits on another processor"):
+        verify(work / "out", torch.nn.Linear(4, 2), data)
 
 
 @pytest.mark.parametrize(
