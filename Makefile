@@ -13,17 +13,24 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
 # Processes that share the tests, each of one thread and up to 3 GiB.
 WORKERS ?= 2
 
+# What PyTorch's own kernels and oneDNN's may use: as on processors without AVX-512, and without AVX2.
+AS_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+AS_SSE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
+TWO_THREADS := RANKFOLD_TEST_THREADS=2 OMP_WAIT_POLICY=passive
+TESTS = HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+
 # torchvision is built for one torch: it doesn't import beside the one above.
 VISION := .venv-vision
 VISION_TORCH ?= torch==2.14.1 torchvision==0.29.1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-vision lint format clean
+.PHONY: help demo test test-processors test-vision lint format clean
 
 help:
 	@echo 'make demo    install into .venv, then compress and certify a small language model'
 	@echo 'make test    lint, types, import layers and tests: what CI runs'
+	@echo 'make test-processors  the tests as on older processors, with one thread and with two'
 	@echo 'make test-vision  timm and torchvision models, in .venv-vision with another torch'
 	@echo 'make lint    the same without the tests'
 	@echo 'make format  format, and fix what ruff can fix'
@@ -33,7 +40,17 @@ demo: $(VENV)/.installed
 	$(BIN)/rankfold demo
 
 test: lint
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	$(TESTS)
+	$(AS_AVX2) $(TESTS) -m processors
+	$(AS_SSE) $(TESTS) -m processors
+
+test-processors: $(VENV)/.installed-dev
+	$(TESTS)
+	$(AS_AVX2) $(TESTS)
+	$(AS_SSE) $(TESTS)
+	$(TWO_THREADS) $(TESTS)
+	$(TWO_THREADS) $(AS_AVX2) $(TESTS)
+	$(TWO_THREADS) $(AS_SSE) $(TESTS)
 
 test-vision: $(VISION)/.installed
 	$(VISION)/bin/python -m pytest tests/integrations/test_vision_models.py

@@ -11,8 +11,6 @@ import torch
 from hypothesis import strategies
 from torch import Tensor, nn
 
-torch.set_num_threads(1)  # a second thread makes matrices this small many times slower
-
 SEEDS = strategies.integers(0, 2**31)
 SIDES = strategies.integers(1, 8)
 

@@ -2,14 +2,16 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# The models are tiny: threads that wait for each other cost more than they bring. This is also the
+# number for the commands that tests run.
+os.environ["OMP_NUM_THREADS"] = os.environ.setdefault("RANKFOLD_TEST_THREADS", "1")
 
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-# The models are tiny: threads that wait for each other cost more than they bring.
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["RANKFOLD_TEST_THREADS"]))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -229,5 +229,4 @@ def both(device: str) -> dict[str, dict[str, dict[str, Any]]]:
 
 if __name__ == "__main__":
     torch.backends.cudnn.allow_tf32 = False  # as exact as the CPU's
-    torch.set_num_threads(1)
     print(json.dumps(both(sys.argv[1]), indent=1))

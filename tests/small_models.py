@@ -14,8 +14,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rankfold.data.parts import Data, Part, as_part
 
-torch.set_num_threads(1)  # on tensors this small a second thread costs more than it gives
-
 CLASSES = 5
 VOCABULARY = 48
 

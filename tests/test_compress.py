@@ -413,6 +413,7 @@ def test_own_text_of_a_model_that_writes_none_is_refused() -> None:
 # Seeds
 
 
+@pytest.mark.processors
 def test_the_same_seed_gives_the_same_ranks_and_the_same_bytes(tmp_path: Path) -> None:
     folders = []
     for name in "ab":

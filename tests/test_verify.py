@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rankfold.certificate.document import document_digest, evidence_digest, files
-from tests.command_line import images, make_project, rankfold
+from rankfold.errors import InputError
+from rankfold.verify import verify
+from tests.command_line import OTHER_PROCESSORS, images, make_project, rankfold
 from tests.tiny_language_model import TEXT, save_tiny_llama
 
 NET = ("net.py:net", "--weights", "net.safetensors")
@@ -58,6 +60,17 @@ def test_a_certificate_is_recomputed_in_another_process(work: Path) -> None:
     readable = (work / "out" / "certificate.txt").read_text()
     assert f"rankfold certificate: {stated['verdict']}" in readable
     assert "no earlier opening for another model is on record" in readable
+
+
+@pytest.mark.parametrize(("processor", "threads"), [("sse", 2), ("avx2", 1)])
+def test_it_agrees_on_another_processor(processor: str, threads: int, work: Path) -> None:
+    """Weights and examples to the bit, losses but for rounding, far below what is tolerated."""
+    settings = OTHER_PROCESSORS[processor] | {"OMP_NUM_THREADS": str(threads)}
+    done = rankfold(*VERIFY, "--json", cwd=work, settings=settings)
+    found, stated = json.loads(done.stdout), document(work)["certificate"]
+    assert {c["outcome"] for c in found["checks"]} == {"agrees"}
+    for number in ("change", "upper_bound"):
+        assert found["certificate"][number] == pytest.approx(stated[number], abs=1e-6)
 
 
 def test_without_the_original_its_losses_are_taken_from_the_certificate(work: Path) -> None:
@@ -369,6 +382,12 @@ def test_verify_says_what_it_lacks(work: Path) -> None:
     assert "--weights goes with --model" in alone.stderr
     (work / "out" / "certificate.json").unlink()
     assert "has no certificate.json" in rankfold(*VERIFY, cwd=work, expect=2).stderr
+
+
+def test_spectra_that_are_not_found_may_be_of_another_processor(work: Path) -> None:
+    data = [{"input_features": torch.rand(3, 4)} for _ in range(5)]
+    with pytest.raises(InputError, match="other last digits on another processor"):
+        verify(work / "out", torch.nn.Linear(4, 2), data)
 
 
 @pytest.mark.parametrize(

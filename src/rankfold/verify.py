@@ -43,8 +43,8 @@ from rankfold.tasks.supervised import LossFunction
 
 Outcome: TypeAlias = Literal["agrees", "differs", "not checked"]
 
-EXACT = 1e-9  # relative: the same arithmetic on the same numbers
-FLOAT32 = 1e-4  # relative to 1 + |loss|: the same model on another machine or batch size
+EXACT = 1e-9  # relative: the same arithmetic on the same numbers, in any order of sums
+FLOAT32 = 1e-4  # relative to 1 + |loss|: another processor, number of threads or batch size
 HALF = 2e-2  # likewise in 16-bit types
 NAMED = 5  # examples or fields that a message names
 
@@ -330,10 +330,13 @@ def _find(
     chosen = [places[digest].pop() if places.get(digest) else None for digest in wanted]
     absent = [number for number, place in enumerate(chosen) if place is None]
     if len(absent) == len(wanted):
+        spectra = any("input_features" in e for e in offered.examples if isinstance(e, Mapping))
         raise InputError(
             f"none of the certificate's {len(wanted)} held-out examples is in the data given. Give "
             "the data that was certified on, with the options (length=, mean=, std=, "
             "image_size=) that it was read with."
+            + " Spectra of sounds may have other last digits on another processor."
+            * spectra
         )
     what = "held-out examples"
     if absent:

@@ -85,6 +85,7 @@ def reopened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[torch.
     return {name: (here[name], there[name]) for name in results}
 
 
+@pytest.mark.processors
 @pytest.mark.parametrize(
     "name",
     ["cnn_pair", "cnn_pivoted", "llama_float32", "llama_bfloat16", "llama_cast_to_bfloat16"],

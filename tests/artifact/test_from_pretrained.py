@@ -85,6 +85,7 @@ def copied(folder: Path, target: Path) -> Path:
     return target
 
 
+@pytest.mark.processors
 def test_it_gives_the_same_bits_as_rankfold(result: rankfold.Result, saved: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(saved)
     assert any(isinstance(module, LowRankLinear) for module in model.modules())
@@ -94,6 +95,7 @@ def test_it_gives_the_same_bits_as_rankfold(result: rankfold.Result, saved: Path
     assert not model.training
 
 
+@pytest.mark.processors
 @pytest.mark.parametrize("on_disk", [True, False])
 def test_bfloat16_gives_the_same_bits(on_disk: bool, tmp_path: Path) -> None:
     """Loaded or cast: a cast rounds the rotary frequencies, which loading computes anew."""
@@ -230,6 +232,7 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1])
     assert "pip install 'rankfold[transformers]'" in said and "import rankfold" in said
 
 
+@pytest.mark.processors
 def test_a_layer_that_was_unpacked_several_times(tmp_path: Path) -> None:
     """A conv along one axis with groups, its weight computed by weight_norm."""
     config = Wav2Vec2Config(
@@ -254,6 +257,7 @@ def test_a_layer_that_was_unpacked_several_times(tmp_path: Path) -> None:
         torch.testing.assert_close(dense(sounds[:2]).logits, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.processors
 def test_convs_that_standardise_their_weight(tmp_path: Path) -> None:
     """They are looked at before their weights are read, by random numbers."""
     config = BitConfig(

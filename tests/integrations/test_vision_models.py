@@ -72,7 +72,6 @@ INCLUDED = {
 @pytest.fixture(autouse=True)
 def _same_draws() -> None:
     torch.manual_seed(0)
-    torch.set_num_threads(1)
 
 
 def made(spec: str) -> nn.Module:

@@ -106,6 +106,7 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.processors
 @pytest.mark.parametrize("case", CASES)
 def test_a_result_is_the_same_to_the_bit(case: str, tmp_path: Path, everything: None) -> None:
     make, data, options = CASES[case]

@@ -11,6 +11,11 @@ import pytest
 import torch
 from hypothesis import given
 from torch import Tensor, nn
+from transformers import (
+    AutoModelForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 import rankfold
 from rankfold.errors import InputError
@@ -21,6 +26,8 @@ from rankfold.model.memory_layout import (
     lay_out,
     unusual_orders,
 )
+
+pytestmark = pytest.mark.processors
 
 
 def _lies_well(tensor: Tensor) -> bool:
@@ -130,3 +137,43 @@ def test_damaged_orders_are_refused(tmp_path: Path, orders: object, match: str) 
     file.write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=match):
         rankfold.load(tmp_path / "out", model=Net())
+
+
+def test_a_folder_without_orders_opens_in_the_plain_one(tmp_path: Path) -> None:
+    """As version 0.1.0 wrote it."""
+    model = _saved(tmp_path / "out")
+    file = tmp_path / "out" / "rankfold.json"
+    manifest = json.loads(file.read_text())
+    del manifest["model"]["axes_in_memory"]
+    file.write_text(json.dumps(manifest))
+    again = rankfold.load(tmp_path / "out", model=Net(), as_saved=False)
+    for name, tensor in again.named_parameters():
+        assert tensor.is_contiguous(), name
+        assert torch.equal(tensor, model.get_parameter(name)), name
+    images = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(again(images), model(images))
+
+
+def test_from_pretrained_gives_the_strides_back(tmp_path: Path) -> None:
+    config = ResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", num_labels=5
+    )
+    model = ResNetForImageClassification(config).to(memory_format=torch.channels_last).eval()
+    data = [(x, int(i % 5)) for i, x in enumerate(torch.randn(60, 3, 16, 16))]
+    result = rankfold.lossless(
+        model, data, size=0.7, size_of="factorizable", gradient_step=False, exclude=["*.embedder*"]
+    )
+    result.save(tmp_path / "out")
+    ours = result.model.state_dict()
+    images = torch.randn(2, 3, 16, 16)
+    assert "resnet.embedder.embedder.convolution.weight" in unusual_orders(ours)
+    for again in (
+        AutoModelForImageClassification.from_pretrained(tmp_path / "out"),
+        rankfold.load(tmp_path / "out"),
+    ):
+        theirs = again.state_dict()
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            assert theirs[name].stride() == tensor.stride(), name
+        with torch.no_grad():
+            assert torch.equal(result.model(images).logits, again(images).logits)
