@@ -4,15 +4,16 @@
     python -m benchmarks run vision
     python -m benchmarks run speed --models resnet20 --sizes 0.5
     python -m benchmarks run memory --models resnet20 --sizes 0.5
+    python -m benchmarks run stages --models minilm --sizes 0.8 0.6
     python -m benchmarks table
     python -m benchmarks plot
 
 ``run`` appends one JSON line a result to ``benchmarks/out/field*.jsonl`` and leaves out what is
 there already. ``quality`` measures loss, accuracy and sizes, ``vision`` the same on all image
 models, ``speed`` latencies beside the dense model's in one run, ``memory`` the peak of a process
-that compresses; ``all`` is quality, speed and memory. ``table`` writes the tables between the
-markers of docs/field.md and docs/results.md, ``plot`` the figures of docs/figures, from those
-lines and nothing else.
+that compresses, ``stages`` where the time of a run goes; ``all`` is quality, speed and memory.
+``table`` writes the tables between the markers of docs/field.md and docs/results.md, ``plot`` the
+figures of docs/figures, from those lines and nothing else.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from benchmarks.memory import PRODUCTS, MemoryRow, measure_memory
 from benchmarks.methods import METHODS
 from benchmarks.rows import read_rows
 from benchmarks.speed import SpeedRow, measure_speed, sibling
+from benchmarks.stages import measure_stages
 
 DTYPES = ("float32", "bfloat16", "float16")
-AXES = ("quality", "vision", "speed", "memory", "all")
+AXES = ("quality", "vision", "speed", "memory", "stages", "all")
 
 
 def main() -> None:
@@ -85,6 +87,9 @@ def _run(options: Namespace) -> None:
                     options.dtype,
                     options.calibration,
                 )
+            if options.axis == "stages":
+                given = (options.sizes[:2], options.threads, options.calibration)
+                measure_stages(options.results, name, seed, *given)
             if options.axis in ("memory", "all"):
                 measure_memory(
                     options.results,

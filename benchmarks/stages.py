@@ -1,0 +1,259 @@
+"""Where the time of a run goes: ``run stages``, the way that speed is judged.
+
+One process opens a model and its data, takes the unit (one plain forward and backward pass over the
+same calibration examples, the median of three), and then runs ``rankfold.prepare`` and
+``lossless`` at one size and at a further one. Each stage that the product tells its user of is
+timed: wall, CPU of user and system, peak memory while it ran. What is in no stage (plans, building,
+recognising) is one line of its own. Ratios to the unit hardly depend on the machine.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+import rankfold
+from benchmarks.field_models import FIELD_MODELS, TASKS, limits_of
+from benchmarks.memory import peak_of_anonymous
+from benchmarks.rows import append_row
+from benchmarks.speed import sibling
+from rankfold.data.parts import Data
+from rankfold.model.evaluation_mode import evaluation_mode
+from rankfold.search.study import open_inputs
+from rankfold.settings import Settings
+from rankfold.tasks.evaluation import on_device
+
+Item = TypeVar("Item")
+OUTSIDE = "outside stages"
+PASSES = 3  # of the unit, of which the median counts
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One stage of one run.
+
+    Attributes:
+        model: Of ``FIELD_MODELS``.
+        seed: Draws the examples.
+        settings: What differs from the defaults.
+        calibration: Number of calibration examples.
+        what: ``prepare``, ``lossless`` or ``further size``.
+        stage: As the product calls it, numbers left out; ``all`` for the whole.
+        wall: Seconds.
+        user: Seconds of CPU.
+        system: Seconds of CPU in the system.
+        unit: Seconds of CPU of one forward and backward pass over the calibration examples.
+        unit_wall: Seconds of that.
+        megabytes: Peak of anonymous resident memory while it ran, in 10^6 bytes.
+        threads: Of torch.
+        commit: Of the code.
+    """
+
+    model: str
+    seed: int
+    settings: str
+    calibration: int
+    what: str
+    stage: str
+    wall: float
+    user: float
+    system: float
+    unit: float
+    unit_wall: float
+    megabytes: float
+    threads: int
+    commit: str
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (self.model, self.seed, self.settings, self.calibration, self.what, self.commit)
+
+    @property
+    def ratio(self) -> float:
+        """CPU time in units."""
+        return (self.user + self.system) / self.unit
+
+
+@dataclass
+class Spent:
+    """Time and memory that one stage took.
+
+    Attributes:
+        wall: Seconds.
+        user: Seconds of CPU.
+        system: Likewise, in the system.
+        megabytes: Peak.
+    """
+
+    wall: float = 0.0
+    user: float = 0.0
+    system: float = 0.0
+    megabytes: float = 0.0
+
+
+@dataclass
+class TimedProgress:
+    """Charges time to the innermost stage that runs.
+
+    Attributes:
+        peak: Its first element is the most memory since it was looked at (``peak_of_anonymous``).
+        spent: By stage.
+    """
+
+    peak: list[int]
+    spent: dict[str, Spent] = field(default_factory=dict)
+    _running: list[str] = field(default_factory=lambda: [OUTSIDE])
+    _mark: tuple[float, float, float] = field(default_factory=lambda: _clocks())
+
+    def track(self, items: Iterable[Item], stage: str, total: int) -> Iterator[Item]:
+        """Yield ``items``; what is done with them belongs to the stage."""
+        self.charge()
+        self._running.append(re.sub(r" [0-9][0-9.e+-]*,?(?= |$)", "", stage))
+        try:
+            yield from items
+        finally:
+            self.charge()
+            self._running.pop()
+
+    def charge(self) -> None:
+        """Charge the time since the last call to what runs."""
+        now = _clocks()
+        spent = self.spent.setdefault(self._running[-1], Spent())
+        wall, user, system = (new - old for new, old in zip(now, self._mark, strict=True))
+        spent.wall += wall
+        spent.user += user
+        spent.system += system
+        spent.megabytes = max(spent.megabytes, self.peak[0] / 1e6)
+        self.peak[0] = 0
+        self._mark = now
+
+
+def _clocks() -> tuple[float, float, float]:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return time.perf_counter(), used.ru_utime, used.ru_stime
+
+
+def measure_stages(
+    results: Path,
+    name: str,
+    seed: int,
+    sizes: Sequence[float],
+    threads: int,
+    calibration: int | None = None,
+    **settings: Any,
+) -> None:
+    """Run the product once, print the table of its stages, and append the rows.
+
+    Args:
+        results: The field's rows, beside which these are kept.
+        name: Of ``FIELD_MODELS``.
+        seed: Draws the examples.
+        sizes: The size, and a further one.
+        threads: Of torch.
+        calibration: Number of calibration examples, in place of the model's own.
+        settings: What differs from the defaults.
+    """
+    build, default = FIELD_MODELS[name]
+    count = calibration or default
+    model, data = build(seed, count)
+    chosen = {"task": TASKS.get(name), "seed": seed, **limits_of(data), **settings}
+    unit = unit_of(model, data, Settings(**chosen))
+    rows: list[StageRow] = []
+
+    def timed(what: str, run: Callable[[], Any]) -> Any:
+        shown.charge()
+        shown.spent.clear()
+        made = run()
+        shown.charge()
+        for stage, spent in [*shown.spent.items(), ("all", _together(shown.spent.values()))]:
+            rows.append(
+                StageRow(
+                    name, seed, _shown(settings), count, what, stage, spent.wall, spent.user,
+                    spent.system, unit.user + unit.system, unit.wall, spent.megabytes, threads,
+                    _commit(),
+                )
+            )  # fmt: skip
+        return made
+
+    with peak_of_anonymous() as peak:
+        shown = TimedProgress(peak)
+        prepared = timed("prepare", lambda: rankfold.prepare(model, data, progress=shown, **chosen))
+        for what, size in zip(("lossless", "further size"), sizes, strict=False):
+            timed(what, partial(prepared.lossless, size, size_of="factorizable"))
+    for row in rows:
+        append_row(sibling(results, "stages"), row)
+    print("\n".join(table(rows)))
+
+
+def unit_of(model: nn.Module, data: Data, settings: Settings) -> Spent:
+    """One plain forward and backward pass over the calibration examples, the median of three."""
+    inputs = open_inputs(model, data, settings)
+    part, found = inputs.parts["calibration"], []
+    weights = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    for _ in range(PASSES):
+        before = _clocks()
+        with evaluation_mode(model, trainable=weights), torch.enable_grad():
+            for examples in part.batches(settings.batch_size):
+                batch = on_device(part.collate(examples), model)
+                result = inputs.task.batch_loss(model, batch)
+                loss = (result.losses * result.terms).sum()
+                torch.autograd.grad(loss, weights, allow_unused=True)
+        wall, user, system = (b - a for a, b in zip(before, _clocks(), strict=True))
+        found.append(Spent(wall, user, system))
+    return sorted(found, key=lambda one: one.user + one.system)[PASSES // 2]
+
+
+def table(rows: Sequence[StageRow]) -> list[str]:
+    """The stages of one run as Markdown, the longest first, with the whole of each part."""
+    if not rows:
+        return []
+    first = rows[0]
+    lines = [
+        f"{first.model}, {first.calibration} calibration examples, {first.settings}, "
+        f"{first.threads} threads, commit {first.commit}. One forward and backward pass over the "
+        f"calibration examples: {first.unit:.1f} s of CPU, {first.unit_wall:.1f} s.",
+        "",
+        "| part | stage | CPU, passes | share | CPU, s | in the system, s | wall, s | memory, MB |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    whole = {row.what: row for row in rows if row.stage == "all"}
+    for row in sorted(rows, key=lambda one: ([*whole].index(one.what), -one.ratio)):
+        share = row.ratio / whole[row.what].ratio
+        lines.append(
+            f"| {row.what} | {row.stage} | {row.ratio:.2f} | {share:.0%} | "
+            f"{row.user + row.system:.1f} | {row.system:.1f} | {row.wall:.1f} | "
+            f"{row.megabytes:.0f} |"
+        )
+    return lines
+
+
+def _together(parts: Iterable[Spent]) -> Spent:
+    whole = Spent()
+    for part in parts:
+        whole.wall += part.wall
+        whole.user += part.user
+        whole.system += part.system
+        whole.megabytes = max(whole.megabytes, part.megabytes)
+    return whole
+
+
+def _shown(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in sorted(settings.items())) or "defaults"
+
+
+def _commit() -> str:
+    """Of the checkout, with a mark where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
+    folder = Path(__file__).parent
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
