@@ -28,6 +28,7 @@ from benchmarks.memory import peak_of_anonymous
 from benchmarks.rows import append_row
 from benchmarks.speed import sibling
 from rankfold.data.parts import Data
+from rankfold.machine.freed_memory import give_back_freed_memory
 from rankfold.model.evaluation_mode import evaluation_mode
 from rankfold.search.study import open_inputs
 from rankfold.settings import Settings
@@ -168,6 +169,7 @@ def measure_stages(
     model, data = build(seed, count)
     chosen = {"task": TASKS.get(name), "seed": seed, **limits_of(data), **settings}
     unit = unit_of(model, data, Settings(**chosen))
+    give_back_freed_memory()  # as the command line does
     rows: list[StageRow] = []
 
     def timed(what: str, run: Callable[[], Any]) -> Any:
