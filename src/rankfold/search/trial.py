@@ -122,5 +122,6 @@ def last_prediction(chosen: Trial, tried: Sequence[Trial]) -> float | None:
     The first plan may be the best on selection data, and be predicted before anything was measured.
     """
     study = chosen.round.study
-    rounds = [chosen.round, *(t.round for t in tried if t.round.study is study)]
-    return foreseen_by(rounds[-1], chosen)
+    # What is fitted again comes last and is of the round of its plan, which may be an early one.
+    measured = [t for t in tried if t.refit is None and t.round.study is study]
+    return foreseen_by((measured[-1] if measured else chosen).round, chosen)
