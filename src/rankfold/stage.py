@@ -716,8 +716,9 @@ def last_prediction(chosen: Candidate, tried: Sequence[Candidate]) -> float | No
     The first plan may be the best on selection data, and be predicted before anything was measured.
     """
     collected = chosen.stage.collected
-    stages = [chosen.stage, *(c.stage for c in tried if c.stage.collected is collected)]
-    return stages[-1].foresees(chosen)
+    # What is fitted again comes last and has the stage of its plan, which may be an early one.
+    measured = [c for c in tried if c.refit is None and c.stage.collected is collected]
+    return (measured[-1] if measured else chosen).stage.foresees(chosen)
 
 
 @dataclass(frozen=True)
