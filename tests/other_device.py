@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils.data import TensorDataset
 
 import rankfold
-from rankfold.model import unpack
+from rankfold.model import unsuitable
 
 aten = torch.ops.aten
 COPIES = (aten._to_copy.default, aten.copy_.default)
@@ -142,13 +142,13 @@ def register() -> None:
 @contextmanager
 def emulated() -> Iterator[None]:
     """The device is there, and its tensors count as plain ones."""
-    quantized = unpack._quantized
-    unpack._quantized = lambda module: None  # it takes only torch.Tensor itself for plain
+    quantized = unsuitable._quantized
+    unsuitable._quantized = lambda module: None  # it takes only torch.Tensor itself for plain
     try:
         with Emulated():
             yield
     finally:
-        unpack._quantized = quantized
+        unsuitable._quantized = quantized
 
 
 def convolutional() -> tuple[nn.Module, Any]:
