@@ -188,7 +188,7 @@ def samples(
 
 
 def stated_range(selection: Array, units: int, margin: float) -> Array:
-    """The range of the default test, as ``certify.state`` makes it."""
+    """The range of the default test, as ``certificate.statement.state`` makes it."""
     reach = REACH * units ** (1 / 3) * selection.std(1, ddof=1)
     highest: Array = np.maximum(selection.mean(1) + reach, selection.max(1))
     return np.maximum(highest, margin)

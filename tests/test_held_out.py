@@ -152,3 +152,74 @@ def test_a_margin_that_can_not_be_shown_is_refused_by_a_preparation_too() -> Non
         with pytest.raises(InputError, match="That needs 299 examples"):
             call()
     assert openings() == []
+
+
+def failing_metric(on: int) -> rankfold.Metric:
+    calls = iter(range(100))
+
+    def values(model: nn.Module, batch: Any) -> Tensor:
+        if next(calls) >= on:
+            raise RuntimeError("the metric breaks")
+        return _half(model, batch)
+
+    return rankfold.Metric("breaks", values)
+
+
+class Interrupting(rankfold.TerminalProgress):
+    """Ctrl-C when the plan's model has been evaluated."""
+
+    def track(self, items: Any, stage: str, total: int) -> Any:
+        yield from items
+        if stage == "factorized on held-out data":
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"metrics": [failing_metric(2)]}, RuntimeError),
+        ({"progress": Interrupting()}, KeyboardInterrupt),
+    ],
+)
+def test_an_opening_that_ends_early_is_on_record(
+    options: dict[str, Any], error: type[BaseException]
+) -> None:
+    with pytest.raises(error):
+        rankfold.lossless(watched(), marked_data(), size=0.7, **options)
+    assert Watched.passes
+    (opening,) = openings()
+    assert opening["verdict"] == "interrupted"
+    assert len(opening["examples"]) == 60 and len(opening["models"]) == 1
+    later = rankfold.lossless(watched(), marked_data(), size=0.5)
+    assert later.document["data"]["history"]["others"] == 1
+
+
+def test_the_whole_part_is_on_record_also_where_a_test_stopped_early() -> None:
+    data = marked_data(120)
+    result = rankfold.compact(watched(), data, margin=0.05, certified=True, test="betting")
+    (opening,) = openings()
+    assert len(opening["examples"]) == 120 >= result.certificate.examples
+
+
+def test_one_group_that_is_left_by_a_limit_is_refused_before_any_work() -> None:
+    given = marked_data(40)
+    data = Data(given.calibration, given.selection, given.held_out, groups=["a"] * 39 + ["b"])
+    for seed in range(2):
+        with pytest.raises(InputError, match="form one group"):
+            rankfold.lossless(watched(), data, size=0.8, held_out_limit=4, seed=seed)
+    assert not Watched.passes and openings() == []
+
+
+def test_a_record_that_can_not_be_written_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKFOLD_OPENINGS", "/proc/nowhere/openings")
+    result = rankfold.lossless(watched(), marked_data(), size=0.8)
+    assert result.document["data"]["history"]["kept"] is False
+
+
+def test_what_a_size_is_of_is_checked_before_any_work() -> None:
+    model, calls = watched(), []
+    model.register_forward_pre_hook(lambda *arguments: calls.append(arguments))
+    wrong: Any = "everything"
+    with pytest.raises(InputError, match="size_of is 'everything'; expected one of model"):
+        rankfold.lossless(model, marked_data(), size=0.8, size_of=wrong)
+    assert not calls

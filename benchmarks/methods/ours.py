@@ -1,11 +1,11 @@
 """rankfold itself, through its own stages: every objective in both forms.
 
 As ``Preparation.lossless`` does it in one round: the plan is made, made again with measured
-interactions (``search.of_size``), and the best on selection data is the result. Held-out data is
-left to the common evaluation. ``first-order`` in pairs is the publication that the
-project implements (arXiv 2412.06867 as summarised; docs/theory.md, 6). Without conv forms a conv
-is one matrix, as in the peers: what is left of the difference is not theirs. ``control`` is the
-dense model moved by the step of ``joint``.
+interactions (``search.plans.of_size``), and the best on selection data is the result. Held-out
+data is left to the common evaluation. ``first-order`` in pairs is the publication that the project
+implements (arXiv 2412.06867 as summarised; docs/theory.md, 6). Without conv forms a conv is one
+matrix, as in the peers: what is left of the difference is not theirs. ``control`` is the dense
+model moved by the step of ``joint``.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def lossless(
     Raises:
         InputError: Names the input, what was expected, and what to do.
     """
-    check_size(size)
+    check_size(size, size_of)
     return _ready(model, data, margin, options).lossless(size, size_of=size_of, margin=margin)
 
 
@@ -95,7 +95,7 @@ class Preparation:
         self, size: float, *, size_of: SizeOf = "model", margin: float = DEFAULT_MARGIN
     ) -> Result:
         """The best model of a size; see ``rankfold.lossless``."""
-        check_size(size)
+        check_size(size, size_of)
         self._held_out.check(margin)
         tried = of_size(self._round, self._round.budget(size, size_of))
         opened = self._held_out.test([chosen := lowest(tried)], margin)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
 from rankfold.certificate.certify import examples_seen
 from rankfold.certificate.document import Evidence, example_digests
-from rankfold.certificate.earlier_uses import SHORT, Opening, history, record
+from rankfold.certificate.earlier_uses import SHORT, History, Opening, history, record
 from rankfold.certificate.opened import Opened, Tested
 from rankfold.certificate.statement import (
     ACCURACY,
@@ -31,6 +31,7 @@ from rankfold.settings import Settings
 from rankfold.tasks.evaluation import Evaluation, Metric, evaluate, joined, metric_values
 
 LOOKS = 16  # times that the betting test looks whether it may stop
+INTERRUPTED = "interrupted"  # the verdict on record where there came none
 
 
 @dataclass
@@ -96,36 +97,44 @@ class HeldOut:
         self.check(margin)
         statements = [self._statement(trial, margin) for trial in order]
         tested: list[Tested | None] = [None] * len(order)
-        place = 0
-        for at, (trial, statement) in enumerate(zip(order, statements, strict=True)):
-            one = tested[at] = self._tested(trial, statement)
-            if not one.certificate.holds:
-                break
-            place = at
+        digests: list[str] = []
+        place, verdict = 0, INTERRUPTED
+        original = model_digest(order[0].round.study.subject.unpacked.given)
+        try:
+            for at, (trial, statement) in enumerate(zip(order, statements, strict=True)):
+                one = tested[at] = self._tested(trial, statement, digests)
+                place, verdict = (at, one.certificate.verdict) if at == 0 else (place, verdict)
+                if not one.certificate.holds:
+                    break
+                place, verdict = at, one.certificate.verdict
+        finally:  # what was seen is seen, also where a pass fails or is interrupted
+            if digests:
+                past = self._recorded(original, digests, verdict)
         study = order[place].round.study
-        standing = tested[place]
-        assert standing is not None  # the loop tests the first, and goes on from one that holds
-        opening = Opening(
-            original=model_digest(study.subject.unpacked.given),
-            models=tuple(one.digest for one in tested if one is not None),
-            examples=tuple(digest[:SHORT] for digest in standing.evidence.examples),
-            verdict=standing.certificate.verdict,
-            seed=self.settings.seed,
-        )
-        past = history(opening, self._openings)
-        self._openings.append(opening)
-        record(opening)
         others = [study.parts[name] for name in PARTS[:2]]
         return Opened(
             tested=tested,
             place=place,
             examples=len(self._part.examples),
             digest=self._part.digest,
-            original=opening.original,
+            original=original,
             control=self._control(order[place]),
             look_alikes=look_alikes(others, self._part),
             history=past,
         )
+
+    def _recorded(self, original: str, models: Sequence[str], verdict: str) -> History:
+        """Record an opening of the whole part, which the original sees; gives what was before."""
+        opening = Opening(
+            original=original,
+            models=tuple(models),
+            examples=tuple(digest[:SHORT] for digest in self._part.digests),
+            verdict=verdict,
+            seed=self.settings.seed,
+        )
+        past = history(opening, self._openings)
+        self._openings.append(opening)
+        return replace(past, kept=record(opening))
 
     def _statement(self, trial: Trial, margin: float) -> Statement:
         """What will be claimed of a plan, from its selection data alone."""
@@ -144,9 +153,11 @@ class HeldOut:
             metric_margins=margins,
         )
 
-    def _tested(self, trial: Trial, statement: Statement) -> Tested:
+    def _tested(self, trial: Trial, statement: Statement, digests: list[str]) -> Tested:
+        """Evaluate a plan's model; its digest is added to the others before anything is opened."""
         study = trial.round.study
         given, model = study.subject.unpacked.given, trial.build()
+        digests.append(model_digest(model))
         if self._original is None:
             self._original = self._evaluated(trial, given, "original on held-out data")
         factorized = self._until_shown(trial, model, self._original, statement)
@@ -163,7 +174,7 @@ class HeldOut:
         evidence = Evidence(examples, answers, original, factorized, groups, values)
         digest = self._part.take(range(seen)).digest
         certificate = evidence.certificate(statement, study.task.unit, digest)
-        return Tested(model, statement, evidence, certificate, model_digest(model))
+        return Tested(model, statement, evidence, certificate, digests[-1])
 
     def _evaluated(
         self, trial: Trial, model: nn.Module, shown: str, part: Part | None = None
@@ -242,11 +253,6 @@ def enough_held_out(
             "the betting test looks at single examples, but the held-out examples come in groups; "
             "use the test bounded."
         )
-    if units < 2:
-        raise InputError(
-            "the held-out examples form one group; a bound needs 2 independent ones or more. Give "
-            "examples of more groups (documents)."
-        )
     check_enough(units, margin, metrics, settings)
     return data
 
@@ -272,11 +278,16 @@ def check_metrics(metrics: Sequence[Metric]) -> None:
 def check_enough(
     units: int, margin: float | None, metrics: Sequence[Metric], settings: Settings
 ) -> None:
-    """Refuse margins that so many units could never show, even if nothing changed.
+    """Refuse margins that so many units could never show, even if nothing changed; or one unit.
 
     Raises:
         InputError: Says how many would.
     """
+    if units < 2:
+        raise InputError(
+            "the held-out examples form one group; a bound needs 2 independent ones or more. Give "
+            "examples of more groups (documents), or more of them (held_out_limit=)."
+        )
     wanted: list[tuple[float, float | None, str, str]] = [
         (settings.accuracy_margin or 0.0, 1.0, "accuracy", "accuracy_margin="),
         *((m.margin or 0.0, 1.0, f"metric {m.name}", "margin of it") for m in metrics),

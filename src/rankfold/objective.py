@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, cast
+from typing import Literal, TypeAlias, cast, get_args
 
 Cost: TypeAlias = Literal["parameters", "flops"]
 
 ObjectiveName: TypeAlias = Literal[
     "svd", "fwsvd", "activation", "kronecker", "joint", "first-order"
 ]
+OutputGram: TypeAlias = Literal["none", "diagonal", "full"]
+Allocation: TypeAlias = Literal["uniform", "multiplier", "first-order"]
+OUTPUT_GRAMS: tuple[OutputGram, ...] = get_args(OutputGram)
+ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 
 
 @dataclass(frozen=True)
@@ -21,15 +25,28 @@ class Objective:
         output_gram: Whitens with B: ``none``, ``diagonal`` or ``full``.
         step: Moves the weights by the gradient term before truncating.
         allocation: ``uniform`` ratio, ``multiplier`` over predicted loss changes, or the greedy
-            ``first-order`` rule.
+            ``first-order`` rule. ``multiplier`` needs an output Gram.
         source: Where it comes from.
+
+    Raises:
+        ValueError: A word is none of these, or the loss is to be predicted without B.
     """
 
     input_gram: bool
-    output_gram: Literal["none", "diagonal", "full"]
+    output_gram: OutputGram
     step: bool
-    allocation: Literal["uniform", "multiplier", "first-order"]
+    allocation: Allocation
     source: str
+
+    def __post_init__(self) -> None:
+        """Refuse words that mean nothing, and a prediction of the loss without its curvature."""
+        for name, words in (("output_gram", OUTPUT_GRAMS), ("allocation", ALLOCATIONS)):
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {', '.join(words)}")
+        if self.allocation == "multiplier" and self.output_gram == "none":
+            raise ValueError(
+                "the multiplier allocation predicts the loss by B; output_gram is none"
+            )
 
     @property
     def needs_backward(self) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
+from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
 from typing import (
@@ -25,15 +26,14 @@ from typing_extensions import TypedDict
 from rankfold.certificate.statement import (
     ACCURACY,
     DEFAULT_CONFIDENCE,
-    TESTS,
     TestName,
     check_metric_margin,
 )
 from rankfold.errors import InputError
-from rankfold.forms.storage import STORAGES, Storage
+from rankfold.forms.storage import Storage
 from rankfold.machine.offload import Offload
 from rankfold.machine.progress import Progress, SilentProgress, TrimmingProgress
-from rankfold.maths.gradient import STEP_ESTIMATORS, StepEstimator
+from rankfold.maths.gradient import StepEstimator
 from rankfold.maths.linalg import Damping
 from rankfold.objective import OBJECTIVES, Cost, ObjectiveName
 from rankfold.statistics.labels import Curvature
@@ -142,7 +142,7 @@ class Settings:
         ),
     )
     cost: Cost = field(default="parameters", metadata=_shown("What sizes count.", "Search"))
-    curvature: Curvature | Literal["auto"] = field(
+    curvature: Literal["auto"] | Curvature = field(
         default="auto",
         metadata=_shown(
             "Whose labels the curvature is of: the data's (empirical) or drawn from the model's "
@@ -279,16 +279,14 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse values outside their ranges, by name."""
+        for name, option in setting_options().items():
+            _check_kind(name, getattr(self, name), option)
         check_choice("objective", self.objective, tuple(OBJECTIVES))
         if self.embeddings and OBJECTIVES[self.objective].allocation != "multiplier":
             raise InputError(
                 f"embeddings need an objective that predicts the loss by curvature (kronecker or "
                 f"joint), not {self.objective}; leave embeddings out."
             )
-        check_choice("form", self.form, STORAGES)
-        check_choice("cost", self.cost, get_args(Cost))
-        check_choice("curvature", self.curvature, ("auto", "empirical", "sampled"))
-        check_choice("step_estimator", self.step_estimator, STEP_ESTIMATORS)
         _check_damping("damping", self.damping, "auto")
         _check_damping("output_damping", self.output_damping, None)
         if self.damping == "auto" and self.output_damping is not None:
@@ -305,7 +303,6 @@ class Settings:
             )
         if not 0.5 < self.confidence < 1:
             raise InputError(f"confidence is {self.confidence}; expected between 0.5 and 1.")
-        check_choice("test", self.test, TESTS)
         if self.largest_change is not None and not 0 < self.largest_change < math.inf:
             raise InputError(
                 f"largest_change is {self.largest_change}; expected a finite number above 0, in "
@@ -348,7 +345,7 @@ class SettingKeywords(TypedDict, total=False):
     block_forms: bool
     embeddings: bool
     cost: Cost
-    curvature: Curvature | Literal["auto"]
+    curvature: Literal["auto"] | Curvature
     damping: float | Literal["auto"]
     output_damping: float | None
     shrinkage: bool
@@ -408,6 +405,10 @@ def read_options(options: Options) -> Asked:
         TypeError: There is no such keyword.
     """
     settings = dict(options)
+    known = [*Options.__annotations__]  # those of SettingKeywords among them
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise TypeError(f"there is no keyword {unknown[0]}; expected some of {', '.join(known)}")
     loss, metrics = settings.pop("loss", None), settings.pop("metrics", ())
     progress, folder = settings.pop("progress", None), settings.pop("offload_folder", None)
     return Asked(
@@ -439,6 +440,30 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
         raise InputError(f"{name} is {value!r}; expected one of {', '.join(allowed)}.")
 
 
+def _check_kind(name: str, value: object, option: Option) -> None:
+    """Refuse a value that is of none of an option's types, or none of its words."""
+    if name in ("task", "objective"):
+        return  # a task is recognised with its near misses; objectives may be registered
+    if option.choices and isinstance(value, str):
+        check_choice(name, value, option.choices)
+        return
+    if value is None and type(None) in option.alternatives:
+        return
+    known = {
+        bool: isinstance(value, bool),
+        int: isinstance(value, Integral) and not isinstance(value, bool),
+        float: isinstance(value, Real) and not isinstance(value, bool),
+    }
+    kinds = [kind for kind in known if kind in option.alternatives]
+    of_texts = any(get_origin(kind) is Sequence for kind in option.alternatives)
+    if of_texts and (isinstance(value, str) or not isinstance(value, Iterable)):
+        raise InputError(f"{name} is {value!r}; expected a list of patterns.")
+    if (kinds or option.choices) and not any(known[kind] for kind in kinds):
+        words = {bool: "True or False", int: "a whole number", float: "a number"}
+        expected = " or ".join([*(words[kind] for kind in kinds), *option.choices])
+        raise InputError(f"{name} is {value!r}; expected {expected}.")
+
+
 def _check_damping(name: str, value: object, otherwise: str | None) -> None:
     known = value == otherwise or (isinstance(value, int | float) and 0 <= value < math.inf)
     if not known:
@@ -446,12 +471,13 @@ def _check_damping(name: str, value: object, otherwise: str | None) -> None:
         raise InputError(f"{name} is {value}; expected a finite number, 0 or more{or_auto}.")
 
 
-def check_size(size: float) -> None:
-    """Refuse a size outside (0, 1].
+def check_size(size: float, size_of: SizeOf = "model") -> None:
+    """Refuse a size outside (0, 1], or one that is a share of something unknown.
 
     Raises:
         InputError: As said.
     """
+    check_choice("size_of", size_of, get_args(SizeOf))
     if not 0 < size <= 1:
         raise InputError(
             f"the size is {size}; expected the share that is kept, above 0 and at most 1 "

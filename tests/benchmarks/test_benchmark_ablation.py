@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.ablation_report import draw, draw_own_text, draw_predictions, tables
 from benchmarks.ablation_runs import Row, mixed_with_docstrings
+from benchmarks.observed import observe
 from rankfold.data.parts import Data, as_part
-from rankfold.search.study import collect
 from rankfold.settings import Settings
 
 FIRST = Row(
@@ -60,7 +60,7 @@ def test_a_variant_uses_all_windows_that_it_names(
     parts: dict[str, int] = {}
 
     def stopped(model: torch.nn.Module, data: Data, settings: Settings, *_: object) -> None:
-        found = collect(model, data, replace(settings, objective="svd"))
+        found = observe(model, data, replace(settings, objective="svd"))
         parts.update({name: len(part.examples) for name, part in found.parts.items()})
         raise InterruptedError
 

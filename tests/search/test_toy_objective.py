@@ -74,3 +74,16 @@ def test_the_command_line_refuses_it_likewise(tmp_path: Path) -> None:
     words += ["--objective", "toy", "--out", "out"]
     done = rankfold_command("lossless", *words, cwd=make_project(tmp_path), expect=2)
     assert "objective is 'toy'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ((True, "some", False, "uniform", "x"), "output_gram is 'some'; expected none"),
+        ((True, "full", False, "best", "x"), "allocation is 'best'; expected uniform"),
+        ((True, "none", False, "multiplier", "x"), "predicts the loss by B"),
+    ],
+)
+def test_an_objective_that_means_nothing_is_refused(fields: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        Objective(*fields)

@@ -1,8 +1,8 @@
 """Open a factorized model: exchange the layers of one like the original, and fill them.
 
-``model.safetensors`` holds every tensor once, ``rankfold.json`` the rest: layers, ranks, forms,
-losses, seeds, data hashes, versions, certificate. A transformers model's configuration and
-tokenizer stand beside them. Writing is atomic; reading executes no code and opens no pickle.
+``rankfold.json`` says which layers are factorized and how; each form makes an empty module of its
+own. Names, shapes and digests are checked before a tensor is put into the model, and a model that
+was given is as it was where anything is refused. No code is executed, no pickle is opened.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def fill(
         if as_saved:
             check_digest(manifest, tensors, where)
         _put_tensors(model, tensors, aliases)
-    except InputError:
+    except BaseException:
         put_modules(model, before)
         put_back(model, packed)
         raise

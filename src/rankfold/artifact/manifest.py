@@ -271,7 +271,8 @@ def _check_layer(layer: Mapping[str, Any], where: str) -> None:
     second = layer.get("second_rank")
     _expect(second is None or _is_rank(second), f"a second rank of {name}, or null", where)
     uses = layer.get("uses")
-    _expect(uses is None or _are_names(uses), f"a list of the names of the uses of {name}", where)
+    named = uses is None or (_are_names(uses) and len(uses) > 0)
+    _expect(named, f"a list of the names of the uses of {name}", where)
     _expect(uses is None or form in STORAGES, f"a form of {name} in {STORAGES}", where)
     if form not in STORAGES and len(form_named(form).storages) > 1:
         _expect(isinstance(layer.get("pivoted"), bool), f"pivoted of {name}", where)

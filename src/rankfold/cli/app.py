@@ -42,6 +42,8 @@ OTHER_NAMES = {
 _VALUE = r"""(?:"(?P<quoted>[^"]*)"|(?P<bare>\w+(?:[./:-]+\w+)*))"""
 _ARGUMENT = re.compile(rf"(?<![\w.])(?P<name>[a-z]\w*)=(?:{_VALUE}|(?![\w\"'(\[{{=]))")
 
+_SUBJECT = re.compile(r"(?P<name>[a-z]\w*)(?= (?:is|goes with|has no part) )")
+
 
 def command(function: Callable[..., int]) -> Callable[..., None]:
     """Register a command.
@@ -90,7 +92,8 @@ def tell(message: str) -> None:
 def as_options(text: str) -> str:
     """Arguments as Python writes them, ``batch_size=4``, as options: ``--batch-size 4``.
 
-    Names that no command has an option for stay as they are.
+    So is the name that a message begins with, ``batch_size is 0``: it is what the user gave. Names
+    that no command has an option for stay as they are.
     """
 
     def option(found: re.Match[str]) -> str:
@@ -104,6 +107,9 @@ def as_options(text: str) -> str:
             return "--" + "no-" * (value == "False") + words
         return f"--{words}" if value is None else f"--{words} {value}"
 
+    begun = _SUBJECT.match(text)
+    if begun is not None and begun["name"] in _option_names():
+        text = f"--{begun['name'].replace('_', '-')}{text[begun.end('name') :]}"
     return _ARGUMENT.sub(option, text)
 
 

@@ -324,9 +324,9 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="The form to write. dense: the original architecture, factors multiplied out; "
-            "pairs: two stock layers for each factorized one; onnx: for onnxruntime; pt2: a "
-            "program of torch.export."
+            help="What to write. "
+            + "; ".join(f"{name}: {target.summary}" for name, target in TARGETS.items())
+            + "."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder that it is written to.")],

@@ -166,6 +166,11 @@ class Round:
         except ValueError as error:
             rest = self.total - self.factorizable
             least = (rest + smallest_cost(self.curves)) / self.total
+            if smallest_cost(self.curves) <= budget:
+                raise InputError(
+                    f"the size is too small for the objective {self.settings.objective}: {error}. "
+                    "Ask for a larger size, or use another objective."
+                ) from error
             raise InputError(
                 f"the size is too small: even at rank 1 everywhere {least:.4f} of the model's "
                 f"{self.settings.cost} is kept, of which {rest / self.total:.4f} lies outside the "
