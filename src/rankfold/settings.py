@@ -92,8 +92,8 @@ def _shown(help: str, panel: Panel, unset: str | None = None) -> dict[str, str |
 class Settings:
     """Everything that decides the result, recorded in the artifact.
 
-    What a field means is said beside it; ``docs/options.md`` and ``rankfold lossless --help`` are
-    made from that.
+    Its fields are keywords of ``lossless``, ``compact`` and ``prepare``. What each means is said
+    beside it; ``docs/options.md`` and ``rankfold lossless --help`` are made from that.
 
     Raises:
         InputError: A value is not one of those allowed.

@@ -250,7 +250,11 @@ def verify(
     *,
     data: Annotated[str, typer.Option(help=DATA_HELP + " Holds the held-out examples.")],
     model: Annotated[
-        str | None, typer.Option(help="The original model, to compute its losses again too.")
+        str | None,
+        typer.Option(
+            help="The original model, as of lossless, to compute its losses again too; a class of "
+            "your own is needed: file.py:function."
+        ),
     ] = None,
     weights: Weights = None,
     task: Annotated[str | None, setting_option("task")] = None,

@@ -172,7 +172,13 @@ class Reading:
 class Parts:
     """Where the three parts of the data come from."""
 
-    data: Annotated[str | None, typer.Option(help=DATA_HELP + " Split into the parts.")] = None
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help=DATA_HELP + " Split into the parts. Needed, where the three parts are not given "
+            "apart."
+        ),
+    ] = None
     calibration: Annotated[
         str | None,
         typer.Option(help="Data for the statistics, in place of --data.", rich_help_panel="Data"),
@@ -211,7 +217,9 @@ class Parts:
 class Folders:
     """Where results and what a run needs lie."""
 
-    out: Annotated[Path | None, typer.Option(help="Folder that the model is saved in.")] = None
+    out: Annotated[Path | None, typer.Option(help="Folder that the model is saved in. Needed.")] = (
+        None
+    )
     overwrite: Annotated[
         bool,
         typer.Option(

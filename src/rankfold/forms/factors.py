@@ -19,7 +19,7 @@ class Factors:
     Attributes:
         left: ``(out, k)`` or ``(out - k, k)``.
         right: ``(k, in)``.
-        order: ``(out,)`` for the pivoted form, else None.
+        order: ``(out,)`` when pivoted, else None.
     """
 
     left: Tensor

@@ -34,7 +34,7 @@ def factor_parameters(out: int, in_: int, rank: int, storage: Storage) -> int:
 
 
 def with_identity_rows(factor: Tensor, order: Tensor | None) -> Tensor:
-    """A factor with the identity rows that a pivoted form leaves out, ``(rows, rank)``."""
+    """A factor with the identity rows that a pivoted factor leaves out, ``(rows, rank)``."""
     if order is None:
         return factor
     rank = factor.shape[1]

@@ -101,8 +101,8 @@ class LowRankEmbedding(FactorizedUse):
 
     Args:
         weight: ``(words, rank)``.
-        mix: ``(dim, rank)``, or ``(dim - rank, rank)`` in the pivoted form.
-        order: ``(dim,)`` integers for the pivoted form, None for the pair.
+        mix: ``(dim, rank)``, or ``(dim - rank, rank)`` when pivoted.
+        order: ``(dim,)`` integers when pivoted, None for the pair.
         padding_idx: The word whose row gets no gradient, or None.
     """
 
@@ -140,8 +140,8 @@ class LowRankHead(FactorizedUse):
 
     Args:
         weight: ``(words, rank)``.
-        mix: ``(dim, rank)``, or ``(dim - rank, rank)`` in the pivoted form.
-        order: ``(dim,)`` integers for the pivoted form, None for the pair.
+        mix: ``(dim, rank)``, or ``(dim - rank, rank)`` when pivoted.
+        order: ``(dim,)`` integers when pivoted, None for the pair.
         bias: ``(words,)`` or None.
     """
 

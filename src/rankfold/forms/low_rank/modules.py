@@ -1,15 +1,4 @@
-"""Low-rank layers that take the place of Linear and Conv2d.
-
-Both hold a rank-k matrix W' in one of two forms:
-
-- ``pair``: ``W' = left @ right`` with left ``(out, k)`` and right ``(k, in)``; k (out + in)
-  parameters;
-- ``pivoted``: right ``(k, in)`` holds k rows of W' itself and left ``(out - k, k)`` writes the
-  other rows as combinations of them; k (out + in - k) parameters, fewer than out * in for every
-  k < min(out, in) (Pivoting Factorization, arXiv 2501.19090).
-
-``order`` says which row of ``[pivot rows; other rows]`` each output is.
-"""
+"""Low-rank layers that take the place of Linear and Conv2d, in either storage (``storage``)."""
 
 from __future__ import annotations
 
@@ -96,10 +85,10 @@ class LowRankLinear(_LowRank):
     """A Linear whose weight has low rank.
 
     Args:
-        left: ``(out, rank)``, or ``(out - rank, rank)`` in the pivoted form.
+        left: ``(out, rank)``, or ``(out - rank, rank)`` when pivoted.
         right: ``(rank, in)``.
         bias: ``(out,)`` or None; copied.
-        order: ``(out,)`` integers for the pivoted form, None for the pair.
+        order: ``(out,)`` integers when pivoted, None for the pair.
     """
 
     def __init__(
@@ -145,11 +134,11 @@ class LowRankConv2d(_LowRank, ConvStandIn):
     """A Conv2d whose matrix has low rank: a conv to ``rank`` channels, then a 1x1 conv.
 
     Args:
-        left: ``(out, rank)``, or ``(out - rank, rank)`` in the pivoted form.
+        left: ``(out, rank)``, or ``(out - rank, rank)`` when pivoted.
         right: ``(rank, in, kh, kw)``.
         like: The conv it replaces; stride, padding, dilation and padding mode are taken from it.
         bias: ``(out,)`` or None; copied.
-        order: ``(out,)`` integers for the pivoted form, None for the pair.
+        order: ``(out,)`` integers when pivoted, None for the pair.
     """
 
     def __init__(
