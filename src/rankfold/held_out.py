@@ -103,10 +103,10 @@ class HeldOut:
         try:
             for at, (trial, statement) in enumerate(zip(order, statements, strict=True)):
                 one = tested[at] = self._tested(trial, statement, digests)
-                place, verdict = (at, one.certificate.verdict) if at == 0 else (place, verdict)
+                if at == 0 or one.certificate.holds:
+                    place, verdict = at, one.certificate.verdict
                 if not one.certificate.holds:
                     break
-                place, verdict = at, one.certificate.verdict
         finally:  # what was seen is seen, also where a pass fails or is interrupted
             if digests:
                 past = self._recorded(original, digests, verdict)
