@@ -42,6 +42,5 @@ def parsed(parser: ArgumentParser) -> Namespace:
     if options.command == "run":
         torch.set_num_threads(options.threads)
         torch.backends.cudnn.allow_tf32 = False  # float32 is the CPU's, for convs as for the rest
-        if getattr(options, "axis", None) != "stages":  # its unit is a pass of a process as it is
-            give_back_freed_memory()
+        give_back_freed_memory()
     return options

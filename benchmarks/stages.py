@@ -1,10 +1,10 @@
 """Where the time of a run goes: ``run stages``, the way that speed is judged.
 
-One process opens a model and its data, takes the unit (one plain forward and backward pass over the
-same calibration examples, the median of three), and then runs ``rankfold.prepare`` and
-``lossless`` at one size and at a further one. Each stage that the product tells its user of is
-timed: wall, CPU of user and system, peak memory while it ran. What is in no stage (plans, building,
-recognising) is one line of its own. Ratios to the unit hardly depend on the machine.
+One process takes the unit: one plain forward and backward pass over the same calibration examples,
+the median of three. Another runs ``rankfold.prepare`` and ``lossless`` at one size and at a further
+one: what the first has left free would be the second's. Each stage that the product tells its user
+of is timed: wall, CPU of user and system, peak memory while it ran. What is in no stage (plans,
+building, recognising) is one line of its own. Ratios to the unit hardly depend on the machine.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import resource
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,6 @@ from benchmarks.memory import peak_of_anonymous
 from benchmarks.rows import append_row
 from benchmarks.speed import sibling
 from rankfold.data.parts import Data
-from rankfold.machine.freed_memory import give_back_freed_memory
 from rankfold.model.evaluation_mode import evaluation_mode
 from rankfold.search.study import open_inputs
 from rankfold.settings import Settings
@@ -168,8 +168,7 @@ def measure_stages(
     count = calibration or default
     model, data = build(seed, count)
     chosen = {"task": TASKS.get(name), "seed": seed, **limits_of(data), **settings}
-    unit = unit_of(model, data, Settings(**chosen))
-    give_back_freed_memory()  # as the command line does
+    unit = _unit_in_a_process(name, seed, count, threads)
     rows: list[StageRow] = []
 
     def timed(what: str, run: Callable[[], Any]) -> Any:
@@ -195,6 +194,12 @@ def measure_stages(
     for row in rows:
         append_row(sibling(results, "stages"), row)
     print("\n".join(table(rows)))
+
+
+def _unit_in_a_process(name: str, seed: int, count: int, threads: int) -> Spent:
+    command = [sys.executable, "-m", "benchmarks.stages", name, str(seed), str(count), str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return Spent(*map(float, done.stdout.split()[-3:]))
 
 
 def unit_of(model: nn.Module, data: Data, settings: Settings) -> Spent:
@@ -259,3 +264,17 @@ def _commit() -> str:
     folder = Path(__file__).parent
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    """Take the unit in this process, whose memory is as users have it; prints its seconds."""
+    name, seed, count, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    model, data = FIELD_MODELS[name][0](int(seed), int(count))
+    settings = Settings(task=TASKS.get(name), seed=int(seed), **limits_of(data))
+    unit = unit_of(model, data, settings)
+    print(unit.wall, unit.user, unit.system)
+
+
+if __name__ == "__main__":
+    main()
