@@ -640,7 +640,10 @@ def test_layers_that_compute_their_weight_at_each_call(tmp_path: Path) -> None:
     model[2].weight.requires_grad_(False)
     before, numbers = state(model), torch.get_rng_state()
     unpacked = unpack(model).model
-    assert torch.equal(unpacked(images), model(images))
+    # The same sums, in the order of other kernels: with AVX2 alone and two threads they differ.
+    expected = model(images).detach()
+    largest = float(expected.abs().max())
+    torch.testing.assert_close(unpacked(images).detach(), expected, rtol=0, atol=1e-6 * largest)
     assert same_state(model, before)
     assert torch.equal(torch.get_rng_state(), numbers)
     dropping = unpack(nn.Sequential(_DropsInputs(8, 8, 3))).model.train()
