@@ -77,6 +77,17 @@ class LayerProblem:
         return self.moved()
 
     @property
+    def with_gradients(self) -> LayerStatistics:
+        """The statistics, for forms that predict the loss.
+
+        Raises:
+            ValueError: There are none.
+        """
+        if self.statistics is None:
+            raise ValueError("a form that predicts the loss needs statistics with gradients")
+        return self.statistics
+
+    @property
     def price(self) -> int:
         """Cost of a parameter that is multiplied once a row."""
         return 1 if self.cost == "parameters" else 2 * self.calls.rows

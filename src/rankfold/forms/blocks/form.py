@@ -24,7 +24,6 @@ from rankfold.forms.problem import Calls, LayerProblem, Size
 from rankfold.forms.storage import Storage
 from rankfold.model.layer_matrix import MatrixLayer, matrix_shape
 from rankfold.statistics.grams import damped_grams
-from rankfold.statistics.layer_statistics import LayerStatistics
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Blocks:
         earlier = cast("Cut | None", problem.earlier)
         return block_curve(
             problem.weight,
-            _statistics(problem),
+            problem.with_gradients,
             form,
             problem.damping,
             None if earlier is None else earlier.order,
@@ -78,7 +77,7 @@ class Blocks:
         self, problem: LayerProblem, choice: Choice, state: Cut, keep: Callable[[Tensor], Tensor]
     ) -> HalvesOfLayer:
         """Both halves at the choice's ranks, each making up for the other's error."""
-        grams = damped_grams(_statistics(problem), problem.damping)
+        grams = damped_grams(problem.with_gradients, problem.damping)
         return HalvesOfLayer(block_factors(problem.weight, *grams, state, choice.ranks).kept(keep))
 
     def size(
@@ -99,12 +98,6 @@ class Blocks:
         if len(ranks) != 2:
             raise ValueError(f"form {name} has two ranks, not {tuple(ranks)}")
         return empty_blocks(layer, cast("BlockForm", name), ranks)
-
-
-def _statistics(problem: LayerProblem) -> LayerStatistics:
-    if problem.statistics is None:
-        raise ValueError("block forms need statistics with gradients")
-    return problem.statistics
 
 
 BLOCKS = Blocks()

@@ -24,7 +24,6 @@ from rankfold.forms.problem import Calls, LayerProblem, Size
 from rankfold.forms.storage import STORAGES, Storage
 from rankfold.model.layer_matrix import MatrixLayer, weight_matrix
 from rankfold.statistics.grams import damped_grams
-from rankfold.statistics.layer_statistics import LayerStatistics
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class ConvForms:
         curve = conv_curve(
             cast("nn.Conv2d", problem.layer),
             problem.weight,
-            _statistics(problem),
+            problem.with_gradients,
             problem.spectrum,
             problem.damping,
             problem.storage,
@@ -80,7 +79,7 @@ class ConvForms:
         """The best factors found of the choice's form and ranks."""
         found = conv_factors(
             problem.weight.view_as(problem.layer.weight),
-            *damped_grams(_statistics(problem), problem.damping),
+            *damped_grams(problem.with_gradients, problem.damping),
             cast("ConvForm", choice.form),
             choice.ranks,
             pivot=problem.storage == "pivoted",
@@ -112,12 +111,6 @@ class ConvForms:
         if not isinstance(layer, nn.Conv2d) or len(ranks) != (2 if several else 1):
             raise ValueError(f"form {name} with ranks {tuple(ranks)} does not suit a {type(layer)}")
         return empty_conv(layer, cast("ConvForm", name), tuple(ranks), pivoted)
-
-
-def _statistics(problem: LayerProblem) -> LayerStatistics:
-    if problem.statistics is None:
-        raise ValueError("conv forms need statistics with gradients")
-    return problem.statistics
 
 
 CONV = ConvForms()
