@@ -1,3 +1,4 @@
+import math
 from contextlib import contextmanager
 
 import pytest
@@ -9,6 +10,7 @@ from rankfold.maths import linalg
 from rankfold.maths.linalg import (
     LARGEST_COEFFICIENT,
     add_gram,
+    condition_number,
     damped,
     descending_eigh,
     inverse_factor,
@@ -17,9 +19,11 @@ from rankfold.maths.linalg import (
     mirrored,
     pivot_rows,
     rows_of_same_gram,
+    singular_directions,
     symmetric_eigh,
     symmetric_roots,
     thin_svd,
+    whitening,
 )
 from tests.cases import SEEDS, SIDES, gram, normal
 
@@ -153,6 +157,46 @@ def test_inverse_factor_of_a_gram_with_a_dead_channel():
     expected = torch.zeros_like(g)
     expected[torch.tensor(alive)[:, None], alive] = g[alive][:, alive].inverse()
     close(q @ q.T, expected, rtol=1e-9, atol=1e-9)
+
+
+@property_test
+@given(SEEDS, SIDES, SIDES, st.sampled_from([torch.float32, torch.float64]))
+@example(seed=12212083, side=8, rank=7, dtype=torch.float64)
+def test_whitening_is_an_inverse_factor_also_of_singular_grams(seed, side, rank, dtype):
+    g, matrix = gram(seed, side, rank), normal(seed + 1, side, 3)
+    found = whitening(g, dtype)
+    assert found.down(matrix.to(dtype)).dtype == found.up(matrix.to(dtype)).dtype == dtype
+    scale = float(torch.linalg.pinv(g, hermitian=True, rtol=1e-10).norm())
+    both = found.up(found.down(matrix.to(dtype))).double()  # Q Q^T
+    exact = torch.linalg.pinv(g, hermitian=True, rtol=1e-10) @ matrix
+    error = 1e-2 if dtype == torch.float32 else 1e-6
+    close(both, exact, rtol=0, atol=error * scale * float(matrix.norm()))
+
+
+@pytest.mark.parametrize("condition", [10.0, 1e4, 1e6, 1e9])
+def test_float32_solves_with_a_triangle_only_where_the_condition_allows_it(condition):
+    basis = torch.linalg.qr(normal(0, 40, 40)).Q
+    g = (basis * torch.logspace(0, -math.log10(condition), 40, dtype=torch.float64)) @ basis.T
+    estimated = condition_number(g, torch.linalg.cholesky(g))
+    assert 0.2 * condition < estimated < 1.01 * condition
+    assert (whitening(g, torch.float32).triangle is not None) == (condition < 1e5)
+    assert whitening(g, torch.float64).triangle is not None
+
+
+@property_test
+@given(SEEDS, SIDES, SIDES, st.integers(0, 5))
+def test_singular_directions_are_those_of_the_matrix(seed, out, in_, rank):
+    matrix = normal(seed, out, rank) @ normal(seed + 1, rank, in_)
+    u, v = singular_directions(matrix)
+    r = min(out, in_)
+    assert (u.shape, v.shape) == ((out, r), (in_, r))
+    longer = u if out >= in_ else v
+    norms = longer.norm(dim=0)
+    assert bool(((norms - 1).abs().lt(1e-6) | norms.eq(0)).all())
+    values = (u * (matrix @ v)).sum(0)
+    scale = 1 + float(matrix.norm())
+    close(values, torch.linalg.svdvals(matrix), rtol=0, atol=1e-6 * scale)
+    close((u * values) @ v.T, matrix, rtol=0, atol=1e-6 * scale)
 
 
 @property_test

@@ -339,6 +339,21 @@ def test_changes_under_other_grams_are_those_of_each_truncation(seed, out, in_):
     close(spectrum.changes_under(a, b), spectrum.truncation_changes(), rtol=1e-6, atol=1e-8)
 
 
+@property_test
+@given(SEEDS, SIDES, SIDES, st.sampled_from([0.0, 0.2]), st.sampled_from([0.0, 3.0]), SIDES)
+def test_changes_with_less_damping_are_those_under_the_grams_without_it(
+    seed, out, in_, of_input, of_output, rank
+):
+    w = normal(seed, out, in_)
+    # Grams of fewer rows than columns among them: undamped they have no inverse.
+    a, b = gram(seed + 1, in_, rank=rank), gram(seed + 2, out, rank=rank)
+    more = [of * torch.eye(len(g)).double() for of, g in ((of_input, a), (of_output, b))]
+    spectrum = whitened_spectrum(w, a + more[0], b + more[1])
+    changes = spectrum.changes_with_less(of_input, of_output)
+    scale = float(spectrum.truncation_changes()[0])
+    close(changes, spectrum.changes_under(a, b), rtol=1e-10, atol=1e-10 * scale)
+
+
 @pytest.mark.parametrize("signal", [0.0, 0.5, 1000.0])
 def test_the_harmless_radius_is_where_the_quadratic_model_with_its_global_term_is_back_at_zero(
     signal,

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 
 from rankfold.forms.curve import Curve
-from rankfold.forms.low_rank.form import rank_costs
+from rankfold.forms.low_rank.form import rank_costs, rank_curve
 from rankfold.forms.storage import STORAGES, factor_parameters
 from rankfold.maths.linalg import Damping
 from rankfold.maths.spectrum import whitened_spectrum
@@ -20,8 +20,8 @@ from rankfold.search.allocate import (
 )
 from rankfold.search.layer_curves import (
     first_order_changes,
-    layer_curve,
     layer_spectrum,
+    truncation_changes,
 )
 from rankfold.statistics.layer_statistics import LayerStatistics
 from tests.cases import CONV_CASES, LINEAR_CASES, SEEDS, SIDES, gram, normal
@@ -48,6 +48,14 @@ WHITENS_WITH = {
     "joint": lambda a, b: (a, b),
     "first-order": lambda a, b: (None, None),
 }
+
+
+DAMPING = Damping(0.1, 0.1)
+
+
+def curve_of(name, layer, spectrum, statistics, storage, price):
+    changes = truncation_changes(OBJECTIVES[name], layer, spectrum, statistics, DAMPING)
+    return rank_curve(layer, *changes, storage, price)
 
 
 def random_statistics(seed, out, in_, backward=True):
@@ -105,7 +113,7 @@ def test_each_objective_is_a_weighted_truncated_svd(name, shape, damping):
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if not NEEDS[name][0]])
 def test_objectives_without_data_need_no_statistics(name):
     w = normal(0, 4, 6)
-    found = layer_spectrum(OBJECTIVES[name], w, None, Damping(0.1, 0.1)).singular_values
+    found = layer_spectrum(OBJECTIVES[name], w, None, DAMPING).singular_values
     close(found, torch.linalg.svdvals(w))
 
 
@@ -113,10 +121,10 @@ def test_objectives_without_data_need_no_statistics(name):
 def test_only_objectives_that_whiten_the_output_need_its_gram(name):
     w, statistics = normal(0, 4, 6), random_statistics(1, 4, 6, backward=False)
     if OBJECTIVES[name].output_gram == "none":
-        layer_spectrum(OBJECTIVES[name], w, statistics, Damping(0.1, 0.1))
+        layer_spectrum(OBJECTIVES[name], w, statistics, DAMPING)
     else:
         with pytest.raises(ValueError, match="needs statistics with gradients"):
-            layer_spectrum(OBJECTIVES[name], w, statistics, Damping(0.1, 0.1))
+            layer_spectrum(OBJECTIVES[name], w, statistics, DAMPING)
 
 
 @property_test
@@ -143,8 +151,8 @@ def test_layer_curve_has_each_ranks_cost_and_change(case, form, name):
     layer = case.layer()
     out, in_ = matrix_shape(layer)
     w, statistics = weight_matrix(layer), random_statistics(30, out, in_)
-    spectrum = layer_spectrum(OBJECTIVES[name], w, statistics, Damping(0.1, 0.1))
-    curve = layer_curve(OBJECTIVES[name], layer, spectrum, statistics, form, 7)
+    spectrum = layer_spectrum(OBJECTIVES[name], w, statistics, DAMPING)
+    curve = curve_of(name, layer, spectrum, statistics, form, 7)
     ranks = range(1, min(out, in_) + 1)
     assert curve.ranks.tolist() == list(ranks)
     assert curve.costs.tolist() == [7 * factor_parameters(out, in_, k, form) for k in ranks]
@@ -170,7 +178,7 @@ def test_the_first_order_curve_needs_a_gradient():
     layer = LINEAR_CASES[0].layer()
     spectrum = whitened_spectrum(weight_matrix(layer))
     with pytest.raises(ValueError, match="needs statistics with gradients"):
-        layer_curve(OBJECTIVES["first-order"], layer, spectrum, None, "pair", 1)
+        truncation_changes(OBJECTIVES["first-order"], layer, spectrum, None, DAMPING)
 
 
 def curves_of(name, seed=0):
@@ -178,10 +186,8 @@ def curves_of(name, seed=0):
     for place, case in enumerate([LINEAR_CASES[0], CONV_CASES[0], CONV_CASES[3]]):
         layer = case.layer(seed + place)
         statistics = random_statistics(seed + 100 * place, *matrix_shape(layer))
-        spectrum = layer_spectrum(
-            OBJECTIVES[name], weight_matrix(layer), statistics, Damping(0.1, 0.1)
-        )
-        curves[case.name] = layer_curve(OBJECTIVES[name], layer, spectrum, statistics, "pivoted", 1)
+        spectrum = layer_spectrum(OBJECTIVES[name], weight_matrix(layer), statistics, DAMPING)
+        curves[case.name] = curve_of(name, layer, spectrum, statistics, "pivoted", 1)
     return curves
 
 

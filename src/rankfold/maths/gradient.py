@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from rankfold.maths.linalg import inverse_factor, thin_svd
+from rankfold.maths.linalg import singular_directions, thin_svd, whitening
 from rankfold.maths.spectrum import (
     lossless_rank,
 )
@@ -24,7 +24,7 @@ class GradientStep:
     """The direction in which the quadratic model says that a weight should move.
 
     Attributes:
-        direction: ``(out, in)`` float64; the weight moves by ``-eta * direction``.
+        direction: ``(out, in)``, of the gradients' dtype; the weight moves by ``-eta * direction``.
         norm: ``|S|`` of the estimate in whitened coordinates: the distance of the centre of the
             harmless ball, for eta = 1.
         signal: ``<S1, S2>`` of the whitened gradients of two halves of the calibration data, an
@@ -59,9 +59,10 @@ def gradient_step(
         output_gram: B, ``(out, out)`` float64, damped.
         estimator: How S is estimated.
     """
-    q_out, q_in = inverse_factor(output_gram), inverse_factor(input_gram)
-    first, second = (q_out.T @ half.to(torch.float64) @ q_in for half in gradients)
-    noise = float((first - second).square().sum()) / 4
+    dtype = gradients[0].dtype
+    outputs, inputs = whitening(output_gram, dtype), whitening(input_gram, dtype)
+    first, second = (inputs.down(outputs.down(half).T).T for half in gradients)
+    noise = float((first - second).square().sum(dtype=torch.float64)) / 4
     if estimator == "raw":
         whitened = (first + second) / 2
     elif estimator == "denoised":
@@ -69,22 +70,22 @@ def gradient_step(
     else:
         whitened = (_confirmed(first, second) + _confirmed(second, first)) / 2
     return GradientStep(
-        direction=q_out @ whitened @ q_in.T,
+        direction=outputs.up(inputs.up(whitened.T).T),
         norm=float(whitened.norm()),
-        signal=float((first * second).sum()),
+        signal=float((first * second).sum(dtype=torch.float64)),
         noise=noise,
     )
 
 
 def _confirmed(half: Tensor, other: Tensor) -> Tensor:
-    u, _, v = thin_svd(half)
-    coefficients = ((u.T @ other) * v.T).sum(1).clamp(min=0)
+    u, v = singular_directions(half)
+    coefficients = (u * (other @ v)).sum(0).clamp(min=0)
     return (u * coefficients) @ v.T
 
 
 def _shrunk(noisy: Tensor, noise: float) -> Tensor:
     """Optimal shrinkage of singular values for white noise of this total energy."""
-    u, sigma, v = thin_svd(noisy)
+    u, sigma, v = (part.to(noisy) for part in thin_svd(noisy.to(torch.float64)))
     m, n = sorted(noisy.shape)
     unit = math.sqrt(noise / m)  # sqrt(n) times the noise's standard deviation
     if unit == 0:

@@ -1,10 +1,11 @@
-"""Dense linear algebra in float64: roots of Grams, orthonormal bases, pivoted rows.
+"""Dense linear algebra: roots of Grams, orthonormal bases, pivoted rows; in float64 as a rule.
 
 Everything here is a pure function of tensors; nothing knows about layers or models.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import scipy.linalg
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 # Eigenvalues below this share of the largest one are numerical noise of a float64 Gram whose
 # blocks were formed in float32: their directions count as never seen.
@@ -26,6 +28,13 @@ LARGEST_COEFFICIENT = 2.0
 # A row whose distance from the span of the pivots is below this share of the largest row is
 # rounding, and needs no pivot of its own.
 NEGLIGIBLE_ROW = 1e-13
+
+# Condition number of a Gram up to which solving with its Cholesky factor is exact enough: errors
+# in float32 are then below a hundredth even in the direction of the smallest eigenvalue.
+LARGEST_CONDITION = {torch.float32: 1e5, torch.float64: 1 / RELATIVE_CUTOFF}
+# How many vectors it is estimated with, and how often they are multiplied.
+CONDITION_PROBES = 4
+CONDITION_POWERS = 4
 
 # Side of a Gram up to which it is multiplied whole: smaller products are no faster.
 GRAM_SIDE = 256
@@ -129,13 +138,10 @@ def damped(gram: Tensor, damping: float) -> Tensor:
     Returns:
         Of the same shape, float64.
     """
-    gram = gram.to(torch.float64)
-    if gram.dim() == 1:
-        return gram + damping * gram.mean()
-    mean_eigenvalue = gram.diagonal().mean()
-    return gram + damping * mean_eigenvalue * torch.eye(
-        len(gram), dtype=torch.float64, device=gram.device
-    )
+    found = gram.to(torch.float64, copy=True)
+    diagonal = found if found.dim() == 1 else found.diagonal()
+    diagonal.add_(damping * diagonal.mean())
+    return found
 
 
 def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,11 +250,83 @@ def inverse_factor(gram: Tensor) -> Tensor:
     return symmetric_roots(gram)[1]
 
 
+@dataclass(frozen=True)
+class Whitening:
+    """A Q that makes a Gram the identity, ``Q.T @ gram @ Q``, on the Gram's range.
+
+    Attributes:
+        triangle: Lower triangle L of ``gram == L @ L.T``, whose inverse transposed is Q; solving
+            with it takes half of what multiplying by Q does, and nothing to prepare. None where
+            the Gram has none.
+        inverse: Q itself where there is no triangle.
+    """
+
+    triangle: Tensor | None = None
+    inverse: Tensor | None = None
+
+    def down(self, matrix: Tensor) -> Tensor:
+        """``Q.T @ matrix``, in the precision of both."""
+        if self.triangle is None:
+            assert self.inverse is not None  # one of both is there
+            return self.inverse.T.to(matrix) @ matrix
+        found: Tensor = torch.linalg.solve_triangular(self.triangle, matrix, upper=False)
+        return found
+
+    def up(self, matrix: Tensor) -> Tensor:
+        """``Q @ matrix``, likewise."""
+        if self.triangle is None:
+            assert self.inverse is not None  # one of both is there
+            return self.inverse.to(matrix) @ matrix
+        found: Tensor = torch.linalg.solve_triangular(self.triangle.mT, matrix, upper=True)
+        return found
+
+
+def whitening(gram: Tensor, dtype: torch.dtype) -> Whitening:
+    """What whitens matrices of a precision by a Gram.
+
+    In float32 where the Gram's condition allows it (``LARGEST_CONDITION``), else in float64 and
+    rounded.
+
+    Args:
+        gram: ``(n, n)`` float64, symmetric positive semi-definite.
+        dtype: Of the matrices that are to be whitened.
+    """
+    rounded = gram.to(dtype)
+    triangle, info = torch.linalg.cholesky_ex(rounded)
+    if int(info) == 0 and condition_number(rounded, triangle) < LARGEST_CONDITION[dtype]:
+        return Whitening(triangle=triangle)
+    return Whitening(inverse=inverse_factor(gram).to(dtype))
+
+
+def condition_number(gram: Tensor, triangle: Tensor) -> float:
+    """The condition number of a Gram, estimated from below to a small factor by block powers.
+
+    Args:
+        gram: ``(n, n)`` symmetric positive definite.
+        triangle: Its lower Cholesky factor.
+    """
+    probes = random_signs(len(gram), CONDITION_PROBES).to(gram) / math.sqrt(len(gram))
+    powers, inverse_powers = probes.T, probes
+    largest = smallest = 0.0
+    for _ in range(CONDITION_POWERS):
+        powers = normalize(powers, dim=1) @ gram
+        inverse_powers = torch.cholesky_solve(normalize(inverse_powers, dim=0), triangle)
+        largest = float(powers.norm(dim=1).max())
+        smallest = float(inverse_powers.norm(dim=0).max())
+    return largest * smallest
+
+
+def random_signs(rows: int, columns: int) -> Tensor:
+    """``(rows, columns)`` of 1 and -1, the same every time: ``E z^T f z`` is the trace of f."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 2, (rows, columns), generator=generator) * 2 - 1
+
+
 def descending_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, clamped at 0, and eigenvectors of a Gram, the largest first.
 
     Args:
-        gram: ``(n, n)`` float64, symmetric up to rounding.
+        gram: ``(n, n)``, symmetric up to rounding.
 
     Returns:
         ``(eigenvalues (n,), vectors (n, n))``.
@@ -275,6 +353,23 @@ def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     sigma = squared.sqrt()
     safe = torch.where(sigma > 1e-7 * sigma[0], sigma, torch.inf)
     return (matrix @ v) / safe, sigma, v
+
+
+def singular_directions(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular vectors through the eigenvectors of the smaller Gram, in the matrix' precision.
+
+    Args:
+        matrix: ``(m, n)``.
+
+    Returns:
+        ``(U (m, r), V (n, r))`` with r = min(m, n), the largest values first; the columns of the
+        longer one have norm 1, or are 0, and those of small values are not quite orthogonal.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        right, left = singular_directions(matrix.T)
+        return left, right
+    _, v = descending_eigh(matrix.T @ matrix)
+    return normalize(matrix @ v, dim=0, eps=torch.finfo(matrix.dtype).tiny), v
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ import math
 import torch
 from torch import Tensor
 
-from rankfold.maths.linalg import kept_below, mirrored, symmetric_eigh
+from rankfold.maths.linalg import kept_below, mirrored, random_signs, symmetric_eigh
 
 # Dampings looked at, as shares of the mean eigenvalue: where the first one is best, none is needed.
 LEAST, MOST = 1e-6, 10.0
 STEPS_PER_DECADE = 8
 # Side up to which a Gram is decomposed; above it a quadrature takes far less time and finds the
 # same damping (docs/theory.md, 1).
-LARGEST_DECOMPOSED = 2048
+LARGEST_DECOMPOSED = 1024
 PROBES = 8
 LANCZOS_STEPS = 64
 
@@ -109,28 +109,27 @@ def quadrature(
     """
     side = len(gram)
     steps = min(steps, side)
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (side, probes), generator=generator).to(gram) * 2 - 1
-    start = signs / math.sqrt(side)
-    basis = gram.new_zeros(steps, side, probes)
-    basis[0] = start
+    start = random_signs(side, probes).to(gram) / math.sqrt(side)
+    basis = gram.new_zeros(probes, steps, side)
+    basis[:, 0] = start.T
     diagonals, off_diagonals = gram.new_zeros(probes, steps), gram.new_zeros(probes, steps)
     for step in range(steps):
-        following = gram @ basis[step]
-        diagonals[:, step] = (basis[step] * following).sum(0)
+        following = (basis[:, step] @ gram)[:, None]
+        diagonals[:, step] = (basis[:, step] * following[:, 0]).sum(1)
+        known = basis[:, : step + 1]
         for _ in range(2):  # once is not enough in float32
-            along = (basis[: step + 1] * following).sum(1, keepdim=True)
-            following = following - (basis[: step + 1] * along).sum(0)
-        norms = following.norm(dim=0)
+            following = following - (following @ known.mT) @ known
+        norms = following[:, 0].norm(dim=1)
         # A space that ends early has no more nodes.
         ended = norms <= torch.finfo(gram.dtype).eps * diagonals[:, 0].abs()
         off_diagonals[:, step] = norms.where(~ended, 0)
         if step + 1 < steps:
-            basis[step + 1] = torch.where(ended, 0, following / norms.where(~ended, 1))
+            unit = following[:, 0] / norms.where(~ended, 1)[:, None]
+            basis[:, step + 1] = torch.where(ended[:, None], 0, unit)
     between = off_diagonals[:, : steps - 1]
     tridiagonal = torch.diag_embed(diagonals) + torch.diag_embed(between, 1)
     nodes, vectors = symmetric_eigh((tridiagonal + torch.diag_embed(between, -1)).double())
-    seen = torch.einsum("jnp,np->pj", basis, other @ start).double()
+    seen = torch.einsum("pjn,np->pj", basis, other @ start).double()
     first, along = vectors[:, 0], torch.einsum("pji,pj->pi", vectors, seen)
     weight = side / probes
     return nodes.flatten(), (weight * first.square()).flatten(), (weight * first * along).flatten()

@@ -72,7 +72,30 @@ class Spectrum:
         """
         left, right = self.factors(len(self.singular_values))
         outputs, inputs = left.T @ times(output_gram, left), right @ times(input_gram, right.T)
-        blocks = (outputs * inputs).flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
+        blocks = _trailing_sums(outputs * inputs)
+        return 0.5 * torch.cat([blocks, blocks.new_zeros(1)]).clamp(min=0)
+
+    def changes_with_less(self, input_damping: float, output_damping: float) -> Tensor:
+        """Predicted loss change of every rank 0..r under the Grams that chose it, less damped.
+
+        As ``changes_under``, where what was added to the diagonals is all that differs. Under its
+        own Grams the factors are known to have ``L^T B L = diag(sigma^2)`` and ``R A R^T = 1``, or
+        the other way round where R is the longer one.
+
+        Args:
+            input_damping: What the Gram A had more on its diagonal.
+            output_damping: What B had.
+
+        Returns:
+            ``(r + 1,)`` float64; the last is 0.
+        """
+        left, right = self.factors(len(self.singular_values))
+        outputs, inputs = -output_damping * (left.T @ left), -input_damping * (right @ right.T)
+        # The longer side has the energies (``whitened_spectrum``).
+        longer, shorter = (outputs, inputs) if len(left) >= right.shape[1] else (inputs, outputs)
+        longer.diagonal().add_(self.singular_values.square())
+        shorter.diagonal().add_(1)
+        blocks = _trailing_sums(outputs * inputs)
         return 0.5 * torch.cat([blocks, blocks.new_zeros(1)]).clamp(min=0)
 
     def changes_along(self, vectors: Tensor, weights: Tensor) -> Tensor:
@@ -95,6 +118,11 @@ class Spectrum:
             along = parts.flip(1).cumsum(1).flip(1)  # (rows, r), of E_0 .. E_{r - 1}
             changes[:-1] += 0.5 * (weights[rows] @ along.square())
         return changes
+
+
+def _trailing_sums(matrix: Tensor) -> Tensor:
+    """The sums of the trailing blocks ``matrix[k:, k:]`` of ``(r, r)``, for k = 0..r-1."""
+    return matrix.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
 
 
 def tail_energies(singular_values: Tensor) -> Tensor:
@@ -152,13 +180,15 @@ def quadratic_change(
 ) -> float:
     """Predicted loss change ``<G, Delta> + 1/2 tr(B Delta A Delta^T)`` of any perturbation.
 
+    It is computed in the precision of the Grams, and summed in float64.
+
     Args:
         delta: ``(out, in)``.
         input_gram: ``(in, in)``.
         output_gram: ``(out, out)``.
         gradient: ``(out, in)`` or None for 0.
     """
-    d = delta.to(torch.float64)
-    quadratic = 0.5 * float(((output_gram @ d @ input_gram) * d).sum())
-    linear = 0.0 if gradient is None else float((gradient.to(torch.float64) * d).sum())
+    d = delta.to(output_gram.dtype)
+    quadratic = 0.5 * float(((output_gram @ d @ input_gram) * d).sum(dtype=torch.float64))
+    linear = 0.0 if gradient is None else float((gradient.to(d) * d).sum(dtype=torch.float64))
     return linear + quadratic

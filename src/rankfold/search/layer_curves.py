@@ -6,14 +6,12 @@ import torch
 from torch import Tensor
 
 from rankfold.forms.curve import Curve, beyond_rounding
-from rankfold.forms.low_rank.form import rank_curve
-from rankfold.forms.storage import Storage
 from rankfold.maths.linalg import Damping, damped, marginal_product
 from rankfold.maths.spectrum import Spectrum, whitened_spectrum
 from rankfold.model.layer_matrix import MatrixLayer, weight_matrix
 from rankfold.objective import Objective
 from rankfold.statistics.embeddings import EmbeddingStatistics
-from rankfold.statistics.grams import damped_grams, expected_grams
+from rankfold.statistics.grams import damped_grams, more_damped
 from rankfold.statistics.layer_statistics import LayerStatistics
 
 
@@ -45,6 +43,7 @@ def truncation_changes(
     layer: MatrixLayer,
     spectrum: Spectrum,
     statistics: LayerStatistics | None,
+    damping: Damping,
 ) -> tuple[Tensor, Tensor | None]:
     """Predicted changes of the ranks 1..r, and their errors for the first-order rule.
 
@@ -54,8 +53,9 @@ def truncation_changes(
     Args:
         objective: Decides what a change is.
         layer: The layer.
-        spectrum: Its spectrum.
+        spectrum: Its spectrum, in float64.
         statistics: Of the layer, for the objectives that need them.
+        damping: Of the Grams that the spectrum was made with.
 
     Returns:
         ``(r,)`` float64 changes; ``(r,)`` relative Frobenius errors, or None.
@@ -67,30 +67,8 @@ def truncation_changes(
     if objective.allocation == "first-order":
         changes, errors = first_order_changes(weight_matrix(layer), spectrum, statistics.gradient)
         return changes.cpu(), errors.cpu()
-    changes = spectrum.changes_under(*expected_grams(statistics))[1:]
+    changes = spectrum.changes_with_less(*more_damped(statistics, damping))[1:]
     return beyond_rounding(changes).cpu(), None
-
-
-def layer_curve(
-    objective: Objective,
-    layer: MatrixLayer,
-    spectrum: Spectrum,
-    statistics: LayerStatistics | None,
-    storage: Storage,
-    price: int,
-) -> Curve:
-    """Ranks 1..r with their costs and predicted changes (``truncation_changes``).
-
-    Args:
-        objective: Decides what a change is.
-        layer: The layer.
-        spectrum: Its spectrum.
-        statistics: Of the layer, for the objectives that need them.
-        storage: Decides the cost of a rank.
-        price: Cost of a parameter: 1, or 2 x rows for FLOPs.
-    """
-    changes, errors = truncation_changes(objective, layer, spectrum, statistics)
-    return rank_curve(layer, changes, errors, storage, price)
 
 
 def embedding_spectrum(

@@ -327,7 +327,9 @@ def _with_curves(round_: Round, release: bool, before: Mapping[str, Sequence[Off
         statistics = study.statistics.layers.get(name)
         objective = round_.objective
         spectrum = layer_spectrum(objective, round_.moved(name), statistics, settings.dampings)
-        changes, errors = truncation_changes(objective, layer, spectrum, statistics)
+        changes, errors = truncation_changes(
+            objective, layer, spectrum, statistics, settings.dampings
+        )
         spectra[name] = spectrum.kept(partial(round_.keep, name))
         ranked[name], _ = LOW_RANK.curve(there.problem(name, changes, errors))
         fitting = [form for form in _allowed_forms(settings) if form.fits(layer)]

@@ -42,3 +42,17 @@ def damped_grams(statistics: LayerStatistics, damping: Damping) -> tuple[Tensor,
         rows = statistics.dominant.inputs.to(torch.float64)
         a = a + rows.T @ rows / b.trace()
     return a, damped(b, damping.output)
+
+
+def more_damped(statistics: LayerStatistics, damping: Damping) -> tuple[float, float]:
+    """What the damped Grams A and B have more on their diagonals than the expected ones.
+
+    Raises:
+        ValueError: The statistics were collected without gradients.
+    """
+    if statistics.output_gram is None:
+        raise ValueError("this objective needs statistics with gradients")
+    lacking, most = statistics.lacking, damping.at_least(statistics.lacking)
+    grams = statistics.input_gram, statistics.output_gram
+    a, b = (float(gram.diagonal().mean(dtype=torch.float64)) for gram in grams)
+    return (most.input - lacking.input) * a, (most.output - lacking.output) * b

@@ -60,7 +60,8 @@ def block_curve(
     typical = int((costs - TYPICAL_SIZE * dense_cost).abs().argmin())
     if float(changes[typical]) > 0:
         factors = block_factors(weight, *chosen_by, cut, pairs[typical].tolist())
-        left = quadratic_change(factors.weight() - weight.to(torch.float64), *grams)
+        rounded = (gram.to(kept_dtype(weight)) for gram in grams)
+        left = quadratic_change(factors.weight() - weight.to(torch.float64), *rounded)
         changes = changes * (left / float(changes[typical]))
     curve = Curve(
         ranks=pairs[:, 0].contiguous(),

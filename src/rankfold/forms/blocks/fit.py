@@ -38,9 +38,9 @@ from rankfold.forms.blocks.modules import (
 from rankfold.forms.factors import pivoted
 from rankfold.forms.layer import take_flags
 from rankfold.maths.knapsack import hull
-from rankfold.maths.linalg import damped, descending_eigh, inverse_factor
+from rankfold.maths.linalg import damped, descending_eigh, inverse_factor, whitening
 from rankfold.maths.spectrum import Spectrum, whitened_spectrum
-from rankfold.model.layer_matrix import MatrixLayer, matrix_shape
+from rankfold.model.layer_matrix import MatrixLayer, kept_dtype, matrix_shape
 
 # How often a half is truncated, both together, after the second one alone. On SmolLM2 three come
 # within half a percent of what five reach (docs/theory.md, 4).
@@ -248,28 +248,28 @@ def block_factors(
         ValueError: A half has no such rank.
     """
     check_block_ranks(weight.shape[0], weight.shape[1], cut.form, ranks)
+    dtype = kept_dtype(weight)
     w, a, b = _by_rows(weight, input_gram, output_gram, cut.form)
     parts = split_rows(cut.order)
     q = inverse_factor(a)
-    whole = w @ a @ q  # in coordinates where A is the identity
+    whole = (w @ (a @ q)).to(dtype)  # in coordinates where A is the identity
     targets = [whole[rows] for rows in parts]
-    grams = [b[rows][:, rows] for rows in parts]
-    between = b[parts[0]][:, parts[1]]
-    whitening = [inverse_factor(damped(gram, ridge)) for gram in grams]
-    answers = [
-        q_half @ (q_half.T @ rest)  # B_11^-1 B_12 and B_22^-1 B_21
-        for q_half, rest in zip(whitening, (between, between.T), strict=True)
-    ]
-    kept = cut.directions[: ranks[1]].to(w)
+    halves = [b[rows][:, rows] for rows in parts]
+    answers = [whitening(damped(half, ridge), dtype) for half in halves]
+    grams = [half.to(dtype) for half in halves]
+    across = b[parts[0]][:, parts[1]].to(dtype)
+    kept = cut.directions[: ranks[1]].to(whole)
     errors = {1: (targets[1] @ kept.T) @ kept - targets[1]}
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for turn in range(turns):
         half, other = turn % 2, 1 - turn % 2
-        wanted = targets[half] - answers[half] @ errors[other]
-        _, v = descending_eigh(wanted.T @ grams[half] @ wanted)
+        pull = (across if half == 0 else across.T) @ errors[other]
+        answer = answers[half]  # B_11^-1 B_12 E_2, or B_22^-1 B_21 E_1
+        wanted = targets[half] - answer.up(answer.down(pull))
+        _, v = descending_eigh(wanted.T @ (grams[half] @ wanted))
         left, v = wanted @ v[:, : ranks[half]], v[:, : ranks[half]]
         errors[half] = left @ v.T - targets[half]
-        found[half] = left, v.T @ q.T
+        found[half] = left, v.T @ q.T.to(dtype)
     return BlockFactors(cut.form, cut.order, (found[0], found[1]))
 
 
