@@ -15,7 +15,6 @@ import numpy.typing as npt
 import scipy.linalg
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 # Eigenvalues below this share of the largest one are numerical noise of a float64 Gram whose
 # blocks were formed in float32: their directions count as never seen.
@@ -309,11 +308,16 @@ def condition_number(gram: Tensor, triangle: Tensor) -> float:
     powers, inverse_powers = probes.T, probes
     largest = smallest = 0.0
     for _ in range(CONDITION_POWERS):
-        powers = normalize(powers, dim=1) @ gram
-        inverse_powers = torch.cholesky_solve(normalize(inverse_powers, dim=0), triangle)
+        powers = _of_norm_1(powers, 1) @ gram
+        inverse_powers = torch.cholesky_solve(_of_norm_1(inverse_powers, 0), triangle)
         largest = float(powers.norm(dim=1).max())
         smallest = float(inverse_powers.norm(dim=0).max())
     return largest * smallest
+
+
+def _of_norm_1(matrix: Tensor, dim: int) -> Tensor:
+    norms = matrix.norm(dim=dim, keepdim=True)
+    return matrix / norms.clamp(min=torch.finfo(matrix.dtype).tiny)
 
 
 def random_signs(rows: int, columns: int) -> Tensor:
@@ -369,7 +373,7 @@ def singular_directions(matrix: Tensor) -> tuple[Tensor, Tensor]:
         right, left = singular_directions(matrix.T)
         return left, right
     _, v = descending_eigh(matrix.T @ matrix)
-    return normalize(matrix @ v, dim=0, eps=torch.finfo(matrix.dtype).tiny), v
+    return _of_norm_1(matrix @ v, 0), v
 
 
 @dataclass(frozen=True)
