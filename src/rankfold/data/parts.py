@@ -110,8 +110,12 @@ class Part:
 
     def spread(self, count: int) -> Part:
         """So many examples, or all, from all over the part: not of one class or document."""
+        return self.take(self.spread_places(count))
+
+    def spread_places(self, count: int) -> list[int]:
+        """The numbers of the examples of ``spread``."""
         count = min(count, len(self.examples))
-        return self.take([place * len(self.examples) // count for place in range(count)])
+        return [place * len(self.examples) // count for place in range(count)]
 
     def batches(self, size: int | None = None) -> list[list[Example]]:
         """Consecutive examples of the same shape in lists of ``size`` (default: by their size)."""

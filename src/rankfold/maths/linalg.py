@@ -316,7 +316,7 @@ def condition_number(gram: Tensor, triangle: Tensor) -> float:
 
 
 def _of_norm_1(matrix: Tensor, dim: int) -> Tensor:
-    norms = matrix.norm(dim=dim, keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(matrix, dim=dim, keepdim=True)
     return matrix / norms.clamp(min=torch.finfo(matrix.dtype).tiny)
 
 

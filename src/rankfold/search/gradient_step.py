@@ -37,6 +37,11 @@ from rankfold.tasks.losses import Task
 # A step counts as a gain only when the selection examples show it at this confidence.
 GAIN_CONFIDENCE = 0.95
 MOST_TRIALS = 6
+# Share of the selection examples that lengths are compared on, and how many at least: lengths
+# differ from each other far more than examples do. The best one is then measured on all of them.
+COMPARED_ON = 0.25
+FEWEST_COMPARED = {"causal-lm": 4}
+OTHER_FEWEST_COMPARED = 128
 # A fitted length nearer than this factor to one that was measured is not worth an evaluation.
 SAME_LENGTH = 1.25
 # A group of layers goes this much further, or less far, than all layers together.
@@ -129,7 +134,7 @@ class Step:
     Attributes:
         eta: Length, 0 where no step was shown to help.
         directions: The directions.
-        trials: ``(eta, measured change on selection data)`` of every length tried.
+        trials: ``(eta, measured change)`` of every length tried, on some of the selection examples.
         gain: Measured change of the chosen step on selection data, 0 or negative.
         fit: What the trials taught, None where they show no parabola.
         scales: Factor on the length of each layer whose group goes another way than all together.
@@ -212,7 +217,8 @@ def search_step(
 
     The search starts at ``maths.gradient.step_length`` of all layers together and walks by half
     decades to the side that improves; a parabola fitted to what was measured then proposes one
-    more length. Without an improvement that the selection examples show, the step is 0.
+    more length. Lengths are compared on a part of the selection examples (``COMPARED_ON``), the
+    best is measured on all. Without an improvement that these show, the step is 0.
 
     With several groups, each in turn then goes ``GROUP_FACTOR`` further, or else less far, where
     that is better with all other lengths as they are.
@@ -230,16 +236,18 @@ def search_step(
     """
     scratch = copy.deepcopy(model)
     selection = _Selection(scratch, task, part, original, layers, batch_size, progress)
-    lengths = _Lengths(selection, found)
+    lengths = _Lengths(selection.few(), found)
     best = _walk(lengths, step_length(found.signal))
     fit = fit_step(lengths.trials)
     if fit is not None and all(_apart(fit.best, eta) for eta, _ in lengths.trials):
         if lengths.measure(fit.best) < lengths.changes[best]:
             best = fit.best
         fit = fit_step(lengths.trials)
-    if not lengths.bounds[best] < 0:
-        return Step(0.0, found, lengths.trials, 0.0, fit)
-    step = Step(best, found, lengths.trials, lengths.changes[best], fit)
+    step = Step(best, found, lengths.trials, 0.0, fit)
+    change = selection.change(step, f"step {best:.1e}")
+    if not change.upper_bound(GAIN_CONFIDENCE) < 0:
+        return replace(step, eta=0.0)
+    step = replace(step, gain=change.mean)
     return step if groups == 1 else _by_group(selection, step, groups)
 
 
@@ -265,6 +273,12 @@ class _Selection:
     batch_size: int | None
     progress: Progress
 
+    def few(self) -> _Selection:
+        """Those of the examples that lengths are compared on."""
+        least = FEWEST_COMPARED.get(self.task.name, OTHER_FEWEST_COMPARED)
+        places = self.part.spread_places(max(least, round(COMPARED_ON * len(self.part.examples))))
+        return replace(self, part=self.part.take(places), original=self.original.of(places))
+
     def change(self, step: Step, stage: str) -> Change:
         """How a step changes the loss."""
         with torch.no_grad():
@@ -289,7 +303,6 @@ class _Lengths:
     Attributes:
         trials: ``(eta, measured change)`` of every length, in the order in which they were tried.
         changes: The measured change of the loss, by length.
-        bounds: Its upper bound at ``GAIN_CONFIDENCE``, by length.
     """
 
     def __init__(self, selection: _Selection, directions: Directions):
@@ -297,14 +310,13 @@ class _Lengths:
         self._directions = directions
         self.trials: list[tuple[float, float]] = []
         self.changes: dict[float, float] = {}
-        self.bounds: dict[float, float] = {}
 
     def measure(self, eta: float) -> float:
         """Try a length: the measured change."""
         step = Step(eta, self._directions, [], 0.0)
         change = self._selection.change(step, f"step {eta:.1e}")
         self.trials.append((eta, change.mean))
-        self.changes[eta], self.bounds[eta] = change.mean, change.upper_bound(GAIN_CONFIDENCE)
+        self.changes[eta] = change.mean
         return change.mean
 
 

@@ -75,6 +75,11 @@ class Evaluation:
         """Mean loss over all terms."""
         return float((self.losses * self.terms).sum() / self.terms.sum())
 
+    def of(self, places: Sequence[int]) -> Evaluation:
+        """Of the examples with these numbers, in this order."""
+        correct = None if self.correct is None else self.correct[places]
+        return Evaluation(self.losses[places], self.terms[places], correct)
+
     def first(self, count: int) -> Evaluation:
         """Of the first examples only."""
         correct = None if self.correct is None else self.correct[:count]
