@@ -253,6 +253,8 @@ def inverse_factor(gram: Tensor) -> Tensor:
 class Whitening:
     """A Q that makes a Gram the identity, ``Q.T @ gram @ Q``, on the Gram's range.
 
+    A Gram with nothing beside its diagonal is given by that, and so is Q.
+
     Attributes:
         triangle: Lower triangle L of ``gram == L @ L.T``, whose inverse transposed is Q; solving
             with it takes half of what multiplying by Q does, and nothing to prepare. None where
@@ -267,7 +269,8 @@ class Whitening:
         """``Q.T @ matrix``, in the precision of both."""
         if self.triangle is None:
             assert self.inverse is not None  # one of both is there
-            return self.inverse.T.to(matrix) @ matrix
+            q = self.inverse.to(matrix)
+            return times(q if q.dim() == 1 else q.T, matrix)
         found: Tensor = torch.linalg.solve_triangular(self.triangle, matrix, upper=False)
         return found
 
@@ -275,7 +278,7 @@ class Whitening:
         """``Q @ matrix``, likewise."""
         if self.triangle is None:
             assert self.inverse is not None  # one of both is there
-            return self.inverse.to(matrix) @ matrix
+            return times(self.inverse.to(matrix), matrix)
         found: Tensor = torch.linalg.solve_triangular(self.triangle.mT, matrix, upper=True)
         return found
 
@@ -287,9 +290,11 @@ def whitening(gram: Tensor, dtype: torch.dtype) -> Whitening:
     rounded.
 
     Args:
-        gram: ``(n, n)`` float64, symmetric positive semi-definite.
+        gram: ``(n, n)`` float64, symmetric positive semi-definite; or its diagonal ``(n,)``.
         dtype: Of the matrices that are to be whitened.
     """
+    if gram.dim() == 1:
+        return Whitening(inverse=symmetric_roots(gram)[1])
     rounded = gram.to(dtype)
     triangle, info = torch.linalg.cholesky_ex(rounded)
     if int(info) == 0 and condition_number(rounded, triangle) < LARGEST_CONDITION[dtype]:

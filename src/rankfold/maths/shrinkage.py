@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from rankfold.maths.linalg import kept_below, mirrored, random_signs, symmetric_eigh
+from rankfold.maths.linalg import kept_below, mirrored, random_signs, symmetric_eigh, whitening
 
 # Dampings looked at, as shares of the mean eigenvalue: where the first one is best, none is needed.
 LEAST, MOST = 1e-6, 10.0
@@ -70,6 +70,29 @@ def damping_of_half(diagonal: Tensor, running: Tensor) -> float:
         return 0.0
     early = kept_below(running, diagonal)
     return held_out_damping(early, mirrored(running) - early)
+
+
+def damping_behind(early: Tensor, later: Tensor, mixing: Tensor, mean: float) -> float:
+    """The damping that a Gram needed, by what it is behind a weight.
+
+    Of A only ``C = W A W^T`` is known: with ``A + d I`` it is ``C + d W W^T``, so where both are
+    whitened by ``W W^T`` the damping is that of C.
+
+    Args:
+        early: ``(n, n)``, C of some examples.
+        later: ``(n, n)``, of others.
+        mixing: ``(n, n)``, ``W W^T``.
+        mean: The mean eigenvalue of A, of the first examples.
+
+    Returns:
+        d as a share of ``mean``; 0 as ``held_out_damping``.
+    """
+    if not mean > 0:
+        return 0.0
+    q = whitening(mixing.to(torch.float64), torch.float64)
+    first, second = (q.down(q.down(gram.to(torch.float64)).T).T for gram in (early, later))
+    share = held_out_damping((first + first.T) / 2, (second + second.T) / 2)
+    return share * float(first.diagonal().mean()) / mean
 
 
 def decomposed(gram: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -175,6 +175,27 @@ def whitened_spectrum(
     return Spectrum(energies.sqrt(), coloured @ v, times(q, v).T)
 
 
+def smaller_side_spectrum(weight: Tensor, gram: Tensor, product: Tensor) -> Spectrum:
+    """The spectrum of ``whitened_spectrum``, from what is known of the smaller side alone.
+
+    For out <= in, with ``B^1/2 C B^1/2 = U diag(s^2) U^T`` and ``C = W A W^T``, the best rank-k
+    weight is ``B^-1/2 U_k U_k^T B^1/2 W``: A matters only as C. For in < out likewise B only as
+    ``W^T B W``.
+
+    Args:
+        weight: ``(out, in)``.
+        gram: Of the smaller side, damped as wanted: B ``(out, out)`` for out <= in, else A.
+        product: ``W A W^T`` ``(out, out)`` for out <= in, else ``W^T B W`` ``(in, in)``, likewise.
+    """
+    w, gram = weight.detach().to(torch.float64), gram.to(torch.float64)
+    if w.shape[1] < w.shape[0]:
+        return smaller_side_spectrum(w.T, gram, product).transposed()
+    q = inverse_factor(gram)
+    root = gram @ q  # root root^T is the Gram
+    energies, u = descending_eigh(root.T @ product.to(torch.float64) @ root)
+    return Spectrum(energies.sqrt(), q @ u, (root @ u).T @ w)
+
+
 def quadratic_change(
     delta: Tensor, input_gram: Tensor, output_gram: Tensor, gradient: Tensor | None = None
 ) -> float:

@@ -43,6 +43,47 @@ def call_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else kwargs["input"]
 
 
+def input_squares(layer: MatrixLayer, inputs: Tensor) -> Tensor:
+    """Summed squares of the vectors that the layer's matrix multiplies: their Gram's diagonal.
+
+    Args:
+        layer: The layer.
+        inputs: As for ``input_rows``.
+
+    Returns:
+        ``(in,)`` float32, or float64 for float64 inputs; no patch of a conv is unfolded for it.
+    """
+    values = inputs.detach()
+    values = values.to(kept_dtype(values))
+    if isinstance(layer, nn.Linear):
+        return values.reshape(-1, layer.in_features).square().sum(0)
+    images = values if values.dim() == 4 else values.unsqueeze(0)
+    squares = _padded(layer, images).square().sum(0)  # (in, h, w)
+    spans = [
+        side - spread * (taps - 1)
+        for side, spread, taps in zip(
+            squares.shape[1:], layer.dilation, layer.kernel_size, strict=True
+        )
+    ]
+    tall, wide = layer.stride
+    of_taps = [
+        squares[:, down : down + spans[0] : tall, right : right + spans[1] : wide].sum((1, 2))
+        for down in range(0, layer.dilation[0] * layer.kernel_size[0], layer.dilation[0])
+        for right in range(0, layer.dilation[1] * layer.kernel_size[1], layer.dilation[1])
+    ]
+    return torch.stack(of_taps, 1).flatten()
+
+
+def _padded(layer: nn.Conv2d, images: Tensor) -> Tensor:
+    """Images with the layer's own margins."""
+    # The layer's own list: pairs (left, right), last dimension first, also for padding="same".
+    margins = layer._reversed_padding_repeated_twice
+    if not any(margins):
+        return images
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return functional.pad(images, list(margins), mode=mode)
+
+
 def patches(layer: nn.Conv2d, images: Tensor) -> Tensor:
     """Unfold images to the rows that the conv's matrix is applied to.
 
@@ -55,13 +96,8 @@ def patches(layer: nn.Conv2d, images: Tensor) -> Tensor:
     Returns:
         ``(n * positions, in * kh * kw)``.
     """
-    # The layer's own list: pairs (left, right), last dimension first, also for padding="same".
-    margins = layer._reversed_padding_repeated_twice
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    if any(margins):
-        images = functional.pad(images, list(margins), mode=mode)
     unfolded = functional.unfold(
-        images, layer.kernel_size, dilation=layer.dilation, stride=layer.stride
+        _padded(layer, images), layer.kernel_size, dilation=layer.dilation, stride=layer.stride
     )  # (n, in * kh * kw, positions)
     return unfolded.transpose(1, 2).flatten(0, 1)
 

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from rankfold.forms.curve import Curve, beyond_rounding
 from rankfold.maths.linalg import Damping, damped, marginal_product
-from rankfold.maths.spectrum import Spectrum, whitened_spectrum
+from rankfold.maths.spectrum import Spectrum, smaller_side_spectrum, whitened_spectrum
 from rankfold.model.layer_matrix import MatrixLayer, weight_matrix
 from rankfold.objective import Objective
 from rankfold.statistics.embeddings import EmbeddingStatistics
-from rankfold.statistics.grams import damped_grams, more_damped
+from rankfold.statistics.grams import damped_grams, more_damped, smaller_side_grams
 from rankfold.statistics.layer_statistics import LayerStatistics
 
 
@@ -22,6 +22,9 @@ def layer_spectrum(
     if objective.output_gram == "full":
         if statistics is None:
             raise ValueError("this objective needs statistics with gradients")
+        if statistics.product is not None:
+            grams = smaller_side_grams(statistics, weight, damping)
+            return smaller_side_spectrum(weight, *grams)
         return whitened_spectrum(weight, *damped_grams(statistics, damping))
     a = b = None
     if objective.input_gram:

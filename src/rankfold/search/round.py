@@ -332,7 +332,9 @@ def _with_curves(round_: Round, release: bool, before: Mapping[str, Sequence[Off
         )
         spectra[name] = spectrum.kept(partial(round_.keep, name))
         ranked[name], _ = LOW_RANK.curve(there.problem(name, changes, errors))
-        fitting = [form for form in _allowed_forms(settings) if form.fits(layer)]
+        # Forms cut and regroup the longer side: they need its whole Gram.
+        whole = statistics is not None and statistics.product is None
+        fitting = [form for form in _allowed_forms(settings) if whole and form.fits(layer)]
         offers[name] = [_offer(there, name, form, before.get(name, ())) for form in fitting]
         if release and not fitting:
             study.statistics.layers.pop(name, None)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rankfold.maths.linalg import UNDAMPED, Damping, damped
+from rankfold.maths.linalg import UNDAMPED, Damping, damped, trace
 from rankfold.statistics.layer_statistics import LayerStatistics
 
 
@@ -38,10 +38,41 @@ def damped_grams(statistics: LayerStatistics, damping: Damping) -> tuple[Tensor,
     damping = damping.at_least(statistics.lacking)
     a = damped(statistics.input_gram, damping.input)
     b = statistics.output_gram.to(torch.float64)
-    if statistics.dominant is not None:
-        rows = statistics.dominant.inputs.to(torch.float64)
-        a = a + rows.T @ rows / b.trace()
+    if statistics.dominant is not None and a.dim() == 2:
+        a += _of_dominant(statistics)
     return a, damped(b, damping.output)
+
+
+def smaller_side_grams(
+    statistics: LayerStatistics, weight: Tensor, damping: Damping
+) -> tuple[Tensor, Tensor]:
+    """The Gram of the smaller side and the product of the other one, damped as ``damped_grams``.
+
+    Args:
+        statistics: With a product.
+        weight: ``(out, in)``.
+        damping: Shares of the mean eigenvalues.
+
+    Raises:
+        ValueError: The statistics have no product.
+    """
+    if statistics.product is None:
+        raise ValueError("these statistics have the Grams of both sides")
+    a, b = damped_grams(statistics, damping)
+    of_input, of_output = _added(statistics, damping.at_least(statistics.lacking))
+    w, product = weight.detach().to(torch.float64), statistics.product.to(torch.float64)
+    if a.dim() == 2:
+        return a, product + of_output * (w.T @ w)
+    if statistics.dominant is not None:
+        product = product + _of_dominant(statistics)
+    return b, product + of_input * (w @ w.T)
+
+
+def _of_dominant(statistics: LayerStatistics) -> Tensor:
+    """What dominant rows add to A, or to the product in its place."""
+    assert statistics.dominant is not None and statistics.output_gram is not None
+    rows = statistics.dominant.inputs.to(torch.float64)
+    return rows.T @ rows / trace(statistics.output_gram.to(torch.float64))
 
 
 def more_damped(statistics: LayerStatistics, damping: Damping) -> tuple[float, float]:
@@ -52,7 +83,16 @@ def more_damped(statistics: LayerStatistics, damping: Damping) -> tuple[float, f
     """
     if statistics.output_gram is None:
         raise ValueError("this objective needs statistics with gradients")
-    lacking, most = statistics.lacking, damping.at_least(statistics.lacking)
-    grams = statistics.input_gram, statistics.output_gram
-    a, b = (float(gram.diagonal().mean(dtype=torch.float64)) for gram in grams)
-    return (most.input - lacking.input) * a, (most.output - lacking.output) * b
+    most = _added(statistics, damping.at_least(statistics.lacking))
+    least = _added(statistics, statistics.lacking)
+    return most[0] - least[0], most[1] - least[1]
+
+
+def _added(statistics: LayerStatistics, shares: Damping) -> tuple[float, float]:
+    """What shares of their mean eigenvalues are of A and B."""
+    assert statistics.output_gram is not None  # the caller has checked
+    a, b = (
+        float(trace(gram.to(torch.float64))) / len(gram)
+        for gram in (statistics.input_gram, statistics.output_gram)
+    )
+    return shares.input * a, shares.output * b

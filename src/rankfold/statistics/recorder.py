@@ -14,13 +14,11 @@ counted once: in B), but for rows that dominate the gradient, which are counted 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,22 +28,11 @@ from rankfold.errors import InputError
 from rankfold.machine.offload import Offload
 from rankfold.machine.progress import Progress, SilentProgress
 from rankfold.maths.dominant_rows import dominant_rows
-from rankfold.maths.linalg import (
-    UNDAMPED,
-    Damping,
-    add_gram,
-    keep_below,
-    mirrored,
-    rows_of_same_gram,
-)
-from rankfold.maths.shrinkage import damping_of_half
 from rankfold.model.backward import each_gradient
 from rankfold.model.evaluation_mode import evaluation_mode
 from rankfold.model.layer_matrix import (
     MatrixLayer,
     call_input,
-    input_rows,
-    kept_dtype,
     matrix_shape,
     output_rows,
 )
@@ -56,9 +43,13 @@ from rankfold.statistics.labels import (
     noise_directions,
     sampled_losses,
 )
-from rankfold.statistics.layer_statistics import DominantRows, LayerStatistics
+from rankfold.statistics.layer_statistics import LayerStatistics, Whole
+from rankfold.statistics.sums import Sums, add_inputs
 from rankfold.tasks.evaluation import on_device
 from rankfold.tasks.losses import Task
+
+# No Gram has more numbers than the model has parameters, so many times.
+LARGEST_GRAM = 8
 
 
 def collect_statistics(
@@ -70,6 +61,7 @@ def collect_statistics(
     curvature: Curvature | None,
     gradients: bool = True,
     shrinkage: bool = True,
+    smaller_side: bool = False,
     seed: int = 0,
     prior: Part | None = None,
     batch_size: int | None = None,
@@ -89,6 +81,7 @@ def collect_statistics(
             pass leaves out the weights, which is half of its work.
         shrinkage: Whether the halves' Grams are compared, for which those of one are kept apart
             until the pass is over.
+        smaller_side: Keep whole Grams of the smaller side of each layer alone.
         seed: Seeds the sampled labels.
         prior: Examples of what the model meets elsewhere (its own text): they count for A and B
             like the others, and not for the gradients, which are those of the user's task.
@@ -103,7 +96,9 @@ def collect_statistics(
     progress = progress or SilentProgress()
     embeddings, offload = embeddings or EmbeddingRecorder({}), offload or Offload()
     directions = noise_directions(len(part.examples))
-    recorder = _Recorder(layers, curvature, gradients, seed, directions, embeddings, offload)
+    largest = LARGEST_GRAM * sum(weight.numel() for weight in model.parameters())
+    whole = {name: whole_grams(layer, smaller_side, largest) for name, layer in layers.items()}
+    recorder = _Recorder(layers, curvature, gradients, seed, directions, embeddings, offload, whole)
     with recorder.attached(model):
         _observe_halves(recorder, model, task, part, shrinkage, batch_size, progress)
         if prior is not None:
@@ -112,6 +107,20 @@ def collect_statistics(
             _observe(recorder, model, task, prior, shown, None)
             recorder.refuse_infinite()
     return recorder.statistics()
+
+
+def whole_grams(layer: MatrixLayer, smaller_side: bool, largest: int) -> Whole:
+    """Which Grams of a layer are kept whole.
+
+    Args:
+        layer: The layer.
+        smaller_side: Whether that of the smaller side is enough.
+        largest: Numbers that a Gram may have at most.
+    """
+    out, in_ = matrix_shape(layer)
+    if out == in_ or not (smaller_side or max(out, in_) ** 2 > largest):
+        return "both"
+    return "output" if out < in_ else "input"
 
 
 def _observe_halves(
@@ -160,72 +169,6 @@ def halves(task: str, count: int) -> tuple[range, range]:
     return range(1, count, 2), range(0, count, 2)
 
 
-class _Half(NamedTuple):
-    """Sums of a layer over the first half of the examples.
-
-    Of its Grams the diagonals; the rest is below the diagonals of the running ones
-    (``linalg.keep_below``).
-    """
-
-    input_diagonal: Tensor
-    output_diagonal: Tensor
-    rows: int
-
-
-@dataclass
-class _Sums:
-    """Running sums of one layer; ``leader`` names the layer whose input Gram it uses, if any.
-
-    The Grams are added up on and above the diagonal (``linalg.add_gram``).
-    """
-
-    started: int
-    leader: str | None
-    input_gram: Tensor
-    output_gram: Tensor
-    gradients: tuple[Tensor, Tensor]
-    rows: int = 0
-    dominant: DominantRows | None = None
-    first_half: _Half | None = None
-    lacking: Damping = UNDAMPED
-
-    def add_dominant(self, inputs: Tensor, gradients: Tensor) -> None:
-        """Count dominant rows: their inputs ``(few, in)`` and gradients ``(few, out)``."""
-        rows, squares = inputs * gradients.norm(dim=1, keepdim=True), gradients.square().sum(0)
-        if self.dominant is not None:
-            rows = torch.cat([self.dominant.inputs, rows])
-            squares += self.dominant.output_squares
-        self.dominant = DominantRows(rows_of_same_gram(rows), squares)
-
-    def refuse_infinite(self, name: str, dtype: torch.dtype) -> None:
-        """Refuse sums that are not finite, of a layer of this name and weight.
-
-        Raises:
-            InputError: As said.
-        """
-        for what, gram in {"inputs": self.input_gram, "output gradients": self.output_gram}.items():
-            if not bool(torch.isfinite(gram).all()):
-                wider = "float64" if dtype == torch.float32 else "float32"
-                advice = "" if dtype == torch.float64 else f", or give the model in {wider}"
-                raise InputError(
-                    f"the squares of the {what} of the layer {name}, added up, are NaN or "
-                    "infinite; expected finite ones. Its weight is "
-                    f"{str(dtype).removeprefix('torch.')}: check the model's weights and the "
-                    f"data{advice}."
-                )
-
-    def become_means(self, terms: Mapping[int | None, float]) -> None:
-        """Divide each sum by what it is over; ``terms`` are numbers of the loss's, by half."""
-        total = sum(terms.values())
-        for gram, count in ((self.input_gram, max(1, self.rows)), (self.output_gram, total)):
-            gram.copy_(mirrored(gram)).div_(count)
-        if self.dominant is not None:
-            inputs, squares = self.dominant.inputs, self.dominant.output_squares
-            self.dominant = DominantRows(inputs / math.sqrt(total), squares / total)
-        for half, gradient in enumerate(self.gradients):
-            gradient /= terms[half]
-
-
 class _Recorder:
     """Owns the hooks, and the sums that they feed."""
 
@@ -238,15 +181,17 @@ class _Recorder:
         directions: int,
         embeddings: EmbeddingRecorder,
         offload: Offload,
+        whole: Mapping[str, Whole],
     ):
         self.layers = layers
+        self.whole = whole
         self.offload = offload
         self.embeddings = embeddings
         self.curvature = curvature
         self.gradients = gradients and curvature is not None
         self.generator = torch.Generator().manual_seed(seed)
         self.directions = directions
-        self.sums: dict[str, _Sums] = {}
+        self.sums: dict[str, Sums] = {}
         self.terms: dict[int | None, float] = {0: 0.0, 1: 0.0, None: 0.0}
         self.passes = 0
         self._listens(False)
@@ -288,8 +233,7 @@ class _Recorder:
     def keep_first_half(self) -> None:
         """What comes now belongs to the second half of the user's examples."""
         for sums in self.sums.values():
-            inputs, outputs = keep_below(sums.input_gram), keep_below(sums.output_gram)
-            sums.first_half = _Half(inputs, outputs, sums.rows)
+            sums.keep_first_half()
 
     def refuse_infinite(self) -> None:
         """Refuse statistics that are not finite: losses may be so where gradients are not.
@@ -298,7 +242,7 @@ class _Recorder:
             InputError: Names the layer.
         """
         for name, sums in self.sums.items():
-            sums.refuse_infinite(name, self.layers[name].weight.dtype)
+            sums.refuse_infinite(name)
 
     def compare_halves(self, progress: Progress) -> None:
         """Judge the Grams of the first half by those of the second.
@@ -308,17 +252,7 @@ class _Recorder:
         """
         layers = self.sums.values()
         for sums in progress.track(layers, "halves of the data compared", len(layers)):
-            first, sums.first_half = sums.first_half, None
-            if first is None or not 0 < first.rows < sums.rows:
-                continue
-            leader = self.sums.get(sums.leader or "")
-            inputs = (
-                leader.lacking.input
-                if leader
-                else damping_of_half(first.input_diagonal, sums.input_gram)
-            )
-            outputs = damping_of_half(first.output_diagonal, sums.output_gram)
-            sums.lacking = Damping(inputs, outputs)
+            sums.compare_halves(self.sums.get(sums.leader or ""))
 
     def observe(self, model: nn.Module, task: Task, batch: Batch, half: int | None) -> None:
         """One pass: forward, then backward for the curvature, the mean gradients, or both.
@@ -394,49 +328,49 @@ class _Recorder:
         output: Tensor,
     ) -> None:
         inputs = call_input(args, kwargs)
-        key = _identity(inputs, self.layers[name])
-        first = self._inputs.setdefault(key, (name, inputs))[0]
+        # Layers that know the Gram of their inputs may share it.
+        first = name
+        if self.whole[name] != "output":
+            key = _identity(inputs, self.layers[name])
+            first = self._inputs.setdefault(key, (name, inputs))[0]
         sums = self.sums.get(name)
         if sums is None:
             sums = self.sums[name] = self._start(name, first, inputs.device)
         elif sums.leader is not None and sums.leader != first:
             self._part(sums)
         if sums.leader is None:
-            _add_inputs(sums.input_gram, self.layers[name], inputs)
-        sums.rows += output.numel() // matrix_shape(self.layers[name])[0]
+            sums.add_inputs(inputs)
+        sums.add_outputs(output)
         if output.requires_grad:
             # Rows of a sequence, or of an image's places in the last axes but one.
             several = isinstance(layer, nn.Linear) and output.dim() > 2
             of_rows = inputs.detach() if several else None
             output.register_hook(partial(self._saw_gradient, name, of_rows))
 
-    def _start(self, name: str, first: str, device: torch.device) -> _Sums:
+    def _start(self, name: str, first: str, device: torch.device) -> Sums:
         """Empty sums; the input Gram is another's if both begin with the same input."""
-        out, in_ = matrix_shape(self.layers[name])
         leader = None
         if first != name and self.sums[first].leader is None:
             leader = first if self.sums[first].started == self.passes else None
-        dtype = kept_dtype(self.layers[name].weight)
-        side = 0 if leader else in_
-        back = 0 if self.curvature is None else out
-        moved = out if self.gradients else 0
-        zeros = partial(self.offload.zeros, dtype=dtype, device=device)
-        return _Sums(
-            started=self.passes,
-            leader=leader,
-            input_gram=zeros(side, side),
-            output_gram=zeros(back, back),
-            gradients=(zeros(moved, in_), zeros(moved, in_)),
+        return Sums.empty(
+            self.layers[name],
+            self.whole[name],
+            self.passes,
+            leader,
+            backward=self.curvature is not None,
+            gradients=self.gradients,
+            offload=self.offload,
+            device=device,
         )
 
-    def _part(self, sums: _Sums) -> None:
+    def _part(self, sums: Sums) -> None:
         """Stop sharing: go on from what the leader had seen before this pass."""
         leader = sums.leader
         assert leader is not None  # the caller has checked
         gram = self.offload.kept(self.sums[leader].input_gram.clone())
         for name, inputs in self._inputs.values():
             if name == leader:
-                _add_inputs(gram, self.layers[leader], inputs, sign=-1)
+                add_inputs(gram, self.layers[leader], inputs, sign=-1)
         sums.input_gram, sums.leader = gram, None
         early = self.sums[leader].first_half
         if sums.first_half is not None and early is not None:
@@ -454,7 +388,7 @@ class _Recorder:
             if bool(few.any()):
                 sums.add_dominant(inputs.reshape(len(rows), -1)[few].to(rows.dtype), rows[few])
                 rows = rows.where(~few[:, None], 0)
-        add_gram(sums.output_gram, rows)
+        sums.add_gradients(rows)
 
     def statistics(self) -> dict[str, LayerStatistics]:
         """Sums to means."""
@@ -468,16 +402,12 @@ class _Recorder:
                 output_gram=sums.output_gram if backward else None,
                 gradients=sums.gradients if self.gradients else None,
                 shares_input_with=sums.leader,
+                product=sums.product if sums.whole != "both" else None,
                 dominant=sums.dominant,
                 lacking=sums.lacking,
             )
             for name, sums in self.sums.items()
         }
-
-
-def _add_inputs(gram: Tensor, layer: MatrixLayer, inputs: Tensor, sign: int = 1) -> None:
-    for block in input_rows(layer, inputs):
-        add_gram(gram, block, sign)
 
 
 def _identity(inputs: Tensor, layer: MatrixLayer) -> tuple[object, ...]:
