@@ -10,6 +10,7 @@ from torch import nn
 import rankfold
 from rankfold import Data, InputError
 from rankfold.compress import Preparation
+from rankfold.effort import EFFORTS
 from rankfold.forms.blocks.modules import BLOCK_FORMS
 from rankfold.forms.conv import form as conv_form
 from rankfold.forms.conv.fit import conv_factors
@@ -24,7 +25,7 @@ from rankfold.search import round as round_module
 from rankfold.search.build import build, control, layer_module, layer_weight, look_at
 from rankfold.search.damping import DAMPINGS
 from rankfold.search.interactions import measured_shares
-from rankfold.search.plans import CORRECTIONS, MOST_CORRECTIONS, of_size, within_margin
+from rankfold.search.plans import of_size, within_margin
 from rankfold.search.round import with_storage
 from rankfold.search.rounds import next_round
 from rankfold.search.trial import measure
@@ -240,8 +241,8 @@ def test_rounds_end_at_the_size_and_say_what_each_one_did() -> None:
     assert 0.4 < result.ratio <= 0.5
     past = result.report["rounds"]
     tried = result.report["selection"]
-    # One plan a round, and the best of them made again twice or more, with measured interactions.
-    assert 3 + CORRECTIONS <= len(tried) <= 3 + MOST_CORRECTIONS
+    # One plan a round, the best of them made again with measured interactions, and fitted again.
+    assert len(tried) == 3 + EFFORTS["standard"].corrections + 1
     assert all(entry["ratio"] <= 0.5 for entry in tried)
     assert result.report["factorized"]["parameters"] == model_parameters(result.model)
     assert all(0.5 < entry["ratio"] < 1 for entry in past)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, get_args, get_type_hints
 
 import pytest
 
 import rankfold
 from rankfold import InputError
+from rankfold.effort import DECIDED, EFFORTS, EffortName
 from rankfold.settings import Panel, SettingKeywords, Settings, setting_options
 from tests.small_models import image_data, trained_cnn
 
@@ -27,7 +28,19 @@ def test_a_field_says_what_it_means_and_where_it_is_shown(name: str) -> None:
     assert option.panel in get_args(Panel)
     may_be_none = type(None) in option.alternatives
     assert (option.unset is not None) == may_be_none, "what None stands for is said, and only then"
-    assert getattr(Settings(), name) == option.default
+    expected = getattr(EFFORTS["standard"], name) if name in DECIDED else option.default
+    assert getattr(Settings(), name) == expected
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("name", DECIDED)
+def test_an_effort_decides_what_is_not_given(effort: EffortName, name: str) -> None:
+    assert getattr(Settings(effort=effort), name) == getattr(EFFORTS[effort], name)
+    given: Any = {name: 3 if name == "rounds" else not getattr(EFFORTS[effort], name)}
+    assert getattr(Settings(effort=effort, **given), name) == given[name]
+    assert replace(Settings(effort=effort, **given), seed=1) == Settings(
+        effort=effort, seed=1, **given
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,5 +73,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
 
 def test_an_unknown_keyword_is_named_with_the_known_ones() -> None:
     wrong: Any = {"loud": True}
-    with pytest.raises(TypeError, match="no keyword loud; expected some of task, objective"):
+    with pytest.raises(
+        TypeError, match="no keyword loud; expected some of task, effort, objective"
+    ):
         rankfold.lossless(trained_cnn(), image_data(20), size=0.9, **wrong)

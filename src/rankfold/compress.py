@@ -10,9 +10,9 @@ from typing_extensions import Unpack
 
 from rankfold.certificate.statement import DEFAULT_MARGIN
 from rankfold.held_out import HeldOut, enough_held_out
+from rankfold.keywords import Options, read_options
 from rankfold.machine.device import device_of
 from rankfold.machine.freed_memory import trim_freed_memory
-from rankfold.machine.offload import check_offload
 from rankfold.report.report import inspection
 from rankfold.result import Result, result_of
 from rankfold.search.damping import choose_damping
@@ -20,7 +20,7 @@ from rankfold.search.plans import favoured, mild_to_strong, of_size, within_marg
 from rankfold.search.round import Round, start_round
 from rankfold.search.study import open_inputs, study_of
 from rankfold.search.trial import lowest
-from rankfold.settings import Options, SizeOf, check_size, read_options
+from rankfold.settings import SizeOf, check_size
 
 
 def lossless(
@@ -40,7 +40,7 @@ def lossless(
         size: Share that is kept, in (0, 1], of the parameters (or FLOPs) of the whole model.
         size_of: ``factorizable`` makes it the share of the layers that can be factorized.
         margin: Change of the mean loss, in nats, up to which the verdict is ``lossless``.
-        **options: See ``rankfold.settings.Options``, and the fields of ``Settings``.
+        **options: See ``rankfold.keywords.Options``, and the fields of ``Settings``.
 
     Raises:
         InputError: Names the input, what was expected, and what to do.
@@ -72,8 +72,7 @@ def prepare(model: nn.Module, data: object, **options: Unpack[Options]) -> Prepa
 
 
 def _ready(model: nn.Module, data: object, margin: float | None, given: Options) -> Preparation:
-    settings, loss, metrics, progress, offload = read_options(given)
-    check_offload(offload, device_of(model))
+    settings, loss, metrics, progress, offload = read_options(given, device_of(model))
     data = enough_held_out(data, settings, metrics, margin)
     trim_freed_memory()  # what opening the model left
     inputs = open_inputs(model, data, settings, loss=loss, metrics=metrics)

@@ -7,15 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from numbers import Integral, Real
-from pathlib import Path
 from types import UnionType
 from typing import (
     Any,
     Literal,
-    NamedTuple,
     TypeAlias,
     Union,
-    cast,
     get_args,
     get_origin,
     get_type_hints,
@@ -29,17 +26,14 @@ from rankfold.certificate.statement import (
     TestName,
     check_metric_margin,
 )
+from rankfold.effort import DECIDED, EFFORTS, Effort, EffortName
 from rankfold.errors import InputError
 from rankfold.forms.storage import Storage
-from rankfold.machine.offload import Offload
-from rankfold.machine.progress import Progress, SilentProgress, TrimmingProgress
 from rankfold.maths.gradient import StepEstimator
 from rankfold.maths.linalg import Damping
 from rankfold.objective import OBJECTIVES, Cost, ObjectiveName
 from rankfold.statistics.labels import Curvature
-from rankfold.tasks.evaluation import Metric
 from rankfold.tasks.losses import TaskName
-from rankfold.tasks.supervised import LossFunction
 
 SizeOf: TypeAlias = Literal["model", "factorizable"]
 
@@ -107,6 +101,13 @@ class Settings:
             unset="as the model and the data show",
         ),
     )
+    effort: EffortName = field(
+        default="standard",
+        metadata=_shown(
+            "How much time the run may take: fast is a first look, thorough tries everything.",
+            "Options",
+        ),
+    )
     objective: ObjectiveName = field(
         default="joint", metadata=_shown("What is minimised.", "Search")
     )
@@ -117,20 +118,22 @@ class Settings:
             "Search",
         ),
     )
-    conv_forms: bool = field(
-        default=True,
+    conv_forms: bool | None = field(
+        default=None,
         metadata=_shown(
             "Let a conv of several taps become two convs along one axis each, or a Tucker-2, "
             "where that predicts a lower loss.",
             "Advanced",
+            unset="as effort",
         ),
     )
-    block_forms: bool = field(
-        default=True,
+    block_forms: bool | None = field(
+        default=None,
         metadata=_shown(
             "Let a pivoted Linear or 1x1 conv much longer than wide become two blocks, each with "
             "its own rank, where that predicts a lower loss.",
             "Advanced",
+            unset="as effort",
         ),
     )
     embeddings: bool = field(
@@ -172,6 +175,15 @@ class Settings:
             "Advanced",
         ),
     )
+    smaller_side: bool | None = field(
+        default=None,
+        metadata=_shown(
+            "Collect the Gram of each layer's smaller side alone: less time and memory, no block "
+            "or conv forms, and a step by the longer side's diagonal.",
+            "Advanced",
+            unset="as effort",
+        ),
+    )
     gradient_step: bool = field(
         default=True,
         metadata=_shown("Let the joint objective move the weights by its gradient term.", "Search"),
@@ -192,24 +204,29 @@ class Settings:
             "Search",
         ),
     )
-    rounds: int = field(
-        default=1,
+    rounds: int | None = field(
+        default=None,
         metadata=_shown(
-            "Times that statistics are collected: 2 or more compress in parts.", "Search"
+            "Times that statistics are collected: 2 or more compress in parts.",
+            "Search",
+            unset="as effort",
         ),
     )
-    interactions: bool = field(
-        default=True,
+    interactions: bool | None = field(
+        default=None,
         metadata=_shown(
-            "Plan again once a first plan has shown how the layers' errors add up.", "Advanced"
+            "Plan again once a first plan has shown how the layers' errors add up.",
+            "Advanced",
+            unset="as effort",
         ),
     )
-    refit: bool = field(
-        default=True,
+    refit: bool | None = field(
+        default=None,
         metadata=_shown(
             "Fit each factorized layer once more to the inputs that the others have changed, "
             "where selection data prefer it.",
             "Advanced",
+            unset="as effort",
         ),
     )
     seed: int = field(
@@ -278,46 +295,18 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        """Refuse values outside their ranges, by name."""
+        """Refuse values outside their ranges, by name; what the effort decides is decided."""
         for name, option in setting_options().items():
             _check_kind(name, getattr(self, name), option)
-        check_choice("objective", self.objective, tuple(OBJECTIVES))
-        if self.embeddings and OBJECTIVES[self.objective].allocation != "multiplier":
-            raise InputError(
-                f"embeddings need an objective that predicts the loss by curvature (kronecker or "
-                f"joint), not {self.objective}; leave embeddings out."
-            )
-        _check_damping("damping", self.damping, "auto")
-        _check_damping("output_damping", self.output_damping, None)
-        if self.damping == "auto" and self.output_damping is not None:
-            raise InputError(
-                "damping is auto, which chooses the output damping too; leave output_damping out."
-            )
-        for name in ("rounds", "step_groups"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; expected 1 or more.")
-        if not 0 <= self.self_share <= 0.9:
-            raise InputError(
-                f"self_share is {self.self_share}; expected a share of the text that is "
-                "calibrated on, between 0 and 0.9."
-            )
-        if not 0.5 < self.confidence < 1:
-            raise InputError(f"confidence is {self.confidence}; expected between 0.5 and 1.")
-        if self.largest_change is not None and not 0 < self.largest_change < math.inf:
-            raise InputError(
-                f"largest_change is {self.largest_change}; expected a finite number above 0, in "
-                "nats of one example's loss."
-            )
-        if self.largest_change is not None and self.test == "t":
-            raise InputError("largest_change has no part in the t test; leave one of them out.")
-        if self.accuracy_margin is not None:
-            check_metric_margin(ACCURACY, self.accuracy_margin)
-        for name in ("limit", "selection_limit", "held_out_limit"):
-            value = getattr(self, name)
-            if value is not None and value < 4:
-                raise InputError(f"{name} is {value}; expected at least 4 examples.")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise InputError(f"batch_size is {self.batch_size}; expected 1 or more.")
+        for name in DECIDED:
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(EFFORTS[self.effort], name))
+        _check_ranges(self)
+
+    @property
+    def efforts(self) -> Effort:
+        """What the effort stands for."""
+        return EFFORTS[self.effort]
 
     @property
     def dampings(self) -> Damping:
@@ -339,23 +328,25 @@ class SettingKeywords(TypedDict, total=False):
     """
 
     task: TaskName | None
+    effort: EffortName
     objective: ObjectiveName
     form: Storage
-    conv_forms: bool
-    block_forms: bool
+    conv_forms: bool | None
+    block_forms: bool | None
     embeddings: bool
     cost: Cost
     curvature: Literal["auto"] | Curvature
     damping: float | Literal["auto"]
     output_damping: float | None
     shrinkage: bool
+    smaller_side: bool | None
     gradient_step: bool
     step_estimator: StepEstimator
     step_groups: int
     self_share: float
-    rounds: int
-    interactions: bool
-    refit: bool
+    rounds: int | None
+    interactions: bool | None
+    refit: bool | None
     seed: int
     limit: int | None
     selection_limit: int | None
@@ -370,56 +361,6 @@ class SettingKeywords(TypedDict, total=False):
     batch_size: int | None
 
 
-class Options(SettingKeywords, total=False):
-    """Keywords that ``lossless``, ``compact`` and ``prepare`` share, beside those of ``Settings``.
-
-    Attributes:
-        loss: ``loss(model, batch)`` giving one loss per example, where it isn't recognised.
-        metrics: Certified beside the loss; those with a margin must hold too.
-        progress: For example ``rankfold.TerminalProgress()``.
-        offload_folder: Statistics, steps and spectra of all layers lie in files of this folder
-            (``rankfold.machine.offload``), not in memory; the model must be on the CPU.
-    """
-
-    loss: LossFunction | None
-    metrics: Sequence[Metric]
-    progress: Progress | None
-    offload_folder: str | Path | None
-
-
-class Asked(NamedTuple):
-    """The keywords of a run, read; fields as of ``Options``."""
-
-    settings: Settings
-    loss: LossFunction | None
-    metrics: tuple[Metric, ...]
-    progress: Progress
-    offload: Offload
-
-
-def read_options(options: Options) -> Asked:
-    """Settings and what is none of them, of the keywords of a call.
-
-    Raises:
-        InputError: A setting is out of its range.
-        TypeError: There is no such keyword.
-    """
-    settings = dict(options)
-    known = [*Options.__annotations__]  # those of SettingKeywords among them
-    unknown = [name for name in settings if name not in known]
-    if unknown:
-        raise TypeError(f"there is no keyword {unknown[0]}; expected some of {', '.join(known)}")
-    loss, metrics = settings.pop("loss", None), settings.pop("metrics", ())
-    progress, folder = settings.pop("progress", None), settings.pop("offload_folder", None)
-    return Asked(
-        Settings(**cast("Any", settings)),
-        cast("LossFunction | None", loss),
-        tuple(cast("Sequence[Metric]", metrics)),
-        TrimmingProgress(cast("Progress | None", progress) or SilentProgress()),
-        Offload(None if folder is None else Path(cast("str", folder))),
-    )
-
-
 @cache
 def setting_options() -> dict[str, Option]:
     """The fields of ``Settings`` by name, with their help and panel."""
@@ -428,6 +369,47 @@ def setting_options() -> dict[str, Option]:
         one.name: Option(one.name, types[one.name], one.default, **one.metadata)
         for one in fields(Settings)
     }
+
+
+def _check_ranges(settings: Settings) -> None:
+    """Refuse values outside their ranges, and those that contradict each other."""
+    check_choice("objective", settings.objective, tuple(OBJECTIVES))
+    if settings.embeddings and OBJECTIVES[settings.objective].allocation != "multiplier":
+        raise InputError(
+            f"embeddings need an objective that predicts the loss by curvature (kronecker or "
+            f"joint), not {settings.objective}; leave embeddings out."
+        )
+    _check_damping("damping", settings.damping, "auto")
+    _check_damping("output_damping", settings.output_damping, None)
+    if settings.damping == "auto" and settings.output_damping is not None:
+        raise InputError(
+            "damping is auto, which chooses the output damping too; leave output_damping out."
+        )
+    for name in ("rounds", "step_groups"):
+        if getattr(settings, name) < 1:
+            raise InputError(f"{name} is {getattr(settings, name)}; expected 1 or more.")
+    if not 0 <= settings.self_share <= 0.9:
+        raise InputError(
+            f"self_share is {settings.self_share}; expected a share of the text that is "
+            "calibrated on, between 0 and 0.9."
+        )
+    if not 0.5 < settings.confidence < 1:
+        raise InputError(f"confidence is {settings.confidence}; expected between 0.5 and 1.")
+    if settings.largest_change is not None and not 0 < settings.largest_change < math.inf:
+        raise InputError(
+            f"largest_change is {settings.largest_change}; expected a finite number above 0, in "
+            "nats of one example's loss."
+        )
+    if settings.largest_change is not None and settings.test == "t":
+        raise InputError("largest_change has no part in the t test; leave one of them out.")
+    if settings.accuracy_margin is not None:
+        check_metric_margin(ACCURACY, settings.accuracy_margin)
+    for name in ("limit", "selection_limit", "held_out_limit"):
+        value = getattr(settings, name)
+        if value is not None and value < 4:
+            raise InputError(f"{name} is {value}; expected at least 4 examples.")
+    if settings.batch_size is not None and settings.batch_size < 1:
+        raise InputError(f"batch_size is {settings.batch_size}; expected 1 or more.")
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:

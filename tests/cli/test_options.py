@@ -114,7 +114,7 @@ def test_set_reads_a_value_by_the_type_of_the_field(text: str, name: str, value:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("curvatur=auto", r"no setting 'curvatur'.*task, objective.*batch_size"),
+        ("curvatur=auto", r"no setting 'curvatur'.*task, effort, objective.*batch_size"),
         ("curvature", r"'curvature' has no =.*name=value"),
         ("curvature=all", r"curvature is 'all'; expected one of auto, empirical, sampled"),
         ("step_groups=1.5", r"step_groups is '1.5'; expected a whole number\."),

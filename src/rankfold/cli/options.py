@@ -53,7 +53,8 @@ Weights: TypeAlias = Annotated[
     ),
 ]
 Json: TypeAlias = Annotated[
-    bool, typer.Option("--json", help="Print the result as one JSON object.")
+    bool,
+    typer.Option("--json", help="Print the result as one JSON object.", rich_help_panel="Output"),
 ]
 
 

@@ -37,9 +37,8 @@ from rankfold.tasks.losses import Task
 # A step counts as a gain only when the selection examples show it at this confidence.
 GAIN_CONFIDENCE = 0.95
 MOST_TRIALS = 6
-# Share of the selection examples that lengths are compared on, and how many at least: lengths
-# differ from each other far more than examples do. The best one is then measured on all of them.
-COMPARED_ON = 0.25
+# Fewest selection examples that lengths are compared on: lengths differ from each other far more
+# than examples do. The best one is then measured on all of them.
 FEWEST_COMPARED = {"causal-lm": 4}
 OTHER_FEWEST_COMPARED = 128
 # A fitted length nearer than this factor to one that was measured is not worth an evaluation.
@@ -212,13 +211,14 @@ def search_step(
     batch_size: int | None,
     progress: Progress,
     groups: int = 1,
+    compared_on: float = 1.0,
 ) -> Step:
     """Choose the step's length on selection data.
 
     The search starts at ``maths.gradient.step_length`` of all layers together and walks by half
     decades to the side that improves; a parabola fitted to what was measured then proposes one
-    more length. Lengths are compared on a part of the selection examples (``COMPARED_ON``), the
-    best is measured on all. Without an improvement that these show, the step is 0.
+    more length. Lengths are compared on a part of the selection examples, the best is measured on
+    all. Without an improvement that these show, the step is 0.
 
     With several groups, each in turn then goes ``GROUP_FACTOR`` further, or else less far, where
     that is better with all other lengths as they are.
@@ -233,10 +233,11 @@ def search_step(
         batch_size: Examples a batch.
         progress: Shows the evaluations.
         groups: Number of groups, of neighbouring layers and of nearly the same number.
+        compared_on: Share of the examples on which lengths are compared.
     """
     scratch = copy.deepcopy(model)
     selection = _Selection(scratch, task, part, original, layers, batch_size, progress)
-    lengths = _Lengths(selection.few(), found)
+    lengths = _Lengths(selection.few(compared_on), found)
     best = _walk(lengths, step_length(found.signal))
     fit = fit_step(lengths.trials)
     if fit is not None and all(_apart(fit.best, eta) for eta, _ in lengths.trials):
@@ -273,10 +274,10 @@ class _Selection:
     batch_size: int | None
     progress: Progress
 
-    def few(self) -> _Selection:
-        """Those of the examples that lengths are compared on."""
+    def few(self, share: float) -> _Selection:
+        """So large a share of the examples, if they are enough to compare lengths on."""
         least = FEWEST_COMPARED.get(self.task.name, OTHER_FEWEST_COMPARED)
-        places = self.part.spread_places(max(least, round(COMPARED_ON * len(self.part.examples))))
+        places = self.part.spread_places(max(least, round(share * len(self.part.examples))))
         return replace(self, part=self.part.take(places), original=self.original.of(places))
 
     def change(self, step: Step, stage: str) -> Change:

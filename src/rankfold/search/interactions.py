@@ -50,6 +50,7 @@ def measured_shares(
     part: Part,
     names: Sequence[str],
     *,
+    stationary: bool = False,
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
@@ -65,6 +66,7 @@ def measured_shares(
         task: Gives the logits, or the losses.
         part: Examples.
         names: Layers with a ``weight`` that differs.
+        stationary: Whether the loss is known to have no slope at the original.
         batch_size: Examples a batch.
         progress: Shows the batches.
 
@@ -86,21 +88,24 @@ def measured_shares(
             loss = _divergence(reference, task.batch_loss(changed, batch))
             del reference  # logits of a large vocabulary, not needed to go back
             sums += _slopes(loss, after, before, after)
-        if without_logits:
+        if without_logits and not stationary:
             sums -= _own_slopes(original, task, batch, before, after)
     return {name: 0.5 * float(slope) / terms for name, slope in zip(names, sums, strict=True)}
 
 
-def corrections(shares: Mapping[str, float], predicted: Mapping[str, float]) -> dict[str, float]:
+def corrections(
+    shares: Mapping[str, float], predicted: Mapping[str, float], power: float
+) -> dict[str, float]:
     """Factors that bring each layer's predicted changes nearer to its measured share.
 
-    The square root of measured / predicted, within ``LARGEST_CORRECTION``: the shares belong to
-    the plan that they were measured at and move with it, so half the way (in logarithms) is gone.
+    A power of measured / predicted, within ``LARGEST_CORRECTION``: the shares belong to the plan
+    that they were measured at and move with it, so a part of the way (in logarithms) is gone.
     Layers that the plan left dense get the median of the others.
 
     Args:
         shares: From ``measured_shares``.
         predicted: Predicted change of each layer in the same plan, 0 where it stays dense.
+        power: 1 for the whole way, half of the way for .5.
     """
     positive = [change for change in predicted.values() if change > 0]
     if not positive:
@@ -108,7 +113,7 @@ def corrections(shares: Mapping[str, float], predicted: Mapping[str, float]) -> 
     floor = NOISE_FLOOR * sum(positive) / len(positive)
     most = LARGEST_CORRECTION
     found = {
-        name: min(most, max(1 / most, math.sqrt(max(0.0, shares[name] + floor) / (change + floor))))
+        name: min(most, max(1 / most, (max(0.0, shares[name] + floor) / (change + floor)) ** power))
         for name, change in predicted.items()
         if change > 0
     }
@@ -153,7 +158,7 @@ def _slopes(
 
 def corrects(round_: Round) -> bool:
     """Whether plans are made again with measured interactions."""
-    return round_.settings.interactions and round_.objective.allocation == "multiplier"
+    return bool(round_.settings.interactions) and round_.objective.allocation == "multiplier"
 
 
 def corrected(round_: Round, measured: Trial) -> Round:
@@ -167,17 +172,20 @@ def corrected(round_: Round, measured: Trial) -> Round:
         return round_
     study, base = round_.study, round_.study.subject.base
     names = list(study.subject.matrices)
+    moves = round_.step is not None and round_.step.eta != 0
+    moved = ((name, round_.moved(name)) for name in names)
     shares = measured_shares(
-        with_weights(round_, base, ((name, round_.moved(name)) for name in names)),
+        with_weights(round_, base, moved) if moves else base,
         with_weights(round_, base, plan_weights(round_, measured.plan)),
         study.task,
         share_examples(study),
         names,
+        stationary=study.task.agreement and base is study.subject.model,
         batch_size=round_.settings.batch_size,
         progress=round_.progress,
     )
     predicted = {name: choice.change for name, choice in measured.plan.items()}
-    factors = corrections(shares, predicted)
+    factors = corrections(shares, predicted, round_.settings.efforts.correction_power)
     known = round_.factors or dict.fromkeys(factors, 1.0)
     foreseen = math.fsum(factors[name] * change for name, change in predicted.items())
     harm = measured.change.mean - round_.gain

@@ -19,21 +19,15 @@ from rankfold.search.trial import Trial, lowest, measure
 
 # Chance that compact leaves the held-out test of a model as good as its selection data say.
 POWER = 0.9
-MOST_PLANS = 7  # plans that a search within a margin measures in a round
-MOST_REFITS = 3  # and how many it fits again
 CLOSE_ENOUGH = 0.01  # share of the model's size at which that search stops
-# How often interactions are measured, each time at the plan that came of the last: so often in any
-# case, and further, up to the second number, while the plans get better on selection data.
-CORRECTIONS = 2
-MOST_CORRECTIONS = 6
 
 
 def of_size(round_: Round, budget: float) -> list[Trial]:
     """Plans for a cost of the factorizable layers, measured on selection data.
 
     One a round, and one for each time that interactions are measured: at the best of these, at
-    the plan that came of it, and on as long as plans get better by more than their own error. The
-    best of all is fitted again (``refit``) and measured once more.
+    the plan that came of it, and on, if the effort allows it, as long as plans get better by more
+    than their own error. The best of all is fitted again (``refit``) and measured once more.
 
     Args:
         round_: The first one.
@@ -42,14 +36,15 @@ def of_size(round_: Round, budget: float) -> list[Trial]:
     Raises:
         InputError: No plan is that small.
     """
+    effort = round_.settings.efforts
     tried = [measure(round_, round_.plan(budget))]
-    for left in range(round_.settings.rounds - 1, 0, -1):
+    for left in range(_rounds_after_the_first(round_), 0, -1):
         round_ = next_round(round_, budget, left + 1)
         tried.append(measure(round_, round_.plan(budget)))
     last = lowest(tried)
-    for done in range(MOST_CORRECTIONS if corrects(round_) else 0):
-        # Twice also where the first looks no better: few selection examples can't tell.
-        if done >= CORRECTIONS and not _is_better(last, tried[-2]):
+    for done in range(effort.most_corrections if corrects(round_) else 0):
+        # Also where an earlier one looks no better: few selection examples can't tell.
+        if done >= effort.corrections and not _is_better(last, tried[-2]):
             break
         round_ = corrected(last.round, last)
         if round_ is last.round:
@@ -71,14 +66,14 @@ def within_margin(round_: Round, margin: float) -> list[Trial]:
         margin: Largest change of the loss that counts as no harm.
     """
     seen: list[Trial] = []
-    for _ in range(CORRECTIONS if corrects(round_) else 0):
+    for _ in range(round_.settings.efforts.corrections if corrects(round_) else 0):
         seen.append(measure(round_, round_.plan_within(margin)))
         following = corrected(round_, seen[-1])
         if following is round_:
             break  # the loss is not finite: the plan would be measured once more
         round_ = following
     tried = _bracketed(round_, margin, float(round_.total), seen)
-    for _ in range(round_.settings.rounds - 1):
+    for _ in range(_rounds_after_the_first(round_)):
         best = _smallest_passing(tried, margin)
         if best is None:
             break  # fresh statistics make small models better, not large ones
@@ -114,6 +109,10 @@ def promised_bound(trial: Trial) -> float:
     return change.mean + bound + luck
 
 
+def _rounds_after_the_first(round_: Round) -> int:
+    return (round_.settings.rounds or 1) - 1
+
+
 def _refitted(trial: Trial) -> list[Trial]:
     """The trial fitted again, if it can be and its loss is finite."""
     if not (refits(trial.round) and math.isfinite(trial.change.mean)):
@@ -125,7 +124,8 @@ def _refitted(trial: Trial) -> list[Trial]:
 def _refitted_within(trial: Trial, margin: float) -> list[Trial]:
     """The trial fitted again, and smaller plans likewise while they pass."""
     round_, tried = trial.round, _refitted(trial)
-    while tried and len(tried) < MOST_REFITS and promised_bound(tried[-1]) <= margin:
+    most = round_.settings.efforts.refits
+    while tried and len(tried) < most and promised_bound(tried[-1]) <= margin:
         spent, target = total_cost(tried[-1].plan), _next_cost(tried[-1], round_, margin)
         if not target <= spent - CLOSE_ENOUGH * round_.total:
             break
@@ -176,7 +176,8 @@ def _bracketed(round_: Round, margin: float, passes: float, seen: Sequence[Trial
         else:
             fails = max(fails, spent)
     target = rest + round_.cost_within(margin - round_.gain, default=0.9 * round_.factorizable)
-    while len(tried) < MOST_PLANS and passes - fails > CLOSE_ENOUGH * round_.total:
+    most = round_.settings.efforts.plans
+    while len(tried) < most and passes - fails > CLOSE_ENOUGH * round_.total:
         edge = 0.1 * (passes - fails)
         if math.isnan(target):
             target = (fails + passes) / 2

@@ -395,7 +395,7 @@ def _outputs_of_one(
 
 def refits(round_: Round) -> bool:
     """Whether output factors are fitted once more to what other layers have changed."""
-    return round_.settings.refit and round_.objective.allocation == "multiplier"
+    return bool(round_.settings.refit) and round_.objective.allocation == "multiplier"
 
 
 def refitted(trial: Trial) -> Trial:

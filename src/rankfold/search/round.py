@@ -406,4 +406,5 @@ def _searched_step(
         batch_size=settings.batch_size,
         progress=progress,
         groups=settings.step_groups,
+        compared_on=settings.efforts.compared_on,
     )

@@ -241,6 +241,7 @@ def _observed(
         curvature=labels.curvature,
         gradients=_takes_step(task, settings) or objective.allocation == "first-order",
         shrinkage=settings.shrinkage and objective.allocation == "multiplier",
+        smaller_side=bool(settings.smaller_side) and objective.output_gram == "full",
         seed=settings.seed,
         prior=parts.get(OWN_TEXT),
         batch_size=settings.batch_size,

@@ -1,0 +1,69 @@
+"""The keywords that ``lossless``, ``compact`` and ``prepare`` share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from rankfold.machine.offload import Offload, check_offload
+from rankfold.machine.progress import Progress, SilentProgress, TrimmingProgress
+from rankfold.settings import SettingKeywords, Settings
+from rankfold.tasks.evaluation import Metric
+from rankfold.tasks.supervised import LossFunction
+
+
+class Options(SettingKeywords, total=False):
+    """Keywords that ``lossless``, ``compact`` and ``prepare`` share, beside those of ``Settings``.
+
+    Attributes:
+        loss: ``loss(model, batch)`` giving one loss per example, where it isn't recognised.
+        metrics: Certified beside the loss; those with a margin must hold too.
+        progress: For example ``rankfold.TerminalProgress()``.
+        offload_folder: Statistics, steps and spectra of all layers lie in files of this folder
+            (``rankfold.machine.offload``), not in memory; the model must be on the CPU.
+    """
+
+    loss: LossFunction | None
+    metrics: Sequence[Metric]
+    progress: Progress | None
+    offload_folder: str | Path | None
+
+
+class Asked(NamedTuple):
+    """The keywords of a run, read; fields as of ``Options``."""
+
+    settings: Settings
+    loss: LossFunction | None
+    metrics: tuple[Metric, ...]
+    progress: Progress
+    offload: Offload
+
+
+def read_options(options: Options, device: str) -> Asked:
+    """Settings and what is none of them, of the keywords of a call.
+
+    Args:
+        options: As given.
+        device: Of the model.
+
+    Raises:
+        InputError: A setting is out of its range, or this model can't be offloaded.
+        TypeError: There is no such keyword.
+    """
+    settings = dict(options)
+    known = [*Options.__annotations__]  # those of SettingKeywords among them
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise TypeError(f"there is no keyword {unknown[0]}; expected some of {', '.join(known)}")
+    loss, metrics = settings.pop("loss", None), settings.pop("metrics", ())
+    progress, folder = settings.pop("progress", None), settings.pop("offload_folder", None)
+    offload = Offload(None if folder is None else Path(cast("str", folder)))
+    check_offload(offload, device)
+    return Asked(
+        Settings(**cast("Any", settings)),
+        cast("LossFunction | None", loss),
+        tuple(cast("Sequence[Metric]", metrics)),
+        TrimmingProgress(cast("Progress | None", progress) or SilentProgress()),
+        offload,
+    )
