@@ -4,14 +4,16 @@
     python -m benchmarks run vision
     python -m benchmarks run speed --models resnet20 --sizes 0.5
     python -m benchmarks run memory --models resnet20 --sizes 0.5
-    python -m benchmarks run stages --models minilm --sizes 0.8 0.6
+    python -m benchmarks run stages --models minilm --sizes 0.8 0.6 --set effort=fast
+    python -m benchmarks stages
     python -m benchmarks table
     python -m benchmarks plot
 
 ``run`` appends one JSON line a result to ``benchmarks/out/field*.jsonl`` and leaves out what is
 there already. ``quality`` measures loss, accuracy and sizes, ``vision`` the same on all image
 models, ``speed`` latencies beside the dense model's in one run, ``memory`` the peak of a process
-that compresses, ``stages`` where the time of a run goes; ``all`` is quality, speed and memory.
+that compresses, ``stages`` where the time of a run goes and what came of it; ``all`` is quality,
+speed and memory. The command ``stages`` sets what different states of the code took side by side.
 ``table`` writes the tables between the markers of docs/field.md and docs/results.md, ``plot`` the
 figures of docs/figures, from those lines and nothing else.
 """
@@ -19,6 +21,8 @@ figures of docs/figures, from those lines and nothing else.
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
 
 from benchmarks import figures
 from benchmarks.command_line import commands, parsed
@@ -30,7 +34,9 @@ from benchmarks.memory import PRODUCTS, MemoryRow, measure_memory
 from benchmarks.methods import METHODS
 from benchmarks.rows import read_rows
 from benchmarks.speed import SpeedRow, measure_speed, sibling
-from benchmarks.stages import measure_stages
+from benchmarks.stages import LossRow, StageRow, measure_stages, side_by_side
+from rankfold.cli.setting_options import parsed as value_of
+from rankfold.settings import setting_options
 
 DTYPES = ("float32", "bfloat16", "float16")
 AXES = ("quality", "vision", "speed", "memory", "stages", "all")
@@ -39,7 +45,7 @@ AXES = ("quality", "vision", "speed", "memory", "stages", "all")
 def main() -> None:
     """Run, write the tables, or draw."""
     parser, run = commands(
-        __doc__, RESULTS, "table", "plot", threads=1, prog="python -m benchmarks"
+        __doc__, RESULTS, "table", "plot", "stages", threads=1, prog="python -m benchmarks"
     )
     run.add_argument("axis", choices=AXES)
     run.add_argument("--models", nargs="+", choices=[*FIELD_MODELS])
@@ -50,9 +56,15 @@ def main() -> None:
     run.add_argument("--calibration", type=int, help="examples, in place of the model's own number")
     run.add_argument("--test", type=int, help="held-out examples, for a quick look")
     run.add_argument("--dtype", default="float32", choices=DTYPES, help="that speed is measured in")
+    run.add_argument("--set", nargs="+", default=[], help="of stages: settings, name=value")
     options = parsed(parser)
     if options.command == "run":
         _run(options)
+        return
+    if options.command == "stages":
+        stages = read_rows(sibling(options.results, "stages"), StageRow)
+        losses = read_rows(sibling(options.results, "stages_losses"), LossRow)
+        print("\n".join(side_by_side(stages, losses)))
         return
     rows = read_rows(options.results, Row)
     if options.command == "table":
@@ -88,8 +100,8 @@ def _run(options: Namespace) -> None:
                     options.calibration,
                 )
             if options.axis == "stages":
-                given = (options.sizes[:2], options.threads, options.calibration)
-                measure_stages(options.results, name, seed, *given)
+                given = (options.sizes, options.threads, options.calibration)
+                measure_stages(options.results, name, seed, *given, **_settings(options.set))
             if options.axis in ("memory", "all"):
                 measure_memory(
                     options.results,
@@ -100,6 +112,12 @@ def _run(options: Namespace) -> None:
                     options.threads,
                     options.calibration,
                 )
+
+
+def _settings(given: Sequence[str]) -> dict[str, Any]:
+    """Settings as the command line's ``--set`` takes them."""
+    assigned = (one.partition("=") for one in given)
+    return {name: value_of(setting_options()[name], text) for name, _, text in assigned}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ the median of three. Another runs ``rankfold.prepare`` and ``lossless`` at one s
 one: what the first has left free would be the second's. Each stage that the product tells its user
 of is timed: wall, CPU of user and system, peak memory while it ran. What is in no stage (plans,
 building, recognising) is one line of its own. Ratios to the unit hardly depend on the machine.
+
+What each size lost is kept with it, example by example: ``stages`` sets two states of the code side
+by side, time and memory, and losses as paired differences.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,11 +32,13 @@ from benchmarks.field_models import FIELD_MODELS, TASKS, limits_of
 from benchmarks.memory import peak_of_anonymous
 from benchmarks.rows import append_row
 from benchmarks.speed import sibling
+from rankfold.certificate.change import Change, paired_change
 from rankfold.data.parts import Data
 from rankfold.model.evaluation_mode import evaluation_mode
+from rankfold.result import Result
 from rankfold.search.study import open_inputs
 from rankfold.settings import Settings
-from rankfold.tasks.evaluation import on_device
+from rankfold.tasks.evaluation import Evaluation, on_device
 
 Item = TypeVar("Item")
 OUTSIDE = "outside stages"
@@ -83,6 +89,53 @@ class StageRow:
     def ratio(self) -> float:
         """CPU time in units."""
         return (self.user + self.system) / self.unit
+
+
+@dataclass(frozen=True)
+class LossRow:
+    """What one size of such a run lost on held-out data.
+
+    Attributes:
+        model: As of ``StageRow``; likewise seed, settings, calibration, commit.
+        seed: As said.
+        settings: As said.
+        calibration: As said.
+        size: Share kept of the factorizable layers that was asked for.
+        kept: Share kept of the whole model.
+        original: Losses of the original, by example.
+        factorized: Likewise of the smaller model.
+        terms: By example, how much it counts.
+        control: Change of the dense model given the same step, None where there is none.
+        commit: As said.
+    """
+
+    model: str
+    seed: int
+    settings: str
+    calibration: int
+    size: float
+    kept: float
+    original: list[float]
+    factorized: list[float]
+    terms: list[float]
+    control: float | None
+    commit: str
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (*self.what, self.commit)
+
+    @property
+    def what(self) -> tuple[object, ...]:
+        """What was asked for."""
+        return (self.model, self.seed, self.settings, self.calibration, self.size)
+
+    def less(self, other: LossRow | None = None) -> Change:
+        """The change of the loss, paired by example, from the original or another smaller model."""
+        before = self.original if other is None else other.factorized
+        terms = torch.tensor(self.terms, dtype=torch.float64)
+        losses = (torch.tensor(each, dtype=torch.float64) for each in (before, self.factorized))
+        return paired_change(*(Evaluation(each, terms, None) for each in losses))
 
 
 @dataclass
@@ -159,7 +212,7 @@ def measure_stages(
         results: The field's rows, beside which these are kept.
         name: Of ``FIELD_MODELS``.
         seed: Draws the examples.
-        sizes: The size, and a further one.
+        sizes: The size, and further ones.
         threads: Of torch.
         calibration: Number of calibration examples, in place of the model's own.
         settings: What differs from the defaults.
@@ -189,11 +242,55 @@ def measure_stages(
     with peak_of_anonymous() as peak:
         shown = TimedProgress(peak)
         prepared = timed("prepare", lambda: rankfold.prepare(model, data, progress=shown, **chosen))
-        for what, size in zip(("lossless", "further size"), sizes, strict=False):
-            timed(what, partial(prepared.lossless, size, size_of="factorizable"))
+        for what, size in zip(("lossless", *repeat("further size")), sizes, strict=False):
+            found = timed(what, partial(prepared.lossless, size, size_of="factorizable"))
+            lost = _losses(name, seed, _shown(settings), count, size, found)
+            append_row(sibling(results, "stages_losses"), lost)
     for row in rows:
         append_row(sibling(results, "stages"), row)
-    print("\n".join(table(rows)))
+    print("\n".join(table(rows)), flush=True)
+
+
+def _losses(name: str, seed: int, settings: str, count: int, size: float, found: Result) -> LossRow:
+    evidence = found.document["evidence"]
+    return LossRow(
+        name, seed, settings, count, size, found.ratio,
+        evidence["original_losses"], evidence["factorized_losses"], evidence["terms"],
+        found.report["loss"]["control_change"], _commit(),
+    )  # fmt: skip
+
+
+def side_by_side(rows: Sequence[StageRow], losses: Sequence[LossRow]) -> list[str]:
+    """Runs of the same thing by different states of the code, one below the other, as Markdown."""
+    lines = [
+        "| model, examples, settings, seed | commit | part | CPU, passes | memory, MB |",
+        "| --- | --- | --- | ---: | ---: |",
+    ]
+    whole = sorted((row for row in rows if row.stage == "all"), key=lambda one: one.key[:4])
+    lines += [
+        f"| {row.model}, {row.calibration}, {row.settings}, {row.seed} | {row.commit} | {row.what} "
+        f"| {row.ratio:.2f} | {row.megabytes:.0f} |"
+        for row in whole
+    ]
+    lines += [
+        "",
+        "| model, examples, settings, seed | size | commit | change | control | less the first |",
+        "| --- | ---: | --- | ---: | ---: | ---: |",
+    ]
+    first: dict[tuple[object, ...], LossRow] = {}
+    for loss in sorted(losses, key=lambda one: one.what):
+        start = first.setdefault((loss.model, loss.seed, loss.calibration, loss.size), loss)
+        control = "" if loss.control is None else f"{loss.control:+.4f}"
+        beside = "" if start is loss else _plus_minus(loss.less(start))
+        lines.append(
+            f"| {loss.model}, {loss.calibration}, {loss.settings}, {loss.seed} | {loss.size:g} | "
+            f"{loss.commit} | {_plus_minus(loss.less())} | {control} | {beside} |"
+        )
+    return lines
+
+
+def _plus_minus(change: Change) -> str:
+    return f"{change.mean:+.4f} ± {change.standard_error:.4f}"
 
 
 def _unit_in_a_process(name: str, seed: int, count: int, threads: int) -> Spent:

@@ -89,10 +89,12 @@ class Spectrum:
         Returns:
             ``(r + 1,)`` float64; the last is 0.
         """
-        left, right = self.factors(len(self.singular_values))
-        outputs, inputs = -output_damping * (left.T @ left), -input_damping * (right @ right.T)
+        outputs = -output_damping * (self.left.T @ self.left).to(torch.float64)
+        inputs = -input_damping * (self.right @ self.right.T).to(torch.float64)
         # The longer side has the energies (``whitened_spectrum``).
-        longer, shorter = (outputs, inputs) if len(left) >= right.shape[1] else (inputs, outputs)
+        longer, shorter = (
+            (outputs, inputs) if len(self.left) >= self.right.shape[1] else (inputs, outputs)
+        )
         longer.diagonal().add_(self.singular_values.square())
         shorter.diagonal().add_(1)
         blocks = _trailing_sums(outputs * inputs)
@@ -186,14 +188,17 @@ def smaller_side_spectrum(weight: Tensor, gram: Tensor, product: Tensor) -> Spec
         weight: ``(out, in)``.
         gram: Of the smaller side, damped as wanted: B ``(out, out)`` for out <= in, else A.
         product: ``W A W^T`` ``(out, out)`` for out <= in, else ``W^T B W`` ``(in, in)``, likewise.
+
+    Returns:
+        With the longer factor in the weight's dtype: it may be by far the largest of all.
     """
-    w, gram = weight.detach().to(torch.float64), gram.to(torch.float64)
+    w, gram = weight.detach(), gram.to(torch.float64)
     if w.shape[1] < w.shape[0]:
         return smaller_side_spectrum(w.T, gram, product).transposed()
     q = inverse_factor(gram)
     root = gram @ q  # root root^T is the Gram
     energies, u = descending_eigh(root.T @ product.to(torch.float64) @ root)
-    return Spectrum(energies.sqrt(), q @ u, (root @ u).T @ w)
+    return Spectrum(energies.sqrt(), q @ u, (root @ u).T.to(w.dtype) @ w)
 
 
 def quadratic_change(

@@ -30,6 +30,7 @@ from rankfold.machine.progress import Progress, SilentProgress
 from rankfold.maths.dominant_rows import dominant_rows
 from rankfold.model.backward import each_gradient
 from rankfold.model.evaluation_mode import evaluation_mode
+from rankfold.model.find_layers import LARGEST_SIDE
 from rankfold.model.layer_matrix import (
     MatrixLayer,
     call_input,
@@ -118,7 +119,8 @@ def whole_grams(layer: MatrixLayer, smaller_side: bool, largest: int) -> Whole:
         largest: Numbers that a Gram may have at most.
     """
     out, in_ = matrix_shape(layer)
-    if out == in_ or not (smaller_side or max(out, in_) ** 2 > largest):
+    too_long = max(out, in_) > LARGEST_SIDE or max(out, in_) ** 2 > largest
+    if out == in_ or not (smaller_side or too_long):
         return "both"
     return "output" if out < in_ else "input"
 
