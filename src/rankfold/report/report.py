@@ -116,6 +116,7 @@ def layer_entry(here: Round, name: str, choice: Choice) -> dict[str, Any]:
         "predicted_change": choice.change if predicts else None,
         "predicted_by_rank": predicted_by_rank(here.ranked[name]) if predicts else None,
         "interaction_factor": None if here.factors is None else here.factors[name],
+        "whole_grams": here.study.statistics.whole.get(name),
         "grams_lack": None if lacking is None else lacking._asdict(),
         "harmless_range": asdict(here.harmless_range(name)) if ranged else None,
     }

@@ -29,7 +29,7 @@ from rankfold.search.subject import Subject
 from rankfold.settings import Settings
 from rankfold.statistics.embeddings import EmbeddingRecorder, EmbeddingStatistics
 from rankfold.statistics.labels import TEXT, Curvature, calibration_loss, choose_curvature
-from rankfold.statistics.layer_statistics import LayerStatistics
+from rankfold.statistics.layer_statistics import LayerStatistics, Whole
 from rankfold.statistics.recorder import collect_statistics
 from rankfold.statistics.trace import trace
 from rankfold.tasks.evaluation import Metric, evaluate, metric_values
@@ -52,11 +52,13 @@ class Statistics:
         layers: By layer; empty for objectives that need none. Entries are dropped once used.
         embeddings: By embedding matrix, likewise.
         lacking: By layer, what its Grams lack, as shares of their mean eigenvalues (``shrinkage``).
+        whole: By layer, of which side the Gram was kept whole.
     """
 
     layers: dict[str, LayerStatistics] = field(default_factory=dict)
     embeddings: dict[str, EmbeddingStatistics] = field(default_factory=dict)
     lacking: Mapping[str, Damping] = field(default_factory=dict)
+    whole: Mapping[str, Whole] = field(default_factory=dict)
 
 
 class Labels(NamedTuple):
@@ -250,7 +252,8 @@ def _observed(
         offload=offload,
     )
     lacking = {name: statistics.lacking for name, statistics in found.items()}
-    return Statistics(found, recorder.statistics(), lacking)
+    whole = {name: statistics.whole for name, statistics in found.items()}
+    return Statistics(found, recorder.statistics(), lacking, whole)
 
 
 def _takes_step(task: Task, settings: Settings) -> bool:

@@ -69,6 +69,13 @@ class LayerStatistics:
         return (self.gradients[0] + self.gradients[1]) / 2
 
     @property
+    def whole(self) -> Whole:
+        """Of which side the Gram is whole."""
+        if self.product is None:
+            return "both"
+        return "input" if self.input_gram.dim() == 2 else "output"
+
+    @property
     def is_silent(self) -> bool:
         """Whether the data gave this layer no input, or no gradient."""
         grams = [self.input_gram] + ([] if self.output_gram is None else [self.output_gram])
