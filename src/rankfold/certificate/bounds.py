@@ -22,7 +22,8 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, stats
+
+from rankfold.certificate.quantiles import beta_quantile, chance_of_heads, student_quantile
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -49,7 +50,7 @@ def t_bound(values: Array, weights: Array, confidence: float) -> float:
         confidence: Between .5 and 1.
     """
     mean, error = mean_and_error(values, weights)
-    return mean + float(stats.t.ppf(confidence, len(values) - 1)) * error
+    return mean + student_quantile(confidence, len(values) - 1) * error
 
 
 def bounded_bound(
@@ -78,7 +79,10 @@ def bounded_bound(
         return top
     if excess(low) <= 0:  # the mean itself is a bound only where hardly anything varies
         return low
-    return float(optimize.brentq(excess, low, top, xtol=1e-12 * max(1.0, abs(top)), rtol=1e-12))
+    # Here, since most commands bound nothing and would wait for it.
+    from scipy.optimize import brentq
+
+    return float(brentq(excess, low, top, xtol=1e-12 * max(1.0, abs(top)), rtol=1e-12))
 
 
 def mean_p_value(
@@ -150,7 +154,7 @@ def _chance_positive(factors: Array) -> Array:
 
 def share_bound(count: int, n: int, confidence: float) -> float:
     """Clopper and Pearson's exact upper bound of a share, from ``count`` of ``n``."""
-    return 1.0 if count >= n else float(stats.beta.ppf(confidence, count + 1, n - count))
+    return 1.0 if count >= n else beta_quantile(confidence, count + 1, n - count)
 
 
 def mcnemar_p_value(lost: int, won: int) -> float:
@@ -162,7 +166,7 @@ def mcnemar_p_value(lost: int, won: int) -> float:
     """
     if lost + won == 0:
         return 1.0
-    return float(stats.binom.sf(lost - 1, lost + won, 0.5))
+    return chance_of_heads(lost, lost + won)
 
 
 class BettingTest:

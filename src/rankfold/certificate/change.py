@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from scipy import stats
 from torch import Tensor
 
+from rankfold.certificate.quantiles import student_quantile
 from rankfold.tasks.evaluation import Evaluation
 
 
@@ -35,7 +35,7 @@ class Change:
         return self.mean - self._quantile(confidence) * self.standard_error
 
     def _quantile(self, confidence: float) -> float:
-        return float(stats.t.ppf(confidence, self.examples - 1))
+        return student_quantile(confidence, self.examples - 1)
 
     @property
     def deviation(self) -> float:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, cast, get_args
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from rankfold.certificate.change import Change
+from rankfold.certificate.quantiles import student_quantile
 from rankfold.errors import InputError
 
 TestName: TypeAlias = Literal["bounded", "t", "betting"]
@@ -146,7 +146,7 @@ def half_width(
         reach: From the expected mean to the stated largest change; None for the range that
             selection data would give.
     """
-    student = float(stats.t.ppf(confidence, units - 1))
+    student = student_quantile(confidence, units - 1)
     if test == "t":
         return student * deviation / math.sqrt(units)
     if reach is None:

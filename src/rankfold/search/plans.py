@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from scipy import stats
-
 from rankfold.certificate.change import paired_change
+from rankfold.certificate.quantiles import student_quantile
 from rankfold.certificate.statement import half_width
 from rankfold.errors import InputError
 from rankfold.search.allocate import smallest_cost, total_change, total_cost
@@ -104,7 +103,7 @@ def promised_bound(trial: Trial) -> float:
     if reach is not None:
         reach = max(0.0, reach - change.mean)
     bound = half_width(deviation, held_out, settings.confidence, settings.test, reach)
-    quantile = float(stats.t.ppf(POWER, change.examples - 1))
+    quantile = student_quantile(POWER, change.examples - 1)
     luck = quantile * deviation * math.sqrt(1 / held_out + 1 / change.examples)
     return change.mean + bound + luck
 
