@@ -166,6 +166,7 @@ def _compress(
             offload_folder=folders.offload_folder,
             **cast("SettingKeywords", vars(options.settings)),
         )
+    result.report["sources"] = [account.as_dict() for account in data.accounts]
     keep = saved(result)
     if keep:
         result.save(
@@ -228,16 +229,19 @@ def evaluate(
         device = check_device(options.device)
         opened = open_artifact(folder, model)
         opened.model.to(device)
+        examples = open_examples(data, opened, options.data_options(task))
         found = evaluate_examples(
             opened,
-            open_examples(data, opened, options.data_options(task)),
+            examples,
             limit=limit,
             name=task,
             batch_size=batch_size,
             progress=TerminalProgress(),
         )
     if options.json:
-        _print_json({"model": str(folder), "data": data, **found})
+        account = getattr(examples, "account", None)
+        source = None if account is None else account.as_dict()
+        _print_json({"model": str(folder), "data": data, **found, "source": source})
     else:
         for line in evaluation_lines(found):
             typer.echo(line)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
@@ -15,8 +16,9 @@ from rankfold.artifact.load import load
 from rankfold.artifact.manifest import MANIFEST_FILE
 from rankfold.artifact.weights_file import load_weights
 from rankfold.certificate.change import weighted_mean
+from rankfold.data.account import Account
 from rankfold.data.parts import FEWEST, PARTS, SHARES, Data, Examples, as_examples, as_part, split
-from rankfold.data.record_examples import hidden_words, record_examples
+from rankfold.data.record_examples import record_examples
 from rankfold.data.sources import (
     DEFAULT_SIZE,
     ClassFolder,
@@ -28,12 +30,12 @@ from rankfold.data.sources import (
     read_image_folder,
     read_npz,
     read_registered,
-    read_text,
     read_wav_folder,
     registered_source,
     source_kind,
-    token_windows,
 )
+from rankfold.data.text_examples import line_examples, window_examples
+from rankfold.data.tokens import Tokens
 from rankfold.errors import InputError
 from rankfold.export.example_inputs import Given
 from rankfold.integrations import transformers as hf
@@ -209,6 +211,8 @@ def open_data(spec: str, opened: OpenedModel, options: DataOptions) -> Data:
         found = _own_data(spec) if kind in OWN else _examples(spec, kind, opened, options)
         return found if isinstance(found, Data) else split(found, options.seed)
     windows = _examples(spec, kind, opened, options)
+    if not _reads_windows(opened, options):
+        return split(windows, options.seed)
     block = max(1, len(windows) // TEXT_BLOCKS)
     needed = 3 * FEWEST
     if len(windows) < needed:
@@ -284,7 +288,7 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
             skip_broken=options.skip_broken,
         )
         _tell_skipped(path, found)
-        return cast("Examples", found)
+        return cast("Examples", _told(found))
     if kind == "sounds":
         folder = _processor_folder(opened)
         sounds = read_wav_folder(
@@ -295,7 +299,7 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
             skip_broken=options.skip_broken,
         )
         _tell_skipped(path, sounds)
-        return cast("Examples", sounds)
+        return cast("Examples", _told(sounds))
     if kind == "records":
         return _records(path, opened, options, task)
     if opened.tokenizer is None:
@@ -303,18 +307,45 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
             f"the data {spec} is text, but the model has no tokenizer; give a transformers folder "
             "with one, or the data as file.py:function."
         )
-    text = read_text(path)
-    length = _length(opened, options)
-    windows = token_windows(text, lambda t: _tokenize(opened.tokenizer, t), length)
-    if task == "masked-lm":
-        return hidden_words(windows, opened.tokenizer, options.seed)
+    tokens = _tokens(opened, options)
+    if _reads_windows(opened, options):
+        return _told(window_examples(path, tokens))
     if task in ("classification", "token-classification", "seq2seq", "regression"):
         raise InputError(
             f"the task {task} needs labels, and plain text has none; expected a .jsonl, .csv or "
             ".tsv with a label (or target) column, or a .jsonl with tokens and tags, or --task "
             "teacher, which needs none."
         )
-    return windows
+    return _told(line_examples(path, tokens, task, options.seed))
+
+
+def _reads_windows(opened: OpenedModel, options: DataOptions) -> bool:
+    """Whether the model reads a text in windows, as a language model; others read it by lines."""
+    hint = hf.task_hint(opened.model)
+    return "causal-lm" in (options.task, hint) and options.task in (None, "causal-lm", "teacher")
+
+
+def _tokens(opened: OpenedModel, options: DataOptions) -> Tokens:
+    """What the model's tokenizer makes of texts, padded as the model knows it."""
+    names = frozenset(inspect.signature(opened.model.forward).parameters)
+    takes = names if "input_ids" in names else None
+    config = getattr(opened.model, "config", None)
+    known = getattr(config, "pad_token_id", None) == getattr(opened.tokenizer, "pad_token_id", None)
+    # Some classifiers look for the last token before the padding, by its id.
+    pads = known or hf.task_hint(opened.model) not in ("classification", "regression")
+    return Tokens(opened.tokenizer, _length(opened, options), takes, pads=pads)
+
+
+_T = TypeVar("_T")
+
+
+def _told(examples: _T) -> _T:
+    """The same; stderr says what an example is, how many and how long, and what was left out."""
+    account = getattr(examples, "account", None)
+    if isinstance(account, Account):
+        for line in account.lines():
+            print(line, file=sys.stderr)
+    return examples
 
 
 def _processor_folder(opened: OpenedModel) -> Path | None:
@@ -348,7 +379,8 @@ def _pixels(opened: OpenedModel, options: DataOptions) -> _Pixels:
 
 def _label_ids(opened: OpenedModel) -> dict[str, int] | None:
     """The model's number of each label, None for a model that says nothing of labels."""
-    return getattr(getattr(opened.model, "config", None), "label2id", None)
+    names = getattr(getattr(opened.model, "config", None), "id2label", None)
+    return None if names is None else {str(name): int(number) for number, name in names.items()}
 
 
 def _kind(spec: str, options: DataOptions) -> Kind | None:
@@ -371,13 +403,10 @@ def _tell_skipped(folder: Path, found: ClassFolder) -> None:
         print(f"skipped {count} of {count + len(found)} files of {folder}", file=sys.stderr)
 
 
-def _records(
-    file: Path, opened: OpenedModel, options: DataOptions, task: str | None
-) -> Sequence[Any]:
-    return record_examples(
+def _records(file: Path, opened: OpenedModel, options: DataOptions, task: str | None) -> Examples:
+    found = record_examples(
         file,
-        opened.tokenizer,
-        _length(opened, options),
+        None if opened.tokenizer is None else _tokens(opened, options),
         task=task,
         columns={
             "text": options.text_column,
@@ -390,12 +419,7 @@ def _records(
         seed=options.seed,
         images=lambda: image_reader(*_pixels(opened, options)),
     )
-
-
-def _tokenize(tokenizer: Any, text: str) -> list[int]:
-    # verbose=False: the whole text is longer than the model takes, the windows are not.
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return cast("list[int]", ids)
+    return cast("Examples", _told(found))
 
 
 def _length(opened: OpenedModel, options: DataOptions) -> int:
@@ -451,13 +475,14 @@ def evaluate_examples(
     Raises:
         InputError: Too few examples, or their loss isn't recognised or not finite.
     """
+    examples, collate = as_examples(examples)
     chosen = [examples[index] for index in range(min(limit or len(examples), len(examples)))]
     if len(chosen) < 2:
         raise InputError(
             f"the data gives {len(chosen)} examples; expected 2 or more. Give more data, or "
             "shorter windows of text with --length."
         )
-    part = as_part("evaluation", chosen)
+    part = as_part("evaluation", chosen, collate)
     task = recognise_task(part, None, name, hint=hf.task_hint(opened.model))
     found = evaluate(opened.model, task, part, batch_size=batch_size, progress=progress)
     return {

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from rankfold.data.account import Account, ReadExamples
+from rankfold.data.padding import Padding
 from rankfold.errors import InputError
 
 Example: TypeAlias = Any
@@ -74,6 +76,16 @@ class Data:
                 "expected one an example."
             )
 
+    @property
+    def accounts(self) -> list[Account]:
+        """What became of the sources that the parts were read from, each once."""
+        found: list[Account] = []
+        for part in PARTS:
+            account = getattr(getattr(self, part), "account", None)
+            if isinstance(account, Account) and account not in found:
+                found.append(account)
+        return found
+
 
 @dataclass(frozen=True)
 class Part:
@@ -114,7 +126,12 @@ class Part:
         return self.take([place * len(self.examples) // count for place in range(count)])
 
     def batches(self, size: int | None = None) -> list[list[Example]]:
-        """Consecutive examples of the same shape in lists of ``size`` (default: by their size)."""
+        """Consecutive examples in lists of ``size`` (default: by their size).
+
+        They are of the same shape, unless they are padded.
+        """
+        if isinstance(self.collate, Padding):
+            return self.collate.batches(self.examples, size)
         batches: list[list[Example]] = []
         for _, group in groupby(self.examples, key=_shape):
             same = list(group)
@@ -136,6 +153,8 @@ def as_examples(data: object) -> tuple[Examples, Collate | None]:
         return list(data), None
     if isinstance(data, Tensor):
         return list(data), None
+    if isinstance(data, ReadExamples):
+        return data, data.collate
     if isinstance(data, Dataset) and not isinstance(data, Sequence):
         if not hasattr(data, "__len__"):
             raise InputError(f"the data set {type(data).__name__} has no length; give it __len__.")
@@ -198,6 +217,11 @@ class _Subset(Sequence[Example]):
 
     def __init__(self, examples: Examples, indices: list[int]) -> None:
         self.examples, self.indices = examples, indices
+
+    @property
+    def account(self) -> Account | None:
+        """What became of the source of all of them."""
+        return getattr(self.examples, "account", None)
 
     def __len__(self) -> int:
         return len(self.indices)

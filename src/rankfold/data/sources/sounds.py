@@ -59,7 +59,7 @@ def read_wav_folder(
         return sound if prepare is None else prepare(sound, rate, f"the wav file {file}")
 
     files = class_files(folder, SUFFIXES, "wav file", label_ids, labels_wanted=labels_wanted)
-    found = without_broken(files, read) if skip_broken else ClassFolder(files, read)
+    found = without_broken(files, read) if skip_broken else ClassFolder(*files, read)
     _refuse_mixtures([file for file, _ in found.files])
     return found
 

@@ -1,0 +1,99 @@
+"""Texts as a tokenizer writes them for its model's training."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankfold.data.padding import Padding
+from rankfold.errors import InputError
+
+
+class Tokens:
+    """What a tokenizer makes of texts: as sources, as targets, or of words; it counts what it cuts.
+
+    Args:
+        tokenizer: Of the model.
+        length: Most tokens of an example.
+        takes: Names that the model's forward takes; what else the tokenizer gives is left out, as
+            in the training of transformers. None for any.
+        pads: As of ``Padding``.
+
+    Attributes:
+        cut: Examples that were longer.
+        collate: Makes batches of them.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        length: int,
+        takes: Collection[str] | None = None,
+        *,
+        pads: bool = True,
+    ) -> None:
+        self.tokenizer, self.length, self.takes = tokenizer, length, takes
+        self.cut = 0
+        self.collate = Padding(tokenizer, pads=pads)
+        self._nothing = self._encoded("an empty text", "")["input_ids"]
+
+    def source(self, text: str, what: str) -> dict[str, Tensor]:
+        """The model's inputs of a text, by name, ``(length,)`` each.
+
+        Args:
+            text: The text.
+            what: Names it in messages.
+
+        Raises:
+            InputError: The tokenizer refuses it.
+        """
+        return self.inputs(self._within(what, text))
+
+    def target(self, text: str, what: str) -> Tensor:
+        """The ids of a text that the model is to write: tokenizers may write these otherwise."""
+        ids = self._within(what, text_target=text)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def words(self, words: Sequence[str], what: str) -> Any:
+        """The encoding of a text that comes in words; ``word_ids`` says whose an id is."""
+        return self._within(what, list(words), is_split_into_words=True)
+
+    def stream(self, text: str, what: str) -> Tensor:
+        """``(tokens,)``, the ids of a whole text, without special tokens.
+
+        Raises:
+            InputError: The tokenizer refuses it.
+        """
+        ids = self._encoded(what, text, add_special_tokens=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def inputs(self, encoding: Any) -> dict[str, Tensor]:
+        """What the model takes of an encoding."""
+        return {
+            name: torch.tensor(values, dtype=torch.int64)
+            for name, values in encoding.items()
+            if name == "input_ids" or self.takes is None or name in self.takes
+        }
+
+    def says_nothing(self, inputs: dict[str, Tensor]) -> bool:
+        """Whether the tokenizer writes nothing for a text but what it writes for an empty one."""
+        return bool(inputs["input_ids"].tolist() == self._nothing)
+
+    def _within(self, what: str, *text: Any, **more: Any) -> Any:
+        found = self._encoded(what, *text, **more)
+        if len(found["input_ids"]) <= self.length:
+            return found
+        self.cut += 1
+        return self._encoded(what, *text, **more, truncation=True, max_length=self.length)
+
+    def _encoded(self, what: str, *text: Any, **more: Any) -> Any:
+        try:
+            # verbose=False: longer than the model takes is cut here.
+            return self.tokenizer(*text, **more, return_attention_mask=True, verbose=False)
+        # Tokenizers of every library, with language codes, prefixes and bytes, refuse in any way.
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"the tokenizer can't take {what}: {reason}") from error
