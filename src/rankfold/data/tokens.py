@@ -54,6 +54,13 @@ class Tokens:
 
     def target(self, text: str, what: str) -> Tensor:
         """The ids of a text that the model is to write: tokenizers may write these otherwise."""
+        languages = [getattr(self.tokenizer, f"{side}_lang", None) for side in ("src", "tgt")]
+        if languages[0] is not None and languages[1] is None:  # it would write the source's own
+            raise InputError(
+                "the tokenizer names no target language; expected one. Save it in the model's "
+                f"folder with src_lang={languages[0]!r} and tgt_lang=, both given to "
+                "AutoTokenizer.from_pretrained."
+            )
         ids = self._within(what, text_target=text)["input_ids"]
         return torch.tensor(ids, dtype=torch.int64)
 
