@@ -42,8 +42,8 @@ TEMPLATES = {
     "tools": "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ '<' + m.role "
     "+ '>' }}{% if m.content is string %}{{ m.content }}{% elif m.content %}{% for part in "
     "m.content %}{{ part.text }}{% endfor %}{% endif %}{% for call in m.tool_calls or [] %}"
-    "{{ call | tojson }}{% endfor %}{{ '</>' }}{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' "
-    "}}{% endif %}",
+    "{{ call | tojson }}{% endfor %}{{ '</>' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<assistant>' }}{% endif %}",
     "marked": "{% for m in messages %}{{ '<' + m.role + '>' }}{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content + '</>' }}{% endgeneration %}{% else %}{{ m.content + '</>' }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}",

@@ -46,11 +46,10 @@ def _csv(rows: list[tuple[str, ...]], delimiter: str = ",", **more: Any) -> str:
 
 
 @FEW
-@given(rows=ROWS, end=st.sampled_from(["\n", "\r\n"]), every=st.booleans())
-def test_a_table_is_what_was_written(
-    rows: list[tuple[str, str]], end: str, every: bool, tmp_path: Path
-) -> None:
-    quoting = csv.QUOTE_ALL if every else csv.QUOTE_MINIMAL
+@given(rows=ROWS, end=st.sampled_from(["\n", "\r\n"]))
+def test_a_table_is_what_was_written(rows: list[tuple[str, str]], end: str, tmp_path: Path) -> None:
+    # Python's writer leaves a lone \r without quotes where lines end in \n.
+    quoting = csv.QUOTE_ALL if end == "\n" else csv.QUOTE_MINIMAL
     text = _csv([("text", "other"), *rows], lineterminator=end, quoting=quoting)
     found = read_records(_write(tmp_path / "x.csv", text))
     assert [(record["text"], record["other"]) for record in found] == rows
