@@ -274,7 +274,9 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
     labels_wanted = task not in ("teacher", "embedding")
     if kind == "npz":
         prepare_array = _pixels(opened, options).prepare
-        return cast("Examples", read_npz(path, options.mean, options.std, prepare=prepare_array))
+        known = _label_ids(opened)
+        rows = read_npz(path, options.mean, options.std, prepare=prepare_array, label_ids=known)
+        return cast("Examples", _told(rows))
     if kind == "images":
         pixels = _pixels(opened, options)
         found = read_image_folder(

@@ -54,13 +54,14 @@ def class_numbers(
     counts = Counter(texts)
     found = {text: class_named(meant.get(text, text), known) for text in counts}
     lost = [text for text, number in found.items() if number is None]
-    if len(lost) == len(found):
+    named = [text for text, number in found.items() if number is not None]
+    if not named:
         found = {text: _number(text) for text in counts}
         lost = [text for text, number in found.items() if number is None]
         if not lost:
             _check_range(where, values, texts, found, known)
     if lost:
-        raise InputError(_not_understood(where, texts, lost, known, advice))
+        raise InputError(_not_understood(where, lost, named, known, advice))
     numbers = {text: number for text, number in found.items() if number is not None}
     names = {number: name for name, number in known.items()}
     told = [
@@ -134,13 +135,12 @@ def _check_range(
 
 def _not_understood(
     where: str,
-    texts: Sequence[str],
     lost: Sequence[str],
+    named: Sequence[str],
     known: Mapping[str, int],
     advice: str,
 ) -> str:
-    named = sorted(set(texts) - set(lost))
-    if named and known:
+    if named:
         return (
             f"{where} holds the labels {_quoted(lost)}, which are no names of the model's classes, "
             f"beside {_quoted(named)}, which are. Expected all of them names "

@@ -19,7 +19,9 @@ PROFILED = {
     "GRAY": ("1", "L", "LA"),
     "RGB": ("RGB", "RGBA", "RGBX", "P", "PA", "1", "L", "LA"),
     "CMYK": ("CMYK",),
+    "Lab": ("LAB",),
 }
+HELD = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK", "Lab": "LAB"}  # the mode that is changed to sRGB
 # The second picture of a photo, in depth or for bright screens, is not another moment of it.
 ONE_MOMENT = ("MPO",)
 
@@ -98,9 +100,8 @@ def _in_srgb(image: Any, what: str) -> Any:
             )
         if change is None:
             return plain.convert("RGB")
-        held = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}[space]
-        return cms.applyTransform(plain.convert(held), change)
-    except cms.PyCMSError as error:
+        return cms.applyTransform(plain.convert(HELD[space]), change)
+    except (cms.PyCMSError, OSError) as error:
         raise InputError(
             f"the colour profile of {what} can't be read: {error}. Save it without the profile."
         ) from error
@@ -115,9 +116,9 @@ def _from_profile(profile: bytes) -> tuple[str, Any]:
     space = opened.profile.xcolor_space.strip()
     if space not in PROFILED:
         return space, None
-    held = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}[space]
+    held = HELD[space]
     change = cms.buildTransform(opened, cms.createProfile("sRGB"), held, "RGB")
-    if space == "CMYK":
+    if space not in ("GRAY", "RGB"):
         return space, change
     steps = np.arange(0, 256, 51, dtype=np.uint8)
     colours = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)  # (1, colours, 3)
