@@ -9,18 +9,25 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
     DataCollatorForSeq2Seq,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     NllbTokenizer,
 )
 
+from rankfold.cli.open import DataOptions, evaluate_examples, open_examples, open_model
 from rankfold.data.account import ReadExamples
 from rankfold.data.parts import Data, as_part, select_part, split
 from rankfold.data.record_examples import record_examples
-from rankfold.data.text_examples import line_examples
+from rankfold.data.text_examples import line_examples, window_examples
 from rankfold.data.tokens import Tokens
 from rankfold.errors import InputError
+from rankfold.machine.progress import SilentProgress
+from tests.command_line import rankfold
 from tests.small_tokenizers import FAMILIES, TWO_SIDED
 
 LENGTH = 12
@@ -165,3 +172,108 @@ def test_a_tokenizer_that_fails_names_the_record(tmp_path: Path) -> None:
     file = _jsonl(tmp_path, [{"text": "a"}, {"text": "b"}])
     with pytest.raises(InputError, match=r"record 1 of .*jsonl: OverflowError: too much"):
         record_examples(file, Tokens(refuses, 9), task="embedding", columns=COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("the film\nbad\n", ["the film", "bad"]),
+        ("the film\r\nbad", ["the film", "bad"]),
+        ("\ufeffa\u2028b\x0cc\x85d\n\n\nbad\n", ["a\u2028b\x0cc\x85d", "", "", "bad"]),
+        ("\n \nbad\n\n", ["", " ", "bad", ""]),
+    ],
+)
+def test_lines_of_a_text_are_examples_or_told(text: str, lines: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "x.txt"
+    file.write_bytes(text.encode())
+    tokenizer = FAMILIES["bert"]()
+    found = line_examples(file, Tokens(tokenizer, LENGTH))
+    told = [place for places in found.account.left_out.values() for place in places]
+    assert told == [place for place, line in enumerate(lines) if not line.strip()]
+    assert found.account.given == len(lines) and found.account.unit == "line"
+    kept = [line for place, line in enumerate(lines) if place not in told]
+    assert [e["input_ids"].tolist() for e in found] == [tokenizer(t)["input_ids"] for t in kept]
+
+
+def test_windows_of_a_text_are_told_with_what_is_left(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("the film\nwas good\n" * 5)
+    found = window_examples(tmp_path / "x.txt", Tokens(FAMILIES["bert"](), 6))
+    assert [len(window) for window in found] == [6, 6, 6]
+    assert found.account.lines() == [
+        f"{tmp_path / 'x.txt'}: 3 windows; each is one example of 6 tokens",
+        "the last 2 tokens are left out: they are less than a window",
+    ]
+
+
+def _encoder(folder: Path, kind: type[Any], **more: Any) -> Path:
+    tokenizer = FAMILIES["bert"]()
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=24, max_position_embeddings=64, initializer_range=0.5, **more,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    kind(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _lines(folder: Path) -> Path:
+    lines = [f"the {'bad ' * (n % 9)}film {'abcdefghij'[n % 10]} {n % 7}" for n in range(80)]
+    (folder / "x.txt").write_text("\n".join(lines) + "\n\n")
+    return folder / "x.txt"
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [(BertModel, None), (BertForMaskedLM, None), (BertForSequenceClassification, "teacher")],
+)
+def test_an_encoder_gets_a_line_at_a_time(
+    kind: type[Any], task: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = open_model(str(_encoder(tmp_path / "model", kind)))
+    found = open_examples(str(_lines(tmp_path)), opened, DataOptions(task=task))
+    assert len(found) == 80
+    assert "x.txt: 81 lines, 80 of them used; each is one example of" in capsys.readouterr().err
+    for example, line in zip(found, _lines(tmp_path).read_text().split("\n"), strict=False):
+        expected = opened.tokenizer(line)["input_ids"]
+        if "labels" in example:  # the hidden words
+            shown = example["labels"] == -100
+            ids = torch.where(shown, example["input_ids"], example["labels"])
+            assert ids.tolist() == expected and not bool(shown.all())
+        else:
+            assert example["input_ids"].tolist() == expected
+
+
+def test_the_report_says_what_became_of_the_lines(tmp_path: Path) -> None:
+    _encoder(tmp_path / "model", BertModel)
+    _lines(tmp_path)
+    done = rankfold(
+        "lossless", "model", "--data", "x.txt", "--size", "0.9", "--out", "out", "--json",
+        cwd=tmp_path,
+    )  # fmt: skip
+    (source,) = json.loads(done.stdout)["sources"]
+    assert (source["unit"], source["given"], source["used"]) == ("line", 81, 80)
+    assert source["left_out"] == {"without text": [80]}
+    assert source["lengths"][0] < source["lengths"][2] < 20
+    kept = json.loads((tmp_path / "out" / "rankfold.json").read_text())
+    assert kept["sources"] == [source]
+
+
+@pytest.mark.parametrize("size", [1, 7, None])
+def test_losses_are_those_of_each_text_alone(size: int | None, tmp_path: Path) -> None:
+    """The truth: plain transformers, a text at a time, in batches padded here."""
+    opened = open_model(str(_encoder(tmp_path / "model", BertForSequenceClassification)))
+    texts = [f"the {'bad ' * (n % 9)}film" for n in range(12)]
+    file = _jsonl(tmp_path, [{"text": text, "label": n % 2} for n, text in enumerate(texts)])
+    examples = open_examples(str(file), opened, DataOptions())
+    found = evaluate_examples(
+        opened, examples, limit=None, batch_size=size, progress=SilentProgress()
+    )
+    with torch.no_grad():
+        truth = [
+            opened.model(
+                **opened.tokenizer(text, return_tensors="pt"), labels=torch.tensor([n % 2])
+            ).loss.item()
+            for n, text in enumerate(texts)
+        ]
+    assert found["loss"]["mean"] == pytest.approx(sum(truth) / len(truth), abs=1e-5)

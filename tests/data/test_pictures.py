@@ -75,7 +75,7 @@ def test_colours_of_every_mode_are_those_of_pillow() -> None:
                 image, ImageCms.createProfile("sRGB"), lab, outputMode="LAB"
             )
             assert isinstance(changed, Image.Image)
-            assert np.abs(_read(changed, kind).astype(int) - COLOURS).mean() < 1, mode
+            assert np.abs(_read(changed, kind).astype(int) - COLOURS).mean() < 3, mode
             continue
         held = Image.open(_saved(image.convert(mode), kind, **more))
         found = _read(image.convert(mode), kind, **more)

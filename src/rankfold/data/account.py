@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import median_low
 from typing import Any
 
@@ -88,8 +89,8 @@ class Account:
         return f"{line} of {fewest} to {most} tokens (median {middle})"
 
     def as_dict(self) -> dict[str, Any]:
-        """The same for JSON."""
-        found = asdict(self)
+        """The same for JSON, with the name of the source and not where it lies."""
+        found = asdict(self) | {"source": Path(self.source).name}
         found["left_out"] = {reason: list(places) for reason, places in self.left_out.items()}
         return found | {name: list(found[name]) for name in ("classes", "notes")}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -49,10 +50,20 @@ def source_kind(spec: str) -> Kind:
     if path.suffix.lower() in SUFFIXES:
         return "records"
     with path.open("rb") as file:
-        binary = b"\0" in file.read(4096)
+        start = file.read(4096)
     if path.suffix.lower() in PICKLES:
         raise InputError(f"the data {spec} is a {path.suffix} file, which isn't read; {EXPECTED}.")
-    if binary:
+    if path.suffix.lower() == ".json":
+        raise InputError(
+            f"the data {spec} is one JSON value; expected a .jsonl with an object a line, such as "
+            '{"text": "..."}. Write each record in a line of its own.'
+        )
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InputError(
+            f"the text {spec} is UTF-16; expected plain UTF-8 text. Convert it, for example with "
+            f"iconv -f utf-16 -t utf-8 {spec}."
+        )
+    if b"\0" in start:
         raise InputError(f"the data {spec} is a binary file; {EXPECTED}.")
     return "text"
 
