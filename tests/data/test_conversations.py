@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -199,3 +200,21 @@ def test_every_character_of_an_answer_is_learned_and_no_other(
     (example,) = _read(tmp_path, TEMPLATES[name], chat)
     end = "<|im_end|>\n" if name == "chatml" else "</>"
     assert _said(example) == "".join(f"{said}{end}" for _, said in turns)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_conversations_are_padded_behind(side: str, tmp_path: Path) -> None:
+    """A language model counts its positions from the first token, of text or not."""
+    found = _read(tmp_path, TEMPLATES["chatml"], GOOD, GOOD[:2])
+    tokenizer = found.collate.tokenizer
+    assert found.collate.batches(list(found)) == [[found[0]], [found[1]]]  # no padding token
+    padded = deepcopy(tokenizer)
+    padded.pad_token, padded.padding_side = padded.eos_token, side
+    batch = Tokens(padded, 99).behind()(list(found))
+    for row, example in enumerate(found):
+        count = len(example["input_ids"])
+        assert batch["input_ids"][row, :count].tolist() == example["input_ids"].tolist()
+        assert batch["attention_mask"][row].tolist() == [1] * count + [0] * (
+            len(found[0]["input_ids"]) - count
+        )
+        assert bool((batch["labels"][row, count:] == -100).all())

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from rankfold.cli.open import DataOptions, OpenedModel, open_examples
+from rankfold.cli.open import DataOptions, OpenedModel, open_examples, open_parts
 from rankfold.data.labels import class_numbers, folded
 from rankfold.errors import InputError
+from rankfold.integrations.model_inputs import label_ids
 from tests.small_tokenizers import FAMILIES
 
 pa = pytest.importorskip("pyarrow")
@@ -179,3 +180,30 @@ def test_every_source_has_the_same_rule(
         assert sorted(given_labels.tolist()) == sorted(known[label] for label in labels), source
         told = {c.value: c.number for c in found.account.classes}  # type: ignore[attr-defined]
         assert told == {label: known[label] for label in labels}, source
+
+
+def test_a_label_is_one_class_in_all_parts(tmp_path: Path) -> None:
+    opened = OpenedModel(nn.Flatten(), None, None)
+    for name, classes in (("all", ["cat", "dog", "owl"]), ("some", ["cat", "owl"])):
+        for label in classes:
+            (tmp_path / name / label).mkdir(parents=True)
+            for place in range(4):
+                image = Image.new("RGB", (8, 8), (place, len(name), 0))
+                image.save(tmp_path / name / label / f"{place}.png")
+    folders = [str(tmp_path / name) for name in ("all", "all", "some")]
+    with pytest.raises(InputError, match=r"'owl' is class 2 in .*all, and class 1 in .*some"):
+        open_parts(*folders, opened, DataOptions(image_size=4))  # type: ignore[call-arg, arg-type]
+    Image.new("RGB", (8, 8)).save(tmp_path / "some" / "dog.png")
+    (tmp_path / "some" / "dog").mkdir()
+    (tmp_path / "some" / "dog.png").rename(tmp_path / "some" / "dog" / "0.png")
+    data = open_parts(*folders, opened, DataOptions(image_size=4))  # type: ignore[call-arg, arg-type]
+    assert [account.source for account in data.accounts] == [folders[0], folders[2]]
+
+
+@pytest.mark.parametrize(("names", "wanted"), [
+    ({0: "a", 1: "b"}, {"a": 0, "b": 1}), ({0: "a", 1: "a"}, None), (None, None), ({}, None),
+])  # fmt: skip
+def test_names_of_a_models_classes(names: Any, wanted: Any) -> None:
+    model = nn.Flatten()
+    model.config = type("Config", (), {"id2label": names, "label2id": {"b": 0, "a": 1}})()
+    assert label_ids(model) == wanted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,10 +34,10 @@ from rankfold.data.sources import (
     source_kind,
 )
 from rankfold.data.text_examples import line_examples, window_examples
-from rankfold.data.tokens import Tokens
 from rankfold.errors import InputError
 from rankfold.export.example_inputs import Given
 from rankfold.integrations import transformers as hf
+from rankfold.integrations.model_inputs import label_ids, tokens_of
 from rankfold.integrations.processors import has_processor, image_preparation, sound_preparation
 from rankfold.integrations.vision import is_named, make_named, parse_named
 from rankfold.machine.progress import Progress, TerminalProgress
@@ -274,7 +273,7 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
     labels_wanted = task not in ("teacher", "embedding")
     if kind == "npz":
         prepare_array = _pixels(opened, options).prepare
-        known = _label_ids(opened)
+        known = label_ids(opened.model)
         rows = read_npz(path, options.mean, options.std, prepare=prepare_array, label_ids=known)
         return cast("Examples", _told(rows))
     if kind == "images":
@@ -285,7 +284,7 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
             pixels.std,
             pixels.size,
             prepare=pixels.prepare,
-            label_ids=_label_ids(opened),
+            label_ids=label_ids(opened.model),
             labels_wanted=labels_wanted,
             skip_broken=options.skip_broken,
         )
@@ -296,7 +295,7 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
         sounds = read_wav_folder(
             path,
             prepare=None if folder is None else sound_preparation(folder),
-            label_ids=_label_ids(opened),
+            label_ids=label_ids(opened.model),
             labels_wanted=labels_wanted,
             skip_broken=options.skip_broken,
         )
@@ -309,7 +308,7 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
             f"the data {spec} is text, but the model has no tokenizer; give a transformers folder "
             "with one, or the data as file.py:function."
         )
-    tokens = _tokens(opened, options)
+    tokens = tokens_of(opened.model, opened.tokenizer, _length(opened, options))
     if _reads_windows(opened, options):
         return _told(window_examples(path, tokens))
     if task in ("classification", "token-classification", "seq2seq", "regression"):
@@ -325,17 +324,6 @@ def _reads_windows(opened: OpenedModel, options: DataOptions) -> bool:
     """Whether the model reads a text in windows, as a language model; others read it by lines."""
     hint = hf.task_hint(opened.model)
     return "causal-lm" in (options.task, hint) and options.task in (None, "causal-lm", "teacher")
-
-
-def _tokens(opened: OpenedModel, options: DataOptions) -> Tokens:
-    """What the model's tokenizer makes of texts, padded as the model knows it."""
-    names = frozenset(inspect.signature(opened.model.forward).parameters)
-    takes = names if "input_ids" in names else None
-    config = getattr(opened.model, "config", None)
-    known = getattr(config, "pad_token_id", None) == getattr(opened.tokenizer, "pad_token_id", None)
-    # Some classifiers look for the last token before the padding, by its id.
-    pads = known or hf.task_hint(opened.model) not in ("classification", "regression")
-    return Tokens(opened.tokenizer, _length(opened, options), takes, pads=pads)
 
 
 _T = TypeVar("_T")
@@ -379,12 +367,6 @@ def _pixels(opened: OpenedModel, options: DataOptions) -> _Pixels:
     return _Pixels()
 
 
-def _label_ids(opened: OpenedModel) -> dict[str, int] | None:
-    """The model's number of each label, None for a model that says nothing of labels."""
-    names = getattr(getattr(opened.model, "config", None), "id2label", None)
-    return None if names is None else {str(name): int(number) for number, name in names.items()}
-
-
 def _kind(spec: str, options: DataOptions) -> Kind | None:
     """The kind of source, None for ``self``; looked at once, since it may walk through a folder."""
     kind = None if spec == SELF else source_kind(spec)
@@ -406,9 +388,12 @@ def _tell_skipped(folder: Path, found: ClassFolder) -> None:
 
 
 def _records(file: Path, opened: OpenedModel, options: DataOptions, task: str | None) -> Examples:
+    tokens = None
+    if opened.tokenizer is not None:
+        tokens = tokens_of(opened.model, opened.tokenizer, _length(opened, options))
     found = record_examples(
         file,
-        None if opened.tokenizer is None else _tokens(opened, options),
+        tokens,
         task=task,
         columns={
             "text": options.text_column,
@@ -417,7 +402,7 @@ def _records(file: Path, opened: OpenedModel, options: DataOptions, task: str | 
             "tokens": options.tokens_column,
             "tags": options.tags_column,
         },
-        label_ids=_label_ids(opened),
+        label_ids=label_ids(opened.model),
         seed=options.seed,
         images=lambda: image_reader(*_pixels(opened, options)),
     )

@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import median_low
 from typing import Any
 
+from rankfold.errors import InputError
+
 NAMED = 5  # places that a line names; the report has all of them
 SHOWN_CLASSES = 12
 
@@ -106,6 +108,24 @@ class ReadExamples(list[Any]):
     def __init__(self, examples: Sequence[Any], account: Account, collate: Any = None) -> None:
         super().__init__(examples)
         self.account, self.collate = account, collate
+
+
+def refuse_two_meanings(accounts: Sequence[Account]) -> None:
+    """Refuse sources in which one label is two classes, as in folders that lack some of them.
+
+    Raises:
+        InputError: Names the label and both sources.
+    """
+    meant: dict[str, tuple[int, str]] = {}
+    for account in accounts:
+        for found in account.classes:
+            number, source = meant.setdefault(found.value, (found.number, account.source))
+            if number != found.number:
+                raise InputError(
+                    f"the label {found.value!r} is class {number} in {source}, and class "
+                    f"{found.number} in {account.source}. Give both the same labels, or the model "
+                    "names of its classes."
+                )
 
 
 def spread_of(lengths: Sequence[int]) -> tuple[int, int, int] | None:

@@ -59,7 +59,8 @@ def conversation_examples(reading: Reading, tokens: Tokens) -> ReadExamples:
     reading.leave_out(f"where the assistant says nothing in the first {longest} tokens", silent)
     kept = [found[place] for place in reading.places]
     tokens.cut += sum(len(ids) > longest for ids, _ in kept)
-    return read_tokens([_example(ids, labels, longest) for ids, labels in kept], reading, tokens)
+    examples = [_example(ids, labels, longest) for ids, labels in kept]
+    return read_tokens(examples, reading, tokens, collate=tokens.behind())
 
 
 def _example(ids: Sequence[int], labels: Sequence[int], longest: int) -> dict[str, Tensor]:
@@ -97,7 +98,8 @@ class _Chat:
         return ids, [i if said else NO_LABEL for i, said in zip(ids, spoken, strict=True)]
 
     def _marks(self) -> bool:
-        template = self.tokenizer.chat_template
+        named = self.tokenizer.chat_template
+        template = named.get("default") if isinstance(named, dict) else named
         return isinstance(template, str) and MARKED.search(template) is not None
 
     def _spoken(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:

@@ -24,10 +24,11 @@ class Padding:
     Args:
         tokenizer: Of the model.
         pads: False where the model doesn't know the tokenizer's padding token.
+        side: Where to pad, None for the tokenizer's side.
     """
 
-    def __init__(self, tokenizer: Any, *, pads: bool = True) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, *, pads: bool = True, side: str | None = None) -> None:
+        self.tokenizer, self.side = tokenizer, side
         self.pads = pads and isinstance(getattr(tokenizer, "pad_token_id", None), int)
 
     def __call__(self, examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -44,6 +45,7 @@ class Padding:
         ]
         padded = self.tokenizer.pad(
             {name: [row[name] for row in inputs] for name in inputs[0]},
+            padding_side=self.side,
             return_attention_mask=True,
             return_tensors="pt",
             verbose=False,  # that to pad while encoding is faster
@@ -83,7 +85,7 @@ class Padding:
     def _labels(self, rows: Sequence[Tensor]) -> Tensor:
         if rows[0].dim() == 0:
             return torch.stack(list(rows))
-        left = self.tokenizer.padding_side == "left"
+        left = (self.side or self.tokenizer.padding_side) == "left"
         longest = max(len(row) for row in rows)
         gaps = [longest - len(row) for row in rows]
         return torch.stack(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from rankfold.data.account import Account, ReadExamples
+from rankfold.data.account import Account, ReadExamples, refuse_two_meanings
 from rankfold.data.padding import Padding
 from rankfold.errors import InputError
 
@@ -70,6 +70,7 @@ class Data:
                     f"the {part.replace('_', '-')} part has {len(examples)} examples; "
                     f"it needs at least {FEWEST}. Give more data."
                 )
+        refuse_two_meanings(self.accounts)
         if self.groups is not None and len(self.groups) != len(self.held_out):
             raise InputError(
                 f"there are {len(self.groups)} groups for {len(self.held_out)} held-out examples; "

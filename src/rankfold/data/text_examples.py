@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rankfold.data.account import Account, ReadExamples, spread_of
-from rankfold.data.padding import NO_LABEL
+from rankfold.data.padding import NO_LABEL, Padding
 from rankfold.data.reading import Reading
 from rankfold.data.sources import read_text, text_lines, token_windows
 from rankfold.data.tokens import Tokens
@@ -116,8 +116,9 @@ def read_tokens(
     reading: Reading,
     tokens: Tokens,
     notes: Sequence[str] = (),
+    collate: Padding | None = None,
 ) -> ReadExamples:
     """Examples made of tokens, with their account, padded a batch at a time."""
     lengths = [len(example["input_ids"]) for example in examples]
     account = reading.account(lengths, tokens.cut, notes)
-    return ReadExamples(examples, account, tokens.collate)
+    return ReadExamples(examples, account, collate or tokens.collate)

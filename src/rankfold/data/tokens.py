@@ -37,8 +37,13 @@ class Tokens:
     ) -> None:
         self.tokenizer, self.length, self.takes = tokenizer, length, takes
         self.cut = 0
-        self.collate = Padding(tokenizer, pads=pads)
-        self._nothing = self._encoded("an empty text", "")["input_ids"]
+        # Without a mask the model would read the padding.
+        self.pads = pads and (takes is None or "attention_mask" in takes)
+        self.collate = Padding(tokenizer, pads=self.pads)
+        try:
+            self._nothing = self._encoded("an empty text", "")["input_ids"]
+        except InputError:
+            self._nothing = None
 
     def source(self, text: str, what: str) -> dict[str, Tensor]:
         """The model's inputs of a text, by name, ``(length,)`` each.
@@ -63,6 +68,10 @@ class Tokens:
             )
         ids = self._within(what, text_target=text)["input_ids"]
         return torch.tensor(ids, dtype=torch.int64)
+
+    def behind(self) -> Padding:
+        """``collate`` that pads behind the text, where no token of a language model is moved by it."""
+        return Padding(self.tokenizer, pads=self.pads, side="right")
 
     def words(self, words: Sequence[str], what: str) -> Any:
         """The encoding of a text that comes in words; ``word_ids`` says whose an id is."""

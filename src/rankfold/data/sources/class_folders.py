@@ -201,7 +201,8 @@ def _classes(folder: Path, names: Sequence[str], label_ids: Mapping[str, int]) -
             f"the class folders in {folder} are numbers, and as names they stand in another order "
             f"({', '.join(names[:4])}, ...): {names[2]!r} is class 2 by its place, as torchvision "
             f"counts, and not by its number. Rename them so that both agree ({len(names)} names "
-            "with leading zeros: 00, 01, ...), in the order of the model's classes."
+            "with leading zeros: 00, 01, ...), in the order of the model's classes; or give the "
+            "data as file.py:function."
         )
     raise InputError(
         f"the folder {folder} has {len(names)} class folders ({', '.join(names[:5])}, ...), none "
