@@ -70,7 +70,7 @@ class Tokens:
         return torch.tensor(ids, dtype=torch.int64)
 
     def behind(self) -> Padding:
-        """``collate`` that pads behind the text, where no token of a language model is moved by it."""
+        """``collate`` that pads behind the text: no token of a language model moves by it."""
         return Padding(self.tokenizer, pads=self.pads, side="right")
 
     def words(self, words: Sequence[str], what: str) -> Any:
