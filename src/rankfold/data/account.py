@@ -47,7 +47,8 @@ class Account:
         used: Examples.
         left_out: For each reason which units, by number from 0 or by name.
         lengths: Fewest, median and most tokens of an example; None where it isn't made of tokens.
-        cut: Examples that were longer than the most tokens allowed: what is behind isn't used.
+        most: Tokens that an example may have at most; None where it isn't made of tokens.
+        cut: Examples that were longer: what is behind isn't used.
         classes: Which value became which class.
         notes: Whatever else was decided, a sentence each.
     """
@@ -58,6 +59,7 @@ class Account:
     used: int
     left_out: Mapping[str, Sequence[int | str]] = field(default_factory=dict)
     lengths: tuple[int, int, int] | None = None
+    most: int | None = None
     cut: int = 0
     classes: Sequence[ClassCount] = ()
     notes: Sequence[str] = ()
@@ -66,13 +68,13 @@ class Account:
         """The same for a person."""
         found = [self._first_line()]
         for reason, places in self.left_out.items():
-            listed = ", ".join(map(str, places[:NAMED])) + ", ..." * (len(places) > NAMED)
+            listed = ", ".join(_shown(str(place)) for place in places[:NAMED])
+            listed += ", ..." * (len(places) > NAMED)
             found.append(f"left out, {reason}: {_counted(len(places), self.unit)} ({listed})")
         if self.cut:
-            longest = 0 if self.lengths is None else self.lengths[2]
             found.append(
-                f"cut at {longest} tokens: {_counted(self.cut, 'example')}; what is behind isn't "
-                "used (--length allows more)"
+                f"cut at {self.most} tokens: {_counted(self.cut, 'example')}; what is behind isn't "
+                "used (--length, up to what the model takes)"
             )
         if self.classes:
             shown = "; ".join(map(str, self.classes[:SHOWN_CLASSES]))
@@ -82,7 +84,8 @@ class Account:
 
     def _first_line(self) -> str:
         used = "" if self.used == self.given else f", {self.used:,} of them used"
-        line = f"{self.source}: {_counted(self.given, self.unit)}{used}; each is one example"
+        given = f"{_shown(self.source)}: {_counted(self.given, self.unit)}"
+        line = f"{given}{used}; each is one example"
         if self.lengths is None:
             return line
         fewest, middle, most = self.lengths
@@ -131,6 +134,11 @@ def refuse_two_meanings(accounts: Sequence[Account]) -> None:
 def spread_of(lengths: Sequence[int]) -> tuple[int, int, int] | None:
     """Fewest, median and most, None of nothing."""
     return (min(lengths), median_low(lengths), max(lengths)) if lengths else None
+
+
+def _shown(name: str) -> str:
+    """A name as it is, or so that a terminal doesn't interpret it."""
+    return name if name.isprintable() else repr(name)
 
 
 def _counted(count: int, unit: str) -> str:

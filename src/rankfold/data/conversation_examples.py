@@ -58,7 +58,9 @@ def conversation_examples(reading: Reading, tokens: Tokens) -> ReadExamples:
         )
     reading.leave_out(f"where the assistant says nothing in the first {longest} tokens", silent)
     kept = [found[place] for place in reading.places]
-    tokens.cut += sum(len(ids) > longest for ids, _ in kept)
+    for place in reading.places:
+        if len(found[place][0]) > longest:
+            tokens.cuts(reading.what(place))
     examples = [_example(ids, labels, longest) for ids, labels in kept]
     return read_tokens(examples, reading, tokens, collate=tokens.behind())
 

@@ -10,6 +10,7 @@ from typing import Any
 from rankfold.data.account import Account, spread_of
 from rankfold.data.labels import Classes, class_numbers
 from rankfold.data.sources import Record, class_names, column, numbers
+from rankfold.data.tokens import Tokens
 from rankfold.errors import InputError
 
 
@@ -139,13 +140,13 @@ class Reading:
         return f"{self.unit} {place} of {self.file}"
 
     def account(
-        self, lengths: Sequence[int] = (), cut: int = 0, notes: Sequence[str] = ()
+        self, lengths: Sequence[int] = (), tokens: Tokens | None = None, notes: Sequence[str] = ()
     ) -> Account:
         """What became of the records.
 
         Args:
             lengths: Tokens of each example.
-            cut: Examples that were longer.
+            tokens: What made them, and knows what it cut.
             notes: What else is to be told.
         """
         unused = [name for name in self.records[0] if name not in self._used]
@@ -158,7 +159,8 @@ class Reading:
             used=len(self.places),
             left_out=self.left_out,
             lengths=spread_of(lengths),
-            cut=cut,
+            cut=0 if tokens is None else tokens.cut,
+            most=None if tokens is None else tokens.length,
             classes=() if classes is None else classes.counts,
             notes=[
                 *getattr(self.records, "notes", ()),

@@ -121,7 +121,7 @@ def _windows(reading: Reading, tokens: Tokens) -> ReadExamples:
     short = [place for place in reading.places if len(inputs[place]["input_ids"]) < 2]
     reading.leave_out("of a single token, which nothing comes before", short)
     windows = [inputs[place]["input_ids"] for place in reading.places]
-    return ReadExamples(windows, reading.account([len(w) for w in windows], tokens.cut))
+    return ReadExamples(windows, reading.account([len(w) for w in windows], tokens))
 
 
 def _tagged(reading: Reading, tokens: Tokens) -> ReadExamples:

@@ -120,5 +120,5 @@ def read_tokens(
 ) -> ReadExamples:
     """Examples made of tokens, with their account, padded a batch at a time."""
     lengths = [len(example["input_ids"]) for example in examples]
-    account = reading.account(lengths, tokens.cut, notes)
+    account = reading.account(lengths, tokens, notes)
     return ReadExamples(examples, account, collate or tokens.collate)

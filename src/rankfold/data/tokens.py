@@ -23,7 +23,6 @@ class Tokens:
         pads: As of ``Padding``.
 
     Attributes:
-        cut: Examples that were longer.
         collate: Makes batches of them.
     """
 
@@ -36,7 +35,7 @@ class Tokens:
         pads: bool = True,
     ) -> None:
         self.tokenizer, self.length, self.takes = tokenizer, length, takes
-        self.cut = 0
+        self._cut: set[str] = set()
         # Without a mask the model would read the padding.
         self.pads = pads and (takes is None or "attention_mask" in takes)
         self.collate = Padding(tokenizer, pads=self.pads)
@@ -68,6 +67,15 @@ class Tokens:
             )
         ids = self._within(what, text_target=text)["input_ids"]
         return torch.tensor(ids, dtype=torch.int64)
+
+    @property
+    def cut(self) -> int:
+        """Examples of which a text was longer."""
+        return len(self._cut)
+
+    def cuts(self, what: str) -> None:
+        """Count an example as one that was longer."""
+        self._cut.add(what)
 
     def behind(self) -> Padding:
         """``collate`` that pads behind the text: no token of a language model moves by it."""
@@ -102,7 +110,7 @@ class Tokens:
         found = self._encoded(what, *text, **more)
         if len(found["input_ids"]) <= self.length:
             return found
-        self.cut += 1
+        self.cuts(what)
         return self._encoded(what, *text, **more, truncation=True, max_length=self.length)
 
     def _encoded(self, what: str, *text: Any, **more: Any) -> Any:
