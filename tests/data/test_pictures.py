@@ -84,11 +84,24 @@ def test_colours_of_every_mode_are_those_of_pillow() -> None:
 
 
 @pytest.mark.parametrize("transparency", [0, b"\x00\x80" + b"\xff" * 254])
-def test_a_palette_with_transparency_keeps_its_colours(transparency: int | bytes) -> None:
+def test_what_is_transparent_lies_on_white(transparency: int | bytes) -> None:
     palette = Image.fromarray(COLOURS).quantize(16)
-    expected = np.asarray(palette.convert("RGB"))
+    hidden = np.asarray(palette) == 0
     for kind in ("PNG", "GIF") if isinstance(transparency, int) else ("PNG",):
-        assert np.array_equal(_read(palette, kind, transparency=transparency), expected)
+        found = _read(palette, kind, transparency=transparency)
+        assert (found[hidden] == 255).all()
+        kept = np.asarray(palette) > 1
+        assert np.array_equal(found[kept], np.asarray(palette.convert("RGB"))[kept])
+    clear = Image.fromarray(COLOURS)
+    clear.putalpha(Image.fromarray(np.where(hidden, 0, 255).astype(np.uint8)))
+    for image, kind in ((clear, "PNG"), (clear, "TIFF"), (clear.convert("LA"), "PNG")):
+        found, shown = _read(image, kind), np.asarray(image.convert("RGB"))
+        assert (found[hidden] == 255).all() and np.array_equal(found[~hidden], shown[~hidden])
+    wide = _read(clear, "PNG", icc_profile=_display_p3())
+    assert (wide[hidden] == 255).all() and (wide[~hidden] != COLOURS[~hidden]).any()
+    grey = Image.fromarray((GREY * 65535).astype(np.uint16))
+    found = _read(grey, "PNG", transparency=int(GREY[3, 2] * 65535))
+    assert (found[3, 2] == 255).all() and (found[3, 3] < 255).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -30,8 +30,8 @@ def read_picture(file: Path | BytesIO, what: str) -> Any:
     """An RGB image of Pillow.
 
     It is turned as its EXIF data say. 16 bits are scaled to 8, floats from 0..1. Colours are
-    brought to sRGB where the file has a profile of others. Transparency is left out, as in the
-    training of transformers and torchvision: what counts is the colour that a pixel has.
+    brought to sRGB where the file has a profile of others. What is transparent lies on white, as
+    processors of transformers lay it.
 
     Args:
         file: A file, or one in memory.
@@ -68,7 +68,10 @@ def _eight_bits(image: Any, what: str) -> Any:
     values = np.asarray(image)
     grey = _shares(values, image.mode, what) * 255  # (h, w) 0..255
     found = pillow.fromarray(np.rint(grey).astype(np.uint8))
-    found.info = dict(image.info)
+    hidden = image.info.get("transparency")
+    if isinstance(hidden, int):  # the value that is transparent
+        found.putalpha(pillow.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
+    found.info = {name: value for name, value in image.info.items() if name == "icc_profile"}
     return found
 
 
@@ -85,9 +88,20 @@ def _shares(values: NDArray[Any], mode: str, what: str) -> NDArray[np.float64]:
 
 
 def _in_srgb(image: Any, what: str) -> Any:
-    """The image in sRGB: by its profile, where it has one of other colours."""
+    """The image in sRGB, on white where it is transparent."""
+    pillow: Any = require("PIL.Image", "images")
+    if not image.has_transparency_data:
+        return _coloured(image, image, what)
+    whole = image.convert("RGBA")
+    found = _coloured(whole.convert("RGB"), image, what)
+    found.putalpha(whole.getchannel("A"))
+    white = pillow.new("RGBA", image.size, "white")
+    return pillow.alpha_composite(white, found).convert("RGB")
+
+
+def _coloured(plain: Any, image: Any, what: str) -> Any:
+    """An image without transparency in sRGB: by the profile of the one that it comes from."""
     profile = image.info.get("icc_profile")
-    plain = image.convert("RGBA") if image.mode in ("P", "PA") else image
     if not profile:
         return plain.convert("RGB")
     cms: Any = require("PIL.ImageCms", "images")
