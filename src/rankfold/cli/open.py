@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -15,12 +14,11 @@ from rankfold.artifact.load import load
 from rankfold.artifact.manifest import MANIFEST_FILE
 from rankfold.artifact.weights_file import load_weights
 from rankfold.certificate.change import weighted_mean
-from rankfold.data.account import Account
+from rankfold.cli.told import told
 from rankfold.data.parts import FEWEST, PARTS, SHARES, Data, Examples, as_examples, as_part, split
 from rankfold.data.record_examples import record_examples
 from rankfold.data.sources import (
     DEFAULT_SIZE,
-    ClassFolder,
     ImagePreparation,
     Kind,
     image_reader,
@@ -275,7 +273,7 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
         prepare_array = _pixels(opened, options).prepare
         known = label_ids(opened.model)
         rows = read_npz(path, options.mean, options.std, prepare=prepare_array, label_ids=known)
-        return cast("Examples", _told(rows))
+        return cast("Examples", told(rows))
     if kind == "images":
         pixels = _pixels(opened, options)
         found = read_image_folder(
@@ -288,8 +286,7 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
             labels_wanted=labels_wanted,
             skip_broken=options.skip_broken,
         )
-        _tell_skipped(path, found)
-        return cast("Examples", _told(found))
+        return cast("Examples", told(found))
     if kind == "sounds":
         folder = _processor_folder(opened)
         sounds = read_wav_folder(
@@ -299,8 +296,7 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
             labels_wanted=labels_wanted,
             skip_broken=options.skip_broken,
         )
-        _tell_skipped(path, sounds)
-        return cast("Examples", _told(sounds))
+        return cast("Examples", told(sounds))
     if kind == "records":
         return _records(path, opened, options, task)
     if opened.tokenizer is None:
@@ -310,32 +306,20 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
         )
     tokens = tokens_of(opened.model, opened.tokenizer, _length(opened, options))
     if _reads_windows(opened, options):
-        return _told(window_examples(path, tokens))
+        return told(window_examples(path, tokens))
     if task in ("classification", "token-classification", "seq2seq", "regression"):
         raise InputError(
             f"the task {task} needs labels, and plain text has none; expected a .jsonl, .csv or "
             ".tsv with a label (or target) column, or a .jsonl with tokens and tags, or --task "
             "teacher, which needs none."
         )
-    return _told(line_examples(path, tokens, task, options.seed))
+    return told(line_examples(path, tokens, task, options.seed))
 
 
 def _reads_windows(opened: OpenedModel, options: DataOptions) -> bool:
     """Whether the model reads a text in windows, as a language model; others read it by lines."""
     hint = hf.task_hint(opened.model)
     return "causal-lm" in (options.task, hint) and options.task in (None, "causal-lm", "teacher")
-
-
-_T = TypeVar("_T")
-
-
-def _told(examples: _T) -> _T:
-    """The same; stderr says what an example is, how many and how long, and what was left out."""
-    account = getattr(examples, "account", None)
-    if isinstance(account, Account):
-        for line in account.lines():
-            print(line, file=sys.stderr)
-    return examples
 
 
 def _processor_folder(opened: OpenedModel) -> Path | None:
@@ -378,15 +362,6 @@ def _kind(spec: str, options: DataOptions) -> Kind | None:
     return kind
 
 
-def _tell_skipped(folder: Path, found: ClassFolder) -> None:
-    """Name and count on stderr what was left out."""
-    for message in found.skipped:
-        print(f"skipped: {message}", file=sys.stderr)
-    if found.skipped:
-        count = len(found.skipped)
-        print(f"skipped {count} of {count + len(found)} files of {folder}", file=sys.stderr)
-
-
 def _records(file: Path, opened: OpenedModel, options: DataOptions, task: str | None) -> Examples:
     tokens = None
     if opened.tokenizer is not None:
@@ -406,7 +381,7 @@ def _records(file: Path, opened: OpenedModel, options: DataOptions, task: str | 
         seed=options.seed,
         images=lambda: image_reader(*_pixels(opened, options)),
     )
-    return cast("Examples", _told(found))
+    return cast("Examples", told(found))
 
 
 def _length(opened: OpenedModel, options: DataOptions) -> int:
