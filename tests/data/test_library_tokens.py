@@ -257,6 +257,10 @@ def test_the_report_says_what_became_of_the_lines(tmp_path: Path) -> None:
     assert source["lengths"][0] < source["lengths"][2] < 20
     kept = json.loads((tmp_path / "out" / "rankfold.json").read_text())
     assert kept["sources"] == [source]
+    assert source["told"][0].startswith("x.txt: 81 lines, 80 of them used; each is one example of")
+    card = (tmp_path / "out" / "README.md").read_text()
+    shown = rankfold("inspect", "out", cwd=tmp_path).stdout
+    assert all(f"- {line}\n" in card and f"{line}\n" in shown for line in source["told"])
 
 
 @pytest.mark.parametrize("size", [1, 7, None])

@@ -65,6 +65,7 @@ from rankfold.machine.freed_memory import give_back_freed_memory
 from rankfold.machine.offload import Offload, advice
 from rankfold.machine.progress import TerminalProgress
 from rankfold.model.sizes import model_parameters
+from rankfold.report.report import source_lines
 from rankfold.result import Result
 from rankfold.settings import SettingKeywords, SizeOf, check_size
 from rankfold.verify import verification_lines
@@ -318,6 +319,8 @@ def inspect(
         console.print(curve_table(report, layer))
         return DONE
     print_result(console, report, f"{folder}: {report['model']['class']}, {report['algorithm']}")
+    for line in source_lines(report):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     listing = plain_console(sys.stdout, width=LISTING_WIDTH)
     for table in (layers_table(report, listing.width), not_factorized_table(report)):
         if table.row_count:

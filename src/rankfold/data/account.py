@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median_low
 from typing import Any
@@ -94,8 +94,9 @@ class Account:
         return f"{line} of {fewest} to {most} tokens (median {middle})"
 
     def as_dict(self) -> dict[str, Any]:
-        """The same for JSON, with the name of the source and not where it lies."""
-        found = asdict(self) | {"source": Path(self.source).name}
+        """The same for JSON, with the name of the source and not where it lies, and the lines."""
+        named = replace(self, source=Path(self.source).name)
+        found = asdict(named) | {"told": named.lines()}
         found["left_out"] = {reason: list(places) for reason, places in self.left_out.items()}
         return found | {name: list(found[name]) for name in ("classes", "notes")}
 
