@@ -109,6 +109,7 @@ def test_samples_of_every_width_mean_the_same(tmp_path: Path) -> None:
         whole = (columns * 2**23).astype("<i4")
         file.writeframes(whole.reshape(-1, 1).view(np.uint8)[:, :3].tobytes())
     found = read_wav_folder(tmp_path)
+    assert found.account.notes == ["sounds of 0.00 to 0.00 s, 8000 samples a second, 2 channels"]
     assert [label for _, label in found] == [0, 1, 2, 3, 4]
     for sound, _ in found:
         assert sound.dtype == torch.float32

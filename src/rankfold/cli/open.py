@@ -15,6 +15,7 @@ from rankfold.artifact.manifest import MANIFEST_FILE
 from rankfold.artifact.weights_file import load_weights
 from rankfold.certificate.change import weighted_mean
 from rankfold.cli.told import told
+from rankfold.data.account import Account, ReadExamples, spread_of
 from rankfold.data.parts import FEWEST, PARTS, SHARES, Data, Examples, as_examples, as_part, split
 from rankfold.data.record_examples import record_examples
 from rankfold.data.sources import (
@@ -262,7 +263,10 @@ def _own_text(opened: OpenedModel, options: DataOptions, part: int) -> Examples:
     count = options.own_windows[part]
     seed = len(PARTS) * options.seed + part
     length = _length(opened, options)
-    return hf.own_text(opened.model, count, length, seed << 20, TerminalProgress())
+    windows = hf.own_text(opened.model, count, length, seed << 20, TerminalProgress())
+    lengths = spread_of([length] * count)
+    account = Account("text that the model writes", "window", count, count, lengths=lengths)
+    return told(ReadExamples(windows, account))
 
 
 def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) -> Examples:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,6 +24,7 @@ SUFFIXES = (
     ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
 DEFAULT_SIZE = 224
+PREPARED = "images are prepared as the model's folder says"
 ImageReader: TypeAlias = Callable[[Path | BytesIO, str], Any]
 # Of an RGB image of Pillow, and of what messages call it, to what the model is given.
 ImagePreparation: TypeAlias = Callable[[Any, str], Any]
@@ -70,7 +72,11 @@ def read_image_folder(
     def read(file: Path) -> Any:
         return read_image(file, f"the image {file}")
 
-    return without_broken(files, read) if skip_broken else ClassFolder(*files, read)
+    found = without_broken(files, read) if skip_broken else ClassFolder(*files, read)
+    side = size or DEFAULT_SIZE
+    note = f"of each image the middle {side} x {side} pixels" if prepare is None else PREPARED
+    found.account = replace(found.account, notes=[*found.account.notes, note])
+    return found
 
 
 def image_reader(
