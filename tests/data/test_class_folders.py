@@ -178,3 +178,10 @@ def test_the_command_on_a_wav_folder(tmp_path: Path) -> None:
     assert "sounds/low/cut.wav can't be read" in refused.stderr
     skipping = rankfold(*command[:-1], "other", "--skip-broken", cwd=tmp_path)
     assert "skipped 1 of 61 files of sounds" in skipping.stderr
+
+
+def test_a_folder_of_other_files_is_named(tmp_path: Path) -> None:
+    for name in ("a.parquet", "b.jsonl", "c.txt"):
+        (tmp_path / name).write_text("x")
+        with pytest.raises(InputError, match=rf"holds files of records or text: .*{name}"):
+            source_kind(str(tmp_path))

@@ -16,6 +16,8 @@ from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
+    MBartConfig,
+    MBartForConditionalGeneration,
     NllbTokenizer,
 )
 
@@ -156,6 +158,21 @@ def test_a_language_that_nothing_names_is_refused(tmp_path: Path) -> None:
             _read(file, tokenizer, "seq2seq")
 
 
+@pytest.mark.parametrize("takes", [None, {"input_ids", "attention_mask"}, {"input_ids"}])
+@pytest.mark.parametrize("names", [["input_ids"], ["input_ids", "attention_mask"]])
+def test_without_a_mask_nothing_is_padded(
+    names: list[str], takes: set[str] | None, tmp_path: Path
+) -> None:
+    tokenizer = FAMILIES["t5"]()
+    tokenizer.model_input_names = names
+    file = _jsonl(tmp_path, [{"text": text} for text in TEXTS])
+    found = record_examples(file, Tokens(tokenizer, 9, takes), task="embedding", columns=COLUMNS)
+    assert isinstance(found, ReadExamples)
+    masked = "attention_mask" in names and takes != {"input_ids"}
+    assert all(("attention_mask" in example) == masked for example in found)
+    assert len(found.collate.batches(list(found))) == (1 if masked else len(TEXTS))
+
+
 def test_what_a_model_does_not_take_is_left_out(tmp_path: Path) -> None:
     file = _jsonl(tmp_path, [{"text": "the film"}])
     tokens = Tokens(FAMILIES["bert"](), 9, {"input_ids", "attention_mask"})
@@ -261,6 +278,34 @@ def test_the_report_says_what_became_of_the_lines(tmp_path: Path) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     shown = rankfold("inspect", "out", cwd=tmp_path).stdout
     assert all(f"- {line}\n" in card and f"{line}\n" in shown for line in source["told"])
+
+
+@pytest.mark.parametrize("size", [1, 7, None])
+def test_losses_of_targets_are_those_of_each_pair_alone(size: int | None, tmp_path: Path) -> None:
+    tokenizer = FAMILIES["mbart"]()
+    config = MBartConfig(
+        vocab_size=len(tokenizer), d_model=16, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=24,
+        decoder_ffn_dim=24, max_position_embeddings=64, pad_token_id=1, init_std=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    MBartForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    opened = open_model(str(tmp_path / "model"))
+    pairs = [(f"the {'bad ' * (n % 5)}film", f"was {'good ' * (n % 7)}") for n in range(12)]
+    file = _jsonl(tmp_path, [{"text": source, "target": target} for source, target in pairs])
+    examples = open_examples(str(file), opened, DataOptions())
+    found = evaluate_examples(
+        opened, examples, limit=None, batch_size=size, progress=SilentProgress()
+    )
+    losses, terms = [], []
+    for source, target in pairs:
+        batch = opened.tokenizer(source, text_target=target, return_tensors="pt")
+        with torch.no_grad():
+            losses.append(opened.model(**batch).loss.item())
+        terms.append(batch["labels"].numel())
+    truth = sum(x * n for x, n in zip(losses, terms, strict=True)) / sum(terms)
+    assert found["loss"]["mean"] == pytest.approx(truth, abs=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 7, None])

@@ -11,6 +11,8 @@ from torch import Tensor
 from rankfold.data.padding import Padding
 from rankfold.errors import InputError
 
+MASK = "attention_mask"
+
 
 class Tokens:
     """What a tokenizer makes of texts: as sources, as targets, or of words; it counts what it cuts.
@@ -37,7 +39,8 @@ class Tokens:
         self.tokenizer, self.length, self.takes = tokenizer, length, takes
         self._cut: set[str] = set()
         # Without a mask the model would read the padding.
-        self.pads = pads and (takes is None or "attention_mask" in takes)
+        masks = MASK in getattr(tokenizer, "model_input_names", (MASK,))
+        self.pads = pads and masks and (takes is None or MASK in takes)
         self.collate = Padding(tokenizer, pads=self.pads)
         try:
             self._nothing = self._encoded("an empty text", "")["input_ids"]
@@ -116,7 +119,7 @@ class Tokens:
     def _encoded(self, what: str, *text: Any, **more: Any) -> Any:
         try:
             # verbose=False: longer than the model takes is cut here.
-            return self.tokenizer(*text, **more, return_attention_mask=True, verbose=False)
+            return self.tokenizer(*text, **more, verbose=False)
         # Tokenizers of every library, with language codes, prefixes and bytes, refuse in any way.
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"

@@ -71,9 +71,17 @@ def source_kind(spec: str) -> Kind:
 def _folder_kind(folder: Path) -> Kind:
     if is_dataset_folder(folder):
         return "records"
-    if not any(files_below(folder, SOUNDS)):
+    sounds, images = (any(files_below(folder, kind)) for kind in (SOUNDS, IMAGES))
+    others = sorted(files_below(folder, (*SUFFIXES, ".txt", ".npz")))
+    if others and not (sounds or images):
+        listed = ", ".join(map(str, others[:5])) + ", ..." * (len(others) > 5)
+        raise InputError(
+            f"the folder {folder} holds files of records or text: {listed}. Give one of them; "
+            "several parts of one data set are read from a folder of save_to_disk."
+        )
+    if not sounds:
         return "images"
-    if any(files_below(folder, IMAGES)):
+    if images:
         raise InputError(
             f"the folder {folder} holds both images and wav files; expected those of one kind. "
             "Put them in two folders."
