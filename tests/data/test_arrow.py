@@ -13,7 +13,6 @@ import torch
 
 from rankfold.data.record_examples import record_examples
 from rankfold.data.sources import class_names, image_reader, read_records, source_kind
-from rankfold.data.tokens import Tokens
 from rankfold.errors import InputError
 from tests.command_line import rankfold
 
@@ -105,7 +104,7 @@ def test_images_in_a_table_are_its_inputs(tmp_path: Path) -> None:
 
     def examples(task: str | None) -> Sequence[Any]:
         return record_examples(
-            folder, None, task=task, columns=columns,
+            folder, None, 9, task=task, columns=columns,
             images=lambda: image_reader([0.5], [0.25], 8),
         )  # fmt: skip
 
@@ -117,9 +116,9 @@ def test_images_in_a_table_are_its_inputs(tmp_path: Path) -> None:
     torch.testing.assert_close(values, expected[:, None, None].expand(3, 8, 8))
     # Beside a text they are left alone.
     rows = [{"text": "ab", **row} for row in _pictures(2)]
-    tokens = Tokens(lambda text, **_: {"input_ids": [1, len(text)]}, 9)
     texts = record_examples(
-        _save_to_disk(tmp_path / "texts", [rows]), tokens, task="causal-lm",
+        _save_to_disk(tmp_path / "texts", [rows]),
+        lambda text, **_: {"input_ids": [1, len(text)]}, 9, task="causal-lm",
         columns=columns | {"target": None}, images=lambda: pytest.fail(),
     )  # fmt: skip
     assert [window.tolist() for window in texts] == [[1, 2]] * 2
@@ -133,7 +132,7 @@ def test_broken_and_missing_images_of_a_table_are_named(tmp_path: Path) -> None:
     def examples(name: str) -> Sequence[Any]:
         folder = _save_to_disk(tmp_path / name, [rows])
         return record_examples(
-            folder, None, task=None, columns=columns, images=lambda: image_reader(None, None, 8)
+            folder, None, 9, task=None, columns=columns, images=lambda: image_reader(None, None, 8)
         )
 
     with pytest.raises(InputError, match=r"image in record 1 of .*column 'image' can't be read"):
@@ -171,7 +170,8 @@ def test_numbers_of_labels_are_matched_by_name(tmp_path: Path) -> None:
         columns = {"text": None, "label": None, "target": None}
         found = record_examples(
             folder,
-            Tokens(lambda text, **_: {"input_ids": [len(text)]}, 9),
+            lambda text, **_: {"input_ids": [len(text)]},
+            9,
             task="classification",
             columns=columns,
             label_ids=known,

@@ -65,7 +65,7 @@ def _read(folder: Path, template: str, *chats: Any, length: int = 999, **more: A
     file.write_text("".join(f"{json.dumps({'messages': chat} | more)}\n" for chat in chats))
     tokenizer = _tokenizer()
     tokenizer.chat_template = template
-    found = record_examples(file, Tokens(tokenizer, length), task=None, columns=COLUMNS)
+    found = record_examples(file, tokenizer, length, task=None, columns=COLUMNS)
     assert isinstance(found, ReadExamples)
     return found
 

@@ -49,7 +49,7 @@ def _jsonl(folder: Path, records: list[dict[str, Any]]) -> Path:
 
 
 def _read(file: Path, tokenizer: Any, task: str) -> ReadExamples:
-    found = record_examples(file, Tokens(tokenizer, LENGTH), task=task, columns=COLUMNS)
+    found = record_examples(file, tokenizer, LENGTH, task=task, columns=COLUMNS)
     assert isinstance(found, ReadExamples)
     assert found.account.given == found.account.used == len(found)
     return found
@@ -136,7 +136,7 @@ def test_padding_reaches_the_parts(tmp_path: Path) -> None:
     tokenizer = FAMILIES["bert"]()
     texts = [f"the film was good {'bad ' * n}" for n in range(24)]
     file = _jsonl(tmp_path, [{"text": text, "label": 0} for text in texts])
-    found = record_examples(file, Tokens(tokenizer, 99), task="classification", columns=COLUMNS)
+    found = record_examples(file, tokenizer, 99, task="classification", columns=COLUMNS)
     assert isinstance(found, ReadExamples)
     for data in (split(found, 0), Data(found, found, found)):
         assert data.accounts == [found.account]
@@ -166,7 +166,7 @@ def test_without_a_mask_nothing_is_padded(
     tokenizer = FAMILIES["t5"]()
     tokenizer.model_input_names = names
     file = _jsonl(tmp_path, [{"text": text} for text in TEXTS])
-    found = record_examples(file, Tokens(tokenizer, 9, takes), task="embedding", columns=COLUMNS)
+    found = record_examples(file, tokenizer, 9, task="embedding", columns=COLUMNS, takes=takes)
     assert isinstance(found, ReadExamples)
     masked = "attention_mask" in names and takes != {"input_ids"}
     assert all(("attention_mask" in example) == masked for example in found)
@@ -175,8 +175,10 @@ def test_without_a_mask_nothing_is_padded(
 
 def test_what_a_model_does_not_take_is_left_out(tmp_path: Path) -> None:
     file = _jsonl(tmp_path, [{"text": "the film"}])
-    tokens = Tokens(FAMILIES["bert"](), 9, {"input_ids", "attention_mask"})
-    (example,) = record_examples(file, tokens, task="embedding", columns=COLUMNS)
+    takes = {"input_ids", "attention_mask"}
+    (example,) = record_examples(
+        file, FAMILIES["bert"](), 9, task="embedding", columns=COLUMNS, takes=takes
+    )
     assert example.keys() == {"input_ids", "attention_mask"}
 
 
@@ -188,7 +190,7 @@ def test_a_tokenizer_that_fails_names_the_record(tmp_path: Path) -> None:
 
     file = _jsonl(tmp_path, [{"text": "a"}, {"text": "b"}])
     with pytest.raises(InputError, match=r"record 1 of .*jsonl: OverflowError: too much"):
-        record_examples(file, Tokens(refuses, 9), task="embedding", columns=COLUMNS)
+        record_examples(file, refuses, 9, task="embedding", columns=COLUMNS)
 
 
 @pytest.mark.parametrize(

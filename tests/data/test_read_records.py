@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from rankfold.data.account import ReadExamples
 from rankfold.data.record_examples import record_examples
 from rankfold.data.sources import numbers, read_records
-from rankfold.data.tokens import Tokens
 from rankfold.errors import InputError
 from tests.small_tokenizers import FAMILIES
 
@@ -169,7 +168,7 @@ def test_every_record_is_an_example_or_told(
     tokenizer = FAMILIES["bert"]()
     for file in _files(tmp_path, rows):
         try:
-            found = record_examples(file, Tokens(tokenizer, 9), task=task, columns=COLUMNS)
+            found = record_examples(file, tokenizer, 9, task=task, columns=COLUMNS)
         except InputError as error:
             assert "none of the" in str(error)
             continue
@@ -195,9 +194,7 @@ def test_every_record_is_an_example_or_told(
 def test_what_is_missing_is_told_by_its_number(tmp_path: Path) -> None:
     rows = [("bad", "1"), ("", "0"), ("film", ""), (" ", "1"), ("good", "nan"), ("the", "0")]
     file = _write(tmp_path / "x.csv", _csv([("text", "label"), *rows[:4], rows[5]]))
-    found = record_examples(
-        file, Tokens(FAMILIES["bert"](), 9), task="classification", columns=COLUMNS
-    )
+    found = record_examples(file, FAMILIES["bert"](), 9, task="classification", columns=COLUMNS)
     assert isinstance(found, ReadExamples)
     assert found.account.left_out == {"without text": [1, 3], "without label": [2]}
     lines = found.account.lines()
@@ -206,7 +203,7 @@ def test_what_is_missing_is_told_by_its_number(tmp_path: Path) -> None:
     assert "labels: '0' is class 0 (1); '1' is class 1 (1)" in lines
     _write(file, _csv([("text", "label"), ("", "1"), ("film", "")]))
     with pytest.raises(InputError, match=r"none of the 2 records .*1 without text; 1 without lab"):
-        record_examples(file, Tokens(FAMILIES["bert"](), 9), task="classification", columns=COLUMNS)
+        record_examples(file, FAMILIES["bert"](), 9, task="classification", columns=COLUMNS)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +218,7 @@ def test_what_is_missing_is_told_by_its_number(tmp_path: Path) -> None:
 def test_what_is_no_text_is_refused(record: Any, message: str, tmp_path: Path) -> None:
     file = _write(tmp_path / "x.jsonl", json.dumps(record))
     with pytest.raises(InputError, match=message):
-        record_examples(file, Tokens(FAMILIES["bert"](), 9), task="embedding", columns=COLUMNS)
+        record_examples(file, FAMILIES["bert"](), 9, task="embedding", columns=COLUMNS)
 
 
 @pytest.mark.parametrize("value", [math.nan, "inf", "1e999", "", None, "1,5", [1], 10**400])

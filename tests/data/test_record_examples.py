@@ -18,7 +18,6 @@ from rankfold.cli.open import DataOptions, OpenedModel, open_data, open_examples
 from rankfold.data.record_examples import record_examples
 from rankfold.data.sources import assistant_spans, read_records
 from rankfold.data.text_examples import hidden_words
-from rankfold.data.tokens import Tokens
 from rankfold.errors import InputError
 from tests.command_line import rankfold
 from tests.tiny_language_model import save_tiny_llama, tiny_tokenizer
@@ -89,8 +88,8 @@ def test_rows_of_another_length_are_named(tmp_path: Path) -> None:
 
 def _read(file: Path, task: str | None = None, tokenizer: Any = None, **more: Any) -> list[Any]:
     columns = NONE | more.pop("columns", {})
-    tokens = Tokens(tokenizer or _Words(), 6)
-    return cast("list[Any]", record_examples(file, tokens, task=task, columns=columns, **more))
+    found = record_examples(file, tokenizer or _Words(), 6, task=task, columns=columns, **more)
+    return cast("list[Any]", found)
 
 
 def test_labelled_text(tmp_path: Path) -> None:
@@ -150,7 +149,7 @@ def test_only_what_the_assistant_says_is_learned(tmp_path: Path) -> None:
     tokenizer.chat_template = TEMPLATE
     file = _jsonl(tmp_path, _chat(("user", "hi"), ("assistant", "yes"), ("user", "so"),
                                   ("assistant", "well, no")))  # fmt: skip
-    (example,) = record_examples(file, Tokens(tokenizer, 200), task=None, columns=NONE)
+    (example,) = record_examples(file, tokenizer, 200, task=None, columns=NONE)
     whole = "<user>hi<|end|><assistant>yes<|end|><user>so<|end|><assistant>well, no<|end|>"
     assert tokenizer.decode(example["input_ids"]) == whole
     kept = example["labels"] != -100
@@ -158,15 +157,14 @@ def test_only_what_the_assistant_says_is_learned(tmp_path: Path) -> None:
     assert tokenizer.decode(example["labels"][kept]) == "yes<|end|>well, no<|end|>"
     short = _jsonl(tmp_path, _chat(("user", "hi " * 50), ("assistant", "yes")))
     with pytest.raises(InputError, match="within the first 20 tokens"):
-        record_examples(short, Tokens(tokenizer, 20), task=None, columns=NONE)
+        record_examples(short, tokenizer, 20, task=None, columns=NONE)
 
 
 def test_conversations_that_cant_be_read_are_named(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
-    tokens = Tokens(tokenizer, 99)
     good = _chat(("user", "hi"), ("assistant", "yes"))
     with pytest.raises(InputError, match="the tokenizer has no chat template"):
-        record_examples(_jsonl(tmp_path, good), tokens, task=None, columns=NONE)
+        record_examples(_jsonl(tmp_path, good), tokenizer, 99, task=None, columns=NONE)
     tokenizer.chat_template = TEMPLATE
     for bad, message in (
         ({"messages": "hello"}, "record 1 of .* messages is 'hello'"),
@@ -174,7 +172,7 @@ def test_conversations_that_cant_be_read_are_named(tmp_path: Path) -> None:
         (_chat(("user", "hi")), "no message of a conversation has the role 'assistant'"),
     ):
         with pytest.raises(InputError, match=message):
-            record_examples(_jsonl(tmp_path, good, bad), tokens, task=None, columns=NONE)
+            record_examples(_jsonl(tmp_path, good, bad), tokenizer, 99, task=None, columns=NONE)
 
     def rewrites(messages: Any, start: bool) -> str:
         return f"{len(messages)}" * (2 * len(messages)) + "9" * start
@@ -257,7 +255,7 @@ def test_a_tokenizer_that_cant_place_tags_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected a fast one"):
         _read(file, "token-classification")
     with pytest.raises(InputError, match="no tagged token within 1 ids"):
-        record_examples(file, Tokens(_Pieces(), 1), task="token-classification", columns=NONE)
+        record_examples(file, _Pieces(), 1, task="token-classification", columns=NONE)
 
 
 def test_a_token_classifier_on_tagged_tokens(tmp_path: Path) -> None:

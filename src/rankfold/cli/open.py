@@ -33,10 +33,11 @@ from rankfold.data.sources import (
     source_kind,
 )
 from rankfold.data.text_examples import line_examples, window_examples
+from rankfold.data.tokens import Tokens
 from rankfold.errors import InputError
 from rankfold.export.example_inputs import Given
 from rankfold.integrations import transformers as hf
-from rankfold.integrations.model_inputs import label_ids, tokens_of
+from rankfold.integrations.model_inputs import known_inputs, label_ids
 from rankfold.integrations.processors import has_processor, image_preparation, sound_preparation
 from rankfold.integrations.vision import is_named, make_named, parse_named
 from rankfold.machine.progress import Progress, TerminalProgress
@@ -308,7 +309,8 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
             f"the data {spec} is text, but the model has no tokenizer; give a transformers folder "
             "with one, or the data as file.py:function."
         )
-    tokens = tokens_of(opened.model, opened.tokenizer, _length(opened, options))
+    inputs = known_inputs(opened.model, opened.tokenizer)
+    tokens = Tokens(opened.tokenizer, _length(opened, options), **inputs)
     if _reads_windows(opened, options):
         return told(window_examples(path, tokens))
     if task in ("classification", "token-classification", "seq2seq", "regression"):
@@ -367,12 +369,10 @@ def _kind(spec: str, options: DataOptions) -> Kind | None:
 
 
 def _records(file: Path, opened: OpenedModel, options: DataOptions, task: str | None) -> Examples:
-    tokens = None
-    if opened.tokenizer is not None:
-        tokens = tokens_of(opened.model, opened.tokenizer, _length(opened, options))
     found = record_examples(
         file,
-        tokens,
+        opened.tokenizer,
+        _length(opened, options),
         task=task,
         columns={
             "text": options.text_column,
@@ -384,6 +384,7 @@ def _records(file: Path, opened: OpenedModel, options: DataOptions, task: str | 
         label_ids=label_ids(opened.model),
         seed=options.seed,
         images=lambda: image_reader(*_pixels(opened, options)),
+        **known_inputs(opened.model, opened.tokenizer),
     )
     return cast("Examples", told(found))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,16 @@ TOKENS, TAGS, IMAGE = "tokens", "tags", "image"
 
 def record_examples(
     file: Path,
-    tokens: Tokens | None,
+    tokenizer: Any,
+    length: int,
     *,
     task: str | None,
     columns: Mapping[str, str | None],
     label_ids: Mapping[str, int] | None = None,
     seed: int = 0,
     images: Callable[[], ImageReader] | None = None,
+    takes: Collection[str] | None = None,
+    pads: bool = True,
 ) -> ReadExamples | TableImages:
     """The examples that a file of records gives for a task.
 
@@ -50,13 +53,16 @@ def record_examples(
 
     Args:
         file: A file or folder that ``read_records`` or a registered source of records reads.
-        tokens: What the model's tokenizer makes of texts; None without one.
+        tokenizer: Of the model, or None.
+        length: Most tokens of an example.
         task: The task, or None.
         columns: Names of the columns ``text``, ``label``, ``target``, ``tokens`` and ``tags``, None
             for these names.
         label_ids: The model's number of each label, or None.
         seed: Seeds the tokens that are hidden for masked-lm.
         images: Gives the function that reads images, where there are some.
+        takes: Names that the model's forward takes, None for any.
+        pads: False where the model doesn't know the tokenizer's padding token.
 
     Raises:
         InputError: A column is missing, a value of the wrong type, or the tokenizer lacks what the
@@ -65,11 +71,12 @@ def record_examples(
     source = registered_source(file)
     records = read_registered(source, file) if source else read_records(file)
     reading = Reading(file, records, columns, label_ids)
-    texts_here = tokens is not None and TEXT in reading
+    texts_here = tokenizer is not None and TEXT in reading
     if images is not None and not texts_here and (picture := _image_column(records)) is not None:
         return _image_examples(reading, picture, task, images())
-    if tokens is None:
+    if tokenizer is None:
         return _table_examples(reading, task)
+    tokens = Tokens(tokenizer, length, takes, pads=pads)
     if task == "token-classification":
         return _tagged(reading, tokens)
     if MESSAGES in records[0] and columns.get(TEXT) is None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import nn
 
-from rankfold.data.tokens import Tokens
 from rankfold.integrations.transformers import task_hint
 
 
@@ -18,18 +17,18 @@ def label_ids(model: nn.Module) -> dict[str, int] | None:
     return found if found and len(found) == len(names) else None
 
 
-def tokens_of(model: nn.Module, tokenizer: Any, length: int) -> Tokens:
-    """What the model's tokenizer makes of texts, with the inputs and the padding that it knows.
+class Known(TypedDict):
+    """What of a tokenizer's inputs the model knows: arguments of ``Tokens``."""
 
-    Args:
-        model: Of transformers.
-        tokenizer: Its own.
-        length: Most tokens of an example.
-    """
+    takes: frozenset[str] | None
+    pads: bool
+
+
+def known_inputs(model: nn.Module, tokenizer: Any) -> Known:
+    """The inputs that a model's forward names, and whether the tokenizer's padding is its own."""
     names = frozenset(inspect.signature(model.forward).parameters)
-    takes = names if "input_ids" in names else None
-    known: Any = getattr(getattr(model, "config", None), "pad_token_id", None)
+    padding: Any = getattr(getattr(model, "config", None), "pad_token_id", None)
     # Some classifiers look for the last token before the padding, by its id.
     searched = task_hint(model) in ("classification", "regression")
-    pads = not searched or known == getattr(tokenizer, "pad_token_id", None)
-    return Tokens(tokenizer, length, takes, pads=pads)
+    pads = not searched or padding == getattr(tokenizer, "pad_token_id", None)
+    return {"takes": names if "input_ids" in names else None, "pads": pads}
