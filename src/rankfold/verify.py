@@ -31,7 +31,7 @@ from rankfold.certificate.document import (
     text_lines,
 )
 from rankfold.certificate.statement import ACCURACY
-from rankfold.data.parts import Collate, Examples, Part, as_part, content_digest
+from rankfold.data.parts import Collate, Examples, Part, as_examples, as_part, content_digest
 from rankfold.errors import InputError
 from rankfold.files.digests import model_digest, tensors_digest
 from rankfold.files.tensors import read_tensors
@@ -321,7 +321,9 @@ def _find(
 ) -> tuple[Part | None, list[Check]]:
     """The held-out examples in the data given, in the certificate's order."""
     wanted, answers = (document["data"][f"held_out_{k}"] for k in ("examples", "answers"))
-    offered = as_part("held_out", [data[i] for i in range(len(data))], collate)
+    examples, own = as_examples(data)
+    every = [examples[index] for index in range(len(examples))]
+    offered = as_part("held_out", every, collate or own)
     places: dict[str, list[int]] = defaultdict(list)
     for number, digest in enumerate(offered.digests):
         places[digest[:SHORT]].append(number)

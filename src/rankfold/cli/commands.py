@@ -65,6 +65,7 @@ from rankfold.machine.freed_memory import give_back_freed_memory
 from rankfold.machine.offload import Offload, advice
 from rankfold.machine.progress import TerminalProgress
 from rankfold.model.sizes import model_parameters
+from rankfold.report.report import source_lines
 from rankfold.result import Result
 from rankfold.settings import SettingKeywords, SizeOf, check_size
 from rankfold.verify import verification_lines
@@ -166,6 +167,7 @@ def _compress(
             offload_folder=folders.offload_folder,
             **cast("SettingKeywords", vars(options.settings)),
         )
+    result.report["sources"] = [account.as_dict() for account in data.accounts]
     keep = saved(result)
     if keep:
         result.save(
@@ -228,16 +230,19 @@ def evaluate(
         device = check_device(options.device)
         opened = open_artifact(folder, model)
         opened.model.to(device)
+        examples = open_examples(data, opened, options.data_options(task))
         found = evaluate_examples(
             opened,
-            open_examples(data, opened, options.data_options(task)),
+            examples,
             limit=limit,
             name=task,
             batch_size=batch_size,
             progress=TerminalProgress(),
         )
     if options.json:
-        _print_json({"model": str(folder), "data": data, **found})
+        account = getattr(examples, "account", None)
+        source = None if account is None else account.as_dict()
+        _print_json({"model": str(folder), "data": data, **found, "source": source})
     else:
         for line in evaluation_lines(found):
             typer.echo(line)
@@ -314,6 +319,8 @@ def inspect(
         console.print(curve_table(report, layer))
         return DONE
     print_result(console, report, f"{folder}: {report['model']['class']}, {report['algorithm']}")
+    for line in source_lines(report):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     listing = plain_console(sys.stdout, width=LISTING_WIDTH)
     for table in (layers_table(report, listing.width), not_factorized_table(report)):
         if table.row_count:

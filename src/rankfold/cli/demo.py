@@ -28,6 +28,7 @@ from rankfold.cli.tables import VERDICT_STYLE
 from rankfold.compress import prepare
 from rankfold.data.parts import PARTS, SHARES, Data
 from rankfold.data.sources import token_windows
+from rankfold.data.tokens import Tokens
 from rankfold.errors import InputError
 from rankfold.files.folder import check_output
 from rankfold.integrations.transformers import load_gguf, load_tokenizer
@@ -131,12 +132,10 @@ def topics_data(tokenizer: Any) -> Data:
         parts[PARTS[place]].append(text)
         taken += len(text)
 
-    def tokens(text: str) -> list[int]:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return cast("list[int]", ids)
-
+    tokens = Tokens(tokenizer, WINDOW)
     calibration, selection, held_out = (
-        token_windows("\n\n".join(parts[part]), tokens, WINDOW) for part in PARTS
+        token_windows(tokens.stream("\n\n".join(parts[part]), f"the {part} text"), WINDOW)
+        for part in PARTS
     )
     return Data(calibration, selection, held_out)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,12 @@ from rankfold.artifact.load import load
 from rankfold.artifact.manifest import MANIFEST_FILE
 from rankfold.artifact.weights_file import load_weights
 from rankfold.certificate.change import weighted_mean
+from rankfold.cli.told import told
+from rankfold.data.account import Account, ReadExamples, spread_of
 from rankfold.data.parts import FEWEST, PARTS, SHARES, Data, Examples, as_examples, as_part, split
-from rankfold.data.record_examples import hidden_words, record_examples
+from rankfold.data.record_examples import record_examples
 from rankfold.data.sources import (
     DEFAULT_SIZE,
-    ClassFolder,
     ImagePreparation,
     Kind,
     image_reader,
@@ -28,15 +28,16 @@ from rankfold.data.sources import (
     read_image_folder,
     read_npz,
     read_registered,
-    read_text,
     read_wav_folder,
     registered_source,
     source_kind,
-    token_windows,
 )
+from rankfold.data.text_examples import line_examples, window_examples
+from rankfold.data.tokens import Tokens
 from rankfold.errors import InputError
 from rankfold.export.example_inputs import Given
 from rankfold.integrations import transformers as hf
+from rankfold.integrations.model_inputs import known_inputs, label_ids
 from rankfold.integrations.processors import has_processor, image_preparation, sound_preparation
 from rankfold.integrations.vision import is_named, make_named, parse_named
 from rankfold.machine.progress import Progress, TerminalProgress
@@ -209,6 +210,8 @@ def open_data(spec: str, opened: OpenedModel, options: DataOptions) -> Data:
         found = _own_data(spec) if kind in OWN else _examples(spec, kind, opened, options)
         return found if isinstance(found, Data) else split(found, options.seed)
     windows = _examples(spec, kind, opened, options)
+    if not _reads_windows(opened, options):
+        return split(windows, options.seed)
     block = max(1, len(windows) // TEXT_BLOCKS)
     needed = 3 * FEWEST
     if len(windows) < needed:
@@ -261,7 +264,10 @@ def _own_text(opened: OpenedModel, options: DataOptions, part: int) -> Examples:
     count = options.own_windows[part]
     seed = len(PARTS) * options.seed + part
     length = _length(opened, options)
-    return hf.own_text(opened.model, count, length, seed << 20, TerminalProgress())
+    windows = hf.own_text(opened.model, count, length, seed << 20, TerminalProgress())
+    lengths = spread_of([length] * count)
+    account = Account("text that the model writes", "window", count, count, lengths=lengths)
+    return told(ReadExamples(windows, account))
 
 
 def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) -> Examples:
@@ -270,7 +276,9 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
     labels_wanted = task not in ("teacher", "embedding")
     if kind == "npz":
         prepare_array = _pixels(opened, options).prepare
-        return cast("Examples", read_npz(path, options.mean, options.std, prepare=prepare_array))
+        known = label_ids(opened.model)
+        rows = read_npz(path, options.mean, options.std, prepare=prepare_array, label_ids=known)
+        return cast("Examples", told(rows))
     if kind == "images":
         pixels = _pixels(opened, options)
         found = read_image_folder(
@@ -279,23 +287,21 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
             pixels.std,
             pixels.size,
             prepare=pixels.prepare,
-            label_ids=_label_ids(opened),
+            label_ids=label_ids(opened.model),
             labels_wanted=labels_wanted,
             skip_broken=options.skip_broken,
         )
-        _tell_skipped(path, found)
-        return cast("Examples", found)
+        return cast("Examples", told(found))
     if kind == "sounds":
         folder = _processor_folder(opened)
         sounds = read_wav_folder(
             path,
             prepare=None if folder is None else sound_preparation(folder),
-            label_ids=_label_ids(opened),
+            label_ids=label_ids(opened.model),
             labels_wanted=labels_wanted,
             skip_broken=options.skip_broken,
         )
-        _tell_skipped(path, sounds)
-        return cast("Examples", sounds)
+        return cast("Examples", told(sounds))
     if kind == "records":
         return _records(path, opened, options, task)
     if opened.tokenizer is None:
@@ -303,18 +309,23 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
             f"the data {spec} is text, but the model has no tokenizer; give a transformers folder "
             "with one, or the data as file.py:function."
         )
-    text = read_text(path)
-    length = _length(opened, options)
-    windows = token_windows(text, lambda t: _tokenize(opened.tokenizer, t), length)
-    if task == "masked-lm":
-        return hidden_words(windows, opened.tokenizer, options.seed)
+    inputs = known_inputs(opened.model, opened.tokenizer)
+    tokens = Tokens(opened.tokenizer, _length(opened, options), **inputs)
+    if _reads_windows(opened, options):
+        return told(window_examples(path, tokens))
     if task in ("classification", "token-classification", "seq2seq", "regression"):
         raise InputError(
             f"the task {task} needs labels, and plain text has none; expected a .jsonl, .csv or "
             ".tsv with a label (or target) column, or a .jsonl with tokens and tags, or --task "
             "teacher, which needs none."
         )
-    return windows
+    return told(line_examples(path, tokens, task, options.seed))
+
+
+def _reads_windows(opened: OpenedModel, options: DataOptions) -> bool:
+    """Whether the model reads a text in windows, as a language model; others read it by lines."""
+    hint = hf.task_hint(opened.model)
+    return "causal-lm" in (options.task, hint) and options.task in (None, "causal-lm", "teacher")
 
 
 def _processor_folder(opened: OpenedModel) -> Path | None:
@@ -346,11 +357,6 @@ def _pixels(opened: OpenedModel, options: DataOptions) -> _Pixels:
     return _Pixels()
 
 
-def _label_ids(opened: OpenedModel) -> dict[str, int] | None:
-    """The model's number of each label, None for a model that says nothing of labels."""
-    return getattr(getattr(opened.model, "config", None), "label2id", None)
-
-
 def _kind(spec: str, options: DataOptions) -> Kind | None:
     """The kind of source, None for ``self``; looked at once, since it may walk through a folder."""
     kind = None if spec == SELF else source_kind(spec)
@@ -362,19 +368,8 @@ def _kind(spec: str, options: DataOptions) -> Kind | None:
     return kind
 
 
-def _tell_skipped(folder: Path, found: ClassFolder) -> None:
-    """Name and count on stderr what was left out."""
-    for message in found.skipped:
-        print(f"skipped: {message}", file=sys.stderr)
-    if found.skipped:
-        count = len(found.skipped)
-        print(f"skipped {count} of {count + len(found)} files of {folder}", file=sys.stderr)
-
-
-def _records(
-    file: Path, opened: OpenedModel, options: DataOptions, task: str | None
-) -> Sequence[Any]:
-    return record_examples(
+def _records(file: Path, opened: OpenedModel, options: DataOptions, task: str | None) -> Examples:
+    found = record_examples(
         file,
         opened.tokenizer,
         _length(opened, options),
@@ -386,16 +381,12 @@ def _records(
             "tokens": options.tokens_column,
             "tags": options.tags_column,
         },
-        label_ids=_label_ids(opened),
+        label_ids=label_ids(opened.model),
         seed=options.seed,
         images=lambda: image_reader(*_pixels(opened, options)),
+        **known_inputs(opened.model, opened.tokenizer),
     )
-
-
-def _tokenize(tokenizer: Any, text: str) -> list[int]:
-    # verbose=False: the whole text is longer than the model takes, the windows are not.
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return cast("list[int]", ids)
+    return cast("Examples", told(found))
 
 
 def _length(opened: OpenedModel, options: DataOptions) -> int:
@@ -451,13 +442,14 @@ def evaluate_examples(
     Raises:
         InputError: Too few examples, or their loss isn't recognised or not finite.
     """
+    examples, collate = as_examples(examples)
     chosen = [examples[index] for index in range(min(limit or len(examples), len(examples)))]
     if len(chosen) < 2:
         raise InputError(
             f"the data gives {len(chosen)} examples; expected 2 or more. Give more data, or "
             "shorter windows of text with --length."
         )
-    part = as_part("evaluation", chosen)
+    part = as_part("evaluation", chosen, collate)
     task = recognise_task(part, None, name, hint=hf.task_hint(opened.model))
     found = evaluate(opened.model, task, part, batch_size=batch_size, progress=progress)
     return {

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from rankfold.data.account import Account, ReadExamples, refuse_two_meanings
+from rankfold.data.padding import Padding
 from rankfold.errors import InputError
 
 Example: TypeAlias = Any
@@ -68,11 +70,22 @@ class Data:
                     f"the {part.replace('_', '-')} part has {len(examples)} examples; "
                     f"it needs at least {FEWEST}. Give more data."
                 )
+        refuse_two_meanings(self.accounts)
         if self.groups is not None and len(self.groups) != len(self.held_out):
             raise InputError(
                 f"there are {len(self.groups)} groups for {len(self.held_out)} held-out examples; "
                 "expected one an example."
             )
+
+    @property
+    def accounts(self) -> list[Account]:
+        """What became of the sources that the parts were read from, each once."""
+        found: list[Account] = []
+        for part in PARTS:
+            account = getattr(getattr(self, part), "account", None)
+            if isinstance(account, Account) and account not in found:
+                found.append(account)
+        return found
 
 
 @dataclass(frozen=True)
@@ -118,7 +131,12 @@ class Part:
         return [place * len(self.examples) // count for place in range(count)]
 
     def batches(self, size: int | None = None) -> list[list[Example]]:
-        """Consecutive examples of the same shape in lists of ``size`` (default: by their size)."""
+        """Consecutive examples in lists of ``size`` (default: by their size).
+
+        They are of the same shape, unless they are padded.
+        """
+        if isinstance(self.collate, Padding):
+            return self.collate.batches(self.examples, size)
         batches: list[list[Example]] = []
         for _, group in groupby(self.examples, key=_shape):
             same = list(group)
@@ -140,6 +158,8 @@ def as_examples(data: object) -> tuple[Examples, Collate | None]:
         return list(data), None
     if isinstance(data, Tensor):
         return list(data), None
+    if isinstance(data, ReadExamples):
+        return data, data.collate
     if isinstance(data, Dataset) and not isinstance(data, Sequence):
         if not hasattr(data, "__len__"):
             raise InputError(f"the data set {type(data).__name__} has no length; give it __len__.")
@@ -202,6 +222,11 @@ class _Subset(Sequence[Example]):
 
     def __init__(self, examples: Examples, indices: list[int]) -> None:
         self.examples, self.indices = examples, indices
+
+    @property
+    def account(self) -> Account | None:
+        """What became of the source of all of them."""
+        return getattr(self.examples, "account", None)
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -97,6 +97,15 @@ def report_of(
     }
 
 
+def source_lines(report: Mapping[str, Any]) -> list[str]:
+    """What became of each source that the data were read from, as a report has it."""
+    entries = report.get("sources")
+    found = entries if isinstance(entries, list) else []
+    told = [entry.get("told") for entry in found if isinstance(entry, dict)]
+    lines = [line for some in told if isinstance(some, list) for line in some]
+    return [line for line in lines if isinstance(line, str)]
+
+
 def inspection(here: Round) -> list[dict[str, Any]]:
     """What is known of every layer before a size is chosen, and of those that stay as they are."""
     known = []
