@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from rankfold.data.example import example_digest
 from rankfold.data.parts import (
     PARTS,
     Data,
-    as_examples,
     as_part,
-    example_digest,
     refuse_overlap,
     select_part,
     split,
 )
+from rankfold.data.reading import as_examples
 from rankfold.errors import InputError
 
 
@@ -86,7 +86,7 @@ class Stream(IterableDataset):
     ids=lambda data: type(data).__name__,
 )
 def test_every_kind_of_data_set_is_taken(data: object) -> None:
-    examples, _ = as_examples(data)
+    examples = as_examples(data)
     assert len(examples) == 5
     first = examples[0]
     assert torch.equal(first if torch.is_tensor(first) else first[0], torch.tensor([0, 7]))

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from rankfold.certificate.certify import Certificate, certify
 from rankfold.certificate.statement import Statement
-from rankfold.data.parts import Part, content_digest
+from rankfold.data.example import content_digest
+from rankfold.data.parts import Part
 from rankfold.errors import InputError
 from rankfold.files.digests import json_digest
 from rankfold.files.json_file import read_json

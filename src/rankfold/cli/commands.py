@@ -66,6 +66,7 @@ from rankfold.machine.offload import Offload, advice
 from rankfold.machine.progress import TerminalProgress
 from rankfold.model.sizes import model_parameters
 from rankfold.result import Result
+from rankfold.search.study import limits_of
 from rankfold.settings import SettingKeywords, SizeOf, check_size
 from rankfold.verify import verification_lines
 from rankfold.verify import verify as verify_artifact
@@ -203,6 +204,7 @@ def _opened(model: str, options: Compressing) -> tuple[OpenedModel, Data]:
     reading = replace(
         options.reading.data_options(settings.task, settings.seed),
         own_windows=(first, second, third),
+        limits=limits_of(settings),
     )
     if parts.data is not None:
         return opened, open_data(parts.data, opened, reading)

@@ -15,7 +15,8 @@ from rankfold.artifact.load import load
 from rankfold.artifact.manifest import MANIFEST_FILE
 from rankfold.artifact.weights_file import load_weights
 from rankfold.certificate.change import weighted_mean
-from rankfold.data.parts import FEWEST, PARTS, SHARES, Data, Examples, as_examples, as_part, split
+from rankfold.data.parts import FEWEST, PARTS, SHARES, Data, Examples, Limits, as_part, split
+from rankfold.data.reading import as_examples, up_to
 from rankfold.data.record_examples import hidden_words, record_examples
 from rankfold.data.sources import (
     DEFAULT_SIZE,
@@ -40,6 +41,7 @@ from rankfold.integrations import transformers as hf
 from rankfold.integrations.processors import has_processor, image_preparation, sound_preparation
 from rankfold.integrations.vision import is_named, make_named, parse_named
 from rankfold.machine.progress import Progress, TerminalProgress
+from rankfold.search.study import OTHER_LIMITS
 from rankfold.tasks.evaluation import evaluate
 from rankfold.tasks.recognise import recognise_task
 
@@ -87,6 +89,7 @@ class DataOptions:
         tags_column: Column of their labels, None for ``tags``.
         own_windows: Windows that the model writes where DATA is ``self``, for each of the parts.
         skip_broken: Leave out files of a folder that can't be read, and name them on stderr.
+        limits: Most examples of each part: a stream that is split is read no further than that.
     """
 
     mean: Sequence[float] | None = None
@@ -102,6 +105,7 @@ class DataOptions:
     tags_column: str | None = None
     own_windows: tuple[int, int, int] = (64, 16, 64)
     skip_broken: bool = False
+    limits: Limits = OTHER_LIMITS
 
 
 def open_model(spec: str, weights: Path | None = None) -> OpenedModel:
@@ -207,7 +211,9 @@ def open_data(spec: str, opened: OpenedModel, options: DataOptions) -> Data:
         return Data(first, second, third)
     if kind != "text":
         found = _own_data(spec) if kind in OWN else _examples(spec, kind, opened, options)
-        return found if isinstance(found, Data) else split(found, options.seed)
+        if isinstance(found, Data):
+            return found
+        return split(found, options.seed, limits=options.limits)
     windows = _examples(spec, kind, opened, options)
     block = max(1, len(windows) // TEXT_BLOCKS)
     needed = 3 * FEWEST
@@ -247,7 +253,7 @@ def open_examples(spec: str, opened: OpenedModel, options: DataOptions, part: in
         return _own_text(opened, options, part)
     if kind in OWN:
         found = _own_data(spec)
-        return as_examples(getattr(found, PARTS[part]) if isinstance(found, Data) else found)[0]
+        return as_examples(getattr(found, PARTS[part]) if isinstance(found, Data) else found)
     return _examples(spec, kind, opened, options)
 
 
@@ -451,18 +457,23 @@ def evaluate_examples(
     Raises:
         InputError: Too few examples, or their loss isn't recognised or not finite.
     """
-    chosen = [examples[index] for index in range(min(limit or len(examples), len(examples)))]
-    if len(chosen) < 2:
+    reading = up_to(examples, limit)
+    count = min(limit or len(reading), len(reading))
+    if count < 2:
         raise InputError(
-            f"the data gives {len(chosen)} examples; expected 2 or more. Give more data, or "
+            f"the data gives {count} examples; expected 2 or more. Give more data, or "
             "shorter windows of text with --length."
         )
-    part = as_part("evaluation", chosen)
+    beyond = len(reading) - count
+    left_out = {f"beyond the first {count} (limit=)": beyond} if beyond else {}
+    part = as_part("evaluation", reading.take(range(count), {**reading.left_out, **left_out}))
     task = recognise_task(part, None, name, hint=hf.task_hint(opened.model))
     found = evaluate(opened.model, task, part, batch_size=batch_size, progress=progress)
     return {
         "task": task.name,
-        "examples": len(chosen),
+        "examples": count,
+        "left_out": dict(part.left_out),
+        "columns_left_out": [*part.columns],
         "loss": {
             "unit": task.unit,
             "mean": found.mean,

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from rankfold.data.parts import FEWEST, Example, Part, example_digest, example_input, refuse_overlap
+from rankfold.data.example import Example, example_digest, example_input
+from rankfold.data.parts import FEWEST, Part, refuse_overlap
 from rankfold.errors import InputError
 
 SHINGLE = 16  # consecutive tokens that are looked up in the other part, at most a quarter window

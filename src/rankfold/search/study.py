@@ -16,7 +16,9 @@ from torch import nn
 from rankfold.certificate.certify import check_metric_values
 from rankfold.certificate.statement import order_seed
 from rankfold.data.copies import refuse_copies, without_copies
-from rankfold.data.parts import PARTS, Data, Part, as_part, example_input, select_part, split
+from rankfold.data.example import example_input
+from rankfold.data.parts import PARTS, Data, Limits, Part, as_part, select_part, split
+from rankfold.data.reading import LeftOut
 from rankfold.errors import InputError
 from rankfold.integrations.transformers import own_text, task_hint
 from rankfold.machine.offload import Offload
@@ -41,7 +43,7 @@ OWN_TEXT = "own_text"  # the part that the model writes itself, beside the user'
 
 # Examples used by default: calibration, selection, held-out. A sequence has hundreds of terms.
 DEFAULT_LIMITS = dict.fromkeys(TEXT, (64, 32, 128))
-OTHER_LIMITS = (2048, 2048, 10000)
+OTHER_LIMITS: Limits = (2048, 2048, 10000)
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Study:
         task: Gives the loss.
         parts: ``calibration``, ``selection`` and, where the model wrote some, ``own_text``.
         held_out_units: How many independent units the sealed part has: examples, or groups.
+        left_out: Examples of the data that are in no part, by the reason.
         labels: Which labels the gradients were taken of.
         statistics: Of the matrices of ``subject.base``.
         offload: Where what is kept of all layers lies.
@@ -90,6 +93,7 @@ class Study:
     task: Task
     parts: Mapping[str, Part]
     held_out_units: int
+    left_out: LeftOut
     labels: Labels
     statistics: Statistics
     offload: Offload
@@ -118,12 +122,14 @@ class Inputs(NamedTuple):
         task: Gives the loss.
         parts: ``calibration`` and ``selection``.
         held_out: The part that a study knows nothing of but its number of units.
+        left_out: Examples of the data that are in no part, by the reason.
     """
 
     subject: Subject
     task: Task
     parts: Mapping[str, Part]
     held_out: Part
+    left_out: LeftOut
 
 
 def open_inputs(
@@ -154,7 +160,7 @@ def open_inputs(
         embeddings, reasons = find_embeddings(model, settings.include, settings.exclude)
         decided = {use: None for matrix in embeddings.values() for use in matrix.uses} | reasons
     layers, skipped = find_layers(model, settings.include, settings.exclude, decided)
-    data = data if isinstance(data, Data) else split(data, settings.seed)
+    data = three_parts(data, settings)
     sample = select_part(data, "calibration", 1, settings.seed)
     originals = (unpacked.given, model)
     task = recognise_task(sample, loss, settings.task, originals, task_hint(model))
@@ -163,7 +169,21 @@ def open_inputs(
     seen = trace(model, task, parts["calibration"])
     subject = Subject(unpacked, model, model, layers, embeddings, tuple(skipped), seen)
     held_out = parts.pop("held_out")
-    return Inputs(subject, task, parts, held_out)
+    return Inputs(subject, task, parts, held_out, data.left_out)
+
+
+def three_parts(data: object, settings: Settings) -> Data:
+    """The data as given in three parts, or split; a stream is read as far as limits allow."""
+    if isinstance(data, Data):
+        return data
+    return split(data, settings.seed, limits=limits_of(settings))
+
+
+def limits_of(settings: Settings, defaults: Limits = OTHER_LIMITS) -> Limits:
+    """Most examples of each part."""
+    asked = (settings.limit, settings.selection_limit, settings.held_out_limit)
+    first, second, third = (limit or usual for limit, usual in zip(asked, defaults, strict=True))
+    return first, second, third
 
 
 def study_of(
@@ -200,7 +220,7 @@ def study_of(
         subject = _without_unreached(subject, statistics)
         _require_layers(subject)
     units = units_of(inputs.held_out)
-    return Study(subject, task, parts, units, labels, statistics, offload)
+    return Study(subject, task, parts, units, inputs.left_out, labels, statistics, offload)
 
 
 def units_of(part: Part) -> int:
@@ -311,11 +331,10 @@ def _require_layers(subject: Subject) -> None:
 
 
 def _choose_parts(data: Data, task: Task, settings: Settings) -> dict[str, Part]:
-    defaults = DEFAULT_LIMITS.get(task.name, OTHER_LIMITS)
-    asked = (settings.limit, settings.selection_limit, settings.held_out_limit)
+    limits = limits_of(settings, DEFAULT_LIMITS.get(task.name, OTHER_LIMITS))
     parts = {
-        name: select_part(data, name, limit or default, settings.seed)
-        for name, limit, default in zip(PARTS, asked, defaults, strict=True)
+        name: select_part(data, name, limit, settings.seed)
+        for name, limit in zip(PARTS, limits, strict=True)
     }
     if data.split_here:
         parts = {part.name: part for part in without_copies(list(parts.values()))}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rankfold.data.parts import Part, default_batch_size
+from rankfold.data.parts import Part
 from rankfold.errors import InputError
 from rankfold.model.evaluation_mode import evaluation_mode
 from rankfold.tasks.evaluation import on_device
@@ -46,7 +46,7 @@ def calibration_loss(model: nn.Module, task: Task, part: Part) -> tuple[float, i
     Raises:
         InputError: The loss is not finite.
     """
-    few = part.spread(max(FEWEST, 2 * default_batch_size(part.examples[0]))).batches()
+    few = part.spread(max(FEWEST, 2 * part.batch_size(part.examples[0]))).batches()
     losses = terms = 0.0
     classes = None
     with evaluation_mode(model):

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.data.parts import Batch, Part, describe
+from rankfold.data.example import describe
+from rankfold.data.parts import Batch, Part
 from rankfold.errors import InputError
 from rankfold.machine.progress import Progress, SilentProgress
 from rankfold.model.evaluation_mode import evaluation_mode

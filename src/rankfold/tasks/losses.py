@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rankfold.data.parts import Batch, describe
+from rankfold.data.example import describe
+from rankfold.data.parts import Batch
 from rankfold.errors import InputError
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
