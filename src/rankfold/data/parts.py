@@ -77,8 +77,10 @@ class Data:
     def __post_init__(self) -> None:
         """Open loaders, streams and columns, and refuse parts that are too small."""
         for part in PARTS:
-            examples = as_examples(getattr(self, part))
-            object.__setattr__(self, part, examples)
+            given = getattr(self, part)
+            examples = as_examples(given)
+            if not (isinstance(examples, Reading) and examples.items is given):
+                object.__setattr__(self, part, examples)
             count = len(up_to(examples, FEWEST))
             if count < FEWEST:
                 raise InputError(
