@@ -44,6 +44,7 @@ from rankfold.machine.progress import Progress, TerminalProgress
 from rankfold.search.study import OTHER_LIMITS
 from rankfold.tasks.evaluation import evaluate
 from rankfold.tasks.recognise import recognise_task
+from rankfold.tasks.repeated import refuse_random
 
 # A text is split in blocks of consecutive windows, about this many in all, so that few windows
 # have a neighbour in another part.
@@ -468,6 +469,7 @@ def evaluate_examples(
     left_out = {f"beyond the first {count} (limit=)": beyond} if beyond else {}
     part = as_part("evaluation", reading.take(range(count), {**reading.left_out, **left_out}))
     task = recognise_task(part, None, name, hint=hf.task_hint(opened.model))
+    refuse_random(opened.model, task, part)
     found = evaluate(opened.model, task, part, batch_size=batch_size, progress=progress)
     return {
         "task": task.name,

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from rankfold.cli.app import as_options
 from rankfold.errors import InputError
-from rankfold.report.left_out import left_out_lines
+from rankfold.report.data_lines import data_lines
 
 NATURAL = 10_000  # columns of a console on which every table has room
 VERDICT_STYLE = {"better": "bold green", "lossless": "green", "not shown": "yellow", "worse": "red"}
@@ -36,7 +36,7 @@ def evaluation_lines(found: dict[str, Any]) -> list[str]:
         lines.append(f"perplexity {math.exp(min(700.0, loss['mean'])):.2f}")
     if found["accuracy"] is not None:
         lines.append(f"accuracy {found['accuracy']:.4f}")
-    return [*lines, *(as_options(line) for line in left_out_lines(found))]
+    return [*lines, *(as_options(line) for line in data_lines(found))]
 
 
 def result_table(report: dict[str, Any], title: str) -> Table:
@@ -114,7 +114,7 @@ def result_lines(report: dict[str, Any]) -> list[str]:
             "no labels were used: the loss is the distance from the original model's own outputs, "
             "so the verdict speaks of agreement with the original, not of being right"
         )
-    lines += _left_out(report)
+    lines += _data_lines(report)
     low_rank = sum(layer["rank"] is not None for layer in report["layers"])
     lines.append(
         f"layers: {low_rank} factorized, {len(report['layers']) - low_rank} left dense by the "
@@ -123,8 +123,8 @@ def result_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _left_out(report: Mapping[str, Any]) -> list[str]:
-    return [escape(as_options(line)) for line in left_out_lines(report)]
+def _data_lines(report: Mapping[str, Any]) -> list[str]:
+    return [escape(as_options(line)) for line in data_lines(report)]
 
 
 def certificate_lines(certificate: dict[str, Any]) -> list[str]:

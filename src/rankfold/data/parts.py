@@ -108,7 +108,8 @@ class Part:
         digests: SHA-256 of each example's input, hexadecimal.
         groups: What each example belongs to, or None where they are independent.
         left_out: Examples that the user gave and a run does not use, by the reason.
-        columns: Names of columns of texts, which are left out of every example.
+        columns: Names of columns that are left out of every example: texts.
+        drawn_anew: Whether the data set gives other examples each time that it is read.
     """
 
     name: str
@@ -118,6 +119,7 @@ class Part:
     groups: list[str] | None = field(default=None, repr=False)
     left_out: LeftOut = field(default_factory=dict)
     columns: tuple[str, ...] = ()
+    drawn_anew: bool = False
 
     @property
     def digest(self) -> str:
@@ -134,6 +136,7 @@ class Part:
             None if self.groups is None else [self.groups[i] for i in indices],
             self.left_out,
             self.columns,
+            self.drawn_anew,
         )
 
     def without(self, numbers: Mapping[int, str]) -> Part:
@@ -152,6 +155,7 @@ class Part:
             "given": len(self.examples) + sum(known),
             "left_out": dict(self.left_out),
             "columns_left_out": [*self.columns],
+            "drawn_anew": self.drawn_anew,
         }
 
     def spread(self, count: int) -> Part:
@@ -262,23 +266,29 @@ def as_part(name: str, examples: object, collate: Collate | None = None) -> Part
     Raises:
         InputError: An example can't be used, or is of another kind than the first.
     """
-    reading = up_to(examples, None)
+    reading, shown = up_to(examples, None), name.replace("_", "-")
     collate = collate or reading.collate
-    found, columns = [reading[place] for place in range(len(reading))], [*reading.columns]
-    if collate is None:
-        shown = name.replace("_", "-")
-        for place, example in enumerate(found):
-            found[place], texts = plain_example(example, f"{shown} example {place}")
-            columns += texts
-        found = _alike(found, shown)
-    digests = [example_digest(example) for example in found]
+    columns = [*reading.columns]
+
+    def read(place: int) -> Example:
+        if collate is not None:
+            return reading[place]
+        example, texts = plain_example(reading[place], f"{shown} example {place}")
+        columns.extend(texts)
+        return example
+
+    found = [read(place) for place in range(len(reading))]
+    again = {} if reading.is_kept else {p: read(p) for p in {0, len(found) // 2} if p < len(found)}
+    drawn_anew = any(example_digest(found[p]) != example_digest(e) for p, e in again.items())
+    found = _alike(found, shown) if collate is None else found
     return Part(
         name,
         found,
         collated if collate is None else _sparing(collate),
-        digests,
+        [example_digest(example) for example in found],
         left_out=reading.left_out,
         columns=tuple(dict.fromkeys(columns)),
+        drawn_anew=drawn_anew,
     )
 
 

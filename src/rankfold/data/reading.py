@@ -79,6 +79,11 @@ class Reading(Sequence[Any]):
                 "numbers from 0."
             ) from error
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether the examples lie in memory, so that reading them again gives the same."""
+        return isinstance(self.items, list | tuple | torch.Tensor | np.ndarray)
+
     def take(self, numbers: Sequence[int], left_out: LeftOut | None = None) -> Reading:
         """Those with these numbers; ``left_out`` says why the others are left out."""
         places = [self.places[number] for number in numbers]

@@ -30,13 +30,20 @@ from rankfold.objective import OBJECTIVES, Objective
 from rankfold.search.subject import Subject
 from rankfold.settings import Settings
 from rankfold.statistics.embeddings import EmbeddingRecorder, EmbeddingStatistics
-from rankfold.statistics.labels import TEXT, Curvature, calibration_loss, choose_curvature
+from rankfold.statistics.labels import (
+    TEXT,
+    Curvature,
+    calibration_loss,
+    choose_curvature,
+    without_unlabelled,
+)
 from rankfold.statistics.layer_statistics import LayerStatistics
 from rankfold.statistics.recorder import collect_statistics
 from rankfold.statistics.trace import trace
 from rankfold.tasks.evaluation import Metric, evaluate, metric_values
 from rankfold.tasks.losses import Task
 from rankfold.tasks.recognise import recognise_task
+from rankfold.tasks.repeated import refuse_random
 from rankfold.tasks.supervised import LossFunction
 
 OWN_TEXT = "own_text"  # the part that the model writes itself, beside the user's calibration part
@@ -165,6 +172,7 @@ def open_inputs(
     originals = (unpacked.given, model)
     task = recognise_task(sample, loss, settings.task, originals, task_hint(model))
     parts = _choose_parts(data, task, settings)
+    refuse_random(model, task, parts["calibration"])
     _try_metrics(model, task, parts["calibration"].take([0]), metrics, settings)
     seen = trace(model, task, parts["calibration"])
     subject = Subject(unpacked, model, model, layers, embeddings, tuple(skipped), seen)
@@ -301,8 +309,13 @@ def _try_metrics(
             "accuracy; give a metric of your own (metrics=) or leave accuracy_margin out."
         )
     for metric in metrics:
-        values = metric_values(metric, model, one)
+        values, again = (metric_values(metric, model, one) for _ in range(2))
         check_metric_values(metric.name, "original", values, len(one.examples))
+        if not torch.equal(values, again):
+            raise InputError(
+                f"the metric {metric.name} of the same example is {float(values[0]):g}, then "
+                f"{float(again[0]):g}: it draws at random. Let it give the same for the same."
+            )
 
 
 def _check_agreement(task: Task, objective: Objective, settings: Settings) -> None:
@@ -333,7 +346,7 @@ def _require_layers(subject: Subject) -> None:
 def _choose_parts(data: Data, task: Task, settings: Settings) -> dict[str, Part]:
     limits = limits_of(settings, DEFAULT_LIMITS.get(task.name, OTHER_LIMITS))
     parts = {
-        name: select_part(data, name, limit, settings.seed)
+        name: without_unlabelled(select_part(data, name, limit, settings.seed), task)
         for name, limit in zip(PARTS, limits, strict=True)
     }
     if data.split_here:

@@ -146,8 +146,8 @@ def evaluate(
 
 
 @contextmanager
-def running(batch: Batch) -> Iterator[None]:
-    """While the model runs on its first example: what it raises names the data.
+def running(batch: Batch, what: str = "its first calibration example") -> Iterator[None]:
+    """While the model runs on some examples: what it raises names the data.
 
     Raises:
         InputError: The model can't run on the batch.
@@ -158,7 +158,7 @@ def running(batch: Batch) -> Iterator[None]:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
         raise InputError(
-            f"the model can't run on the data: its first calibration example, "
+            f"the model can't run on the data: {what}, "
             f"{describe(batch)}, gave {type(error).__name__}: {error}. Check that the data "
             "belongs to this model."
         ) from error

@@ -1,4 +1,4 @@
-"""What of a user's data is not used, and why, in words."""
+"""What of a user's data is not used, and why, and what else is to be known of it, in words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def left_out_lines(report: Mapping[str, Any]) -> list[str]:
+def data_lines(report: Mapping[str, Any]) -> list[str]:
     """A line for the data, and for each part of which examples or columns are left out.
 
     Args:
@@ -32,4 +32,10 @@ def left_out_lines(report: Mapping[str, Any]) -> list[str]:
     if columns:
         names = ", ".join(sorted(columns))
         lines.append(f"columns left out of every example: {names}")
+    lines += [
+        f"{where} is of a data set that draws its examples anew at each reading (random crops, "
+        "say): those drawn first are used, and verify can't find them again"
+        for where, entry in parts.items()
+        if entry.get("drawn_anew")
+    ]
     return lines
