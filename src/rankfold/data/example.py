@@ -257,6 +257,8 @@ def describe(value: object) -> str:
     """Types and shapes of a batch or an example, for messages."""
     if torch.is_tensor(value):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, np.ndarray):
+        return f"array of {value.dtype} {value.shape}"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {describe(item)}" for key, item in value.items()) + "}"
     if isinstance(value, tuple | list):

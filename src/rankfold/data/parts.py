@@ -266,7 +266,8 @@ def as_part(name: str, examples: object, collate: Collate | None = None) -> Part
     Raises:
         InputError: An example can't be used, or is of another kind than the first.
     """
-    reading, shown = up_to(examples, None), name.replace("_", "-")
+    reading = up_to(Reading(examples) if isinstance(examples, list) else examples, None)
+    shown = name.replace("_", "-")
     collate = collate or reading.collate
     columns = [*reading.columns]
 
