@@ -21,12 +21,12 @@ from rankfold.certificate.statement import (
     state,
 )
 from rankfold.data.copies import look_alikes
-from rankfold.data.parts import FEWEST, PARTS, Data, Part
-from rankfold.data.reading import up_to
+from rankfold.data.given import up_to
+from rankfold.data.parts import FEWEST, PARTS, USUAL_LIMITS, Data, Part
 from rankfold.errors import InputError
 from rankfold.files.digests import model_digest
 from rankfold.search.build import control
-from rankfold.search.study import OTHER_LIMITS, Study, three_parts, units_of
+from rankfold.search.study import Study, three_parts, units_of
 from rankfold.search.trial import Trial
 from rankfold.settings import Settings
 from rankfold.tasks.evaluation import Evaluation, Metric, evaluate, joined, metric_values
@@ -116,7 +116,7 @@ class HeldOut:
         return Opened(
             tested=tested,
             place=place,
-            account=self._part.account(),
+            usage=self._part.usage(),
             original=original,
             control=self._control(order[place]),
             look_alikes=look_alikes(others, self._part),
@@ -246,7 +246,7 @@ def enough_held_out(
     """
     check_metrics(metrics)
     data = three_parts(data, settings)
-    held_out = up_to(data.held_out, settings.held_out_limit or OTHER_LIMITS[-1])
+    held_out = up_to(data.held_out, settings.held_out_limit or USUAL_LIMITS[-1])
     units = len(held_out) if data.groups is None else len(set(map(str, data.groups)))
     units = min(units, settings.held_out_limit or units)
     if data.groups is not None and settings.test == "betting":

@@ -32,7 +32,8 @@ from rankfold.certificate.document import (
 )
 from rankfold.certificate.statement import ACCURACY
 from rankfold.data.example import content_digest
-from rankfold.data.parts import Collate, Part, as_part
+from rankfold.data.given import up_to
+from rankfold.data.parts import LIMIT_NAMES, USUAL_LIMITS, Collate, Part, as_part, enough_for
 from rankfold.errors import InputError
 from rankfold.files.digests import model_digest, tensors_digest
 from rankfold.files.tensors import read_tensors
@@ -322,7 +323,12 @@ def _find(
 ) -> tuple[Part | None, list[Check]]:
     """The held-out examples in the data given, in the certificate's order."""
     wanted, answers = (document["data"][f"held_out_{k}"] for k in ("examples", "answers"))
-    offered = as_part("held_out", data, collate)
+    settings = document["run"]["settings"]
+    first, second, third = (
+        settings.get(name) or usual
+        for name, usual in zip(LIMIT_NAMES.values(), USUAL_LIMITS, strict=True)
+    )
+    offered = as_part("held_out", up_to(data, enough_for((first, second, third))), collate)
     places: dict[str, list[int]] = defaultdict(list)
     for number, digest in enumerate(offered.digests):
         places[digest[:SHORT]].append(number)

@@ -250,7 +250,7 @@ def test_what_is_left_out_is_counted_by_its_reason() -> None:
         [windows(calibration, 64, "calibration"), windows(held_out, 64, "held_out")]
     )
     assert kept[0].left_out == {} and kept[1].left_out == {QUOTED: 2}
-    assert kept[1].account()["given"] == 10
+    assert kept[1].usage()["given"] == 10
     images = pictures(6, 0)
     turned = [*pictures(5, 1), (images[2][0].flip(-1), 0)]
     kept = without_copies([as_part("calibration", images), as_part("held_out", turned)])

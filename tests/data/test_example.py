@@ -99,9 +99,7 @@ def test_a_mapping_is_what_its_tensors_are(way: str) -> None:
 def test_columns_of_texts_are_left_out_by_name() -> None:
     _, texts = plain_example({"text": "a", "x": [1.0], "id": np.str_("b")}, "example")
     assert texts == ("text", "id")
-    assert as_part("calibration", [{"x": [1.0], "t": "a"}] * 3).account()["columns_left_out"] == [
-        "t"
-    ]
+    assert as_part("calibration", [{"x": [1.0], "t": "a"}] * 3).usage()["columns_left_out"] == ["t"]
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
@@ -264,6 +262,6 @@ def test_a_data_set_that_draws_its_examples_is_told() -> None:
         def __getitem__(self, place: int) -> Any:
             return INPUTS[place] + torch.randn(5), int(LABELS[place])
 
-    assert as_part("calibration", Crops()).account()["drawn_anew"] is True
+    assert as_part("calibration", Crops()).usage()["drawn_anew"] is True
     fixed = torch.utils.data.TensorDataset(INPUTS, LABELS)
-    assert as_part("calibration", fixed).account()["drawn_anew"] is False
+    assert as_part("calibration", fixed).usage()["drawn_anew"] is False

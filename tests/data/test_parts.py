@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from rankfold.data.example import example_digest
+from rankfold.data.given import as_examples
 from rankfold.data.parts import (
     PARTS,
     Data,
@@ -17,7 +18,6 @@ from rankfold.data.parts import (
     select_part,
     split,
 )
-from rankfold.data.reading import as_examples
 from rankfold.errors import InputError
 
 

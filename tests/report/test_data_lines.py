@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from rankfold.cli.tables import evaluation_lines
+from rankfold.data.given import GivenExamples, Stream
 from rankfold.data.parts import as_part
-from rankfold.data.reading import Reading, Stream
 from rankfold.report.data_lines import data_lines
 
 
 def test_every_reason_is_told_with_its_part() -> None:
     left_out = {"beyond the 3 that are used (limit=)": 1200, "without a label": 2}
-    calibration = as_part("calibration", Reading([[1.0, 2.0]] * 3, left_out=left_out))
+    calibration = as_part("calibration", GivenExamples([[1.0, 2.0]] * 3, left_out=left_out))
     held_out = as_part("held_out", [{"x": [1.0], "text": "a", "id": "b"}] * 2)
     report = {
-        "data": {"calibration": calibration.account(), "held_out": held_out.account()},
+        "data": {"calibration": calibration.usage(), "held_out": held_out.usage()},
         "left_out": {"the same": 4, "not read: the stream goes on": None},
     }
     assert data_lines(report) == [
@@ -31,7 +31,7 @@ def test_a_data_set_that_draws_is_told() -> None:
 
 
 def test_nothing_is_told_where_all_is_used_or_nothing_is_known() -> None:
-    part = as_part("selection", [[1.0, 2.0]] * 3).account()
+    part = as_part("selection", [[1.0, 2.0]] * 3).usage()
     assert data_lines({"data": {"selection": part}, "left_out": {}}) == []
     assert data_lines({"data": {"selection": {"examples": 3, "digest": "of older files"}}}) == []
     assert data_lines({}) == []

@@ -52,7 +52,7 @@ def test_those_with_a_label_are_kept_and_the_others_counted(has: list[bool], mas
     left = without_unlabelled(part, task)
     kept = [digest for digest, one in zip(part.digests, has, strict=True) if one]
     assert left.digests == kept
-    assert left.account()["given"] == len(has)
+    assert left.usage()["given"] == len(has)
     missing = len(has) - sum(has)
     assert left.left_out == ({UNLABELLED: missing} if missing else {})
 

@@ -42,7 +42,7 @@ class Opened:
     Attributes:
         tested: In the order that was fixed before; those after the first that fails are None.
         place: Of the one that stands: the last that holds, or the first.
-        account: Of the held-out part: its examples, their digest, and what is left out.
+        usage: Of the held-out part: its examples, their digest, and what is left out.
         original: Digest of the user's model.
         control: Losses of the dense model moved by the same steps, None where none was taken.
         look_alikes: Held-out images that look like one of another part.
@@ -51,7 +51,7 @@ class Opened:
 
     tested: Sequence[Tested | None]
     place: int
-    account: Mapping[str, Any]
+    usage: Mapping[str, Any]
     original: str
     control: Evaluation | None
     look_alikes: Sequence[NearPair]

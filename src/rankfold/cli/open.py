@@ -15,8 +15,18 @@ from rankfold.artifact.load import load
 from rankfold.artifact.manifest import MANIFEST_FILE
 from rankfold.artifact.weights_file import load_weights
 from rankfold.certificate.change import weighted_mean
-from rankfold.data.parts import FEWEST, PARTS, SHARES, Data, Examples, Limits, as_part, split
-from rankfold.data.reading import as_examples, up_to
+from rankfold.data.given import as_examples, up_to
+from rankfold.data.parts import (
+    FEWEST,
+    PARTS,
+    SHARES,
+    USUAL_LIMITS,
+    Data,
+    Examples,
+    Limits,
+    as_part,
+    split,
+)
 from rankfold.data.record_examples import hidden_words, record_examples
 from rankfold.data.sources import (
     DEFAULT_SIZE,
@@ -41,7 +51,6 @@ from rankfold.integrations import transformers as hf
 from rankfold.integrations.processors import has_processor, image_preparation, sound_preparation
 from rankfold.integrations.vision import is_named, make_named, parse_named
 from rankfold.machine.progress import Progress, TerminalProgress
-from rankfold.search.study import OTHER_LIMITS
 from rankfold.tasks.evaluation import evaluate
 from rankfold.tasks.recognise import recognise_task
 from rankfold.tasks.repeated import refuse_random
@@ -106,7 +115,7 @@ class DataOptions:
     tags_column: str | None = None
     own_windows: tuple[int, int, int] = (64, 16, 64)
     skip_broken: bool = False
-    limits: Limits = OTHER_LIMITS
+    limits: Limits = USUAL_LIMITS
 
 
 def open_model(spec: str, weights: Path | None = None) -> OpenedModel:
@@ -458,16 +467,16 @@ def evaluate_examples(
     Raises:
         InputError: Too few examples, or their loss isn't recognised or not finite.
     """
-    reading = up_to(examples, limit)
-    count = min(limit or len(reading), len(reading))
+    given = up_to(examples, limit or USUAL_LIMITS[-1])
+    count = min(limit or len(given), len(given))
     if count < 2:
         raise InputError(
             f"the data gives {count} examples; expected 2 or more. Give more data, or "
             "shorter windows of text with --length."
         )
-    beyond = len(reading) - count
+    beyond = len(given) - count
     left_out = {f"beyond the first {count} (limit=)": beyond} if beyond else {}
-    part = as_part("evaluation", reading.take(range(count), {**reading.left_out, **left_out}))
+    part = as_part("evaluation", given.take(range(count), {**given.left_out, **left_out}))
     task = recognise_task(part, None, name, hint=hf.task_hint(opened.model))
     refuse_random(opened.model, task, part)
     found = evaluate(opened.model, task, part, batch_size=batch_size, progress=progress)

@@ -26,7 +26,7 @@ from rankfold.data.example import (
     plain_example,
     shape,
 )
-from rankfold.data.reading import LeftOut, Reading, as_examples, up_to
+from rankfold.data.given import GivenExamples, LeftOut, as_examples, up_to
 from rankfold.errors import InputError
 
 Batch: TypeAlias = Any
@@ -36,6 +36,7 @@ Limits: TypeAlias = tuple[int, int, int]  # most examples of each part
 
 PARTS = ("calibration", "selection", "held_out")
 SHARES = (0.5, 0.2, 0.3)
+USUAL_LIMITS: Limits = (2048, 2048, 10000)  # where examples have one term each
 FEWEST = 4  # examples a part needs: two halves of two for calibration, a variance for the others
 LIMIT_NAMES = dict(zip(PARTS, ("limit", "selection_limit", "held_out_limit"), strict=True))
 SAME = "the same input as an example before"
@@ -79,7 +80,7 @@ class Data:
         for part in PARTS:
             given = getattr(self, part)
             examples = as_examples(given)
-            if not (isinstance(examples, Reading) and examples.items is given):
+            if not (isinstance(examples, GivenExamples) and examples.items is given):
                 object.__setattr__(self, part, examples)
             count = len(up_to(examples, FEWEST))
             if count < FEWEST:
@@ -146,7 +147,7 @@ class Part:
         counts = {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
         return replace(kept, left_out={**self.left_out, **counts})
 
-    def account(self) -> dict[str, Any]:
+    def usage(self) -> dict[str, Any]:
         """What of the user's examples is used, and what is left out and why: plain values."""
         known = [count for count in self.left_out.values() if count is not None]
         return {
@@ -200,7 +201,7 @@ def split(
     Raises:
         InputError: Too few different examples for three parts.
     """
-    examples = up_to(data, None if limits is None else _enough(limits))
+    examples = up_to(data, None if limits is None else enough_for(limits))
     collate = collate or examples.collate
     unique = _different(examples, collate)
     again = len(examples) - len(unique)
@@ -227,12 +228,12 @@ def split(
     )
 
 
-def _enough(limits: Limits) -> int:
-    """So many examples that each part of a split has its limit."""
+def enough_for(limits: Limits) -> int:
+    """So many examples of one data set that each part of its split has its limit."""
     return max(math.ceil(limit / share) for limit, share in zip(limits, SHARES, strict=True)) + 1
 
 
-def _different(examples: Reading, collate: Collate | None) -> list[int]:
+def _different(examples: GivenExamples, collate: Collate | None) -> list[int]:
     """Numbers of the examples whose input is no earlier one's."""
     first: dict[str, int] = {}
     for index in range(len(examples)):
@@ -266,20 +267,20 @@ def as_part(name: str, examples: object, collate: Collate | None = None) -> Part
     Raises:
         InputError: An example can't be used, or is of another kind than the first.
     """
-    reading = up_to(Reading(examples) if isinstance(examples, list) else examples, None)
+    given = up_to(GivenExamples(examples) if isinstance(examples, list) else examples, None)
     shown = name.replace("_", "-")
-    collate = collate or reading.collate
-    columns = [*reading.columns]
+    collate = collate or given.collate
+    columns = [*given.columns]
 
     def read(place: int) -> Example:
         if collate is not None:
-            return reading[place]
-        example, texts = plain_example(reading[place], f"{shown} example {place}")
+            return given[place]
+        example, texts = plain_example(given[place], f"{shown} example {place}")
         columns.extend(texts)
         return example
 
-    found = [read(place) for place in range(len(reading))]
-    again = {} if reading.is_kept else {p: read(p) for p in {0, len(found) // 2} if p < len(found)}
+    found = [read(place) for place in range(len(given))]
+    again = {} if given.is_kept else {p: read(p) for p in {0, len(found) // 2} if p < len(found)}
     drawn_anew = any(example_digest(found[p]) != example_digest(e) for p, e in again.items())
     found = _alike(found, shown) if collate is None else found
     return Part(
@@ -287,7 +288,7 @@ def as_part(name: str, examples: object, collate: Collate | None = None) -> Part
         found,
         collated if collate is None else _sparing(collate),
         [example_digest(example) for example in found],
-        left_out=reading.left_out,
+        left_out=given.left_out,
         columns=tuple(dict.fromkeys(columns)),
         drawn_anew=drawn_anew,
     )

@@ -279,6 +279,6 @@ def _trial_report(trial: Trial) -> dict[str, Any]:
 
 def _data_report(study: Study, opened: Opened) -> dict[str, Any]:
     """Number and digest of the examples of each part, and what is left out of it and why."""
-    parts = {name: part.account() for name, part in study.parts.items()}
+    parts = {name: part.usage() for name, part in study.parts.items()}
     first, second = (parts.pop(name) for name in PARTS[:2])
-    return {PARTS[0]: first, PARTS[1]: second, PARTS[2]: dict(opened.account), **parts}
+    return {PARTS[0]: first, PARTS[1]: second, PARTS[2]: dict(opened.usage), **parts}

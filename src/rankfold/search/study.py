@@ -17,8 +17,17 @@ from rankfold.certificate.certify import check_metric_values
 from rankfold.certificate.statement import order_seed
 from rankfold.data.copies import refuse_copies, without_copies
 from rankfold.data.example import example_input
-from rankfold.data.parts import PARTS, Data, Limits, Part, as_part, select_part, split
-from rankfold.data.reading import LeftOut
+from rankfold.data.given import LeftOut
+from rankfold.data.parts import (
+    PARTS,
+    USUAL_LIMITS,
+    Data,
+    Limits,
+    Part,
+    as_part,
+    select_part,
+    split,
+)
 from rankfold.errors import InputError
 from rankfold.integrations.transformers import own_text, task_hint
 from rankfold.machine.offload import Offload
@@ -50,7 +59,6 @@ OWN_TEXT = "own_text"  # the part that the model writes itself, beside the user'
 
 # Examples used by default: calibration, selection, held-out. A sequence has hundreds of terms.
 DEFAULT_LIMITS = dict.fromkeys(TEXT, (64, 32, 128))
-OTHER_LIMITS: Limits = (2048, 2048, 10000)
 
 
 @dataclass(frozen=True)
@@ -187,7 +195,7 @@ def three_parts(data: object, settings: Settings) -> Data:
     return split(data, settings.seed, limits=limits_of(settings))
 
 
-def limits_of(settings: Settings, defaults: Limits = OTHER_LIMITS) -> Limits:
+def limits_of(settings: Settings, defaults: Limits = USUAL_LIMITS) -> Limits:
     """Most examples of each part."""
     asked = (settings.limit, settings.selection_limit, settings.held_out_limit)
     first, second, third = (limit or usual for limit, usual in zip(asked, defaults, strict=True))
@@ -344,7 +352,7 @@ def _require_layers(subject: Subject) -> None:
 
 
 def _choose_parts(data: Data, task: Task, settings: Settings) -> dict[str, Part]:
-    limits = limits_of(settings, DEFAULT_LIMITS.get(task.name, OTHER_LIMITS))
+    limits = limits_of(settings, DEFAULT_LIMITS.get(task.name, USUAL_LIMITS))
     parts = {
         name: without_unlabelled(select_part(data, name, limit, settings.seed), task)
         for name, limit in zip(PARTS, limits, strict=True)

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, Sized
 from itertools import islice
 from typing import Any, TypeAlias, cast
@@ -35,7 +38,7 @@ EXPECTED = (
 _END = object()
 
 
-class Reading(Sequence[Any]):
+class GivenExamples(Sequence[Any]):
     """Examples of a user's, read when they are used.
 
     Args:
@@ -84,11 +87,11 @@ class Reading(Sequence[Any]):
         """Whether the examples lie in memory, so that reading them again gives the same."""
         return isinstance(self.items, list | tuple | torch.Tensor | np.ndarray)
 
-    def take(self, numbers: Sequence[int], left_out: LeftOut | None = None) -> Reading:
+    def take(self, numbers: Sequence[int], left_out: LeftOut | None = None) -> GivenExamples:
         """Those with these numbers; ``left_out`` says why the others are left out."""
         places = [self.places[number] for number in numbers]
         kept = {"collate": self.collate, "columns": self.columns}
-        return Reading(self.items, places, left_out=left_out, **cast("Any", kept))
+        return GivenExamples(self.items, places, left_out=left_out, **cast("Any", kept))
 
 
 class Stream(Sequence[Any]):
@@ -96,7 +99,7 @@ class Stream(Sequence[Any]):
 
     Args:
         items: Gives them.
-        collate: As for ``Reading``.
+        collate: As for ``GivenExamples``.
     """
 
     def __init__(
@@ -106,12 +109,13 @@ class Stream(Sequence[Any]):
         self._items = items
         self._left: Iterator[Any] | None = None  # opened when it is needed: it may start workers
         self._read: list[Any] = []
+        self._bytes = 0
 
-    def first(self, count: int) -> Reading:
+    def first(self, count: int) -> GivenExamples:
         """The first ``count`` examples, or all; it says so where there are more."""
         more = self._reaches(count + 1)
         left_out = {f"not read: the stream goes on after {count} examples": None} if more else {}
-        return Reading(self._read[:count], collate=self.collate, left_out=left_out)
+        return GivenExamples(self._read[:count], collate=self.collate, left_out=left_out)
 
     def _reaches(self, count: int) -> bool:
         """Whether there are so many; they are read."""
@@ -122,6 +126,13 @@ class Stream(Sequence[Any]):
                 if item is _END:
                     return False
                 self._read.append(item)
+                self._bytes += _bytes_of(item)
+                if self._bytes > _most_bytes():
+                    raise InputError(
+                        f"the data ({type(self._items).__name__}) takes half of this machine's "
+                        f"memory after {len(self._read)} examples, and goes on. Say how many are "
+                        "needed: limit=, selection_limit= and held_out_limit=."
+                    )
         except InputError:
             raise
         except Exception as error:
@@ -144,20 +155,20 @@ class Stream(Sequence[Any]):
         return self._read[item]
 
 
-def as_examples(data: object) -> Reading | Stream:
+def as_examples(data: object) -> GivenExamples | Stream:
     """The examples of a sequence, a data set, a loader, a stream, or of columns by name.
 
     Raises:
         InputError: ``data`` is none of them.
     """
-    if isinstance(data, Reading | Stream):
+    if isinstance(data, GivenExamples | Stream):
         return data
     if isinstance(data, DataLoader):
         return _of_loader(data)
     if isinstance(data, IterableDataset):
         return Stream(data)
     if isinstance(data, Mapping):
-        return Reading(_Columns(data))
+        return GivenExamples(_Columns(data))
     if isinstance(data, torch.Tensor | np.ndarray) and data.ndim == 0:
         raise InputError(f"data is a single number; {EXPECTED}.")
     if isinstance(data, tuple | list) and len(data) == 2 and all(map(_is_array, data)):
@@ -169,18 +180,36 @@ def as_examples(data: object) -> Reading | Stream:
     if isinstance(data, str | bytes | Set) or not _is_iterable(data):
         raise InputError(f"data is {type(data).__name__}; {EXPECTED}.")
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        return Reading(data)
+        return GivenExamples(data)
     if isinstance(data, Dataset):
         raise InputError(f"the data set {type(data).__name__} has no length; give it __len__.")
     return Stream(cast("Iterable[Any]", data))
 
 
-def up_to(data: object, limit: int | None) -> Reading:
+def up_to(data: object, limit: int | None) -> GivenExamples:
     """The examples of any data; of a stream the first ``limit`` ones."""
     found = as_examples(data)
-    if isinstance(found, Reading):
+    if isinstance(found, GivenExamples):
         return found
     return found.first(len(found) if limit is None else limit)
+
+
+@functools.cache
+def _most_bytes() -> float:
+    """Half of this machine's memory; no bound where it isn't told."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+def _bytes_of(value: Any) -> int:
+    """Of the tensors and arrays in an example."""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return int(value.nbytes)
+    if isinstance(value, Mapping | tuple | list):
+        return sum(map(_bytes_of, value.values() if isinstance(value, Mapping) else value))
+    return 0
 
 
 def _is_array(value: object) -> bool:
@@ -224,7 +253,7 @@ class _Columns(Sequence[Any]):
         return {name: values[place] for name, values in self.columns.items()}
 
 
-def _of_loader(loader: DataLoader[Any]) -> Reading | Stream:
+def _of_loader(loader: DataLoader[Any]) -> GivenExamples | Stream:
     """What a loader yields, one example after the other, before it makes batches of them.
 
     Where it makes no batches itself, its batches are taken apart.
@@ -249,7 +278,7 @@ def _of_loader(loader: DataLoader[Any]) -> Reading | Stream:
     whole = all(isinstance(place, int) for place in draws)
     once = sorted({*draws}) if whole else draws
     left_out = {ONCE: len(draws) - len(once)} if len(once) < len(draws) else {}
-    return Reading(loader.dataset, once, collate=collate, left_out=left_out)
+    return GivenExamples(loader.dataset, once, collate=collate, left_out=left_out)
 
 
 def _unbatched(examples: Any) -> Any:

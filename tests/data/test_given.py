@@ -27,8 +27,8 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
+from rankfold.data.given import ONCE, GivenExamples, Stream, as_examples, up_to
 from rankfold.data.parts import PARTS, SAME, Data, as_part, select_part, split
-from rankfold.data.reading import ONCE, Reading, Stream, as_examples, up_to
 from rankfold.errors import InputError
 
 COUNT = 60
@@ -165,11 +165,11 @@ def test_what_any_sampler_draws_is_used_once_and_the_rest_counted(
 ) -> None:
     loader = DataLoader(EVERYTHING, batch_size=size, sampler=draws, drop_last=drop)
     wanted = yielded(loader)
-    reading = as_examples(loader)
-    assert isinstance(reading, Reading)
-    assert [number(reading[i]) for i in range(len(reading))] == sorted(set(wanted))
-    assert len(reading) + sum(c for c in reading.left_out.values() if c) == len(wanted)
-    assert ([*reading.left_out] == [ONCE]) == (len(set(wanted)) < len(wanted))
+    found = as_examples(loader)
+    assert isinstance(found, GivenExamples)
+    assert [number(found[i]) for i in range(len(found))] == sorted(set(wanted))
+    assert len(found) + sum(c for c in found.left_out.values() if c) == len(wanted)
+    assert ([*found.left_out] == [ONCE]) == (len(set(wanted)) < len(wanted))
 
 
 def test_workers_share_a_stream_and_open_what_they_need() -> None:
@@ -272,7 +272,7 @@ def test_three_endless_streams_are_read_as_far_as_each_limit(name: str) -> None:
     data = Data(STREAMS[name](), STREAMS[name](), STREAMS[name]())  # type: ignore[arg-type]
     part = select_part(data, "selection", 9, 0)
     assert [number(example) for example in part.examples] == [*range(9)]
-    assert part.account()["left_out"] == {"not read: the stream goes on after 9 examples": None}
+    assert part.usage()["left_out"] == {"not read: the stream goes on after 9 examples": None}
     again = select_part(data, "selection", 12, 0)
     assert [number(example) for example in again.examples] == [*range(12)]
 
@@ -295,7 +295,7 @@ def test_given_are_those_used_and_those_left_out(
 ) -> None:
     examples = [(INPUTS[place % different], place) for place in range(different + again)]
     data = split(examples, seed)
-    parts = [select_part(data, name, limit, seed).account() for name in PARTS]
+    parts = [select_part(data, name, limit, seed).usage() for name in PARTS]
     assert data.left_out == ({SAME: again} if again else {})
     for part in parts:
         assert part["given"] == part["examples"] + sum(part["left_out"].values())
@@ -354,3 +354,10 @@ def test_what_a_users_data_raises_is_told_with_the_example() -> None:
 
     with pytest.raises(InputError, match=r"reading example 1 of .*TypeError: nothing more"):
         as_part("calibration", fails())
+
+
+def test_a_stream_stops_before_it_fills_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rankfold.data.given._most_bytes", lambda: 3 * 4 * 100)
+    with pytest.raises(InputError, match=r"after 101 examples, .* limit=, selection_limit="):
+        split(endless(), 0, limits=(2048, 2048, 10000))
+    assert len(split(endless(), 0, limits=(10, 10, 10)).held_out) >= 10
