@@ -235,6 +235,11 @@ def test_text_that_only_the_users_collate_understands_is_compared_as_the_model_s
     assert [number for number, _ in copied_windows(first, second)] == [2]
 
 
+def test_examples_of_three_things_are_no_text() -> None:
+    rows = [(torch.tensor(place), torch.randn(4), 1) for place in range(6)]
+    assert copied_windows(as_part("calibration", rows[:3]), as_part("held_out", rows[3:])) == []
+
+
 def test_an_empty_text_hides_no_copy() -> None:
     ours = texts(5, 0, 40, 50)
     first, second = (padded(rows, "held_out", to=60) for rows in (ours, [ours[2], ours[3]]))

@@ -226,6 +226,19 @@ def test_whole_numbers_beside_others_are_those_too() -> None:
     assert part.collate(part.examples)[1].tolist() == [1.0, 2.5]
 
 
+def test_rows_of_an_array_of_pairs_are_pairs() -> None:
+    pairs = np.empty((COUNT, 2), dtype=object)
+    for place in range(COUNT):
+        pairs[place] = [INPUTS[place].numpy(), int(LABELS[place])]
+    truth = as_part("held_out", list(zip(INPUTS, LABELS, strict=True)))
+    assert as_part("held_out", pairs).digests == truth.digests
+
+
+def test_an_input_alone_in_a_tuple_is_the_input() -> None:
+    (first, *_), (other, *_) = ([(INPUTS[0],)], [(INPUTS[0], 1)])
+    assert example_digest(first) == example_digest(other) == example_digest(INPUTS[0])
+
+
 def test_a_collate_function_may_change_what_it_is_given() -> None:
     def takes_away(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         return {"labels": torch.tensor([row.pop("label") for row in rows])} | {

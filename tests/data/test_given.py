@@ -321,6 +321,10 @@ def test_columns_by_name_are_examples() -> None:
         ({"x": INPUTS, "labels": 3}, "whose 'labels' is int; expected columns"),
         ({}, "columns of unequal lengths .none"),
         ({"train": EVERYTHING, "test": EVERYTHING}, "several data sets .train, test"),
+        (
+            {name: [*zip(INPUTS, LABELS, strict=True)] for name in PARTS},
+            r"several data sets .*rankfold.Data\(calibration=",
+        ),
         ((INPUTS, LABELS), r"TensorDataset\(x, y\)"),
         ([INPUTS.numpy(), LABELS.numpy()], r"list\(zip\(x, y\)\)"),
         (torch.tensor(3.0), "a single number"),

@@ -204,7 +204,8 @@ def _tokens(value: object) -> NDArray[np.int64] | None:
     """Whole numbers in one row, or in a batch of one, or None."""
     if torch.is_tensor(value):
         value = value.detach().cpu().numpy() if not value.is_floating_point() else None
-    if not isinstance(value, np.ndarray | list | tuple):
+    plain = isinstance(value, list | tuple) and all(isinstance(item, int) for item in value)
+    if not plain and not isinstance(value, np.ndarray):
         return None
     found = np.asarray(value)
     found = found[0] if found.ndim == 2 and len(found) == 1 else found

@@ -48,6 +48,8 @@ def plain_example(example: object, what: str) -> tuple[Example, tuple[str, ...]]
 
 
 def _plain(value: object, what: str, texts: list[str]) -> Example:
+    if isinstance(value, np.ndarray) and value.dtype == object and value.ndim == 1:
+        value = tuple(value)  # a row of an array of pairs
     if isinstance(value, Mapping):
         return _plain_mapping(value, what, texts)
     if isinstance(value, tuple | list) and not _all_numbers(value):
@@ -191,10 +193,10 @@ def _whole(value: Tensor) -> bool:
 
 
 def example_input(example: Example) -> object:
-    """What the model is given: the first of a pair, the mapping without its labels."""
+    """What the model is given: the first of a pair or alone, the mapping without its labels."""
     if isinstance(example, Mapping):
         return {key: example[key] for key in sorted(example) if key not in LABELS}
-    if isinstance(example, tuple | list) and len(example) == 2 and not _all_numbers(example):
+    if isinstance(example, tuple | list) and len(example) in (1, 2) and not _all_numbers(example):
         return example_input(example[0]) if isinstance(example[0], Mapping) else example[0]
     return example
 

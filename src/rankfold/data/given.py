@@ -212,6 +212,17 @@ def _bytes_of(value: Any) -> int:
     return 0
 
 
+def _is_data_set(values: object) -> bool:
+    """Whether these are examples, not the entries of one column."""
+    first = values[0] if isinstance(values, list | tuple) and len(values) > 0 else None
+    return (
+        isinstance(values, Dataset | DataLoader | Mapping)
+        or hasattr(values, "column_names")
+        or isinstance(first, Mapping)
+        or (isinstance(first, tuple) and any(map(_is_array, first)))
+    )
+
+
 def _is_array(value: object) -> bool:
     return isinstance(value, torch.Tensor | np.ndarray) and value.ndim > 0
 
@@ -226,8 +237,7 @@ class _Columns(Sequence[Any]):
     def __init__(self, columns: Mapping[Any, Any]) -> None:
         self.columns = dict(columns)
         for name, values in self.columns.items():
-            several = isinstance(values, Dataset | DataLoader | Mapping)
-            if several or hasattr(values, "column_names"):
+            if _is_data_set(values):
                 raise InputError(
                     f"data is a mapping of several data sets ({', '.join(map(str, columns))}); "
                     "give one of them, or three as rankfold.Data(calibration=, selection=, "

@@ -158,7 +158,7 @@ def without_labels(batch: Batch) -> Any:
     """What of a batch the model is given."""
     if isinstance(batch, Mapping):
         return {key: value for key, value in batch.items() if key not in ("labels", "label")}
-    if isinstance(batch, tuple | list) and len(batch) == 2:
+    if isinstance(batch, tuple | list) and len(batch) in (1, 2):
         return batch[0]
     return batch
 
