@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from rankfold.data.example import example_digest, plain_example
-from rankfold.data.parts import as_part, refuse_overlap
+from rankfold.data.parts import as_part, refuse_overlap, split
 from rankfold.errors import InputError
 
 Image = pytest.importorskip("PIL.Image")
@@ -164,7 +164,7 @@ def test_what_is_plain_stays_as_it_is(example: Any) -> None:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "none": (None, "example 0 is NoneType; expected tensors"),
+    "none": (None, "example 0 of the calibration data is NoneType; expected tensors"),
     "none as label": ((torch.zeros(3), None), "item 1 is NoneType"),
     "none in a column": ({"x": None, "labels": 1}, "column 'x' is NoneType"),
     "text": ("some words", r"is str; .* Tokenize it"),
@@ -217,7 +217,9 @@ UNLIKE: dict[str, tuple[Any, Any]] = {
 @pytest.mark.parametrize("name", UNLIKE)
 def test_examples_of_another_kind_are_refused_by_number(name: str) -> None:
     first, other = UNLIKE[name]
-    with pytest.raises(InputError, match=r"held-out example 2 is .*, the first one is .*labels"):
+    with pytest.raises(
+        InputError, match=r"example 2 of the held-out data is .*, and example 0 .*labels"
+    ):
         as_part("held_out", [first, first, other])
 
 
@@ -278,3 +280,12 @@ def test_a_data_set_that_draws_its_examples_is_told() -> None:
     assert as_part("calibration", Crops()).usage()["drawn_anew"] is True
     fixed = torch.utils.data.TensorDataset(INPUTS, LABELS)
     assert as_part("calibration", fixed).usage()["drawn_anew"] is False
+
+
+def test_an_example_is_named_by_its_number_in_the_users_data() -> None:
+    rows: list[Any] = [(INPUTS[place % COUNT] + place, 1) for place in range(60)]
+    held_out: Any = split(rows, 0).held_out
+    number = held_out.places[2]
+    rows[number] = (INPUTS[0], 1, 2)
+    with pytest.raises(InputError, match=f"example {number} of the held-out data"):
+        as_part("held_out", held_out)

@@ -148,3 +148,18 @@ def test_batches_hold_one_shape_each() -> None:
 def test_batches_hold_512_tokens_or_a_million_values(example: object, size: int) -> None:
     part = as_part("calibration", [example] * 300)
     assert max(map(len, part.batches())) == size
+
+
+@pytest.mark.parametrize("limit", [9, 20, None])
+def test_messages_name_examples_by_their_numbers_in_what_was_given(limit: int | None) -> None:
+    shared = torch.tensor([99, 7])
+    given = [*windows(30)[8:], shared]  # 23, the last of which is shared
+    data = Data([shared, *windows(8)], given, windows(8))
+    chosen = select_part(data, "selection", limit, 3)
+    numbers = [chosen.number(place) for place in range(len(chosen.examples))]
+    assert [int(given[number][0]) for number in numbers] == [int(e[0]) for e in chosen.examples]
+    if 22 in numbers:
+        with pytest.raises(InputError, match=r"share 1 examples .*: 0 = 22\)"):
+            refuse_overlap([select_part(data, "calibration", None, 0), chosen])
+    halves = chosen.take(range(1, len(numbers), 2))
+    assert [halves.number(place) for place in range(len(halves.examples))] == numbers[1::2]

@@ -65,7 +65,8 @@ def refuse_copies(parts: Sequence[Part]) -> None:
             pairs = turned_images(first, second)
             if pairs:
                 more = f" and {len(pairs) - NAMED} more" if len(pairs) > NAMED else ""
-                listed = ", ".join(f"{a} = {b}" for a, b in pairs[:NAMED]) + more
+                numbers = [(first.number(a), second.number(b)) for a, b in pairs[:NAMED]]
+                listed = ", ".join(f"{a} = {b}" for a, b in numbers) + more
                 raise InputError(
                     f"{_named(first)} and {_named(second)} share {len(pairs)} images, mirrored or "
                     f"turned by quarters (numbers in each, from 0: {listed}). An augmented copy of "
@@ -74,7 +75,8 @@ def refuse_copies(parts: Sequence[Part]) -> None:
             copied = copied_windows(first, second)
             if copied:
                 more = f" and {len(copied) - NAMED} more" if len(copied) > NAMED else ""
-                listed = ", ".join(f"{n} ({share:.0%})" for n, share in copied[:NAMED]) + more
+                numbered = [(second.number(n), share) for n, share in copied[:NAMED]]
+                listed = ", ".join(f"{n} ({share:.0%})" for n, share in numbered) + more
                 raise InputError(
                     f"{len(copied)} windows of {_named(second)} stand for {COPIED:.0%} or more in "
                     f"{_named(first)}, word for word (numbers, from 0, and share: {listed}). "

@@ -111,6 +111,7 @@ class Part:
         left_out: Examples that the user gave and a run does not use, by the reason.
         columns: Names of columns that are left out of every example: texts.
         drawn_anew: Whether the data set gives other examples each time that it is read.
+        places: Where each example stands in what the user gave; as here if None.
     """
 
     name: str
@@ -121,6 +122,7 @@ class Part:
     left_out: LeftOut = field(default_factory=dict)
     columns: tuple[str, ...] = ()
     drawn_anew: bool = False
+    places: Sequence[Any] | None = field(default=None, repr=False)
 
     @property
     def digest(self) -> str:
@@ -138,7 +140,12 @@ class Part:
             self.left_out,
             self.columns,
             self.drawn_anew,
+            [self.number(i) for i in indices],
         )
+
+    def number(self, place: int) -> Any:
+        """The number in what the user gave, for messages, of an example of this part."""
+        return place if self.places is None else self.places[place]
 
     def without(self, numbers: Mapping[int, str]) -> Part:
         """The part without the examples of these numbers, of each of which the reason is given."""
@@ -268,21 +275,23 @@ def as_part(name: str, examples: object, collate: Collate | None = None) -> Part
         InputError: An example can't be used, or is of another kind than the first.
     """
     given = up_to(GivenExamples(examples) if isinstance(examples, list) else examples, None)
-    shown = name.replace("_", "-")
     collate = collate or given.collate
     columns = [*given.columns]
+
+    def named(place: int) -> str:
+        return f"example {given.places[place]} of the {name.replace('_', '-')} data"
 
     def read(place: int) -> Example:
         if collate is not None:
             return given[place]
-        example, texts = plain_example(given[place], f"{shown} example {place}")
+        example, texts = plain_example(given[place], named(place))
         columns.extend(texts)
         return example
 
     found = [read(place) for place in range(len(given))]
     again = {} if given.is_kept else {p: read(p) for p in {0, len(found) // 2} if p < len(found)}
     drawn_anew = any(example_digest(found[p]) != example_digest(e) for p, e in again.items())
-    found = _alike(found, shown) if collate is None else found
+    found = _alike(found, named) if collate is None else found
     return Part(
         name,
         found,
@@ -291,6 +300,7 @@ def as_part(name: str, examples: object, collate: Collate | None = None) -> Part
         left_out=given.left_out,
         columns=tuple(dict.fromkeys(columns)),
         drawn_anew=drawn_anew,
+        places=given.places,
     )
 
 
@@ -312,7 +322,7 @@ def _sparing(collate: Collate) -> Collate:
     return spared
 
 
-def _alike(examples: list[Example], name: str) -> list[Example]:
+def _alike(examples: list[Example], named: Callable[[int], str]) -> list[Example]:
     """The examples, where all have the same columns or items, of the same kinds.
 
     A whole number becomes a float where other examples have one.
@@ -327,7 +337,7 @@ def _alike(examples: list[Example], name: str) -> list[Example]:
     for place, example in enumerate(floats):
         if _kind(example) != _kind(floats[0]):
             raise InputError(
-                f"{name} example {place} is {describe(examples[place])}, the first one is "
+                f"{named(place)} is {describe(examples[place])}, and {named(0)} is "
                 f"{describe(examples[0])}; expected the same columns (or items) in every example, "
                 "of the same kinds: labels in all of them or in none."
             )
@@ -362,7 +372,11 @@ def refuse_overlap(parts: Sequence[Part]) -> None:
     for at, first in enumerate(parts):
         where = {digest: index for index, digest in enumerate(first.digests)}
         for second in parts[at + 1 :]:
-            shared = [(where[d], i) for i, d in enumerate(second.digests) if d in where]
+            shared = [
+                (first.number(where[d]), second.number(i))
+                for i, d in enumerate(second.digests)
+                if d in where
+            ]
             if shared:
                 pairs = ", ".join(f"{a} = {b}" for a, b in shared[:5])
                 more = f" and {len(shared) - 5} more" if len(shared) > 5 else ""

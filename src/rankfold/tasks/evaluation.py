@@ -135,7 +135,8 @@ def evaluate(
     if finite and not bool(torch.isfinite(losses).all()):
         bad = int((~torch.isfinite(losses)).nonzero()[0])
         raise InputError(
-            f"the loss of {part.name.replace('_', '-')} example {bad} is {float(losses[bad])}; "
+            f"the loss of {part.name.replace('_', '-')} example {part.number(bad)} is "
+            f"{float(losses[bad])}; "
             "expected finite losses. Check the model's weights and this example."
         )
     hits = [r.correct for r in results if r.correct is not None]
