@@ -178,6 +178,22 @@ def test_workers_share_a_stream_and_open_what_they_need() -> None:
     assert sorted(read(opened)) == [*range(COUNT)]
 
 
+@pytest.mark.parametrize("kind", [np.int64, torch.tensor, np.uint8], ids=str)
+def test_numbers_of_any_kind_are_drawn_once(kind: Any) -> None:
+    draws = [kind(place) for place in (5, 2, 5, 9, 2)]
+    found = as_examples(DataLoader(EVERYTHING, batch_size=2, sampler=draws))
+    assert read(found) == [2, 5, 9] and found.left_out == {ONCE: 2}  # type: ignore[union-attr]
+
+
+def test_examples_by_name_are_drawn_once() -> None:
+    class Named(dict):  # type: ignore[type-arg]
+        pass
+
+    data: Any = Named(a=EVERYTHING[4], b=EVERYTHING[7])
+    found = as_examples(DataLoader(data, batch_size=2, sampler=["b", "a", "b"]))
+    assert read(found) == [7, 4] and found.left_out == {ONCE: 1}  # type: ignore[union-attr]
+
+
 def test_rare_classes_drawn_by_weight_stay_out_where_their_weight_is_zero() -> None:
     loader = DataLoader(
         EVERYTHING, batch_size=8, sampler=WeightedRandomSampler((LABELS != 0).float(), 200)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from rankfold.data.parts import (
     Data,
     as_part,
     refuse_overlap,
+    refuse_unlike,
     select_part,
     split,
 )
@@ -163,3 +165,15 @@ def test_messages_name_examples_by_their_numbers_in_what_was_given(limit: int | 
             refuse_overlap([select_part(data, "calibration", None, 0), chosen])
     halves = chosen.take(range(1, len(numbers), 2))
     assert [halves.number(place) for place in range(len(halves.examples))] == numbers[1::2]
+
+
+@pytest.mark.parametrize(
+    "other", [{"x": [1.0]}, {"x": [1], "labels": 1}, {"y": [1.0], "labels": 1}, ([1.0], 1)], ids=str
+)
+def test_parts_of_different_kinds_are_refused_by_name(other: Any) -> None:
+    first, second = [{"x": [1.0], "labels": 1}], [{"x": [2.0], "labels": 1.5}]
+    refuse_unlike([as_part("calibration", first), as_part("selection", second)])
+    with pytest.raises(
+        InputError, match=r"calibration part are \{x: .* held-out part .* all parts"
+    ):
+        refuse_unlike([as_part("calibration", first), as_part("held_out", [other])])

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import math
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, Sized
 from itertools import islice
@@ -285,10 +286,21 @@ def _of_loader(loader: DataLoader[Any]) -> GivenExamples | Stream:
     except (TypeError, NotImplementedError):  # a sampler without a length, perhaps without an end
         return Stream(_Samples(loader), collate)
     draws = [place for batch in islice(_drawn(loader), count) for place in batch]
-    whole = all(isinstance(place, int) for place in draws)
-    once = sorted({*draws}) if whole else draws
+    once = _each_once(draws)
     left_out = {ONCE: len(draws) - len(once)} if len(once) < len(draws) else {}
     return GivenExamples(loader.dataset, once, collate=collate, left_out=left_out)
+
+
+def _each_once(draws: list[Any]) -> list[Any]:
+    """Numbers in their order; other names of examples as they come; lists of them all."""
+    try:
+        return sorted({operator.index(place) for place in draws})
+    except TypeError:
+        pass
+    try:
+        return [*dict.fromkeys(draws)]
+    except TypeError:
+        return draws
 
 
 def _unbatched(examples: Any) -> Any:

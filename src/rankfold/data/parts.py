@@ -322,6 +322,23 @@ def _sparing(collate: Collate) -> Collate:
     return spared
 
 
+def refuse_unlike(parts: Sequence[Part]) -> None:
+    """Refuse parts whose examples are of different kinds: labels in one and none in another.
+
+    Raises:
+        InputError: Names two parts and what their examples are.
+    """
+    plain = [part for part in parts if part.collate is collated]
+    for part in plain[1:]:
+        ours, theirs = plain[0].examples[0], part.examples[0]
+        if _kind(_as_floats(ours)) != _kind(_as_floats(theirs)):
+            raise InputError(
+                f"the examples of the {plain[0].name.replace('_', '-')} part are "
+                f"{describe(ours)}, those of the {part.name.replace('_', '-')} part "
+                f"{describe(theirs)}; expected the same columns (or items) in all parts."
+            )
+
+
 def _alike(examples: list[Example], named: Callable[[int], str]) -> list[Example]:
     """The examples, where all have the same columns or items, of the same kinds.
 

@@ -25,6 +25,7 @@ from rankfold.data.parts import (
     Limits,
     Part,
     as_part,
+    refuse_unlike,
     select_part,
     split,
 )
@@ -357,6 +358,7 @@ def _choose_parts(data: Data, task: Task, settings: Settings) -> dict[str, Part]
         name: without_unlabelled(select_part(data, name, limit, settings.seed), task)
         for name, limit in zip(PARTS, limits, strict=True)
     }
+    refuse_unlike([*parts.values()])
     if data.split_here:
         parts = {part.name: part for part in without_copies(list(parts.values()))}
     refuse_copies(list(parts.values()))
