@@ -164,9 +164,13 @@ def copied_windows(first: Part, second: Part) -> list[tuple[int, float]]:
     ours_runs, theirs_runs = map(runs_of, (ours, theirs))
     known = np.unique(_joined(ours_runs.values()))
     shared = _shared([*ours_runs.values(), *theirs_runs.values()])
+    every = _joined(theirs_runs.values())
+    of_template, there = _among(every, shared), _among(every, known)
+    end = 0
     for number, runs in theirs_runs.items():
-        own = runs[_own(_among(runs, shared), length)]
-        share = float(_among(own, known).mean())
+        start, end = end, end + len(runs)
+        own = _own(of_template[start:end], length)
+        share = float(there[start:end][own].mean())
         if share >= COPIED:
             copied.setdefault(number, share)
     return sorted(copied.items())
@@ -216,10 +220,14 @@ def _tokens(value: object) -> NDArray[np.int64] | None:
 
 def _runs(windows: Mapping[int, NDArray[np.int64]], length: int) -> dict[int, NDArray[np.uint64]]:
     """Hashes of the runs of each window that is long enough for runs to be no chance."""
+    long = {number: one for number, one in windows.items() if len(one) >= 4 * SHORTEST}
+    if not long:
+        return {}
+    hashes = _shingles(np.concatenate([*long.values()]), length)  # of runs across windows, too
+    starts = np.cumsum([0, *map(len, long.values())])
     return {
-        number: _shingles(window, length)
-        for number, window in windows.items()
-        if len(window) >= 4 * SHORTEST
+        number: hashes[start : start + len(window) - length + 1]
+        for (number, window), start in zip(long.items(), starts[:-1], strict=True)
     }
 
 
@@ -237,6 +245,8 @@ def _own(shared: NDArray[np.bool_], length: int) -> NDArray[np.bool_]:
     All, where every token stands in one of the template's; else those without such a token, or,
     where there are none, those that are not wholly the template's.
     """
+    if not shared.any():
+        return np.ones_like(shared)
     of_template = np.convolve(shared, np.ones(length, dtype=np.int64)) > 0  # each token
     if of_template.all():
         return np.ones_like(shared)

@@ -274,7 +274,7 @@ def as_part(name: str, examples: object, collate: Collate | None = None) -> Part
     Raises:
         InputError: An example can't be used, or is of another kind than the first.
     """
-    given = up_to(GivenExamples(examples) if isinstance(examples, list) else examples, None)
+    given = up_to(GivenExamples(examples) if type(examples) is list else examples, None)
     collate = collate or given.collate
     columns = [*given.columns]
 
