@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from rankfold.cli.tables import evaluation_lines
-from rankfold.data.given import GivenExamples, Stream
-from rankfold.data.parts import as_part
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import rankfold
+from rankfold.certificate.document import text_lines
+from rankfold.cli.tables import evaluation_lines, result_lines
+from rankfold.data.given import ONCE, GivenExamples, Stream
+from rankfold.data.parts import SAME, as_part
 from rankfold.report.data_lines import data_lines
 
 
@@ -49,3 +57,37 @@ def test_an_evaluation_tells_it_with_the_options_names() -> None:
         "left out of the data: not read: the stream goes on after 5 examples; "
         "7 beyond the first 5 (--limit)"
     ]
+
+
+def test_a_run_accounts_for_every_example_in_report_terminal_certificate_and_card(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)).eval()
+    inputs, labels = torch.randn(100, 6), torch.arange(100) % 3
+    rows = [
+        {"input": x, "labels": y, "name": "a text"} for x, y in zip(inputs, labels, strict=True)
+    ]
+    rows += rows[:7]
+    loader = DataLoader(rows, batch_size=8, sampler=[*range(107), 3, 4])  # type: ignore[arg-type]
+    result = rankfold.lossless(
+        model, loader, size=0.9, limit=20, held_out_limit=25, refit=False, gradient_step=False
+    )
+    report = result.report
+    parts = report["data"].values()
+    assert report["left_out"] == {ONCE: 2, SAME: 7}
+    assert sum(part["given"] for part in parts) + 9 == 109
+    for part in parts:
+        assert part["given"] == part["examples"] + sum(part["left_out"].values())
+        assert part["columns_left_out"] == ["name"]
+    told = [
+        f"left out of the data: 2 {ONCE}; 7 {SAME}",
+        "left out of the calibration part: 30 beyond the 20 that are used (--limit)",
+        "left out of the held-out part: 5 beyond the 25 that are used (--held-out-limit)",
+        "columns left out of every example: name",
+    ]
+    lines = result_lines(report)
+    assert [line for line in lines if line in told] == told
+    assert any("of the held-out part: 5 beyond" in line for line in text_lines(result.document))
+    card = (result.save(tmp_path / "saved") / "README.md").read_text(encoding="utf-8")
+    assert all(f"- {line}" in card for line in data_lines(report))
