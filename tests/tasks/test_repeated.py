@@ -167,3 +167,23 @@ def test_the_task_of_three_things_is_named_with_what_was_found() -> None:
     triples = as_part("calibration", [(torch.tensor(1), INPUTS[0], LABELS[0])] * 4)
     with pytest.raises(InputError, match=r"whose examples are \(int64 \(1,\), float32 \(1, 6\)"):
         recognise_task(triples, None)
+
+
+def test_rounding_of_losses_near_zero_is_no_draw() -> None:
+    noise = iter([1e-7, 2e-7] * 9)
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return model(batch[0]).sum(1) * 0 + next(noise)
+
+    refuse_random(Net(), UserLoss(loss), part())
+
+
+def test_noise_in_tiny_values_is_found() -> None:
+    model = Net(lambda values: 1e-4 * (values + 0.1 * torch.randn_like(values)), 1)
+    with torch.no_grad():
+        model.second.bias.zero_()
+    values = as_part(
+        "calibration", [(x, 1e-5 * float(y)) for x, y in zip(INPUTS, LABELS, strict=True)]
+    )
+    with pytest.raises(InputError, match=r"the model \(Net\) gives two outputs"):
+        refuse_random(model, Regression(), values)
