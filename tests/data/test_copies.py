@@ -181,7 +181,7 @@ def test_the_same_text_is_found_whatever_its_padding(seed: int, widths: tuple) -
 @given(
     seed=st.integers(0, 10**6),
     length=st.integers(20, 400),
-    templates=st.integers(1, 4),
+    templates=st.integers(1, 5),
     copied=st.booleans(),
     begins=st.booleans(),
 )

@@ -27,9 +27,9 @@ from rankfold.errors import InputError
 SHINGLE = 16  # consecutive tokens that are looked up in the other part, at most a quarter window
 SHORTEST = 8  # below which runs repeat by chance and only equal windows are refused
 COPIED = 0.5  # share of a window's shingles in the other part from which it is refused
-SHARED = 0.2  # share of all windows that hold a run from which it is a template's, no copy's
+SHARED = 0.15  # share of all windows that hold a run from which it is a template's, no copy's
 OF_TEXT = ("input_ids", "token_type_ids", "position_ids", "decoder_input_ids")  # and masks
-FEWEST_SHARED = 4  # windows that hold it, at least
+FEWEST_SHARED = 5  # windows that hold it, at least
 TURNED = "an image of an earlier part, mirrored or turned by quarters"
 QUOTED = f"text of which {COPIED:.0%} or more stands in an earlier part"
 ALIKE = 0.95  # correlation of two images at 8 x 8 from which they are shown
