@@ -129,9 +129,13 @@ arrays = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(
     lambda sides: np.arange(np.prod(sides), dtype=np.float32).reshape(sides)
 )
 values = st.one_of(numbers, arrays, arrays.map(torch.from_numpy))
+several = st.lists(arrays, min_size=1, max_size=3)
 examples = st.one_of(
     values,
     st.tuples(values, values),
+    st.tuples(several, numbers),
+    st.tuples(st.tuples(arrays, arrays), values),
+    st.dictionaries(st.sampled_from(["a", "b", "c"]), several, min_size=1),
     st.dictionaries(st.sampled_from(["a", "b", "c"]), values, min_size=1),
     st.tuples(st.dictionaries(st.sampled_from(["a", "b"]), values, min_size=1), numbers),
 )

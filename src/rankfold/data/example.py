@@ -61,12 +61,21 @@ def _plain(value: object, what: str, texts: list[str]) -> Example:
                 "its label; expected a tuple (input, label), or one tensor."
             )
         return tuple(
-            _plain(item, f"{what}, item {place}", texts)
-            if isinstance(item, Mapping | tuple)
-            else plain_value(item, f"{what}, item {place}")
-            for place, item in enumerate(value)
+            _plain_item(item, f"{what}, item {place}", texts) for place, item in enumerate(value)
         )
     return plain_value(value, what)
+
+
+def _plain_item(value: object, what: str, texts: list[str]) -> Example:
+    """What stands in a pair or a mapping: values, or a mapping, a pair or several arrays again."""
+    arrays = isinstance(value, list | tuple) and any(map(_is_array, value))
+    if isinstance(value, Mapping) or arrays:
+        return _plain(value, what, texts)
+    return plain_value(value, what)
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, Tensor | np.ndarray) and value.ndim > 0
 
 
 def _plain_mapping(value: Mapping[Any, Any], what: str, texts: list[str]) -> dict[str, Any]:
@@ -74,8 +83,7 @@ def _plain_mapping(value: Mapping[Any, Any], what: str, texts: list[str]) -> dic
     for key, item in value.items():
         named = f"{what}, column {key!r}"
         if not _is_text(item):
-            nested = isinstance(item, Mapping)
-            found[key] = _plain(item, named, texts) if nested else plain_value(item, named)
+            found[key] = _plain_item(item, named, texts)
         elif key in LABELS:
             raise InputError(
                 f"{named} is the text {str(item)[:40]!r}; expected a number, its class from 0, or "
