@@ -65,8 +65,9 @@ from rankfold.machine.freed_memory import give_back_freed_memory
 from rankfold.machine.offload import Offload, advice
 from rankfold.machine.progress import TerminalProgress
 from rankfold.model.sizes import model_parameters
-from rankfold.report.report import source_lines
+from rankfold.report.data_lines import source_lines
 from rankfold.result import Result
+from rankfold.search.study import limits_of
 from rankfold.settings import SettingKeywords, SizeOf, check_size
 from rankfold.verify import verification_lines
 from rankfold.verify import verify as verify_artifact
@@ -167,7 +168,6 @@ def _compress(
             offload_folder=folders.offload_folder,
             **cast("SettingKeywords", vars(options.settings)),
         )
-    result.report["sources"] = [account.as_dict() for account in data.accounts]
     keep = saved(result)
     if keep:
         result.save(
@@ -205,6 +205,7 @@ def _opened(model: str, options: Compressing) -> tuple[OpenedModel, Data]:
     reading = replace(
         options.reading.data_options(settings.task, settings.seed),
         own_windows=(first, second, third),
+        limits=limits_of(settings),
     )
     if parts.data is not None:
         return opened, open_data(parts.data, opened, reading)
@@ -240,9 +241,7 @@ def evaluate(
             progress=TerminalProgress(),
         )
     if options.json:
-        account = getattr(examples, "account", None)
-        source = None if account is None else account.as_dict()
-        _print_json({"model": str(folder), "data": data, **found, "source": source})
+        _print_json({"model": str(folder), "data": data, **found})
     else:
         for line in evaluation_lines(found):
             typer.echo(line)

@@ -16,7 +16,18 @@ from rankfold.artifact.weights_file import load_weights
 from rankfold.certificate.change import weighted_mean
 from rankfold.cli.told import told
 from rankfold.data.account import Account, ReadExamples, spread_of
-from rankfold.data.parts import FEWEST, PARTS, SHARES, Data, Examples, as_examples, as_part, split
+from rankfold.data.given import as_examples, up_to
+from rankfold.data.parts import (
+    FEWEST,
+    PARTS,
+    SHARES,
+    USUAL_LIMITS,
+    Data,
+    Examples,
+    Limits,
+    as_part,
+    split,
+)
 from rankfold.data.record_examples import record_examples
 from rankfold.data.sources import (
     DEFAULT_SIZE,
@@ -43,6 +54,7 @@ from rankfold.integrations.vision import is_named, make_named, parse_named
 from rankfold.machine.progress import Progress, TerminalProgress
 from rankfold.tasks.evaluation import evaluate
 from rankfold.tasks.recognise import recognise_task
+from rankfold.tasks.repeated import refuse_random
 
 # A text is split in blocks of consecutive windows, about this many in all, so that few windows
 # have a neighbour in another part.
@@ -88,6 +100,7 @@ class DataOptions:
         tags_column: Column of their labels, None for ``tags``.
         own_windows: Windows that the model writes where DATA is ``self``, for each of the parts.
         skip_broken: Leave out files of a folder that can't be read, and name them on stderr.
+        limits: Most examples of each part: a stream that is split is read no further than that.
     """
 
     mean: Sequence[float] | None = None
@@ -103,6 +116,7 @@ class DataOptions:
     tags_column: str | None = None
     own_windows: tuple[int, int, int] = (64, 16, 64)
     skip_broken: bool = False
+    limits: Limits = USUAL_LIMITS
 
 
 def open_model(spec: str, weights: Path | None = None) -> OpenedModel:
@@ -208,10 +222,12 @@ def open_data(spec: str, opened: OpenedModel, options: DataOptions) -> Data:
         return Data(first, second, third)
     if kind != "text":
         found = _own_data(spec) if kind in OWN else _examples(spec, kind, opened, options)
-        return found if isinstance(found, Data) else split(found, options.seed)
+        if isinstance(found, Data):
+            return found
+        return split(found, options.seed, limits=options.limits)
     windows = _examples(spec, kind, opened, options)
     if not _reads_windows(opened, options):
-        return split(windows, options.seed)
+        return split(windows, options.seed, limits=options.limits)
     block = max(1, len(windows) // TEXT_BLOCKS)
     needed = 3 * FEWEST
     if len(windows) < needed:
@@ -250,7 +266,7 @@ def open_examples(spec: str, opened: OpenedModel, options: DataOptions, part: in
         return _own_text(opened, options, part)
     if kind in OWN:
         found = _own_data(spec)
-        return as_examples(getattr(found, PARTS[part]) if isinstance(found, Data) else found)[0]
+        return as_examples(getattr(found, PARTS[part]) if isinstance(found, Data) else found)
     return _examples(spec, kind, opened, options)
 
 
@@ -266,7 +282,8 @@ def _own_text(opened: OpenedModel, options: DataOptions, part: int) -> Examples:
     length = _length(opened, options)
     windows = hf.own_text(opened.model, count, length, seed << 20, TerminalProgress())
     lengths = spread_of([length] * count)
-    account = Account("text that the model writes", "window", count, count, lengths=lengths)
+    source = f"text that the model writes for the {PARTS[part].replace('_', '-')} part"
+    account = Account(source, "window", count, count, lengths=lengths)
     return told(ReadExamples(windows, account))
 
 
@@ -442,19 +459,25 @@ def evaluate_examples(
     Raises:
         InputError: Too few examples, or their loss isn't recognised or not finite.
     """
-    examples, collate = as_examples(examples)
-    chosen = [examples[index] for index in range(min(limit or len(examples), len(examples)))]
-    if len(chosen) < 2:
+    given = up_to(examples, limit or USUAL_LIMITS[-1])
+    count = min(limit or len(given), len(given))
+    if count < 2:
         raise InputError(
-            f"the data gives {len(chosen)} examples; expected 2 or more. Give more data, or "
+            f"the data gives {count} examples; expected 2 or more. Give more data, or "
             "shorter windows of text with --length."
         )
-    part = as_part("evaluation", chosen, collate)
+    beyond = len(given) - count
+    left_out = {f"beyond the first {count} (limit=)": beyond} if beyond else {}
+    part = as_part("evaluation", given.take(range(count), {**given.left_out, **left_out}))
     task = recognise_task(part, None, name, hint=hf.task_hint(opened.model))
+    refuse_random(opened.model, task, part)
     found = evaluate(opened.model, task, part, batch_size=batch_size, progress=progress)
     return {
         "task": task.name,
-        "examples": len(chosen),
+        "examples": count,
+        "sources": [] if given.account is None else [given.account.as_dict()],
+        "left_out": dict(part.left_out),
+        "columns_left_out": [*part.columns],
         "loss": {
             "unit": task.unit,
             "mean": found.mean,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rankfold.cli.app import as_options
 from rankfold.errors import InputError
+from rankfold.report.data_lines import data_lines
 
 NATURAL = 10_000  # columns of a console on which every table has room
 VERDICT_STYLE = {"better": "bold green", "lossless": "green", "not shown": "yellow", "worse": "red"}
@@ -33,7 +36,7 @@ def evaluation_lines(found: dict[str, Any]) -> list[str]:
         lines.append(f"perplexity {math.exp(min(700.0, loss['mean'])):.2f}")
     if found["accuracy"] is not None:
         lines.append(f"accuracy {found['accuracy']:.4f}")
-    return lines
+    return [*lines, *(as_options(line) for line in data_lines(found))]
 
 
 def result_table(report: dict[str, Any], title: str) -> Table:
@@ -111,12 +114,17 @@ def result_lines(report: dict[str, Any]) -> list[str]:
             "no labels were used: the loss is the distance from the original model's own outputs, "
             "so the verdict speaks of agreement with the original, not of being right"
         )
+    lines += _data_lines(report)
     low_rank = sum(layer["rank"] is not None for layer in report["layers"])
     lines.append(
         f"layers: {low_rank} factorized, {len(report['layers']) - low_rank} left dense by the "
         f"plan, {len(report['not_factorized'])} not factorized{_reasons(report)}"
     )
     return lines
+
+
+def _data_lines(report: Mapping[str, Any]) -> list[str]:
+    return [escape(as_options(line)) for line in data_lines(report)]
 
 
 def certificate_lines(certificate: dict[str, Any]) -> list[str]:

@@ -1,4 +1,8 @@
-"""What became of a source: how many examples it gave, how long, of which classes, and what not."""
+"""What became of a source: how many examples it gave, how long, of which classes, and what not.
+
+An account ends with the examples that were read. Which of them a run uses, and why not the others,
+is counted from there on by ``GivenExamples.left_out`` and ``Part.usage``: nothing is in both.
+"""
 
 from __future__ import annotations
 

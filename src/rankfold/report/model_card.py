@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from rankfold.report.report import source_lines
+from rankfold.report.data_lines import data_lines, source_lines
 from rankfold.settings import Settings
 
 CARD_FILE = "README.md"
@@ -133,7 +133,7 @@ def _how(report: Mapping[str, Any], versions: Mapping[str, str]) -> str:
             f"{part['digest'][:16]}…"
             for name, part in report["data"].items()
         ),
-        *(f"- {line}" for line in source_lines(report)),
+        *(f"- {line}" for line in (*source_lines(report), *data_lines(report))),
         "- versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()),
     ]
     return "\n".join(lines)

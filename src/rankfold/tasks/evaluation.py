@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.data.parts import Batch, Part, describe
+from rankfold.data.example import describe
+from rankfold.data.parts import Batch, Part
 from rankfold.errors import InputError
 from rankfold.machine.progress import Progress, SilentProgress
 from rankfold.model.evaluation_mode import evaluation_mode
@@ -139,7 +140,8 @@ def evaluate(
     if finite and not bool(torch.isfinite(losses).all()):
         bad = int((~torch.isfinite(losses)).nonzero()[0])
         raise InputError(
-            f"the loss of {part.name.replace('_', '-')} example {bad} is {float(losses[bad])}; "
+            f"the loss of {part.name.replace('_', '-')} example {part.number(bad)} is "
+            f"{float(losses[bad])}; "
             "expected finite losses. Check the model's weights and this example."
         )
     hits = [r.correct for r in results if r.correct is not None]
@@ -150,8 +152,8 @@ def evaluate(
 
 
 @contextmanager
-def running(batch: Batch) -> Iterator[None]:
-    """While the model runs on its first example: what it raises names the data.
+def running(batch: Batch, what: str = "its first calibration example") -> Iterator[None]:
+    """While the model runs on some examples: what it raises names the data.
 
     Raises:
         InputError: The model can't run on the batch.
@@ -162,7 +164,7 @@ def running(batch: Batch) -> Iterator[None]:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
         raise InputError(
-            f"the model can't run on the data: its first calibration example, "
+            f"the model can't run on the data: {what}, "
             f"{describe(batch)}, gave {type(error).__name__}: {error}. Check that the data "
             "belongs to this model."
         ) from error

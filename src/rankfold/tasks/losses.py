@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rankfold.data.parts import Batch, describe
+from rankfold.data.example import describe
+from rankfold.data.parts import Batch
 from rankfold.errors import InputError
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
@@ -157,7 +158,7 @@ def without_labels(batch: Batch) -> Any:
     """What of a batch the model is given."""
     if isinstance(batch, Mapping):
         return {key: value for key, value in batch.items() if key not in ("labels", "label")}
-    if isinstance(batch, tuple | list) and len(batch) == 2:
+    if isinstance(batch, tuple | list) and len(batch) in (1, 2):
         return batch[0]
     return batch
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
+from rankfold.data.example import describe
 from rankfold.data.parts import Batch, Part
 from rankfold.errors import InputError
 from rankfold.tasks.agreement import Embedding, Teacher
@@ -69,7 +70,8 @@ def recognise_task(
     found = name or _recognised(batch, hint)
     if found is None:
         raise InputError(
-            "the loss can't be recognised from the model and the data: expected token ids, a "
+            "the loss can't be recognised from the model and the data, whose examples are "
+            f"{describe(batch)}: expected token ids, a "
             "mapping with input_ids, or (input, integer label) pairs. Name the task, one of "
             f"{', '.join(TASKS)} (teacher needs no labels), or pass loss=, a function of the "
             "model and a batch that returns one loss per example."

@@ -19,6 +19,8 @@ from rankfold.data.sources.images import ImagePreparation
 from rankfold.data.sources.normalize import channel_values, normalize_images
 from rankfold.errors import InputError, require
 
+MOST_CHANNELS = 4
+
 
 class PreparedImages(Dataset[Any]):
     """Images of an array and their labels, each prepared when it is used.
@@ -110,6 +112,7 @@ def read_npz(
 
 
 def _arrays(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The arrays x and y; a file that holds others too is refused, since they would be dropped."""
     try:
         with np.load(file, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
@@ -119,6 +122,12 @@ def _arrays(file: Path) -> tuple[np.ndarray, np.ndarray]:
                 raise InputError(
                     f"{file} holds {', '.join(names) or 'nothing'}; expected the arrays x and y "
                     "(numpy.savez(file, x=..., y=...))."
+                )
+            others = [name for name in names if name not in ("x", "y")]
+            if others:
+                raise InputError(
+                    f"{file} holds {', '.join(others)} beside x and y; expected these two alone. "
+                    "Save them in a file of their own, or give the data as file.py:function."
                 )
             return archive["x"], archive["y"]
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -137,14 +146,24 @@ def _inputs(file: Path, x: np.ndarray) -> Tensor:
                 f"x in {file} is uint8 of shape {x.shape}; expected images (n, h, w, c) or "
                 "(n, h, w)."
             )
+        if x.ndim == 4 and x.shape[3] > MOST_CHANNELS:
+            raise InputError(
+                f"x in {file} is uint8 of shape {x.shape}; expected images (n, h, w, c) with at "
+                f"most {MOST_CHANNELS} channels, which stand last: x.transpose(0, 2, 3, 1) of "
+                "(n, c, h, w). Values of another kind are given as floats."
+            )
         images = torch.from_numpy(x if x.ndim == 4 else x[..., None])
         return images.permute(0, 3, 1, 2).contiguous().float() / 255
     if x.ndim < 2:
         raise InputError(f"x in {file} has the shape {x.shape}; expected one input a row.")
-    inputs = torch.from_numpy(x.astype(np.float32))
+    with np.errstate(over="ignore"):
+        inputs = torch.from_numpy(x.astype(np.float32))
     if not bool(torch.isfinite(inputs).all()):
         bad = int((~torch.isfinite(inputs.flatten(1)).all(1)).nonzero()[0])
-        raise InputError(f"x in {file} holds NaN or infinite values (first in example {bad}).")
+        raise InputError(
+            f"x in {file} holds values that are NaN, infinite or too large for float32 (first in "
+            f"example {bad}); expected finite ones."
+        )
     return inputs
 
 
