@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -31,6 +31,16 @@ def opening_an_artifact() -> Iterator[None]:
         raise
     except InputError as error:
         raise ArtifactError(str(error)) from error
+
+
+MOST_LISTED = 20
+
+
+def listed(problems: Sequence[str]) -> str:
+    """Problems a line each, for the indented part of a message; of many, the first ones."""
+    shown = "\n  ".join(problems[:MOST_LISTED])
+    more = len(problems) - MOST_LISTED
+    return f"{shown}\n  and {more} more" if more > 0 else shown
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rankfold.artifact.load import check_orders, empty_modules, restore_computed_buffers
 from rankfold.artifact.manifest import check_digest, check_structure
-from rankfold.errors import InputError, opening_an_artifact
+from rankfold.errors import InputError, listed, opening_an_artifact
 from rankfold.files.tensors import read_tensors
 from rankfold.integrations.transformers import QUANT_METHOD, is_transformers_model
 from rankfold.model.memory_layout import lay_out
@@ -221,10 +221,9 @@ def _check_stored(
     ]
     problems += [f"{name}: not in the model" for name in stored if only is None]
     if problems:
-        listed = "\n  ".join(problems[:20])
         raise InputError(
             f"the weights don't fit what {_WHERE} says. The folder is damaged: save or download it "
-            f"again.\n  {listed}"
+            f"again.\n  {listed(problems)}"
         )
 
 

@@ -22,7 +22,7 @@ from rankfold.artifact.manifest import (
     check_digest,
     read_manifest,
 )
-from rankfold.errors import InputError, opening_an_artifact
+from rankfold.errors import InputError, listed, opening_an_artifact
 from rankfold.files.tensors import read_tensors
 from rankfold.forms.embedding.fit import empty_uses
 from rankfold.forms.registry import form_named
@@ -247,9 +247,7 @@ def check_fit(
         if name in offered and offered[name].shape != wanted[name].shape
     ]
     if problems:
-        listed = "\n  ".join(problems[:20])
-        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise InputError(f"the weights in {where} don't fit the model:\n  {listed}{more}")
+        raise InputError(f"the weights in {where} don't fit the model:\n  {listed(problems)}")
 
 
 def _under_all_names(

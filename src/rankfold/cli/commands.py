@@ -270,7 +270,7 @@ def verify(
             raise InputError("--weights goes with --model; give both, or none of them.")
         # Other weights than the certified ones are what it is to find and name.
         opened = open_artifact(folder, own, as_saved=False)
-        original = None if model is None else open_model(model, weights).model
+        original = None if model is None else open_model(model, weights, to_be_filled=True).model
         if own is not None and weights is None and original is not None:
             # Without its weights a function may give any: only certified ones are an original.
             stated = read_document(folder)["models"].get("original")
@@ -368,7 +368,7 @@ def export(
     if model is not None and not gives_module(model):
         raise InputError(f"--model is {model}; expected file.py:function.")
     with redirect_stdout(sys.stderr):
-        own = None if model is None else open_model(model).model
+        own = None if model is None else open_model(model, to_be_filled=True).model
         done = export_artifact(
             folder, out, to=to, model=own, overwrite=overwrite,
             inputs=open_inputs(input_shape, inputs), dtype=dtype,

@@ -104,14 +104,27 @@ class DataOptions:
     skip_broken: bool = False
 
 
-def open_model(spec: str, weights: Path | None = None) -> OpenedModel:
+def open_model(
+    spec: str, weights: Path | None = None, *, to_be_filled: bool = False
+) -> OpenedModel:
     """MODEL: a folder, a ``.gguf`` file, ``timm:NAME``, or ``file.py:function`` of the user's own.
+
+    Args:
+        spec: MODEL.
+        weights: A file of weights, for what a function or a library makes.
+        to_be_filled: Other weights are put into it, or compared with its own, before it is used.
 
     Raises:
         InputError: Names what is wrong with it.
     """
     if is_named(spec):
-        return OpenedModel(_own_model(spec, weights), None, None, spec)
+        model = _own_model(spec, weights)
+        if weights is None and not to_be_filled:
+            raise InputError(
+                f"{spec} makes a model with random weights; expected --weights FILE.safetensors "
+                "with those of the trained model."
+            )
+        return OpenedModel(model, None, None, spec)
     if is_spec(spec):
         return OpenedModel(_own_model(spec, weights), None, None)
     path = Path(spec)
