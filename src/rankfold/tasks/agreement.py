@@ -14,6 +14,7 @@ from rankfold.model.evaluation_mode import evaluation_mode
 from rankfold.tasks.losses import (
     BatchLoss,
     divergence,
+    exact,
     field_of,
     labels_of,
     logits_of,
@@ -77,7 +78,7 @@ class Teacher:
         if self.logits:
             found, wanted = self._both(model, inputs, lambda m, x: logits_of(output_of(m, x)))
             return _divergence(found, wanted, mask)
-        found, wanted = self._both(model, inputs, lambda m, x: values_of(output_of(m, x)).float())
+        found, wanted = self._both(model, inputs, lambda m, x: exact(values_of(output_of(m, x))))
         return _relative_distance(found, wanted, mask)
 
 
@@ -103,17 +104,18 @@ class Embedding(Teacher):
 
 
 def unit_embeddings(model: nn.Module, inputs: Any) -> Tensor:
-    """Embeddings of a model, ``(n, features)`` float32 of length 1; see ``Embedding``."""
+    """Embeddings of a model, ``(n, features)`` of length 1; see ``Embedding``."""
     output = output_of(model, inputs)
     found, hidden = field_of(output, "sentence_embedding"), field_of(output, "last_hidden_state")
     if found is None and hidden is not None and hidden.dim() == 3:
         mask = field_of(inputs, "attention_mask")
         if mask is None or mask.shape != hidden.shape[:2]:  # images have no mask of their patches
             mask = hidden.new_ones(hidden.shape[:2])
+        hidden = exact(hidden)  # half precision can't count a few hundred tokens
         weights = mask.to(hidden.dtype)
         found = (hidden * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
     found = values_of(output) if found is None else found
-    return functional.normalize(found.float().flatten(1), dim=-1)
+    return functional.normalize(exact(found).flatten(1), dim=-1)
 
 
 def _divergence(found: Tensor, original: Tensor, mask: Tensor | None) -> BatchLoss:

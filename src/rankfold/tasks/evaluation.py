@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from rankfold.data.parts import Batch, Part, describe
 from rankfold.errors import InputError
@@ -163,22 +165,45 @@ def running(batch: Batch) -> Iterator[None]:
         ) from error
 
 
+# Names of what is compared with, hidden by or computed to positions with: no values of the model's.
+_KEPT = re.compile(
+    r"(^|_)(labels?|targets?|future|masks?)(_|$)"
+    r"|(^|_)(positions?|position_ids|coords?|coordinates|times?|timestamps?|bbox|boxes)$"
+)
+
+
 def on_device(batch: Batch, model: nn.Module) -> Batch:
-    """The batch with its tensors on the model's device, floating ones in the model's dtype."""
+    """The batch with its tensors on the model's device, floating inputs in the model's dtype.
+
+    Labels, targets, masks and positions keep their own dtype: what stands in a mapping under such
+    a name, and all but the first of a tuple or list.
+    """
     parameters = list(model.parameters())
     if not parameters:
         return batch
     # Weights may be stored in int8 beside their scales; inputs are of the type computed with.
     parameter = next((p for p in parameters if p.is_floating_point()), parameters[0])
+    device, dtype = parameter.device, parameter.dtype
 
-    def move(value: Any) -> Any:
+    def move(value: Any, kept: bool) -> Any:
         if torch.is_tensor(value):
-            dtype = parameter.dtype if value.is_floating_point() else value.dtype
-            return value.to(parameter.device, dtype)
+            return value.to(device, dtype if value.is_floating_point() and not kept else None)
+        if isinstance(value, PackedSequence):
+            return value.to(device, value.data.dtype if kept else dtype)
         if isinstance(value, Mapping):
-            return {key: move(item) for key, item in value.items()}
+            return {key: move(v, kept or bool(_KEPT.search(str(key)))) for key, v in value.items()}
         if isinstance(value, tuple | list):
-            return tuple(move(item) for item in value)
+            return _like(value, [move(item, kept) for item in value])
         return value
 
-    return move(batch)
+    if isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence):
+        return _like(batch, [move(item, kept=place > 0) for place, item in enumerate(batch)])
+    return move(batch, kept=False)
+
+
+def _like(given: tuple[Any, ...] | list[Any], items: list[Any]) -> Any:
+    """The items as what was given: a tuple, a list or a named tuple."""
+    if isinstance(given, list):
+        return items
+    make = getattr(type(given), "_make", tuple)
+    return make(items)

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from rankfold.data.parts import Batch, describe
 from rankfold.errors import InputError
+from rankfold.model.layer_matrix import kept_dtype
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 
@@ -78,12 +79,32 @@ def token_losses(logits: Tensor, labels: Tensor) -> BatchLoss:
             "expected logits (examples, tokens, classes) for labels (examples, tokens). Check "
             "that the task is the model's."
         )
+    labels = whole_labels(labels)
     kept = labels != IGNORED
     check_labels(labels[kept], logits.shape[-1])
     flat = logits[kept]  # (terms, classes)
-    nll = functional.cross_entropy(flat.float(), labels[kept], reduction="none")
+    nll = functional.cross_entropy(exact(flat), labels[kept], reduction="none")
     hits = (flat.argmax(-1) == labels[kept]).to(nll.dtype)
     return loss_of_terms(nll, flat, hits, kept)
+
+
+def exact(values: Tensor) -> Tensor:
+    """Values as losses are computed of them: in float32, or float64 where they are float64."""
+    return values.to(kept_dtype(values))
+
+
+def whole_labels(labels: Tensor) -> Tensor:
+    """Labels as int64, which holds every class and ``IGNORED``.
+
+    Raises:
+        InputError: They are no whole numbers.
+    """
+    if labels.is_floating_point() or labels.is_complex():
+        raise InputError(
+            f"the labels are {str(labels.dtype).removeprefix('torch.')}; expected whole numbers, "
+            "the class of each example or token. For values use task regression."
+        )
+    return labels.long()
 
 
 def loss_of_terms(each: Tensor, logits: Tensor, hits: Tensor, kept: Tensor) -> BatchLoss:
@@ -105,13 +126,13 @@ def loss_of_terms(each: Tensor, logits: Tensor, hits: Tensor, kept: Tensor) -> B
 
 
 def divergence(found: Tensor, original: Tensor) -> Tensor:
-    """``KL(original || found)`` of the predictions of each term, ``(terms,)`` float32 nats.
+    """``KL(original || found)`` of the predictions of each term, ``(terms,)`` nats.
 
     Args:
         found: ``(terms, classes)`` logits.
         original: ``(terms, classes)`` logits.
     """
-    log_found, log_original = (logits.float().log_softmax(-1) for logits in (found, original))
+    log_found, log_original = (exact(logits).log_softmax(-1) for logits in (found, original))
     each = functional.kl_div(log_found, log_original, log_target=True, reduction="none")
     return each.sum(-1)
 
@@ -133,7 +154,7 @@ def values_of(output: Any) -> Tensor:
     if isinstance(output, Mapping):
         named = [v for k, v in output.items() if k.endswith("_embeds") and torch.is_tensor(v)]
         if named:  # several towers, such as of images and texts: each counts alike
-            return torch.cat([functional.normalize(v.float(), dim=-1) for v in named], dim=-1)
+            return torch.cat([functional.normalize(exact(v), dim=-1) for v in named], dim=-1)
         hidden = field_of(output, "last_hidden_state")
         if hidden is not None:
             return hidden
