@@ -189,7 +189,8 @@ def on_device(batch: Batch, model: nn.Module) -> Batch:
         if torch.is_tensor(value):
             return value.to(device, dtype if value.is_floating_point() and not kept else None)
         if isinstance(value, PackedSequence):
-            return value.to(device, value.data.dtype if kept else dtype)
+            packed: Any = value  # the type of its method knows no device beside a dtype
+            return packed.to(device, value.data.dtype if kept else dtype)
         if isinstance(value, Mapping):
             return {key: move(v, kept or bool(_KEPT.search(str(key)))) for key, v in value.items()}
         if isinstance(value, tuple | list):
