@@ -14,6 +14,7 @@ from torch.nn import functional
 from rankfold.data.parts import Batch, describe
 from rankfold.errors import InputError
 from rankfold.model.layer_matrix import kept_dtype
+from rankfold.tasks.last_token import last_token_output, reads_last_token
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 
@@ -218,10 +219,16 @@ def labels_of(batch: Batch) -> Tensor | None:
 def output_of(model: nn.Module, inputs: Any) -> Any:
     """Call a model with a mapping, token ids, or whatever else it takes."""
     if isinstance(inputs, Mapping):
-        return call(model, inputs, wrapped=True)
+        return _called(model, inputs, wrapped=True)
     if torch.is_tensor(inputs) and not inputs.is_floating_point():
-        return call(model, {"input_ids": inputs}, wrapped=False)
+        return _called(model, {"input_ids": inputs}, wrapped=False)
     return model(inputs)
+
+
+def _called(model: nn.Module, inputs: Mapping[str, Tensor], wrapped: bool) -> object:
+    if reads_last_token(model):
+        return last_token_output(model, inputs, lambda given: call(model, given, wrapped))
+    return call(model, inputs, wrapped)
 
 
 def call(model: nn.Module, inputs: Mapping[str, Tensor], wrapped: bool) -> object:
