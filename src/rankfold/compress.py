@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -21,7 +21,6 @@ from rankfold.search.round import Round, start_round
 from rankfold.search.study import open_inputs, study_of
 from rankfold.search.trial import lowest
 from rankfold.settings import Options, SizeOf, check_size, read_options
-from rankfold.tasks.last_token import goes_alone
 
 
 def lossless(
@@ -78,8 +77,6 @@ def _ready(model: nn.Module, data: object, margin: float | None, given: Options)
     data = enough_held_out(data, settings, metrics, margin)
     trim_freed_memory()  # what opening the model left
     inputs = open_inputs(model, data, settings, loss=loss, metrics=metrics)
-    if goes_alone(inputs.subject.model):
-        settings = replace(settings, batch_size=1)
     held_out = HeldOut.sealed(inputs.held_out, settings, metrics, margin)
     study = study_of(inputs, settings, progress=progress, offload=offload)
     if settings.damping == "auto":

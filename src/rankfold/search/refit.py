@@ -43,6 +43,7 @@ from rankfold.search.round import Round
 from rankfold.search.side_by_side import Pairs, run_in_step
 from rankfold.search.trial import Refit, Trial, try_on_selection
 from rankfold.tasks.evaluation import on_device
+from rankfold.tasks.last_token import goes_alone
 from rankfold.tasks.losses import Task, field_of, output_of, without_labels
 
 # The share that is taken of the solution, and what is added to E[p pᵀ], of its mean eigenvalue.
@@ -182,6 +183,7 @@ def fitted_again(
         batch_size: Examples a batch.
         progress: Shows the layers.
     """
+    batch_size = 1 if goes_alone(factorized) else batch_size  # a pass calls each layer once
     modules = _with_own_bias(factorized, names)
     first = part.batches(batch_size)[0]
     batch = on_device(part.collate(first), factorized)
