@@ -31,6 +31,7 @@ from rankfold.integrations import transformers as hf
 from rankfold.integrations.vision import NamedModel, make_named
 from rankfold.model.layer_matrix import MatrixLayer
 from rankfold.model.memory_layout import lay_out
+from rankfold.model.of_user import hooked
 from rankfold.model.replace import put_modules
 from rankfold.model.unpack import put_back, unpack_named, unwrapped
 
@@ -105,6 +106,7 @@ def fill(
         InputError: A layer, a name or a shape does not match; each is named with both shapes. With
             ``as_saved``, also where the digest does not.
     """
+    check_hooks(model, manifest["model"], where)
     packed = unpack_named(model, manifest.get("unpacked", []), where)
     before: dict[str, nn.Module] = {}
     try:
@@ -127,6 +129,21 @@ def fill(
     restore_computed_buffers(model, manifest["model"]["computed_buffers"])
     lay_out(model, orders)
     return model
+
+
+def check_hooks(model: nn.Module, said: Mapping[str, Any], where: str) -> None:
+    """Refuse a model that lacks hooks with which the saved one computed.
+
+    Raises:
+        InputError: The modules are named.
+    """
+    lacking = sorted({*said.get("hooks", [])} - {*hooked(model)})
+    if lacking:
+        raise InputError(
+            f"the model in {where} computes with hooks, which no file holds, and the given one has "
+            f"none on these modules:\n  {listed(lacking)}\n"
+            "Open it by rankfold.load(folder, model=...), with a model that has the hooks."
+        )
 
 
 def check_orders(

@@ -13,6 +13,7 @@ from torch import nn
 
 from rankfold.errors import InputError
 from rankfold.model.layer_matrix import MatrixLayer, matrix_shape
+from rankfold.model.of_user import own_behaviour
 
 # A Gram of a side of this many features takes 2 GiB in float64.
 LARGEST_SIDE = 16384
@@ -132,6 +133,8 @@ def _embedding_reason(
             return f"{name} ({type(module).__name__}) looks its rows up by a rule of its own"
         if name not in matrix.uses:
             return f"{name} ({type(module).__name__}) uses its matrix in another way"
+        if (behaviour := own_behaviour(module)) is not None:
+            return f"of {name}: {behaviour}"
     if any(lookup.max_norm is not None for lookup in matrix.lookups.values()):
         return "it rescales its rows when they are looked up (max_norm)"
     elsewhere = sum(
@@ -234,6 +237,8 @@ def _reason(
         return "not included"
     if any(_matches(name, pattern) for pattern in exclude):
         return "excluded"
+    if (behaviour := own_behaviour(module)) is not None:
+        return behaviour
     if "weight" not in module._parameters:
         return "its weight is computed from other parameters"
     if name == "":

@@ -394,6 +394,15 @@ class UnpackedRule(nn.Module):
         self.matrix = matrix
         self.call = call
 
+    def __getattr__(self, name: str) -> Any:
+        """What else a model asks the layer for, such as its geometry, the rule knows."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "rule":
+                raise
+            return getattr(self.rule, name)
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the layer computes.
 

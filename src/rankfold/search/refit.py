@@ -269,7 +269,7 @@ class _Fit:
         if any(batch.streams is not None for batch in rows):
             self.residual.append(name)
         change = _change(module, rows)
-        self.found[name] = _without_hooks(module.with_output_change(change))
+        self.found[name] = module.with_output_change(change)
         changed = [change.of_outputs(batch.outputs, module.bias) for batch in rows]
         return [y.movedim(-1, _channel_axis(module)) for y in changed]
 
@@ -281,14 +281,6 @@ class _Fit:
             for new, old in zip(module.parameters(), olds, strict=True):
                 new.requires_grad_(old.requires_grad)
         return self.found
-
-
-def _without_hooks(module: FactorizedLayer) -> FactorizedLayer:
-    """A copy of a layer that is looked at, without what looks at it."""
-    for part in module.modules():
-        part._forward_hooks.clear()
-        part._forward_pre_hooks.clear()
-    return module
 
 
 def _forward(task: Task, model: nn.Module, batch: Batch) -> None:
@@ -388,7 +380,7 @@ def _outputs_of_one(
 
     with ExitStack() as stack:
         for name, module in modules.items():
-            handle = module.register_forward_hook(partial(saw, name))
+            handle = module.register_forward_hook(partial(saw, name), prepend=True)
             stack.callback(handle.remove)
         stack.enter_context(evaluation_mode(model))
         _forward(task, model, batch)

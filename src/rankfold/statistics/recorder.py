@@ -275,7 +275,9 @@ class _Recorder:
             stack.enter_context(self.embeddings.attached())
             for name, layer in self.layers.items():
                 hook = partial(self._saw_call, name)
-                stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
+                # Before hooks of the user's, which change what the layer itself gives.
+                after = layer.register_forward_hook(hook, prepend=True, with_kwargs=True)
+                stack.callback(after.remove)
                 if self.curvature is not None:
                     before = layer.register_forward_pre_hook(
                         self._require_gradient, with_kwargs=True

@@ -69,7 +69,9 @@ def trace(model: nn.Module, task: Task, part: Part) -> Trace:
                     rows[name] = rows.get(name, 0) + calls
                     flops[name] = flops.get(name, 0) + 2 * calls * weight.numel()
 
-            stack.callback(module.register_forward_hook(count, with_kwargs=True).remove)
+            stack.callback(
+                module.register_forward_hook(count, prepend=True, with_kwargs=True).remove
+            )
         batch = on_device(part.collate(part.examples[:1]), model)
         with evaluation_mode(model), running(batch):
             task.batch_loss(model, batch)
