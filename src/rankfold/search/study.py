@@ -32,7 +32,7 @@ from rankfold.statistics.labels import TEXT, Curvature, calibration_loss, choose
 from rankfold.statistics.layer_statistics import LayerStatistics
 from rankfold.statistics.recorder import collect_statistics
 from rankfold.statistics.trace import trace
-from rankfold.tasks.evaluation import Metric, evaluate, metric_values
+from rankfold.tasks.evaluation import Metric, check_fast_path, evaluate, metric_values
 from rankfold.tasks.losses import Task
 from rankfold.tasks.recognise import recognise_task
 from rankfold.tasks.supervised import LossFunction
@@ -161,6 +161,7 @@ def open_inputs(
     parts = _choose_parts(data, task, settings)
     _try_metrics(model, task, parts["calibration"].take([0]), metrics, settings)
     seen = trace(model, task, parts["calibration"])
+    check_fast_path(unpacked.given, task, parts["calibration"])
     subject = Subject(unpacked, model, model, layers, embeddings, tuple(skipped), seen)
     held_out = parts.pop("held_out")
     return Inputs(subject, task, parts, held_out)

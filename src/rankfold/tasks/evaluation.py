@@ -146,6 +146,33 @@ def evaluate(
     return Evaluation(losses, terms, torch.cat(hits).double().cpu() if hits else None)
 
 
+def check_fast_path(model: nn.Module, task: Task, part: Part) -> None:
+    """Refuse a model whose loss is another one where torch's fast path runs.
+
+    There ``nn.TransformerEncoder`` gives zeros at positions that a padding mask hides. Otherwise,
+    and once its layers are factorized, it gives values that mean nothing, and the model reads them.
+
+    Raises:
+        InputError: As said; both losses are named.
+    """
+    if not any(getattr(module, "use_nested_tensor", False) for module in model.modules()):
+        return
+    batch = on_device(part.collate(part.batches()[0]), model)
+    with evaluation_mode(model):
+        slow = task.batch_loss(model, batch).losses
+        torch.backends.mha.set_fastpath_enabled(True)
+        fast = task.batch_loss(model, batch).losses
+    rounding = torch.finfo(slow.dtype).eps ** 0.5
+    if not torch.allclose(fast, slow, rtol=rounding, atol=rounding, equal_nan=True):
+        raise InputError(
+            f"the model's loss is {float(fast.mean()):.4f} with torch's fast path and "
+            f"{float(slow.mean()):.4f} without it, on the same examples: it reads what "
+            "nn.TransformerEncoder gives at positions that src_key_padding_mask hides, zeros or "
+            "values that mean nothing. Leave these positions out of what comes after the encoder, "
+            "or make it with enable_nested_tensor=False."
+        )
+
+
 @contextmanager
 def running(batch: Batch) -> Iterator[None]:
     """While the model runs on its first example: what it raises names the data.
