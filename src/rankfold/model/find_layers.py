@@ -11,7 +11,7 @@ from typing import TypeAlias, cast
 import torch
 from torch import nn
 
-from rankfold.errors import InputError
+from rankfold.errors import InputError, visible
 from rankfold.model.layer_matrix import MatrixLayer, matrix_shape
 from rankfold.model.of_user import own_behaviour
 
@@ -194,7 +194,7 @@ def find_layers(
     known = [*layers, *(s.name for s in skipped), *decided]
     _check_patterns(known, [*include, *exclude])
     if not layers and None not in decided.values():
-        listed = "".join(f"\n  {s.name} ({s.kind}): {s.reason}" for s in skipped[:20])
+        listed = "".join(f"\n  {visible(s.name)} ({s.kind}): {s.reason}" for s in skipped[:20])
         raise InputError(
             f"the model {type(model).__name__} has no layer to factorize; expected at least one "
             f"matrix of rank 2 or more in a layer of a kind that can be factorized "
@@ -300,14 +300,16 @@ def groups_reason(conv: _Conv) -> str | None:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether a pattern matches a name, or that of a module around it."""
+    """Whether a pattern matches a name, or that of a module around it; a name matches itself."""
     parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
+    names = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    return any(pattern in (one, visible(one)) or fnmatchcase(one, pattern) for one in names)
 
 
 def _check_patterns(names: Sequence[str], patterns: Sequence[str]) -> None:
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in names):
             raise InputError(
-                f"the pattern {pattern!r} matches no layer; names look like {', '.join(names[:5])}."
+                f"the pattern {pattern!r} matches no layer; names look like "
+                f"{', '.join(map(visible, names[:5]))}."
             )
