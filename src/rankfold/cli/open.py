@@ -37,6 +37,7 @@ from rankfold.data.sources import (
 from rankfold.errors import InputError
 from rankfold.export.example_inputs import Given
 from rankfold.integrations import transformers as hf
+from rankfold.integrations.lengths import default_length, most_tokens, only_length
 from rankfold.integrations.processors import has_processor, image_preparation, sound_preparation
 from rankfold.integrations.vision import is_named, make_named, parse_named
 from rankfold.machine.progress import Progress, TerminalProgress
@@ -412,15 +413,17 @@ def _tokenize(tokenizer: Any, text: str) -> list[int]:
 
 
 def _length(opened: OpenedModel, options: DataOptions) -> int:
-    longest = getattr(getattr(opened.model, "config", None), "max_position_embeddings", None)
-    if options.length is not None:
-        if options.length < 2 or (longest is not None and options.length > longest):
-            raise InputError(
-                f"--length is {options.length}; expected 2 tokens or more"
-                + (f", and at most the model's {longest}." if longest else ".")
-            )
-        return options.length
-    return min(512, longest) if isinstance(longest, int) else 512
+    asked, fixed, longest = options.length, only_length(opened.model), most_tokens(opened.model)
+    if asked is None:
+        return default_length(opened.model, opened.tokenizer)
+    if fixed is not None and asked != fixed:
+        raise InputError(f"--length is {asked}; this model takes {fixed} tokens, no more or fewer.")
+    if asked < 2 or (longest is not None and asked > longest):
+        raise InputError(
+            f"--length is {asked}; expected 2 tokens or more"
+            + (f", and at most the model's {longest}." if longest else ".")
+        )
+    return asked
 
 
 def open_inputs(shape: str | None, spec: str | None) -> Given | None:
