@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -146,10 +147,12 @@ def open_model(
         has_tokenizer = any(path.glob("tokenizer*")) or any(path.glob("vocab*"))
         return OpenedModel(model, hf.load_tokenizer(path) if has_tokenizer else None, path)
     what = "is a file" if path.exists() else "does not exist"
+    hub = not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", spec)
     raise InputError(
         f"the model {spec} {what}; expected a transformers folder, a .gguf file, or, with "
         "--weights FILE.safetensors, timm:NAME, torchvision:NAME or file.py:function giving an "
         "nn.Module."
+        + (f" Of a hub, download it before: hf download {spec} --local-dir DIR." if hub else "")
     )
 
 

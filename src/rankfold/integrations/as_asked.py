@@ -144,6 +144,8 @@ def opening(what: object) -> Iterator[None]:
         raise
     except Exception as error:  # damaged files make transformers fail in any way
         reason = str(error) or type(error).__name__
+        if "trust_remote_code" in reason:
+            reason = "it needs code of its own, and rankfold runs no code from a folder."
         raise InputError(f"transformers can't open {what}: {reason}") from error
 
 

@@ -28,8 +28,10 @@ from rankfold.integrations.as_asked import (
     opening,
     without_bars,
 )
+from rankfold.integrations.other_folders import refuse_other_folders
 from rankfold.machine.progress import Progress, SilentProgress
 from rankfold.model.evaluation_mode import evaluation_mode
+from rankfold.tasks.recognise import MULTI_LABEL
 
 QUANT_METHOD = "rankfold"  # how config.json calls what opens the folder
 # Stands in config.json where the name of the file of weights may stand. Where rankfold is imported
@@ -95,8 +97,12 @@ def task_hint(model: nn.Module) -> str | None:
     name, config = type(model).__name__, cast("Any", model).config
     purpose = next((p for part, p in _PURPOSES.items() if part in name), None)
     generates = bool(cast("Any", model).can_generate())
-    if purpose == "classification" and getattr(config, "problem_type", None) == "regression":
-        return "regression"
+    if purpose == "classification":
+        # As in the losses of transformers: one value an example is a regression.
+        kind = getattr(config, "problem_type", None)
+        if kind == "regression" or (kind is None and getattr(config, "num_labels", None) == 1):
+            return "regression"
+        return MULTI_LABEL if kind == "multi_label_classification" else purpose
     if purpose == "seq2seq" or (purpose is None and generates):
         # Of a decoder alone it is a language model, which may look at images, too.
         return "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal-lm"
@@ -111,6 +117,7 @@ def load_folder(folder: Path) -> nn.Module:
     Raises:
         InputError: No such folder, no configuration, no safetensors, or a rankfold artifact.
     """
+    refuse_other_folders(folder)
     config = _config(folder)
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from rankfold.model.copied import copied
 from rankfold.model.of_user import carry_over
 
 
@@ -34,7 +35,7 @@ def with_replaced(
             for a copy that is only looked at.
     """
     weights = weights or {}
-    memo: dict[int, object] = {
+    memo: dict[int, Any] = {
         id(model.get_submodule(name)): module for name, module in modules.items()
     }
     if share:
@@ -42,7 +43,7 @@ def with_replaced(
         for name, weight in weights.items():
             old = cast("nn.Parameter", model.get_submodule(name).weight)
             memo[id(old)] = nn.Parameter(weight.to(old).view_as(old), old.requires_grad)
-    twin = copy.deepcopy(model, memo)
+    twin = copied(model, memo)
     for name, module in modules.items():
         carry_over(name, model.get_submodule(name), module, partial(copy.deepcopy, memo=memo))
         # A bias that stands in another module, too, as a masked language model's does.

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankfold.errors import InputError
 from rankfold.model.computed_weights import baked, shallow_copy, weight_hooks
+from rankfold.model.copied import copied
 from rankfold.model.find_layers import groups_reason, plain_kind
 from rankfold.model.of_user import bare_copy, carry_over, hooked, own_behaviour
 from rankfold.model.replace import put_modules
@@ -84,12 +85,13 @@ def unpack(model: nn.Module) -> Unpacked:
         memo: dict[int, Any] = {id(parameter): parameter for parameter in twin.parameters()}
         olds = {name: twin.get_submodule(name) for name in replaced}
         memo |= {id(olds[name]): module for name, module in replaced.items()}
-        twin = copy.deepcopy(twin, memo)
+        twin = copied(twin, memo)
         for name, module in replaced.items():
             carry_over(name, olds[name], module, partial(copy.deepcopy, memo=memo))
         names += replaced
-    if compiled and twin is given:  # a copy drops what was compiled in place
-        twin = copy.deepcopy(given, {id(parameter): parameter for parameter in given.parameters()})
+    if twin is given:
+        of_given = copied(given, {id(parameter): parameter for parameter in given.parameters()})
+        twin = of_given if compiled else given  # a copy drops what was compiled in place
     return Unpacked(given, twin, names)
 
 

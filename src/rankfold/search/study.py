@@ -160,7 +160,7 @@ def open_inputs(
     task = recognise_task(sample, loss, settings.task, originals, task_hint(model))
     parts = _choose_parts(data, task, settings)
     _try_metrics(model, task, parts["calibration"].take([0]), metrics, settings)
-    seen = trace(model, task, parts["calibration"])
+    seen = trace(model, task, parts["calibration"], unpacked.given)
     check_fast_path(unpacked.given, task, parts["calibration"])
     subject = Subject(unpacked, model, model, layers, embeddings, tuple(skipped), seen)
     held_out = parts.pop("held_out")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -174,8 +176,13 @@ def check_fast_path(model: nn.Module, task: Task, part: Part) -> None:
 
 
 @contextmanager
-def running(batch: Batch) -> Iterator[None]:
-    """While the model runs on its first example: what it raises names the data.
+def running(batch: Batch, as_given: Callable[[], object] | None = None) -> Iterator[None]:
+    """While the model runs on its first example: what it raises names model, data and error.
+
+    Args:
+        batch: The example.
+        as_given: Runs the model as the user gave it. Where that goes well, the error is not the
+            user's.
 
     Raises:
         InputError: The model can't run on the batch.
@@ -185,11 +192,33 @@ def running(batch: Batch) -> Iterator[None]:
     except (InputError, torch.cuda.OutOfMemoryError):
         raise
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        what = f"its first calibration example, {describe(batch)}, gave {_raised(error)}"
+        if as_given is not None and _runs(as_given):
+            raise InputError(
+                "the model runs on the data, but not with its layers written as Linear and conv: "
+                f"{what}. That is a fault of rankfold, not of the model or the data: please report "
+                "it. The layer that raised it may be left out with exclude=."
+            ) from error
         raise InputError(
-            f"the model can't run on the data: its first calibration example, "
-            f"{describe(batch)}, gave {type(error).__name__}: {error}. Check that the data "
-            "belongs to this model."
+            f"the model can't run on the data: {what}. Calling the model on one example in Python "
+            "shows where: its inputs, their shapes and types are as the model's forward wants them?"
         ) from error
+
+
+def _raised(error: Exception) -> str:
+    """What was raised, and in which line of which file."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = next((f for f in reversed(frames) if "/torch/" not in f.filename), None)
+    where = "" if frame is None else f" ({Path(frame.filename).name}, line {frame.lineno})"
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def _runs(function: Callable[[], object]) -> bool:
+    try:
+        function()
+    except Exception:
+        return False
+    return True
 
 
 # Names of what is compared with, hidden by or computed to positions with: no values of the model's.

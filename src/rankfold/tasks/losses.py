@@ -82,6 +82,7 @@ def token_losses(logits: Tensor, labels: Tensor) -> BatchLoss:
         )
     labels = whole_labels(labels)
     kept = labels != IGNORED
+    check_classes(logits)
     check_labels(labels[kept], logits.shape[-1])
     flat = logits[kept]  # (terms, classes)
     nll = functional.cross_entropy(exact(flat), labels[kept], reduction="none")
@@ -256,6 +257,21 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
+def check_classes(logits: Tensor) -> None:
+    """Refuse logits of a single class, of which the cross-entropy is always 0.
+
+    Raises:
+        InputError: As said.
+    """
+    if logits.shape[-1] < 2:
+        raise InputError(
+            "the model gives one logit, and the cross-entropy of one class is always 0: it decides "
+            "between yes and no, or gives a value. Pass loss=, a function of the model and a batch "
+            "such as binary_cross_entropy_with_logits(..., reduction='none'), or name the task "
+            "regression, for the squared error."
+        )
+
+
 def check_labels(labels: Tensor, classes: int) -> None:
     """Refuse labels that are no place among the classes.
 
@@ -266,5 +282,5 @@ def check_labels(labels: Tensor, classes: int) -> None:
         bad = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
         raise InputError(
             f"label {bad} is outside the model's {classes} logits (expected 0..{classes - 1}). "
-            "Check that the data belongs to this model."
+            "Give labels that are numbers of the model's classes."
         )

@@ -17,6 +17,7 @@ from rankfold.tasks.losses import (
     BatchLoss,
     TaskName,
     call,
+    check_classes,
     check_labels,
     exact,
     logits_of,
@@ -100,6 +101,12 @@ class Classification:
         inputs, labels = with_labels(self.name, batch, dimensions=1)
         logits = logits_of(output_of(model, inputs))
         labels = whole_labels(labels)
+        if logits.dim() != 2 or len(logits) != len(labels):
+            raise InputError(
+                f"the model gave {describe(logits)} for {len(labels)} labels; expected logits "
+                "(examples, classes). For one value an example use task regression."
+            )
+        check_classes(logits)
         check_labels(labels, logits.shape[-1])
         losses = functional.cross_entropy(exact(logits), labels, reduction="none")
         correct = (logits.argmax(-1) == labels).to(losses.dtype)
