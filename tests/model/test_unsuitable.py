@@ -121,6 +121,28 @@ def test_an_error_of_the_model_is_told_as_it_is() -> None:
     assert "belongs" not in message
 
 
+class OnlyShort(nn.Module):
+    """Fails at one example that is not the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 12), nn.Linear(12, 5)
+
+    def forward(self, values: Tensor) -> Tensor:
+        assert float(values.max()) < 50, "too large"
+        return self.last(self.first(values))
+
+
+@pytest.mark.parametrize("place", [7, 25, 38])
+def test_an_error_at_a_later_example_is_told_likewise(place: int) -> None:
+    examples = [(torch.rand(6), n % 5) for n in range(45)]
+    examples[place][0][3] = 99
+    data = rankfold.Data(examples[:20], examples[20:30], examples[30:])
+    part = {7: "calibration", 25: "selection", 38: "held-out"}[place]
+    with pytest.raises(InputError, match=rf"batch of the {part} part, .*AssertionError: too large"):
+        rankfold.lossless(OnlyShort(), data, size=0.8)
+
+
 class Asks(nn.Module):
     """Asks a packed layer for what no other has."""
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from rankfold.data.parts import Part, default_batch_size
 from rankfold.errors import InputError
 from rankfold.model.evaluation_mode import evaluation_mode
-from rankfold.tasks.evaluation import on_device
+from rankfold.tasks.evaluation import on_device, running
 from rankfold.tasks.losses import BatchLoss, Task
 
 Curvature: TypeAlias = Literal["empirical", "sampled"]
@@ -51,7 +51,9 @@ def calibration_loss(model: nn.Module, task: Task, part: Part) -> tuple[float, i
     classes = None
     with evaluation_mode(model):
         for examples in few:
-            result = task.batch_loss(model, on_device(part.collate(examples), model))
+            batch = on_device(part.collate(examples), model)
+            with running(batch, what="a batch of the calibration part"):
+                result = task.batch_loss(model, batch)
             losses += float((result.losses * result.terms).sum())
             terms += float(result.terms.sum())
             classes = None if result.logits is None else result.logits.shape[-1]

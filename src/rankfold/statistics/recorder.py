@@ -57,7 +57,7 @@ from rankfold.statistics.labels import (
     sampled_losses,
 )
 from rankfold.statistics.layer_statistics import DominantRows, LayerStatistics
-from rankfold.tasks.evaluation import on_device
+from rankfold.tasks.evaluation import on_device, running
 from rankfold.tasks.losses import Task
 
 
@@ -330,7 +330,8 @@ class _Recorder:
         self._inputs.clear()
         self._first_inputs.clear()
         self.passes += 1
-        result = task.batch_loss(model, batch)
+        with running(batch, what="a batch of the calibration part"):
+            result = task.batch_loss(model, batch)
         self._inputs.clear()
         if not bool(torch.isfinite(result.losses).all()):
             raise InputError(

@@ -132,7 +132,8 @@ def evaluate(
     with evaluation_mode(model):
         for examples in progress.track(batches, stage, len(batches)):
             batch = on_device(part.collate(examples), model)
-            result = task.batch_loss(model, batch)
+            with running(batch, what=f"a batch of the {part.name.replace('_', '-')} part"):
+                result = task.batch_loss(model, batch)
             results.append(BatchLoss(result.losses, result.terms, None, result.correct))
     losses = torch.cat([r.losses for r in results]).double().cpu()
     if finite and not bool(torch.isfinite(losses).all()):
@@ -176,13 +177,18 @@ def check_fast_path(model: nn.Module, task: Task, part: Part) -> None:
 
 
 @contextmanager
-def running(batch: Batch, as_given: Callable[[], object] | None = None) -> Iterator[None]:
-    """While the model runs on its first example: what it raises names model, data and error.
+def running(
+    batch: Batch,
+    as_given: Callable[[], object] | None = None,
+    what: str = "its first calibration example",
+) -> Iterator[None]:
+    """While the model runs on examples: what it raises names them and the error.
 
     Args:
-        batch: The example.
+        batch: The examples.
         as_given: Runs the model as the user gave it. Where that goes well, the error is not the
             user's.
+        what: Which examples these are.
 
     Raises:
         InputError: The model can't run on the batch.
@@ -191,8 +197,10 @@ def running(batch: Batch, as_given: Callable[[], object] | None = None) -> Itera
         yield
     except (InputError, torch.cuda.OutOfMemoryError):
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
-        what = f"its first calibration example, {describe(batch)}, gave {_raised(error)}"
+    except (
+        RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError,
+    ) as error:  # fmt: skip
+        what = f"{what}, {describe(batch)}, gave {_raised(error)}"
         if as_given is not None and _runs(as_given):
             raise InputError(
                 "the model runs on the data, but not with its layers written as Linear and conv: "
@@ -206,9 +214,10 @@ def running(batch: Batch, as_given: Callable[[], object] | None = None) -> Itera
 
 
 def _raised(error: Exception) -> str:
-    """What was raised, and in which line of which file."""
-    frames = traceback.extract_tb(error.__traceback__)
-    frame = next((f for f in reversed(frames) if "/torch/" not in f.filename), None)
+    """What was raised, and in which line of the model's own code, if it has any."""
+    others = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    frame = next((f for f in frames if not f.filename.startswith(others)), None)
     where = "" if frame is None else f" ({Path(frame.filename).name}, line {frame.lineno})"
     return f"{type(error).__name__}: {error}{where}"
 

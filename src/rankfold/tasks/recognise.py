@@ -68,13 +68,7 @@ def recognise_task(
             "one pass loss=, a function of the model and a batch."
         )
     batch = part.collate(part.examples[:1])
-    if hint == MULTI_LABEL and name not in ("teacher", "embedding"):
-        raise InputError(
-            "the model's config says multi_label_classification: each label has a probability of "
-            "its own, and none of the tasks is of such. Pass loss=, a function of the model and a "
-            "batch such as binary_cross_entropy_with_logits(..., reduction='none').mean(1), or "
-            "name the task teacher, which needs no labels."
-        )
+    _refuse_multi_label(hint, name)
     found = name or _recognised(batch, hint)
     if found is None:
         raise InputError(
@@ -102,6 +96,16 @@ def recognise_task(
         "regression": Regression,
     }
     return tasks[found]()
+
+
+def _refuse_multi_label(hint: str | None, name: str | None) -> None:
+    if hint == MULTI_LABEL and name not in ("teacher", "embedding"):
+        raise InputError(
+            "the model's config says multi_label_classification: each label has a probability of "
+            "its own, and none of the tasks is of such. Pass loss=, a function of the model and a "
+            "batch such as binary_cross_entropy_with_logits(..., reduction='none').mean(1), or "
+            "name the task teacher, which needs no labels."
+        )
 
 
 def _recognised(batch: Batch, hint: str | None) -> str | None:
