@@ -195,6 +195,22 @@ def test_every_family_is_opened_as_it_was_saved(
     assert capsys.readouterr().err == ""
 
 
+def test_what_older_versions_stored_of_what_is_computed(tmp_path: Path) -> None:
+    config = transformers.GPTNeoConfig(
+        vocab_size=20, hidden_size=16, num_layers=1, num_heads=2, max_position_embeddings=8,
+        attention_types=[[["global"], 1]],
+    )  # fmt: skip
+    model = seeded(1, lambda: transformers.GPTNeoForCausalLM(config))
+    model.save_pretrained(tmp_path / "m")
+    name = "transformer.h.0.attn.attention.bias"
+    mask = dict(model.named_buffers())[name]
+    older = changed(tmp_path / "m", tmp_path / "older", with_(name, mask.to(torch.uint8)))
+    assert same_state(load_folder(older), state(model))
+    other = changed(tmp_path / "m", tmp_path / "other", with_(name, ~mask))
+    with pytest.raises(InputError, match=f"{name}: not in GPTNeo"):
+        load_folder(other)
+
+
 def test_a_base_model_under_the_name_of_a_classifier(tmp_path: Path) -> None:
     model = classifier()
     BertModel(model.config).save_pretrained(tmp_path)

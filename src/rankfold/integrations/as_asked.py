@@ -10,11 +10,12 @@ import io
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from rankfold.errors import InputError, listed, require
@@ -25,7 +26,7 @@ GENERATION_FILE = "generation_config.json"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # What transformers says where it does something else than what a file or the caller says.
 _NOT_AS_ASKED = re.compile(
-    r"newly initialized|LOAD REPORT|NOT tie|corrupted|to instantiate a model of type"
+    r"newly initialized|NOT tie|corrupted|to instantiate a model of type"
     r"|incompatible to|field must|Unrecognized keys|Missing required keys|[Ii]ncorrect regex"
     r"|not the same type as the class|without finding the associated"
 )
@@ -53,6 +54,8 @@ def as_asked(where: object) -> Iterator[None]:
         InputError: There was such a warning; it is quoted.
     """
     logger, kept = logging.getLogger("transformers"), _Kept()
+    said_once: Any = require("transformers.utils.logging", "transformers").warning_once
+    said_once.cache_clear()  # of another folder, or of this one before
     with without_bars():
         handlers, level, passes = logger.handlers, logger.level, logger.propagate
         logger.handlers, logger.propagate = [kept], False
@@ -62,13 +65,15 @@ def as_asked(where: object) -> Iterator[None]:
         finally:
             logger.handlers, logger.propagate = handlers, passes
             logger.setLevel(level)
-    for record in kept.records:
+    # What it reports of the weights is looked at by check_loaded.
+    records = [record for record in kept.records if "LOAD REPORT" not in record.getMessage()]
+    for record in records:
         if _NOT_AS_ASKED.search(record.getMessage()):
             raise InputError(
                 f"transformers doesn't open {where} as it is: {record.getMessage().strip()} "
                 "Correct the file that this speaks of."
             )
-    for record in kept.records:
+    for record in records:
         if logger.isEnabledFor(record.levelno):
             logger.handle(record)
 
@@ -116,8 +121,32 @@ def load_weights_of(folder: Path, model_class: Any, config: Any) -> Any:
                 None, config=config, state_dict=tensors, **options
             )
             _as_from_folder(model, folder)
+        found["unexpected_keys"] = _not_computed(model, found["unexpected_keys"], folder)
         check_loaded(model, found, folder)
     return model
+
+
+def _not_computed(model: Any, names: Collection[str], folder: Path) -> list[str]:
+    """Those of the superfluous tensors of a folder that the model doesn't compute as they are.
+
+    Older versions of transformers stored causal masks and the like, which a model makes itself.
+    """
+    buffers, prefix = dict(model.named_buffers()), f"{model.base_model_prefix}."
+    computed = {name: buffers.get(name, buffers.get(prefix + name)) for name in names}
+    stored: dict[str, Tensor] = {}
+    if any(buffer is not None for buffer in computed.values()):
+        for file in _weight_files(folder):
+            stored |= read_tensors(file)
+    return [
+        name
+        for name, buffer in computed.items()
+        if buffer is None or name not in stored or not _equal(stored[name], buffer)
+    ]
+
+
+def _equal(stored: Tensor, buffer: Tensor) -> bool:
+    """Whether a stored tensor has the values of a buffer, as the buffer's type has them."""
+    return stored.shape == buffer.shape and torch.equal(stored.to(buffer), buffer)
 
 
 def _as_from_folder(model: Any, folder: Path) -> None:
