@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from rankfold.artifact.load import load
 from rankfold.artifact.manifest import MANIFEST_FILE, WEIGHTS_FILE
-from rankfold.cli.tables import VERDICT_STYLE
 from rankfold.compress import prepare
 from rankfold.data.parts import PARTS, SHARES, Data
 from rankfold.data.sources import token_windows
@@ -209,8 +208,7 @@ def _factorized_column(
     for batch, speed in speeds.items():
         ratio = speed[name] / speed["original"]
         column[f"tokens a second, batch {batch}"] = f"{speed[name]:.0f} ({ratio:.2f}x)"
-    style = VERDICT_STYLE[certificate.verdict]
-    column[f"verdict, margin {certificate.margin:g}"] = f"[{style}]{certificate.verdict}[/]"
+    column[f"verdict, margin {certificate.margin:g}"] = certificate.verdict
     return column
 
 
@@ -262,7 +260,7 @@ def _survives_saving(
         lambda: subprocess.run(command, capture_output=True, encoding="utf-8", check=False),
     )
     if other.returncode:
-        console.print(f"{name}: reloading failed:\n{other.stderr}", markup=False)
+        console.print(f"{name}: reloading failed:\n{other.stderr}")
         return False
     same = other.stdout.rstrip("\n") == before.rstrip("\n")
     console.print(
@@ -270,7 +268,7 @@ def _survives_saving(
         + ("is the same:" if same else "DIFFERS:"),
         highlight=False,
     )
-    console.print(f"  {before!r}" + ("" if same else f"\n  {other.stdout!r}"), markup=False)
+    console.print(f"  {before!r}" + ("" if same else f"\n  {other.stdout!r}"))
     return same
 
 

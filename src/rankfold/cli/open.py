@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ from rankfold.data.tokens import Tokens
 from rankfold.errors import InputError
 from rankfold.export.example_inputs import Given
 from rankfold.integrations import transformers as hf
+from rankfold.integrations.lengths import default_length, most_tokens, only_length
 from rankfold.integrations.model_inputs import known_inputs, label_ids
 from rankfold.integrations.processors import has_processor, image_preparation, sound_preparation
 from rankfold.integrations.vision import is_named, make_named, parse_named
@@ -119,14 +121,27 @@ class DataOptions:
     limits: Limits = USUAL_LIMITS
 
 
-def open_model(spec: str, weights: Path | None = None) -> OpenedModel:
+def open_model(
+    spec: str, weights: Path | None = None, *, to_be_filled: bool = False
+) -> OpenedModel:
     """MODEL: a folder, a ``.gguf`` file, ``timm:NAME``, or ``file.py:function`` of the user's own.
+
+    Args:
+        spec: MODEL.
+        weights: A file of weights, for what a function or a library makes.
+        to_be_filled: Other weights are put into it, or compared with its own, before it is used.
 
     Raises:
         InputError: Names what is wrong with it.
     """
     if is_named(spec):
-        return OpenedModel(_own_model(spec, weights), None, None, spec)
+        model = _own_model(spec, weights)
+        if weights is None and not to_be_filled:
+            raise InputError(
+                f"{spec} makes a model with random weights; expected --weights FILE.safetensors "
+                "with those of the trained model."
+            )
+        return OpenedModel(model, None, None, spec)
     if is_spec(spec):
         return OpenedModel(_own_model(spec, weights), None, None)
     path = Path(spec)
@@ -147,10 +162,12 @@ def open_model(spec: str, weights: Path | None = None) -> OpenedModel:
         has_tokenizer = any(path.glob("tokenizer*")) or any(path.glob("vocab*"))
         return OpenedModel(model, hf.load_tokenizer(path) if has_tokenizer else None, path)
     what = "is a file" if path.exists() else "does not exist"
+    hub = not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", spec)
     raise InputError(
         f"the model {spec} {what}; expected a transformers folder, a .gguf file, or, with "
         "--weights FILE.safetensors, timm:NAME, torchvision:NAME or file.py:function giving an "
         "nn.Module."
+        + (f" Of a hub, download it before: hf download {spec} --local-dir DIR." if hub else "")
     )
 
 
@@ -407,15 +424,17 @@ def _records(file: Path, opened: OpenedModel, options: DataOptions, task: str | 
 
 
 def _length(opened: OpenedModel, options: DataOptions) -> int:
-    longest = getattr(getattr(opened.model, "config", None), "max_position_embeddings", None)
-    if options.length is not None:
-        if options.length < 2 or (longest is not None and options.length > longest):
-            raise InputError(
-                f"--length is {options.length}; expected 2 tokens or more"
-                + (f", and at most the model's {longest}." if longest else ".")
-            )
-        return options.length
-    return min(512, longest) if isinstance(longest, int) else 512
+    asked, fixed, longest = options.length, only_length(opened.model), most_tokens(opened.model)
+    if asked is None:
+        return default_length(opened.model, opened.tokenizer)
+    if fixed is not None and asked != fixed:
+        raise InputError(f"--length is {asked}; this model takes {fixed} tokens, no more or fewer.")
+    if asked < 2 or (longest is not None and asked > longest):
+        raise InputError(
+            f"--length is {asked}; expected 2 tokens or more"
+            + (f", and at most the model's {longest}." if longest else ".")
+        )
+    return asked
 
 
 def open_inputs(shape: str | None, spec: str | None) -> Given | None:

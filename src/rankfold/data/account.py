@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median_low
 from typing import Any
 
-from rankfold.errors import InputError
+from rankfold.errors import InputError, visible
 
 NAMED = 5  # places that a line names; the report has all of them
 SHOWN_CLASSES = 12
@@ -72,7 +72,7 @@ class Account:
         """The same for a person."""
         found = [self._first_line()]
         for reason, places in self.left_out.items():
-            listed = ", ".join(_shown(str(place)) for place in places[:NAMED])
+            listed = ", ".join(visible(place) for place in places[:NAMED])
             listed += ", ..." * (len(places) > NAMED)
             found.append(f"left out, {reason}: {_counted(len(places), self.unit)} ({listed})")
         if self.cut:
@@ -88,7 +88,7 @@ class Account:
 
     def _first_line(self) -> str:
         used = "" if self.used == self.given else f", {self.used:,} of them used"
-        given = f"{_shown(self.source)}: {_counted(self.given, self.unit)}"
+        given = f"{visible(self.source)}: {_counted(self.given, self.unit)}"
         line = f"{given}{used}; each is one example"
         if self.lengths is None:
             return line
@@ -139,11 +139,6 @@ def refuse_two_meanings(accounts: Sequence[Account]) -> None:
 def spread_of(lengths: Sequence[int]) -> tuple[int, int, int] | None:
     """Fewest, median and most, None of nothing."""
     return (min(lengths), median_low(lengths), max(lengths)) if lengths else None
-
-
-def _shown(name: str) -> str:
-    """A name as it is, or so that a terminal doesn't interpret it."""
-    return name if name.isprintable() else repr(name)
 
 
 def _counted(count: int, unit: str) -> str:

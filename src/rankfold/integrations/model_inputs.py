@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 from torch import nn
 
 from rankfold.integrations.transformers import task_hint
+from rankfold.tasks.recognise import MULTI_LABEL
 
 
 def label_ids(model: nn.Module) -> dict[str, int] | None:
@@ -29,6 +30,6 @@ def known_inputs(model: nn.Module, tokenizer: Any) -> Known:
     names = frozenset(inspect.signature(model.forward).parameters)
     padding: Any = getattr(getattr(model, "config", None), "pad_token_id", None)
     # Some classifiers look for the last token before the padding, by its id.
-    searched = task_hint(model) in ("classification", "regression")
+    searched = task_hint(model) in ("classification", "regression", MULTI_LABEL)
     pads = not searched or padding == getattr(tokenizer, "pad_token_id", None)
     return {"takes": names if "input_ids" in names else None, "pads": pads}

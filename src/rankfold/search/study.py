@@ -51,7 +51,7 @@ from rankfold.statistics.labels import (
 from rankfold.statistics.layer_statistics import LayerStatistics, Whole
 from rankfold.statistics.recorder import collect_statistics
 from rankfold.statistics.trace import trace
-from rankfold.tasks.evaluation import Metric, evaluate, metric_values
+from rankfold.tasks.evaluation import Metric, check_fast_path, evaluate, metric_values
 from rankfold.tasks.losses import Task
 from rankfold.tasks.recognise import recognise_task
 from rankfold.tasks.repeated import refuse_random
@@ -188,9 +188,10 @@ def open_inputs(
     originals = (unpacked.given, model)
     task = recognise_task(sample, loss, settings.task, originals, task_hint(model))
     parts = _choose_parts(data, task, settings)
+    seen = trace(model, task, parts["calibration"], unpacked.given)
     refuse_random(model, task, parts["calibration"])
     _try_metrics(model, task, parts["calibration"].take([0]), metrics, settings)
-    seen = trace(model, task, parts["calibration"])
+    check_fast_path(unpacked.given, task, parts["calibration"])
     subject = Subject(unpacked, model, model, layers, embeddings, tuple(skipped), seen)
     held_out = parts.pop("held_out")
     return Inputs(subject, task, parts, held_out, data.accounts, data.left_out)

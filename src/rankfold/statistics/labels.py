@@ -14,7 +14,7 @@ from rankfold.data.parts import FEWEST as FEWEST_OF_A_PART
 from rankfold.data.parts import Batch, Part
 from rankfold.errors import InputError
 from rankfold.model.evaluation_mode import evaluation_mode
-from rankfold.tasks.evaluation import on_device
+from rankfold.tasks.evaluation import on_device, running
 from rankfold.tasks.losses import IGNORED, BatchLoss, Task, labels_of
 
 Curvature: TypeAlias = Literal["empirical", "sampled"]
@@ -93,7 +93,9 @@ def calibration_loss(model: nn.Module, task: Task, part: Part) -> tuple[float, i
     classes = None
     with evaluation_mode(model):
         for examples in few:
-            result = task.batch_loss(model, on_device(part.collate(examples), model))
+            batch = on_device(part.collate(examples), model)
+            with running(batch, what="a batch of the calibration part"):
+                result = task.batch_loss(model, batch)
             losses += float((result.losses * result.terms).sum())
             terms += float(result.terms.sum())
             classes = None if result.logits is None else result.logits.shape[-1]

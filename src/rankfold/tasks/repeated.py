@@ -40,7 +40,7 @@ def refuse_random(model: nn.Module, task: Task, part: Part) -> None:
             "are compared on the same: draw once, before, and give examples that are drawn already."
         )
     batch = on_device(batches[0], model)
-    with evaluation_mode(model), running(batch, f"a batch of {len(examples)} of its examples"):
+    with evaluation_mode(model), running(batch, what=f"a batch of {len(examples)} of its examples"):
         first, second = (_values(model, task, batch) for _ in range(2))
         rounding = _rounding(model)
         if _same(first, second, rounding):
