@@ -70,6 +70,7 @@ class Account:
         for reason, places in self.left_out.items():
             listed = ", ".join(_shown(str(place)) for place in places[:NAMED])
             listed += ", ..." * (len(places) > NAMED)
+            listed = f"numbers from 0: {listed}" if isinstance(places[0], int) else listed
             found.append(f"left out, {reason}: {_counted(len(places), self.unit)} ({listed})")
         if self.cut:
             found.append(
