@@ -10,7 +10,8 @@ from typing import Any
 
 from rankfold.errors import InputError
 
-NAMED = 5  # places that a line names; the report has all of them
+NAMED = 5  # places that a line names
+KEPT = 100  # places that the report keeps
 SHOWN_CLASSES = 12
 
 
@@ -98,7 +99,10 @@ class Account:
         """The same for JSON, with the name of the source and not where it lies, and the lines."""
         named = replace(self, source=Path(self.source).name)
         found = asdict(named) | {"told": named.lines()}
-        found["left_out"] = {reason: list(places) for reason, places in self.left_out.items()}
+        found["left_out"] = {
+            reason: {"count": len(places), "first": list(places[:KEPT])}
+            for reason, places in self.left_out.items()
+        }
         return found | {name: list(found[name]) for name in ("classes", "notes")}
 
 
