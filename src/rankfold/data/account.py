@@ -137,6 +137,25 @@ def refuse_two_meanings(accounts: Sequence[Account]) -> None:
                 )
 
 
+def recorded(report: Mapping[str, Any]) -> list[Account]:
+    """The sources of a report, as far as their classes go; what is no such entry is left out."""
+    entries = report.get("sources")
+    found: list[Account] = []
+    for entry in entries if isinstance(entries, list) else []:
+        listed = entry.get("classes") if isinstance(entry, dict) else None
+        classes = [
+            ClassCount(c["value"], c["number"], None, 0)
+            for c in (listed if isinstance(listed, list) else [])
+            if isinstance(c, dict)
+            and isinstance(c.get("value"), str)
+            and isinstance(c.get("number"), int)
+        ]
+        if classes:
+            source = f"{entry.get('source')}, of which the model was made"
+            found.append(Account(source, "example", 0, 0, classes=classes))
+    return found
+
+
 def spread_of(lengths: Sequence[int]) -> tuple[int, int, int] | None:
     """Fewest, median and most, None of nothing."""
     return (min(lengths), median_low(lengths), max(lengths)) if lengths else None
