@@ -21,6 +21,7 @@ from rankfold.cli.open import DataOptions, OpenedModel, open_examples, open_part
 from rankfold.data.labels import class_numbers, folded
 from rankfold.errors import InputError
 from rankfold.integrations.model_inputs import label_ids
+from tests.command_line import rankfold
 from tests.small_tokenizers import FAMILIES
 
 pa = pytest.importorskip("pyarrow")
@@ -48,6 +49,9 @@ def _numbers(values: list[Any], known: dict[str, int] | None, **more: Any) -> li
         (["us", "US"], {"us": 0, "US": 1}, [0, 1]),
         ([unicodedata.normalize("NFD", "é")], {"É": 0, "e": 1}, [0]),
         ([True, False], {"true": 1, "false": 0}, [1, 0]),
+        ([np.int64(2), np.int32(1)], STARS, [1, 0]),
+        ([np.str_("2"), torch.tensor(1)], STARS, [1, 0]),
+        ([np.float32(2)], None, [2]),
         ([7, 0], None, [7, 0]),
         (["-1"], {"-1": 0, "1": 1}, [0]),
     ],
@@ -207,3 +211,22 @@ def test_names_of_a_models_classes(names: Any, wanted: Any) -> None:
     model = nn.Flatten()
     model.config = type("Config", (), {"id2label": names, "label2id": {"b": 0, "a": 1}})()
     assert label_ids(model) == wanted
+
+
+def test_a_label_is_the_class_that_it_was_when_the_model_was_made(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n\n\ndef net():\n    return nn.Sequential("
+        "nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 3))\n"
+    )
+    values = np.random.default_rng(0).integers(0, 256, (36, 8, 8, 3)).astype(np.uint8)
+    for place, label in enumerate(["cat", "dog", "owl"] * 12):
+        for name in ("all", "some") if label != "dog" else ("all",):
+            (tmp_path / name / label).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values[place]).save(tmp_path / name / label / f"{place}.png")
+    size = ("--image-size", "8")
+    rankfold("lossless", "net.py:net", "--data", "all", *size, "--size", "0.9", "--out", "out",
+             cwd=tmp_path)  # fmt: skip
+    evaluate = ("evaluate", "out", "--model", "net.py:net", *size, "--data")
+    rankfold(*evaluate, "all", cwd=tmp_path)
+    refused = rankfold(*evaluate, "some", cwd=tmp_path, expect=2).stderr
+    assert "the label 'owl' is class 2 in all, of which the model was made, and class 1" in refused

@@ -272,7 +272,7 @@ def test_the_report_says_what_became_of_the_lines(tmp_path: Path) -> None:
     )  # fmt: skip
     (source,) = json.loads(done.stdout)["sources"]
     assert (source["unit"], source["given"], source["used"]) == ("line", 81, 80)
-    assert source["left_out"] == {"without text": [80]}
+    assert source["left_out"] == {"without text": {"count": 1, "first": [80]}}
     assert source["lengths"][0] < source["lengths"][2] < 20
     kept = json.loads((tmp_path / "out" / "rankfold.json").read_text())
     assert kept["sources"] == [source]

@@ -199,7 +199,7 @@ def test_what_is_missing_is_told_by_its_number(tmp_path: Path) -> None:
     assert found.account.left_out == {"without text": [1, 3], "without label": [2]}
     lines = found.account.lines()
     assert lines[0].endswith("5 records, 2 of them used; each is one example of 3 tokens")
-    assert "left out, without text: 2 records (1, 3)" in lines
+    assert "left out, without text: 2 records (numbers from 0: 1, 3)" in lines
     assert "labels: '0' is class 0 (1); '1' is class 1 (1)" in lines
     _write(file, _csv([("text", "label"), ("", "1"), ("film", "")]))
     with pytest.raises(InputError, match=r"none of the 2 records .*1 without text; 1 without lab"):

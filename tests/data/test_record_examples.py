@@ -229,6 +229,9 @@ def test_a_tag_labels_the_first_piece_of_its_token(tmp_path: Path) -> None:
     names = {"tokens": "words", "tags": "ner"}
     (found,) = _read(numbered, "token-classification", _Pieces(), columns=names)
     assert found["labels"].tolist() == [-100, 7, -100, 3, -100]
+    some = _jsonl(tmp_path, {"tokens": ["ab", "c"], "tags": [-100, "B"]})
+    found = _read(some, "token-classification", _Pieces(), label_ids=known)
+    assert found[0]["labels"].tolist() == [-100, -100, -100, 1, -100]
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ from rankfold.cli.tables import (
     print_curve,
     print_result,
 )
+from rankfold.cli.told import check_classes
 from rankfold.compress import compact as compact_model
 from rankfold.compress import lossless as lossless_model
 from rankfold.data.parts import PARTS, Data
@@ -233,6 +234,7 @@ def evaluate(
         opened = open_artifact(folder, model)
         opened.model.to(device)
         examples = open_examples(data, opened, options.data_options(task))
+        check_classes(folder, examples)
         found = evaluate_examples(
             opened,
             examples,

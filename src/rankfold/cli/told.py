@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TypeVar
 
+from rankfold.artifact.manifest import read_manifest
 from rankfold.cli.app import say
-from rankfold.data.account import Account
+from rankfold.data.account import Account, recorded, refuse_two_meanings
 from rankfold.data.sources import ClassFolder
 
 Read = TypeVar("Read")
+
+
+def check_classes(folder: Path, examples: object) -> None:
+    """Refuse labels that are other classes than in the data that a model was made of.
+
+    Args:
+        folder: The factorized model.
+        examples: Read from another source.
+
+    Raises:
+        InputError: Names the label and both sources.
+    """
+    account = getattr(examples, "account", None)
+    if isinstance(account, Account):
+        refuse_two_meanings([*recorded(read_manifest(folder)), account])
 
 
 def told(examples: Read) -> Read:

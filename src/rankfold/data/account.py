@@ -14,7 +14,8 @@ from typing import Any
 
 from rankfold.errors import InputError, visible
 
-NAMED = 5  # places that a line names; the report has all of them
+NAMED = 5  # places that a line names
+KEPT = 100  # places that the report keeps
 SHOWN_CLASSES = 12
 
 
@@ -74,6 +75,7 @@ class Account:
         for reason, places in self.left_out.items():
             listed = ", ".join(visible(place) for place in places[:NAMED])
             listed += ", ..." * (len(places) > NAMED)
+            listed = f"numbers from 0: {listed}" if isinstance(places[0], int) else listed
             found.append(f"left out, {reason}: {_counted(len(places), self.unit)} ({listed})")
         if self.cut:
             found.append(
@@ -101,7 +103,10 @@ class Account:
         """The same for JSON, with the name of the source and not where it lies, and the lines."""
         named = replace(self, source=Path(self.source).name)
         found = asdict(named) | {"told": named.lines()}
-        found["left_out"] = {reason: list(places) for reason, places in self.left_out.items()}
+        found["left_out"] = {
+            reason: {"count": len(places), "first": list(places[:KEPT])}
+            for reason, places in self.left_out.items()
+        }
         return found | {name: list(found[name]) for name in ("classes", "notes")}
 
 
@@ -134,6 +139,25 @@ def refuse_two_meanings(accounts: Sequence[Account]) -> None:
                     f"{found.number} in {account.source}. Give both the same labels, or the model "
                     "names of its classes."
                 )
+
+
+def recorded(report: Mapping[str, Any]) -> list[Account]:
+    """The sources of a report, as far as their classes go; what is no such entry is left out."""
+    entries = report.get("sources")
+    found: list[Account] = []
+    for entry in entries if isinstance(entries, list) else []:
+        listed = entry.get("classes") if isinstance(entry, dict) else None
+        classes = [
+            ClassCount(c["value"], c["number"], None, 0)
+            for c in (listed if isinstance(listed, list) else [])
+            if isinstance(c, dict)
+            and isinstance(c.get("value"), str)
+            and isinstance(c.get("number"), int)
+        ]
+        if classes:
+            source = f"{entry.get('source')}, of which the model was made"
+            found.append(Account(source, "example", 0, 0, classes=classes))
+    return found
 
 
 def spread_of(lengths: Sequence[int]) -> tuple[int, int, int] | None:

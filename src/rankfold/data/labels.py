@@ -93,7 +93,9 @@ def folded(name: str) -> str:
 
 
 def _text(value: Any) -> str:
-    """A label as it is written."""
+    """A label as it is written; scalars of NumPy and torch are plain ones."""
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        value = value.item()
     return value if isinstance(value, str) else repr(value)
 
 

@@ -150,12 +150,12 @@ def _tagged(reading: Reading, tokens: Tokens) -> ReadExamples:
                 f"record {place} of {file} has {len(some)} {reading.name(TOKENS)} and "
                 f"{len(theirs)} {reading.name(TAGS)}; expected one tag a token."
             )
-    flat = [tag for row in tags for tag in row]
+    flat = [tag for row in tags for tag in row if tag != NO_LABEL]
     classes = iter(reading.classes(TAGS, flat, "The model's config names its labels."))
     examples: list[dict[str, Tensor]] = []
     untagged = 0
-    for place, row in enumerate(words):
-        numbers_here = [next(classes) for _ in row]
+    for place, (row, theirs) in enumerate(zip(words, tags, strict=True)):
+        numbers_here = [NO_LABEL if tag == NO_LABEL else next(classes) for tag in theirs]
         found = _words(reading, tokens, place, row)
         labels: list[int] = []
         previous = None
@@ -169,7 +169,7 @@ def _tagged(reading: Reading, tokens: Tokens) -> ReadExamples:
                 f"record {place} of {file} has no tagged token within {tokens.length} ids; allow "
                 "more by length=, or remove it."
             )
-        untagged += len(row) - tagged
+        untagged += sum(tag != NO_LABEL for tag in theirs) - tagged
         examples.append(tokens.inputs(found) | {"labels": torch.tensor(labels)})
     notes = []
     if untagged:

@@ -105,7 +105,7 @@ def class_files(
     hidden: list[Path] = []
     found = sorted(files_of(folder, hidden), key=_in_any_form)
     own = [file for file in found if file.suffix.lower() in suffixes]
-    inside = sorted((p for p in folder.iterdir() if p.is_dir() and visible(p)), key=_in_any_form)
+    inside = sorted((p for p in folder.iterdir() if p.is_dir() and _is_data(p)), key=_in_any_form)
     loose = [file for file in own if file.parent == folder]
     left = {f"no {what} by its suffix": [_inner(f, folder) for f in found if f not in set(own)]}
     unlabelled = not labels_wanted and (loose or len(inside) < 2)
@@ -211,7 +211,7 @@ def _classes(folder: Path, names: Sequence[str], label_ids: Mapping[str, int]) -
     )
 
 
-def visible(path: Path) -> bool:
+def _is_data(path: Path) -> bool:
     """Whether a file or folder is a user's own: not hidden, nor of those that systems leave."""
     return not path.name.startswith(".") and path.name.casefold() not in SYSTEM
 
@@ -230,14 +230,14 @@ def files_of(folder: Path, hidden: list[Path] | None = None) -> Iterator[Path]:
     for place, below, names in os.walk(folder, onerror=_unreadable, followlinks=True):
         every = [Path(place, name) for name in (*below, *names)]
         if hidden is not None:
-            hidden += [path for path in every if not visible(path)]
-        below[:] = sorted(name for name in below if visible(Path(name)))
+            hidden += [path for path in every if not _is_data(path)]
+        below[:] = sorted(name for name in below if _is_data(Path(name)))
         real = os.path.realpath(place)
         if real in seen:
             below.clear()
             continue
         seen.add(real)
-        yield from (path for path in every if visible(path) and path.is_file())
+        yield from (path for path in every if _is_data(path) and path.is_file())
 
 
 def files_below(folder: Path, suffixes: Sequence[str]) -> Iterator[Path]:
