@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -31,8 +31,6 @@ from rankfold.data.parts import (
 )
 from rankfold.data.record_examples import record_examples
 from rankfold.data.sources import (
-    DEFAULT_SIZE,
-    ImagePreparation,
     Kind,
     image_reader,
     is_spec,
@@ -51,7 +49,8 @@ from rankfold.export.example_inputs import Given
 from rankfold.integrations import transformers as hf
 from rankfold.integrations.lengths import default_length, most_tokens, only_length
 from rankfold.integrations.model_inputs import known_inputs, label_ids
-from rankfold.integrations.processors import has_processor, image_preparation, sound_preparation
+from rankfold.integrations.pixels import Pixels, pixels_of
+from rankfold.integrations.processors import has_processor, sound_preparation
 from rankfold.integrations.vision import is_named, make_named, parse_named
 from rankfold.machine.progress import Progress, TerminalProgress
 from rankfold.tasks.evaluation import evaluate
@@ -368,27 +367,9 @@ def _processor_folder(opened: OpenedModel) -> Path | None:
     return folder if folder is not None and has_processor(folder) else None
 
 
-class _Pixels(NamedTuple):
-    """How images are prepared: the arguments of ``sources.image_reader``."""
-
-    mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
-    size: int | None = None
-    prepare: ImagePreparation | None = None
-
-
-def _pixels(opened: OpenedModel, options: DataOptions) -> _Pixels:
-    """As the options say, or the model's folder, or what timm keeps with its models."""
-    if (options.image_size, options.mean, options.std) != (None, None, None):
-        return _Pixels(options.mean, options.std, options.image_size)
-    folder = _processor_folder(opened)
-    if folder is not None:
-        return _Pixels(prepare=image_preparation(folder))
-    kept = getattr(opened.model, "pretrained_cfg", None)
-    if isinstance(kept, Mapping) and kept.get("mean") and kept.get("std"):
-        size = kept.get("input_size") or (DEFAULT_SIZE,)
-        return _Pixels(kept["mean"], kept["std"], size[-1])
-    return _Pixels()
+def _pixels(opened: OpenedModel, options: DataOptions) -> Pixels:
+    asked = Pixels(options.mean, options.std, options.image_size)
+    return pixels_of(asked, opened.model, _processor_folder(opened))
 
 
 def _kind(spec: str, options: DataOptions) -> Kind | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TypeVar
 
 from rankfold.artifact.manifest import read_manifest
-from rankfold.cli.app import say
 from rankfold.data.account import Account, recorded, refuse_two_meanings
 from rankfold.data.sources import ClassFolder
+from rankfold.errors import visible
 
 Read = TypeVar("Read")
 
@@ -32,12 +33,16 @@ def told(examples: Read) -> Read:
     """The same; stderr says what an example is, how many and how long, and what was left out."""
     if isinstance(examples, ClassFolder) and examples.skipped:
         for message in examples.skipped:
-            say(f"skipped: {message}", err=True)
+            _say(f"skipped: {message}")
         count = len(examples.skipped)
         every = f"{count + len(examples)} files of {examples.account.source}"
-        say(f"skipped {count} of {every}", err=True)
+        _say(f"skipped {count} of {every}")
     account = getattr(examples, "account", None)
     if isinstance(account, Account):
         for line in account.lines():
-            say(line, err=True)
+            _say(line)
     return examples
+
+
+def _say(line: str) -> None:
+    print(visible(line), file=sys.stderr)
