@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,9 @@ def metric_values(
     stage = f"{metric.name} on {part.name.replace('_', '-')} data"
     task = UserLoss(metric.function, what=f"metric {metric.name}")
     return evaluate(
-        model, task, part, batch_size=batch_size, progress=progress, stage=stage, finite=False
-    ).losses
+        model, task, part, batch_size=batch_size, progress=progress, stage=stage, finite=False,
+        as_raised=True,
+    ).losses  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def evaluate(
     progress: Progress | None = None,
     stage: str = "evaluate",
     finite: bool = True,
+    as_raised: bool = False,
 ) -> Evaluation:
     """The model's losses on every example of a part, without gradients.
 
@@ -128,6 +130,7 @@ def evaluate(
         progress: Shows the batches.
         stage: What the progress calls this.
         finite: Refuse losses that are not finite; False for trials that may destroy the model.
+        as_raised: Leave errors as they are: those of a user's metric say nothing of the model.
 
     Raises:
         InputError: A loss is NaN or infinite.
@@ -138,7 +141,8 @@ def evaluate(
     with evaluation_mode(model):
         for examples in progress.track(batches, stage, len(batches)):
             batch = on_device(part.collate(examples), model)
-            with running(batch, what=f"a batch of the {part.name.replace('_', '-')} part"):
+            what = f"a batch of the {part.name.replace('_', '-')} part"
+            with nullcontext() if as_raised else running(batch, what=what):
                 result = task.batch_loss(model, batch)
             results.append(BatchLoss(result.losses, result.terms, None, result.correct))
     losses = torch.cat([r.losses for r in results]).double().cpu()
