@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import repeat
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -242,7 +242,7 @@ def measure_stages(
     with peak_of_anonymous() as peak:
         shown = TimedProgress(peak)
         prepared = timed("prepare", lambda: rankfold.prepare(model, data, progress=shown, **chosen))
-        for what, size in zip(("lossless", *repeat("further size")), sizes, strict=False):
+        for what, size in zip(chain(["lossless"], repeat("further size")), sizes, strict=False):
             found = timed(what, partial(prepared.lossless, size, size_of="factorizable"))
             lost = _losses(name, seed, _shown(settings), count, size, found)
             append_row(sibling(results, "stages_losses"), lost)
