@@ -45,6 +45,7 @@ def printed(show: Any, width: int = 400) -> str:
     return out.getvalue()
 
 
+@settings(deadline=None)
 @given(text=NAMES)
 def test_what_is_shown_says_which_characters_there_are(text: str) -> None:
     shown = visible(text)

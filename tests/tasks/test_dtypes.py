@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, strategies
+from hypothesis import given, settings, strategies
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
@@ -50,6 +50,7 @@ CAST = (
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(
     dtype=strategies.sampled_from(FLOATS),
     kept=strategies.sampled_from(KEPT),
