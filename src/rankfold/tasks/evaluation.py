@@ -138,7 +138,8 @@ def evaluate(
     with evaluation_mode(model):
         for examples in progress.track(batches, stage, len(batches)):
             batch = on_device(part.collate(examples), model)
-            with running(batch, what=f"a batch of the {part.name.replace('_', '-')} part"):
+            of_part = f"a batch of the {part.name.replace('_', '-')} part"
+            with running(batch, what=of_part, whose=getattr(task, "what", None)):
                 result = task.batch_loss(model, batch)
             results.append(BatchLoss(result.losses, result.terms, None, result.correct))
     losses = torch.cat([r.losses for r in results]).double().cpu()
@@ -188,6 +189,7 @@ def running(
     batch: Batch,
     as_given: Callable[[], object] | None = None,
     what: str = "its first calibration example",
+    whose: str | None = None,
 ) -> Iterator[None]:
     """While the model runs on examples: what it raises names them and the error.
 
@@ -196,6 +198,7 @@ def running(
         as_given: Runs the model as the user gave it. Where that goes well, the error is not the
             user's.
         what: Which examples these are.
+        whose: The user's function that runs the model, if one does: the error may be its own.
 
     Raises:
         InputError: The model can't run on the batch.
@@ -213,6 +216,11 @@ def running(
                 "the model runs on the data, but not with its layers written as Linear and conv: "
                 f"{what}. That is a fault of rankfold, not of the model or the data: please report "
                 "it. The layer that raised it may be left out with exclude=."
+            ) from error
+        if whose is not None:
+            raise InputError(
+                f"the {whose} can't be computed: {what}. It is called with a model and a batch and "
+                "gives one value per example; calling it so in Python shows where."
             ) from error
         raise InputError(
             f"the model can't run on the data: {what}. Calling the model on one example in Python "
