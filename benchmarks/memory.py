@@ -29,7 +29,7 @@ from benchmarks.field_models import FIELD_MODELS, TASKS, limits_of
 from benchmarks.methods import METHODS
 from benchmarks.rows import append_row, read_rows
 from benchmarks.speed import sibling
-from rankfold.data.parts import default_batch_size
+from rankfold.data.example import default_batch_size
 from rankfold.machine.freed_memory import give_back_freed_memory
 from rankfold.machine.progress import SilentProgress
 from rankfold.model.evaluation_mode import evaluation_mode

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -31,6 +32,37 @@ def opening_an_artifact() -> Iterator[None]:
         raise
     except InputError as error:
         raise ArtifactError(str(error)) from error
+
+
+# What a terminal or a page interprets in place of showing it: control characters, marks that turn
+# the direction of writing, separators of lines, and bytes of file names that are no text.
+UNSEEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+
+
+def visible(text: object, *, lines: bool = False) -> str:
+    r"""A text as it is, with what would not be shown as Python writes it: ``\n``, ``\u202e``.
+
+    Args:
+        text: A name of a layer, a file or a label, or a message with such names.
+        lines: Whether line feeds stay: those of a message are its own.
+    """
+
+    def shown(found: re.Match[str]) -> str:
+        return found[0] if lines and found[0] == "\n" else repr(found[0])[1:-1]
+
+    return UNSEEN.sub(shown, str(text))
+
+
+MOST_LISTED = 20
+
+
+def listed(problems: Sequence[str]) -> str:
+    """Problems a line each, for the indented part of a message; of many, the first ones."""
+    shown = "\n  ".join(problems[:MOST_LISTED])
+    more = len(problems) - MOST_LISTED
+    return f"{shown}\n  and {more} more" if more > 0 else shown
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -21,11 +21,12 @@ from rankfold.certificate.statement import (
     state,
 )
 from rankfold.data.copies import look_alikes
-from rankfold.data.parts import FEWEST, PARTS, Data, Part, split
+from rankfold.data.given import up_to
+from rankfold.data.parts import FEWEST, PARTS, USUAL_LIMITS, Data, Part
 from rankfold.errors import InputError
 from rankfold.files.digests import model_digest
 from rankfold.search.build import control
-from rankfold.search.study import Study, units_of
+from rankfold.search.study import Study, three_parts, units_of
 from rankfold.search.trial import Trial
 from rankfold.settings import Settings
 from rankfold.tasks.evaluation import Evaluation, Metric, evaluate, joined, metric_values
@@ -115,8 +116,7 @@ class HeldOut:
         return Opened(
             tested=tested,
             place=place,
-            examples=len(self._part.examples),
-            digest=self._part.digest,
+            usage=self._part.usage(),
             original=original,
             control=self._control(order[place]),
             look_alikes=look_alikes(others, self._part),
@@ -245,8 +245,9 @@ def enough_held_out(
         InputError: Says what is wrong, and how many examples would do.
     """
     check_metrics(metrics)
-    data = data if isinstance(data, Data) else split(data, settings.seed)
-    units = len(data.held_out) if data.groups is None else len(set(map(str, data.groups)))
+    data = three_parts(data, settings)
+    held_out = up_to(data.held_out, settings.held_out_limit or USUAL_LIMITS[-1])
+    units = len(held_out) if data.groups is None else len(set(map(str, data.groups)))
     units = min(units, settings.held_out_limit or units)
     if data.groups is not None and settings.test == "betting":
         raise InputError(

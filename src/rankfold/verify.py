@@ -31,7 +31,9 @@ from rankfold.certificate.document import (
     text_lines,
 )
 from rankfold.certificate.statement import ACCURACY
-from rankfold.data.parts import Collate, Examples, Part, as_part, content_digest
+from rankfold.data.example import content_digest
+from rankfold.data.given import up_to
+from rankfold.data.parts import LIMIT_NAMES, USUAL_LIMITS, Collate, Part, as_part, enough_for
 from rankfold.errors import InputError
 from rankfold.files.digests import model_digest, tensors_digest
 from rankfold.files.tensors import read_tensors
@@ -93,7 +95,7 @@ class Verification:
 def verify(
     folder: str | Path,
     model: nn.Module,
-    data: Examples,
+    data: object,
     *,
     original: nn.Module | None = None,
     loss: LossFunction | None = None,
@@ -317,11 +319,16 @@ def _numbers(document: Document) -> list[Check]:
 
 
 def _find(
-    document: Document, data: Examples, collate: Collate | None
+    document: Document, data: object, collate: Collate | None
 ) -> tuple[Part | None, list[Check]]:
     """The held-out examples in the data given, in the certificate's order."""
     wanted, answers = (document["data"][f"held_out_{k}"] for k in ("examples", "answers"))
-    offered = as_part("held_out", [data[i] for i in range(len(data))], collate)
+    settings = document["run"]["settings"]
+    first, second, third = (
+        settings.get(name) or usual
+        for name, usual in zip(LIMIT_NAMES.values(), USUAL_LIMITS, strict=True)
+    )
+    offered = as_part("held_out", up_to(data, enough_for((first, second, third))), collate)
     places: dict[str, list[int]] = defaultdict(list)
     for number, digest in enumerate(offered.digests):
         places[digest[:SHORT]].append(number)

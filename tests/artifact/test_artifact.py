@@ -468,7 +468,7 @@ def test_an_edited_configuration_is_opened_only_where_that_is_asked_for(tmp_path
         ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000"),
         ({"num_labels": 10**9}, "num_labels 1000000000"),
         ({"vocab_size": 10**9}, "asks for .* numbers"),
-        ({"hidden_size": "wide"}, "makes no model: .*hidden_size"),
+        ({"hidden_size": "wide"}, "can.t open .*config.json: .*hidden_size"),
     ],
 )
 def test_a_configuration_that_asks_for_far_more_than_its_weights_is_refused(

@@ -117,8 +117,9 @@ def test_images_in_a_table_are_its_inputs(tmp_path: Path) -> None:
     # Beside a text they are left alone.
     rows = [{"text": "ab", **row} for row in _pictures(2)]
     texts = record_examples(
-        _save_to_disk(tmp_path / "texts", [rows]), lambda text, **_: {"input_ids": [1, len(text)]},
-        9, task="causal-lm", columns=columns | {"target": None}, images=lambda: pytest.fail(),
+        _save_to_disk(tmp_path / "texts", [rows]),
+        lambda text, **_: {"input_ids": [1, len(text)]}, 9, task="causal-lm",
+        columns=columns | {"target": None}, images=lambda: pytest.fail(),
     )  # fmt: skip
     assert [window.tolist() for window in texts] == [[1, 2]] * 2
 

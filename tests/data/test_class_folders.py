@@ -109,6 +109,7 @@ def test_samples_of_every_width_mean_the_same(tmp_path: Path) -> None:
         whole = (columns * 2**23).astype("<i4")
         file.writeframes(whole.reshape(-1, 1).view(np.uint8)[:, :3].tobytes())
     found = read_wav_folder(tmp_path)
+    assert found.account.notes == ["sounds of 0.00 to 0.00 s, 8000 samples a second, 2 channels"]
     assert [label for _, label in found] == [0, 1, 2, 3, 4]
     for sound, _ in found:
         assert sound.dtype == torch.float32
@@ -177,3 +178,10 @@ def test_the_command_on_a_wav_folder(tmp_path: Path) -> None:
     assert "sounds/low/cut.wav can't be read" in refused.stderr
     skipping = rankfold(*command[:-1], "other", "--skip-broken", cwd=tmp_path)
     assert "skipped 1 of 61 files of sounds" in skipping.stderr
+
+
+def test_a_folder_of_other_files_is_named(tmp_path: Path) -> None:
+    for name in ("a.parquet", "b.jsonl", "c.txt"):
+        (tmp_path / name).write_text("x")
+        with pytest.raises(InputError, match=rf"holds files of records or text: .*{name}"):
+            source_kind(str(tmp_path))

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from rankfold.data.copies import look_alikes, refuse_copies, without_copies
+from rankfold.data.copies import (
+    QUOTED,
+    TURNED,
+    copied_windows,
+    look_alikes,
+    refuse_copies,
+    without_copies,
+)
 from rankfold.data.parts import Part, as_part
 from rankfold.errors import InputError
 
@@ -123,3 +132,131 @@ def test_copies_in_one_data_set_are_left_out() -> None:
     assert torch.equal(kept[1].examples[3], parts[1].examples[5])
     with pytest.raises(InputError, match=r"repeats itself: of the 10 .* 10 are copies"):
         without_copies([parts[0], windows(calibration.roll(5), 64, "held_out")])
+
+
+def padded(
+    rows: list[Tensor], name: str, *, to: int, left: bool = False, mask: bool = True
+) -> Part:
+    """Texts as a tokenizer pads them: 0 is the padding."""
+    examples = []
+    for tokens in rows:
+        shown = torch.ones_like(tokens)
+        sides = (to - len(tokens), 0) if left else (0, to - len(tokens))
+        ids, hidden = (torch.nn.functional.pad(row, sides) for row in (tokens, shown))
+        examples.append({"input_ids": ids} | ({"attention_mask": hidden} if mask else {}))
+    return as_part(name, examples)
+
+
+def texts(count: int, seed: int, shortest: int = 5, longest: int = 80) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
+    return [torch.randint(1, 300, (length,), generator=generator) for length in lengths]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    widths=st.tuples(st.integers(80, 200), st.integers(80, 200)),
+    left=st.booleans(),
+    mask=st.booleans(),
+)
+def test_padding_is_no_copied_text(seed: int, widths: tuple, left: bool, mask: bool) -> None:
+    first = padded(texts(20, seed), "calibration", to=widths[0], left=left, mask=mask)
+    second = padded(texts(12, seed + 1), "held_out", to=widths[1], left=left, mask=mask)
+    assert copied_windows(first, second) == []
+    assert [len(part.examples) for part in without_copies([first, second])] == [20, 12]
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), widths=st.tuples(st.integers(80, 200), st.integers(80, 200)))
+def test_the_same_text_is_found_whatever_its_padding(seed: int, widths: tuple) -> None:
+    ours, theirs = texts(20, seed), texts(12, seed + 1)
+    theirs[3], theirs[7] = ours[5], ours[11]
+    first = padded(ours, "calibration", to=widths[0])
+    second = padded(theirs, "held_out", to=widths[1], left=True)
+    assert [number for number, _ in copied_windows(first, second)] == [3, 7]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    length=st.integers(20, 400),
+    templates=st.integers(1, 5),
+    copied=st.booleans(),
+    begins=st.booleans(),
+)
+def test_what_examples_share_is_no_copy_and_what_is_their_own_is(
+    seed: int, length: int, templates: int, copied: bool, begins: bool
+) -> None:
+    shared = [text(1, length, seed + 7 + kind) for kind in range(templates)]
+    ours, theirs = texts(40, seed, 20, 40), texts(20, seed + 1, 20, 40)
+    if copied:
+        theirs[4] = ours[9]
+
+    def framed(contents: list[Tensor], name: str) -> Part:
+        frames = [shared[place % templates] for place in range(len(contents))]
+        pairs = zip(frames, contents, strict=True)
+        rows = [torch.cat([f, c] if begins else [c, f]) for f, c in pairs]
+        return as_part(name, [{"input_ids": row} for row in rows])
+
+    found = copied_windows(framed(ours, "calibration"), framed(theirs, "held_out"))
+    assert [number for number, _ in found] == ([4] if copied else [])
+
+
+def test_a_text_that_is_repeated_often_is_no_template() -> None:
+    tokens = text(3, 64, 0).repeat(12)
+    parts = [
+        windows(tokens[:1024], 64, "calibration"),
+        windows(tokens[1024 + 23 : 2048], 64, "held_out"),
+    ]
+    with pytest.raises(InputError, match="windows of the held-out part stand for 50% or more"):
+        refuse_copies(parts)
+
+
+def test_one_question_of_several_images_is_no_copy() -> None:
+    question = text(1, 48, 0)
+
+    def asked(seed: int) -> list[dict[str, Tensor]]:
+        return [{"input_ids": question, "pixel_values": image} for image, _ in pictures(6, seed)]
+
+    first, second = as_part("calibration", asked(0)), as_part("held_out", asked(1))
+    assert copied_windows(first, second) == []
+
+
+def test_text_that_only_the_users_collate_understands_is_compared_as_the_model_sees_it() -> None:
+    def collate(texts: list[str]) -> dict[str, Tensor]:
+        rows = [torch.tensor([ord(letter) for letter in one]) for one in texts]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+    long = "a text of some length that stands in both of the parts, but for its end: "
+    first = as_part("calibration", ["something else", long + "one", "another"], collate)
+    second = as_part("held_out", ["of its own", "of no other", long + "two"], collate)
+    assert [number for number, _ in copied_windows(first, second)] == [2]
+
+
+def test_examples_of_three_things_are_no_text() -> None:
+    rows = [(torch.tensor(place), torch.randn(4), 1) for place in range(6)]
+    assert copied_windows(as_part("calibration", rows[:3]), as_part("held_out", rows[3:])) == []
+
+
+def test_an_empty_text_hides_no_copy() -> None:
+    ours = texts(5, 0, 40, 50)
+    first, second = (padded(rows, "held_out", to=60) for rows in (ours, [ours[2], ours[3]]))
+    empty = {"input_ids": torch.zeros(60).long(), "attention_mask": torch.zeros(60).long()}
+    with_empty = as_part("calibration", [empty, *first.examples])
+    assert [number for number, _ in copied_windows(with_empty, second)] == [0, 1]
+
+
+def test_what_is_left_out_is_counted_by_its_reason() -> None:
+    calibration, held_out = text(10, 64, seed=0), text(10, 64, seed=1)
+    held_out[64 * 3 : 64 * 5] = calibration[17 : 17 + 128]
+    kept = without_copies(
+        [windows(calibration, 64, "calibration"), windows(held_out, 64, "held_out")]
+    )
+    assert kept[0].left_out == {} and kept[1].left_out == {QUOTED: 2}
+    assert kept[1].usage()["given"] == 10
+    images = pictures(6, 0)
+    turned = [*pictures(5, 1), (images[2][0].flip(-1), 0)]
+    kept = without_copies([as_part("calibration", images), as_part("held_out", turned)])
+    assert kept[1].left_out == {TURNED: 1}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -8,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from rankfold.data.example import example_digest
+from rankfold.data.given import as_examples
 from rankfold.data.parts import (
     PARTS,
     Data,
-    as_examples,
     as_part,
-    example_digest,
     refuse_overlap,
+    refuse_unlike,
     select_part,
     split,
 )
@@ -86,7 +88,7 @@ class Stream(IterableDataset):
     ids=lambda data: type(data).__name__,
 )
 def test_every_kind_of_data_set_is_taken(data: object) -> None:
-    examples, _ = as_examples(data)
+    examples = as_examples(data)
     assert len(examples) == 5
     first = examples[0]
     assert torch.equal(first if torch.is_tensor(first) else first[0], torch.tensor([0, 7]))
@@ -148,3 +150,30 @@ def test_batches_hold_one_shape_each() -> None:
 def test_batches_hold_512_tokens_or_a_million_values(example: object, size: int) -> None:
     part = as_part("calibration", [example] * 300)
     assert max(map(len, part.batches())) == size
+
+
+@pytest.mark.parametrize("limit", [9, 20, None])
+def test_messages_name_examples_by_their_numbers_in_what_was_given(limit: int | None) -> None:
+    shared = torch.tensor([99, 7])
+    given = [*windows(30)[8:], shared]  # 23, the last of which is shared
+    data = Data([shared, *windows(8)], given, windows(8))
+    chosen = select_part(data, "selection", limit, 3)
+    numbers = [chosen.number(place) for place in range(len(chosen.examples))]
+    assert [int(given[number][0]) for number in numbers] == [int(e[0]) for e in chosen.examples]
+    if 22 in numbers:
+        with pytest.raises(InputError, match=r"share 1 examples .*: 0 = 22\)"):
+            refuse_overlap([select_part(data, "calibration", None, 0), chosen])
+    halves = chosen.take(range(1, len(numbers), 2))
+    assert [halves.number(place) for place in range(len(halves.examples))] == numbers[1::2]
+
+
+@pytest.mark.parametrize(
+    "other", [{"x": [1.0]}, {"x": [1], "labels": 1}, {"y": [1.0], "labels": 1}, ([1.0], 1)], ids=str
+)
+def test_parts_of_different_kinds_are_refused_by_name(other: Any) -> None:
+    first, second = [{"x": [1.0], "labels": 1}], [{"x": [2.0], "labels": 1.5}]
+    refuse_unlike([as_part("calibration", first), as_part("selection", second)])
+    with pytest.raises(
+        InputError, match=r"calibration part are \{x: .* held-out part .* all parts"
+    ):
+        refuse_unlike([as_part("calibration", first), as_part("held_out", [other])])

@@ -7,7 +7,7 @@ import importlib.resources
 import json
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,8 +15,9 @@ from torch import nn
 from transformers import BertConfig, BertForTokenClassification
 
 from rankfold.cli.open import DataOptions, OpenedModel, open_data, open_examples
-from rankfold.data.record_examples import hidden_words, record_examples
-from rankfold.data.sources import conversation_tokens, read_records
+from rankfold.data.record_examples import record_examples
+from rankfold.data.sources import assistant_spans, read_records
+from rankfold.data.text_examples import hidden_words
 from rankfold.errors import InputError
 from tests.command_line import rankfold
 from tests.tiny_language_model import save_tiny_llama, tiny_tokenizer
@@ -37,8 +38,12 @@ class _Words:
     all_special_ids = (0, 1, 2)
     chat_template = None
 
-    def __call__(self, text: str, max_length: int = 99, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": [3 + len(word) for word in text.split()][:max_length]}
+    def __call__(
+        self, text: str | None = None, text_target: str = "", max_length: int = 99, **_: Any
+    ) -> dict[str, list[int]]:
+        words = (text_target if text is None else text).split()
+        ids = [3 + len(word) for word in words][:max_length]
+        return {"input_ids": ids, "attention_mask": [1] * len(ids)}
 
 
 def _jsonl(folder: Path, *records: Any) -> Path:
@@ -83,22 +88,23 @@ def test_rows_of_another_length_are_named(tmp_path: Path) -> None:
 
 def _read(file: Path, task: str | None = None, tokenizer: Any = None, **more: Any) -> list[Any]:
     columns = NONE | more.pop("columns", {})
-    return record_examples(file, tokenizer or _Words(), 6, task=task, columns=columns, **more)
+    found = record_examples(file, tokenizer or _Words(), 6, task=task, columns=columns, **more)
+    return cast("list[Any]", found)
 
 
 def test_labelled_text(tmp_path: Path) -> None:
     file = _jsonl(tmp_path, {"text": "a bb ccc", "label": 1}, {"text": "dddd", "label": 0})
     first, second = _read(file, "classification")
     assert first["input_ids"].tolist() == [4, 5, 6] and first["labels"] == 1
-    assert second["input_ids"].tolist() == [7, 0, 0]
-    assert second["attention_mask"].tolist() == [1, 0, 0]
+    assert second["input_ids"].tolist() == [7]
+    assert second["attention_mask"].tolist() == [1]
     assert [e.keys() for e in _read(file, "teacher")] == [{"input_ids", "attention_mask"}] * 2
     floats = _read(file, "regression")
     assert floats[0]["labels"].dtype == torch.float32
     named = _jsonl(tmp_path, {"text": "a", "label": "good"}, {"text": "b", "label": "bad"})
     found = _read(named, "classification", label_ids={"bad": 0, "good": 1})
     assert [int(e["labels"]) for e in found] == [1, 0]
-    with pytest.raises(InputError, match=r"holds the labels bad, good; expected whole numbers"):
+    with pytest.raises(InputError, match=r"holds the labels 'bad', 'good'; expected whole num"):
         _read(named, "classification")
     with pytest.raises(InputError, match="'good' in record 0; expected numbers"):
         _read(named, "regression")
@@ -162,17 +168,17 @@ def test_conversations_that_cant_be_read_are_named(tmp_path: Path) -> None:
     tokenizer.chat_template = TEMPLATE
     for bad, message in (
         ({"messages": "hello"}, "record 1 of .* messages is 'hello'"),
-        ({"messages": [{"role": "user"}]}, "expected a list of"),
+        ({"messages": [{"role": "user"}]}, "the content of a message of 'user' is None; exp"),
         (_chat(("user", "hi")), "no message of a conversation has the role 'assistant'"),
     ):
         with pytest.raises(InputError, match=message):
             record_examples(_jsonl(tmp_path, good, bad), tokenizer, 99, task=None, columns=NONE)
 
-    def rewrites(messages: Any, start: bool) -> list[int]:
-        return [len(messages)] * (2 * len(messages)) + [9] * start
+    def rewrites(messages: Any, start: bool) -> str:
+        return f"{len(messages)}" * (2 * len(messages)) + "9" * start
 
     with pytest.raises(InputError, match="writes earlier turns otherwise"):
-        conversation_tokens(
+        assistant_spans(
             _chat(("user", "a"), ("assistant", "b"), ("user", "c"))["messages"], rewrites
         )
 
@@ -203,7 +209,8 @@ class _Pieces(_Words):
             def word_ids(self) -> list[int | None]:
                 return [*words, None]
 
-        return Encoding(input_ids=[2, *(4 for _ in words[1:]), 2])
+        ids = [2, *(4 for _ in words[1:]), 2]
+        return Encoding(input_ids=ids, attention_mask=[1] * len(ids))
 
 
 def test_a_tag_labels_the_first_piece_of_its_token(tmp_path: Path) -> None:
@@ -214,14 +221,17 @@ def test_a_tag_labels_the_first_piece_of_its_token(tmp_path: Path) -> None:
     )
     known = {"O": 0, "B": 1}
     first, second = _read(file, "token-classification", _Pieces(), label_ids=known)
-    assert first["labels"].tolist() == [-100, 1, -100, 0, -100, -100]
-    assert first["attention_mask"].tolist() == [1, 1, 1, 1, 1, 0]
+    assert first["labels"].tolist() == [-100, 1, -100, 0, -100]
+    assert first["attention_mask"].tolist() == [1, 1, 1, 1, 1]
     # Cut to six ids: the token e and its tag are gone.
     assert second["labels"].tolist() == [-100, 0, 1, -100, -100, -100]
     numbered = _jsonl(tmp_path, {"words": ["ab", "c"], "ner": [7, 3]})
     names = {"tokens": "words", "tags": "ner"}
     (found,) = _read(numbered, "token-classification", _Pieces(), columns=names)
     assert found["labels"].tolist() == [-100, 7, -100, 3, -100]
+    some = _jsonl(tmp_path, {"tokens": ["ab", "c"], "tags": [-100, "B"]})
+    found = _read(some, "token-classification", _Pieces(), label_ids=known)
+    assert found[0]["labels"].tolist() == [-100, -100, -100, 1, -100]
 
 
 @pytest.mark.parametrize(
@@ -232,7 +242,7 @@ def test_a_tag_labels_the_first_piece_of_its_token(tmp_path: Path) -> None:
         ({"tokens": ["a", "b"], "tags": ["O"]}, "record 0 of .* has 2 tokens and 1 tags"),
         ({"tokens": "a b", "tags": ["O"]}, r"holds 'a b' in record 0; expected a list"),
         ({"tokens": [], "tags": []}, r"holds '\[\]' in record 0"),
-        ({"tokens": ["a"], "tags": ["X"]}, "the labels X; expected O, B. The model's config"),
+        ({"tokens": ["a"], "tags": ["X"]}, "the labels 'X'; expected O, B. The model's config"),
     ],
 )
 def test_tags_that_cant_be_read_are_named(

@@ -145,7 +145,7 @@ def test_folders_whose_names_are_no_labels_count_from_0(vit: Path, tmp_path: Pat
     found = open_examples(str(others), opened, DataOptions())
     assert [int(found[place]["labels"]) for place in (0, 16, 47)] == [0, 1, 2]
     mixed = _images(tmp_path / "mixed", ("bee", "dog", "owl"))
-    with pytest.raises(InputError, match=r"bee in .*mixed are no labels.*cat, dog, owl"):
+    with pytest.raises(InputError, match=r"bee in .*mixed are no labels.*owl, dog, cat"):
         open_examples(str(mixed), opened, DataOptions())
 
 

@@ -18,9 +18,14 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from rankfold.artifact.load import check_orders, empty_modules, restore_computed_buffers
+from rankfold.artifact.load import (
+    check_hooks,
+    check_orders,
+    empty_modules,
+    restore_computed_buffers,
+)
 from rankfold.artifact.manifest import check_digest, check_structure
-from rankfold.errors import InputError, opening_an_artifact
+from rankfold.errors import InputError, listed, opening_an_artifact
 from rankfold.files.tensors import read_tensors
 from rankfold.integrations.transformers import QUANT_METHOD, is_transformers_model
 from rankfold.model.memory_layout import lay_out
@@ -83,6 +88,7 @@ class RankfoldQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         structure = self.quantization_config.__dict__
+        check_hooks(model, structure["model"], _WHERE)
         # Another head on the same body: layers of the head that was saved have no place in it.
         same = structure["model"]["class"].rpartition(".")[2] == type(model).__name__
         unpacked = _Names(model, same).of_modules(structure["unpacked"])
@@ -221,10 +227,9 @@ def _check_stored(
     ]
     problems += [f"{name}: not in the model" for name in stored if only is None]
     if problems:
-        listed = "\n  ".join(problems[:20])
         raise InputError(
             f"the weights don't fit what {_WHERE} says. The folder is damaged: save or download it "
-            f"again.\n  {listed}"
+            f"again.\n  {listed(problems)}"
         )
 
 

@@ -22,7 +22,7 @@ from rankfold.artifact.manifest import (
     check_digest,
     read_manifest,
 )
-from rankfold.errors import InputError, opening_an_artifact
+from rankfold.errors import InputError, listed, opening_an_artifact
 from rankfold.files.tensors import read_tensors
 from rankfold.forms.embedding.fit import empty_uses
 from rankfold.forms.registry import form_named
@@ -31,6 +31,7 @@ from rankfold.integrations import transformers as hf
 from rankfold.integrations.vision import NamedModel, make_named
 from rankfold.model.layer_matrix import MatrixLayer
 from rankfold.model.memory_layout import lay_out
+from rankfold.model.of_user import hooked
 from rankfold.model.replace import put_modules
 from rankfold.model.unpack import put_back, unpack_named, unwrapped
 
@@ -105,6 +106,7 @@ def fill(
         InputError: A layer, a name or a shape does not match; each is named with both shapes. With
             ``as_saved``, also where the digest does not.
     """
+    check_hooks(model, manifest["model"], where)
     packed = unpack_named(model, manifest.get("unpacked", []), where)
     before: dict[str, nn.Module] = {}
     try:
@@ -127,6 +129,21 @@ def fill(
     restore_computed_buffers(model, manifest["model"]["computed_buffers"])
     lay_out(model, orders)
     return model
+
+
+def check_hooks(model: nn.Module, said: Mapping[str, Any], where: str) -> None:
+    """Refuse a model that lacks hooks with which the saved one computed.
+
+    Raises:
+        InputError: The modules are named.
+    """
+    lacking = sorted({*said.get("hooks", [])} - {*hooked(model)})
+    if lacking:
+        raise InputError(
+            f"the model in {where} computes with hooks, which no file holds, and the given one has "
+            f"none on these modules:\n  {listed(lacking)}\n"
+            "Open it by rankfold.load(folder, model=...), with a model that has the hooks."
+        )
 
 
 def check_orders(
@@ -247,9 +264,7 @@ def check_fit(
         if name in offered and offered[name].shape != wanted[name].shape
     ]
     if problems:
-        listed = "\n  ".join(problems[:20])
-        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise InputError(f"the weights in {where} don't fit the model:\n  {listed}{more}")
+        raise InputError(f"the weights in {where} don't fit the model:\n  {listed(problems)}")
 
 
 def _under_all_names(

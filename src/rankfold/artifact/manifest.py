@@ -245,6 +245,7 @@ def _check_model(model: object, where: str) -> None:
         "an object of orders of axes model.axes_in_memory",
         where,
     )
+    _expect(_are_names(said.get("hooks", [])), "a list of names model.hooks", where)
 
 
 def _check_source(source: object, where: str) -> None:

@@ -27,6 +27,7 @@ from rankfold.files.tensors import METADATA
 from rankfold.integrations import transformers as hf
 from rankfold.integrations.vision import NamedModel
 from rankfold.model.memory_layout import unusual_orders
+from rankfold.model.of_user import hooked
 from rankfold.model.sizes import stored_tensors
 
 
@@ -70,6 +71,7 @@ def save_artifact(
             **({"dtype": str(cast("Any", model).dtype)} if of_transformers else {}),
             **({} if source is None else {"source": source.as_dict()}),
             **({"axes_in_memory": orders} if orders else {}),
+            **({"hooks": hooks} if (hooks := hooked(model)) else {}),
         },
         **manifest,
     }

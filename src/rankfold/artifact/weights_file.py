@@ -13,11 +13,8 @@ from torch import Tensor, nn
 
 from rankfold.artifact.load import load_tensors
 from rankfold.errors import InputError
-from rankfold.files.tensors import read_tensors
+from rankfold.files.tensors import read_tensors, without_wrappers
 from rankfold.model.sizes import stored_tensors
-
-# Before the names of a model that was saved in its data-parallel or compiled wrapper.
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 
 def load_weights(model: nn.Module, file: Path) -> nn.Module:
@@ -34,20 +31,11 @@ def load_weights(model: nn.Module, file: Path) -> nn.Module:
             "with safetensors.torch.save_file(model.state_dict(), ...)."
         )
     _, aliases = stored_tensors(model)
-    tensors = _completed(model, _unwrapped(model, read_tensors(file)), aliases)
+    stored = read_tensors(file)
+    names = without_wrappers(stored, str(file), model.state_dict(keep_vars=True))
+    tensors = _completed(model, {names[name]: t for name, t in stored.items()}, aliases)
     load_tensors(model, tensors, aliases, str(file))
     return model
-
-
-def _unwrapped(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by their names in the model itself, where all are those of a wrapper around it."""
-    wanted = model.state_dict(keep_vars=True)
-    for prefix in _WRAPPER_PREFIXES:
-        of_wrapper = bool(tensors) and all(name.startswith(prefix) for name in tensors)
-        if of_wrapper and not any(name.startswith(prefix) for name in wanted):
-            inner = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-            return _unwrapped(model, inner)  # wrappers may be inside each other
-    return tensors
 
 
 def _completed(

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from rankfold.certificate.certify import Certificate, certify
 from rankfold.certificate.statement import Statement
-from rankfold.data.parts import Part, content_digest
+from rankfold.data.example import content_digest
+from rankfold.data.parts import Part
 from rankfold.errors import InputError
 from rankfold.files.digests import json_digest
 from rankfold.files.json_file import read_json
@@ -298,6 +299,9 @@ def _data(document: Mapping[str, Any]) -> list[str]:
     lines = [f"held-out       {c['data_digest']}"]
     for name in ("calibration", "selection"):
         lines.append(f"{name:<14} {data['parts'][name]['digest']}")
+    for reason, count in data["parts"]["held_out"].get("left_out", {}).items():
+        known = reason if count is None else f"{count} {reason}"
+        lines.append(f"left out       of the held-out part: {known}")
     lines.append(f"disjoint       {overlap_line(data)}")
     lines.append(f"opened         {history_line(data['history'], c['confidence'])}")
     return lines

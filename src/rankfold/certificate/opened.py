@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -41,8 +42,7 @@ class Opened:
     Attributes:
         tested: In the order that was fixed before; those after the first that fails are None.
         place: Of the one that stands: the last that holds, or the first.
-        examples: Number of held-out examples.
-        digest: Of all of them.
+        usage: Of the held-out part: its examples, their digest, and what is left out.
         original: Digest of the user's model.
         control: Losses of the dense model moved by the same steps, None where none was taken.
         look_alikes: Held-out images that look like one of another part.
@@ -51,8 +51,7 @@ class Opened:
 
     tested: Sequence[Tested | None]
     place: int
-    examples: int
-    digest: str
+    usage: Mapping[str, Any]
     original: str
     control: Evaluation | None
     look_alikes: Sequence[NearPair]

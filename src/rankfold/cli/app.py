@@ -10,8 +10,9 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import is_dataclass
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
@@ -19,7 +20,7 @@ import typer
 from typer.main import get_command
 
 from rankfold.cli.options import gathered, in_panels, spread
-from rankfold.errors import InputError
+from rankfold.errors import InputError, visible
 from rankfold.machine.device import OUT_OF_MEMORY
 
 DONE, BAD_INPUT, NOT_FOUND, DIFFERS, INTERRUPTED = 0, 2, 3, 4, 130
@@ -42,6 +43,7 @@ OTHER_NAMES = {
 _VALUE = r"""(?:"(?P<quoted>[^"]*)"|(?P<bare>\w+(?:[./:-]+\w+)*))"""
 _ARGUMENT = re.compile(rf"(?<![\w.])(?P<name>[a-z]\w*)=(?:{_VALUE}|(?![\w\"'(\[{{=]))")
 
+_given: list[str] = []  # what the user has given to the command that runs
 _SUBJECT = re.compile(r"(?P<name>[a-z]\w*)(?= (?:is|goes with|has no part) )")
 
 
@@ -62,6 +64,7 @@ def command(function: Callable[..., int]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(**values: Any) -> None:
+        _given[:] = [text for value in values.values() for text in _texts(value)]
         try:
             for name in groups:
                 values[name] = gathered(hints[name], values)
@@ -86,15 +89,29 @@ def command(function: Callable[..., int]) -> Callable[..., None]:
 
 def tell(message: str) -> None:
     """Say something on stderr, arguments of Python written as options."""
-    typer.echo(as_options(message), err=True)
+    say(as_options(message), err=True)
 
 
-def as_options(text: str) -> str:
+def say(message: str, *, err: bool = False) -> None:
+    """Print a message, by default on stdout; what a terminal would interpret is written out."""
+    typer.echo(visible(message, lines=True), err=err)
+
+
+def as_options(text: str, names: Collection[str] = ()) -> str:
     """Arguments as Python writes them, ``batch_size=4``, as options: ``--batch-size 4``.
 
     So is the name that a message begins with, ``batch_size is 0``: it is what the user gave. Names
-    that no command has an option for stay as they are.
+    that no command has an option for stay as they are, and so do what the user has given and
+    ``names`` of layers: a path may hold ``seed=3``.
     """
+    known = (*_given, *(name for name in names if "=" in name))
+    if given := sorted((g for g in known if g in text), key=len, reverse=True):
+        parts = re.split(f"({'|'.join(map(re.escape, given))})", text)
+        return "".join(part if part in given else _as_options(part) for part in parts)
+    return _as_options(text)
+
+
+def _as_options(text: str) -> str:
 
     def option(found: re.Match[str]) -> str:
         name, value = found["name"], found["quoted"] or found["bare"]
@@ -111,6 +128,12 @@ def as_options(text: str) -> str:
     if begun is not None and begun["name"] in _option_names():
         text = f"--{begun['name'].replace('_', '-')}{text[begun.end('name') :]}"
     return _ARGUMENT.sub(option, text)
+
+
+def _texts(value: object) -> list[str]:
+    """The texts and paths of an argument that hold what looks like an argument of Python."""
+    items = value if isinstance(value, list | tuple) else [value]
+    return [str(item) for item in items if isinstance(item, str | Path) and "=" in str(item)]
 
 
 @functools.cache

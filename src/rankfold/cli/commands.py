@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import rankfold
 from rankfold.artifact.manifest import read_report
 from rankfold.certificate.document import read_document
 from rankfold.certificate.statement import DEFAULT_MARGIN, check_margin
-from rankfold.cli.app import DIFFERS, DONE, NOT_FOUND, app, as_options, command, tell
+from rankfold.cli.app import DIFFERS, DONE, NOT_FOUND, app, as_options, command, say, tell
 from rankfold.cli.demo import run_demo
 from rankfold.cli.open import (
     DataOptions,
@@ -45,17 +46,18 @@ from rankfold.cli.options import (
 )
 from rankfold.cli.setting_options import setting_option
 from rankfold.cli.tables import (
-    curve_table,
     evaluation_lines,
     layers_table,
     not_factorized_table,
     plain_console,
+    print_curve,
     print_result,
 )
+from rankfold.cli.told import check_classes
 from rankfold.compress import compact as compact_model
 from rankfold.compress import lossless as lossless_model
 from rankfold.data.parts import PARTS, Data
-from rankfold.errors import InputError
+from rankfold.errors import UNSEEN, InputError, visible
 from rankfold.export.export import DTYPES, TARGETS, Exported
 from rankfold.export.export import export as export_artifact
 from rankfold.export.traced import PROGRAMS
@@ -65,7 +67,9 @@ from rankfold.machine.freed_memory import give_back_freed_memory
 from rankfold.machine.offload import Offload, advice
 from rankfold.machine.progress import TerminalProgress
 from rankfold.model.sizes import model_parameters
+from rankfold.report.data_lines import source_lines
 from rankfold.result import Result
+from rankfold.search.study import limits_of
 from rankfold.settings import SettingKeywords, SizeOf, check_size
 from rankfold.verify import verification_lines
 from rankfold.verify import verify as verify_artifact
@@ -157,7 +161,7 @@ def _compress(
     folders = options.folders
     out = folders.output()
     with redirect_stdout(sys.stderr):
-        tell(f"opening {model}")
+        tell(f"opening {visible(model)}")
         opened, data = _opened(model, options)
         result = algorithm(
             opened.model,
@@ -177,7 +181,7 @@ def _compress(
     console = plain_console(sys.stdout)
     print_result(console, result.report, f"{model}: {result.report['algorithm']}")
     if keep:
-        console.print(f"saved: {out}", highlight=False, soft_wrap=True)
+        say(f"saved: {visible(out)}")
     return result
 
 
@@ -203,6 +207,7 @@ def _opened(model: str, options: Compressing) -> tuple[OpenedModel, Data]:
     reading = replace(
         options.reading.data_options(settings.task, settings.seed),
         own_windows=(first, second, third),
+        limits=limits_of(settings),
     )
     if parts.data is not None:
         return opened, open_data(parts.data, opened, reading)
@@ -228,9 +233,11 @@ def evaluate(
         device = check_device(options.device)
         opened = open_artifact(folder, model)
         opened.model.to(device)
+        examples = open_examples(data, opened, options.data_options(task))
+        check_classes(folder, examples)
         found = evaluate_examples(
             opened,
-            open_examples(data, opened, options.data_options(task)),
+            examples,
             limit=limit,
             name=task,
             batch_size=batch_size,
@@ -240,7 +247,7 @@ def evaluate(
         _print_json({"model": str(folder), "data": data, **found})
     else:
         for line in evaluation_lines(found):
-            typer.echo(line)
+            say(line)
     return DONE
 
 
@@ -270,7 +277,7 @@ def verify(
             raise InputError("--weights goes with --model; give both, or none of them.")
         # Other weights than the certified ones are what it is to find and name.
         opened = open_artifact(folder, own, as_saved=False)
-        original = None if model is None else open_model(model, weights).model
+        original = None if model is None else open_model(model, weights, to_be_filled=True).model
         if own is not None and weights is None and original is not None:
             # Without its weights a function may give any: only certified ones are an original.
             stated = read_document(folder)["models"].get("original")
@@ -291,7 +298,7 @@ def verify(
     if options.json:
         _print_json({"model": str(folder), "data": data, **found.as_dict()})
     else:
-        verification_lines(found, typer.echo)
+        verification_lines(found, say)
     return DONE if found.holds else DIFFERS
 
 
@@ -311,9 +318,11 @@ def inspect(
         return DONE
     console = plain_console(sys.stdout)
     if layer is not None:
-        console.print(curve_table(report, layer))
+        print_curve(console, report, layer)
         return DONE
     print_result(console, report, f"{folder}: {report['model']['class']}, {report['algorithm']}")
+    for line in source_lines(report):
+        say(line)
     listing = plain_console(sys.stdout, width=LISTING_WIDTH)
     for table in (layers_table(report, listing.width), not_factorized_table(report)):
         if table.row_count:
@@ -368,7 +377,7 @@ def export(
     if model is not None and not gives_module(model):
         raise InputError(f"--model is {model}; expected file.py:function.")
     with redirect_stdout(sys.stderr):
-        own = None if model is None else open_model(model).model
+        own = None if model is None else open_model(model, to_be_filled=True).model
         done = export_artifact(
             folder, out, to=to, model=own, overwrite=overwrite,
             inputs=open_inputs(input_shape, inputs), dtype=dtype,
@@ -385,15 +394,15 @@ def _print_exported(done: Exported, to: str, out: Path) -> None:
         ("factorized", done.factorized_parameters, done.factorized_bytes),
         (to, done.parameters, done.bytes),
     ):
-        typer.echo(f"{name}: {parameters:,} parameters, {size:,} bytes")
+        say(f"{name}: {parameters:,} parameters, {size:,} bytes")
     if to in PROGRAMS:
-        typer.echo(f"of any length: {', '.join(done.dynamic)}")
-        typer.echo(
+        say(f"of any length: {', '.join(done.dynamic)}")
+        say(
             "not compared with the model: onnxruntime isn't installed"
             if done.difference is None
             else f"largest relative difference from the model: {done.difference:.1e}"
         )
-    typer.echo(f"saved: {out}")
+    say(f"saved: {visible(out)}")
 
 
 @command
@@ -430,4 +439,9 @@ def main() -> None:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    typer.echo(dumps(value, indent=1, allow_nan=False, ensure_ascii=False))
+    def escaped(found: re.Match[str]) -> str:
+        return found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}"
+
+    # What a terminal would interpret stands within texts alone, but for the line feeds between.
+    text = dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
+    typer.echo(UNSEEN.sub(escaped, text))

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from rankfold.artifact.load import load
 from rankfold.artifact.manifest import MANIFEST_FILE, WEIGHTS_FILE
-from rankfold.cli.tables import VERDICT_STYLE
 from rankfold.compress import prepare
 from rankfold.data.parts import PARTS, SHARES, Data
 from rankfold.data.sources import token_windows
+from rankfold.data.tokens import Tokens
 from rankfold.errors import InputError
 from rankfold.files.folder import check_output
 from rankfold.integrations.transformers import load_gguf, load_tokenizer
@@ -131,12 +131,10 @@ def topics_data(tokenizer: Any) -> Data:
         parts[PARTS[place]].append(text)
         taken += len(text)
 
-    def tokens(text: str) -> list[int]:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return cast("list[int]", ids)
-
+    tokens = Tokens(tokenizer, WINDOW)
     calibration, selection, held_out = (
-        token_windows("\n\n".join(parts[part]), tokens, WINDOW) for part in PARTS
+        token_windows(tokens.stream("\n\n".join(parts[part]), f"the {part} text"), WINDOW)
+        for part in PARTS
     )
     return Data(calibration, selection, held_out)
 
@@ -210,8 +208,7 @@ def _factorized_column(
     for batch, speed in speeds.items():
         ratio = speed[name] / speed["original"]
         column[f"tokens a second, batch {batch}"] = f"{speed[name]:.0f} ({ratio:.2f}x)"
-    style = VERDICT_STYLE[certificate.verdict]
-    column[f"verdict, margin {certificate.margin:g}"] = f"[{style}]{certificate.verdict}[/]"
+    column[f"verdict, margin {certificate.margin:g}"] = certificate.verdict
     return column
 
 
@@ -263,7 +260,7 @@ def _survives_saving(
         lambda: subprocess.run(command, capture_output=True, encoding="utf-8", check=False),
     )
     if other.returncode:
-        console.print(f"{name}: reloading failed:\n{other.stderr}", markup=False)
+        console.print(f"{name}: reloading failed:\n{other.stderr}")
         return False
     same = other.stdout.rstrip("\n") == before.rstrip("\n")
     console.print(
@@ -271,7 +268,7 @@ def _survives_saving(
         + ("is the same:" if same else "DIFFERS:"),
         highlight=False,
     )
-    console.print(f"  {before!r}" + ("" if same else f"\n  {other.stdout!r}"), markup=False)
+    console.print(f"  {before!r}" + ("" if same else f"\n  {other.stdout!r}"))
     return same
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,12 +15,22 @@ from rankfold.artifact.load import load
 from rankfold.artifact.manifest import MANIFEST_FILE
 from rankfold.artifact.weights_file import load_weights
 from rankfold.certificate.change import weighted_mean
-from rankfold.data.parts import FEWEST, PARTS, SHARES, Data, Examples, as_examples, as_part, split
-from rankfold.data.record_examples import hidden_words, record_examples
+from rankfold.cli.told import told
+from rankfold.data.account import Account, ReadExamples, spread_of
+from rankfold.data.given import as_examples, up_to
+from rankfold.data.parts import (
+    FEWEST,
+    PARTS,
+    SHARES,
+    USUAL_LIMITS,
+    Data,
+    Examples,
+    Limits,
+    as_part,
+    split,
+)
+from rankfold.data.record_examples import record_examples
 from rankfold.data.sources import (
-    DEFAULT_SIZE,
-    ClassFolder,
-    ImagePreparation,
     Kind,
     image_reader,
     is_spec,
@@ -28,20 +38,24 @@ from rankfold.data.sources import (
     read_image_folder,
     read_npz,
     read_registered,
-    read_text,
     read_wav_folder,
     registered_source,
     source_kind,
-    token_windows,
 )
+from rankfold.data.text_examples import line_examples, window_examples
+from rankfold.data.tokens import Tokens
 from rankfold.errors import InputError
 from rankfold.export.example_inputs import Given
 from rankfold.integrations import transformers as hf
-from rankfold.integrations.processors import has_processor, image_preparation, sound_preparation
+from rankfold.integrations.lengths import default_length, most_tokens, only_length
+from rankfold.integrations.model_inputs import known_inputs, label_ids
+from rankfold.integrations.pixels import Pixels, pixels_of
+from rankfold.integrations.processors import has_processor, sound_preparation
 from rankfold.integrations.vision import is_named, make_named, parse_named
 from rankfold.machine.progress import Progress, TerminalProgress
 from rankfold.tasks.evaluation import evaluate
 from rankfold.tasks.recognise import recognise_task
+from rankfold.tasks.repeated import refuse_random
 
 # A text is split in blocks of consecutive windows, about this many in all, so that few windows
 # have a neighbour in another part.
@@ -87,6 +101,7 @@ class DataOptions:
         tags_column: Column of their labels, None for ``tags``.
         own_windows: Windows that the model writes where DATA is ``self``, for each of the parts.
         skip_broken: Leave out files of a folder that can't be read, and name them on stderr.
+        limits: Most examples of each part: a stream that is split is read no further than that.
     """
 
     mean: Sequence[float] | None = None
@@ -102,16 +117,30 @@ class DataOptions:
     tags_column: str | None = None
     own_windows: tuple[int, int, int] = (64, 16, 64)
     skip_broken: bool = False
+    limits: Limits = USUAL_LIMITS
 
 
-def open_model(spec: str, weights: Path | None = None) -> OpenedModel:
+def open_model(
+    spec: str, weights: Path | None = None, *, to_be_filled: bool = False
+) -> OpenedModel:
     """MODEL: a folder, a ``.gguf`` file, ``timm:NAME``, or ``file.py:function`` of the user's own.
+
+    Args:
+        spec: MODEL.
+        weights: A file of weights, for what a function or a library makes.
+        to_be_filled: Other weights are put into it, or compared with its own, before it is used.
 
     Raises:
         InputError: Names what is wrong with it.
     """
     if is_named(spec):
-        return OpenedModel(_own_model(spec, weights), None, None, spec)
+        model = _own_model(spec, weights)
+        if weights is None and not to_be_filled:
+            raise InputError(
+                f"{spec} makes a model with random weights; expected --weights FILE.safetensors "
+                "with those of the trained model."
+            )
+        return OpenedModel(model, None, None, spec)
     if is_spec(spec):
         return OpenedModel(_own_model(spec, weights), None, None)
     path = Path(spec)
@@ -132,10 +161,12 @@ def open_model(spec: str, weights: Path | None = None) -> OpenedModel:
         has_tokenizer = any(path.glob("tokenizer*")) or any(path.glob("vocab*"))
         return OpenedModel(model, hf.load_tokenizer(path) if has_tokenizer else None, path)
     what = "is a file" if path.exists() else "does not exist"
+    hub = not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", spec)
     raise InputError(
         f"the model {spec} {what}; expected a transformers folder, a .gguf file, or, with "
         "--weights FILE.safetensors, timm:NAME, torchvision:NAME or file.py:function giving an "
         "nn.Module."
+        + (f" Of a hub, download it before: hf download {spec} --local-dir DIR." if hub else "")
     )
 
 
@@ -207,8 +238,12 @@ def open_data(spec: str, opened: OpenedModel, options: DataOptions) -> Data:
         return Data(first, second, third)
     if kind != "text":
         found = _own_data(spec) if kind in OWN else _examples(spec, kind, opened, options)
-        return found if isinstance(found, Data) else split(found, options.seed)
+        if isinstance(found, Data):
+            return found
+        return split(found, options.seed, limits=options.limits)
     windows = _examples(spec, kind, opened, options)
+    if not _reads_windows(opened, options):
+        return split(windows, options.seed, limits=options.limits)
     block = max(1, len(windows) // TEXT_BLOCKS)
     needed = 3 * FEWEST
     if len(windows) < needed:
@@ -247,7 +282,7 @@ def open_examples(spec: str, opened: OpenedModel, options: DataOptions, part: in
         return _own_text(opened, options, part)
     if kind in OWN:
         found = _own_data(spec)
-        return as_examples(getattr(found, PARTS[part]) if isinstance(found, Data) else found)[0]
+        return as_examples(getattr(found, PARTS[part]) if isinstance(found, Data) else found)
     return _examples(spec, kind, opened, options)
 
 
@@ -261,7 +296,11 @@ def _own_text(opened: OpenedModel, options: DataOptions, part: int) -> Examples:
     count = options.own_windows[part]
     seed = len(PARTS) * options.seed + part
     length = _length(opened, options)
-    return hf.own_text(opened.model, count, length, seed << 20, TerminalProgress())
+    windows = hf.own_text(opened.model, count, length, seed << 20, TerminalProgress())
+    lengths = spread_of([length] * count)
+    source = f"text that the model writes for the {PARTS[part].replace('_', '-')} part"
+    account = Account(source, "window", count, count, lengths=lengths)
+    return told(ReadExamples(windows, account))
 
 
 def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) -> Examples:
@@ -270,7 +309,9 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
     labels_wanted = task not in ("teacher", "embedding")
     if kind == "npz":
         prepare_array = _pixels(opened, options).prepare
-        return cast("Examples", read_npz(path, options.mean, options.std, prepare=prepare_array))
+        known = label_ids(opened.model)
+        rows = read_npz(path, options.mean, options.std, prepare=prepare_array, label_ids=known)
+        return cast("Examples", told(rows))
     if kind == "images":
         pixels = _pixels(opened, options)
         found = read_image_folder(
@@ -279,23 +320,21 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
             pixels.std,
             pixels.size,
             prepare=pixels.prepare,
-            label_ids=_label_ids(opened),
+            label_ids=label_ids(opened.model),
             labels_wanted=labels_wanted,
             skip_broken=options.skip_broken,
         )
-        _tell_skipped(path, found)
-        return cast("Examples", found)
+        return cast("Examples", told(found))
     if kind == "sounds":
         folder = _processor_folder(opened)
         sounds = read_wav_folder(
             path,
             prepare=None if folder is None else sound_preparation(folder),
-            label_ids=_label_ids(opened),
+            label_ids=label_ids(opened.model),
             labels_wanted=labels_wanted,
             skip_broken=options.skip_broken,
         )
-        _tell_skipped(path, sounds)
-        return cast("Examples", sounds)
+        return cast("Examples", told(sounds))
     if kind == "records":
         return _records(path, opened, options, task)
     if opened.tokenizer is None:
@@ -303,18 +342,23 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
             f"the data {spec} is text, but the model has no tokenizer; give a transformers folder "
             "with one, or the data as file.py:function."
         )
-    text = read_text(path)
-    length = _length(opened, options)
-    windows = token_windows(text, lambda t: _tokenize(opened.tokenizer, t), length)
-    if task == "masked-lm":
-        return hidden_words(windows, opened.tokenizer, options.seed)
+    inputs = known_inputs(opened.model, opened.tokenizer)
+    tokens = Tokens(opened.tokenizer, _length(opened, options), **inputs)
+    if _reads_windows(opened, options):
+        return told(window_examples(path, tokens))
     if task in ("classification", "token-classification", "seq2seq", "regression"):
         raise InputError(
             f"the task {task} needs labels, and plain text has none; expected a .jsonl, .csv or "
             ".tsv with a label (or target) column, or a .jsonl with tokens and tags, or --task "
             "teacher, which needs none."
         )
-    return windows
+    return told(line_examples(path, tokens, task, options.seed))
+
+
+def _reads_windows(opened: OpenedModel, options: DataOptions) -> bool:
+    """Whether the model reads a text in windows, as a language model; others read it by lines."""
+    hint = hf.task_hint(opened.model)
+    return "causal-lm" in (options.task, hint) and options.task in (None, "causal-lm", "teacher")
 
 
 def _processor_folder(opened: OpenedModel) -> Path | None:
@@ -323,32 +367,9 @@ def _processor_folder(opened: OpenedModel) -> Path | None:
     return folder if folder is not None and has_processor(folder) else None
 
 
-class _Pixels(NamedTuple):
-    """How images are prepared: the arguments of ``sources.image_reader``."""
-
-    mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
-    size: int | None = None
-    prepare: ImagePreparation | None = None
-
-
-def _pixels(opened: OpenedModel, options: DataOptions) -> _Pixels:
-    """As the options say, or the model's folder, or what timm keeps with its models."""
-    if (options.image_size, options.mean, options.std) != (None, None, None):
-        return _Pixels(options.mean, options.std, options.image_size)
-    folder = _processor_folder(opened)
-    if folder is not None:
-        return _Pixels(prepare=image_preparation(folder))
-    kept = getattr(opened.model, "pretrained_cfg", None)
-    if isinstance(kept, Mapping) and kept.get("mean") and kept.get("std"):
-        size = kept.get("input_size") or (DEFAULT_SIZE,)
-        return _Pixels(kept["mean"], kept["std"], size[-1])
-    return _Pixels()
-
-
-def _label_ids(opened: OpenedModel) -> dict[str, int] | None:
-    """The model's number of each label, None for a model that says nothing of labels."""
-    return getattr(getattr(opened.model, "config", None), "label2id", None)
+def _pixels(opened: OpenedModel, options: DataOptions) -> Pixels:
+    asked = Pixels(options.mean, options.std, options.image_size)
+    return pixels_of(asked, opened.model, _processor_folder(opened))
 
 
 def _kind(spec: str, options: DataOptions) -> Kind | None:
@@ -362,19 +383,8 @@ def _kind(spec: str, options: DataOptions) -> Kind | None:
     return kind
 
 
-def _tell_skipped(folder: Path, found: ClassFolder) -> None:
-    """Name and count on stderr what was left out."""
-    for message in found.skipped:
-        print(f"skipped: {message}", file=sys.stderr)
-    if found.skipped:
-        count = len(found.skipped)
-        print(f"skipped {count} of {count + len(found)} files of {folder}", file=sys.stderr)
-
-
-def _records(
-    file: Path, opened: OpenedModel, options: DataOptions, task: str | None
-) -> Sequence[Any]:
-    return record_examples(
+def _records(file: Path, opened: OpenedModel, options: DataOptions, task: str | None) -> Examples:
+    found = record_examples(
         file,
         opened.tokenizer,
         _length(opened, options),
@@ -386,28 +396,26 @@ def _records(
             "tokens": options.tokens_column,
             "tags": options.tags_column,
         },
-        label_ids=_label_ids(opened),
+        label_ids=label_ids(opened.model),
         seed=options.seed,
         images=lambda: image_reader(*_pixels(opened, options)),
+        **known_inputs(opened.model, opened.tokenizer),
     )
-
-
-def _tokenize(tokenizer: Any, text: str) -> list[int]:
-    # verbose=False: the whole text is longer than the model takes, the windows are not.
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return cast("list[int]", ids)
+    return cast("Examples", told(found))
 
 
 def _length(opened: OpenedModel, options: DataOptions) -> int:
-    longest = getattr(getattr(opened.model, "config", None), "max_position_embeddings", None)
-    if options.length is not None:
-        if options.length < 2 or (longest is not None and options.length > longest):
-            raise InputError(
-                f"--length is {options.length}; expected 2 tokens or more"
-                + (f", and at most the model's {longest}." if longest else ".")
-            )
-        return options.length
-    return min(512, longest) if isinstance(longest, int) else 512
+    asked, fixed, longest = options.length, only_length(opened.model), most_tokens(opened.model)
+    if asked is None:
+        return default_length(opened.model, opened.tokenizer)
+    if fixed is not None and asked != fixed:
+        raise InputError(f"--length is {asked}; this model takes {fixed} tokens, no more or fewer.")
+    if asked < 2 or (longest is not None and asked > longest):
+        raise InputError(
+            f"--length is {asked}; expected 2 tokens or more"
+            + (f", and at most the model's {longest}." if longest else ".")
+        )
+    return asked
 
 
 def open_inputs(shape: str | None, spec: str | None) -> Given | None:
@@ -451,18 +459,25 @@ def evaluate_examples(
     Raises:
         InputError: Too few examples, or their loss isn't recognised or not finite.
     """
-    chosen = [examples[index] for index in range(min(limit or len(examples), len(examples)))]
-    if len(chosen) < 2:
+    given = up_to(examples, limit or USUAL_LIMITS[-1])
+    count = min(limit or len(given), len(given))
+    if count < 2:
         raise InputError(
-            f"the data gives {len(chosen)} examples; expected 2 or more. Give more data, or "
+            f"the data gives {count} examples; expected 2 or more. Give more data, or "
             "shorter windows of text with --length."
         )
-    part = as_part("evaluation", chosen)
+    beyond = len(given) - count
+    left_out = {f"beyond the first {count} (limit=)": beyond} if beyond else {}
+    part = as_part("evaluation", given.take(range(count), {**given.left_out, **left_out}))
     task = recognise_task(part, None, name, hint=hf.task_hint(opened.model))
+    refuse_random(opened.model, task, part)
     found = evaluate(opened.model, task, part, batch_size=batch_size, progress=progress)
     return {
         "task": task.name,
-        "examples": len(chosen),
+        "examples": count,
+        "sources": [] if given.account is None else [given.account.as_dict()],
+        "left_out": dict(part.left_out),
+        "columns_left_out": [*part.columns],
         "loss": {
             "unit": task.unit,
             "mean": found.mean,

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rankfold.cli.app import as_options
-from rankfold.errors import InputError
+from rankfold.errors import InputError, visible
+from rankfold.report.data_lines import data_lines
 
 NATURAL = 10_000  # columns of a console on which every table has room
 VERDICT_STYLE = {"better": "bold green", "lossless": "green", "not shown": "yellow", "worse": "red"}
 
 
 def plain_console(file: TextIO, width: int = 120) -> Console:
-    """A console whose tables keep their columns where the output is no terminal, so wide then."""
-    return Console(file=file, width=None if file.isatty() else width)
+    """A console that shows texts as they are: in a name, brackets and colons mean nothing.
+
+    Its tables keep their columns where the output is no terminal, so wide then.
+    """
+    return Console(
+        file=file, width=None if file.isatty() else width, markup=False, emoji=False,
+        highlight=False,
+    )  # fmt: skip
 
 
 def evaluation_lines(found: dict[str, Any]) -> list[str]:
@@ -33,12 +42,12 @@ def evaluation_lines(found: dict[str, Any]) -> list[str]:
         lines.append(f"perplexity {math.exp(min(700.0, loss['mean'])):.2f}")
     if found["accuracy"] is not None:
         lines.append(f"accuracy {found['accuracy']:.4f}")
-    return lines
+    return [*lines, *_data_lines(found)]
 
 
-def result_table(report: dict[str, Any], title: str) -> Table:
+def result_table(report: dict[str, Any]) -> Table:
     """Original and factorized side by side; every row names its unit and what it counts."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table()
     table.add_column("")
     table.add_column("original", justify="right")
     table.add_column("factorized", justify="right")
@@ -64,10 +73,10 @@ def result_table(report: dict[str, Any], title: str) -> Table:
     return table
 
 
-def result_lines(report: dict[str, Any]) -> list[str]:
+def result_lines(report: dict[str, Any]) -> list[str | Text]:
     """The change, its control, the verdict, and what happened to the layers."""
     loss, certificate = report["loss"], report["certificate"]
-    lines = [
+    lines: list[str | Text] = [
         f"loss change {certificate['change']:+.4f} ± {certificate['standard_error']:.4f} "
         f"(standard error) {certificate['unit']}"
         + (
@@ -98,25 +107,34 @@ def result_lines(report: dict[str, Any]) -> list[str]:
             f"({len(refit['residual'])} of them to the sums that they are part of), by "
             f"{refit['examples']} calibration examples; {refit['gain']:+.4f} on selection data"
         )
-    style = VERDICT_STYLE[certificate["verdict"]]
-    lines.append(
-        f"verdict: [{style}]{certificate['verdict']}[/]: with {certificate['confidence']:.0%} "
-        f"confidence the change is at most {certificate['upper_bound']:+.4f} (margin "
-        f"{certificate['margin']:g} {certificate['unit']}, {certificate['examples']} held-out "
-        "examples that nothing was tuned on)"
+    verdict = certificate["verdict"]
+    said = (
+        f": with {certificate['confidence']:.0%} confidence the change is at most "
+        f"{certificate['upper_bound']:+.4f} (margin {certificate['margin']:g} "
+        f"{certificate['unit']}, {certificate['examples']} held-out examples that nothing was "
+        "tuned on)"
     )
+    lines.append(Text.assemble("verdict: ", (verdict, VERDICT_STYLE[verdict]), said))
     lines += certificate_lines(certificate)
     if report.get("agreement"):
         lines.append(
             "no labels were used: the loss is the distance from the original model's own outputs, "
             "so the verdict speaks of agreement with the original, not of being right"
         )
+    lines += _data_lines(report)
     low_rank = sum(layer["rank"] is not None for layer in report["layers"])
     lines.append(
         f"layers: {low_rank} factorized, {len(report['layers']) - low_rank} left dense by the "
         f"plan, {len(report['not_factorized'])} not factorized{_reasons(report)}"
     )
     return lines
+
+
+def _data_lines(report: Mapping[str, Any]) -> list[str]:
+    """As options, but for names of the user's columns, which may look like arguments."""
+    entries = (report, *report.get("data", {}).values())
+    columns = [name for entry in entries for name in entry.get("columns_left_out") or ()]
+    return [as_options(line, columns) for line in data_lines(report)]
 
 
 def certificate_lines(certificate: dict[str, Any]) -> list[str]:
@@ -149,15 +167,41 @@ def certificate_lines(certificate: dict[str, Any]) -> list[str]:
 
 def _reasons(report: dict[str, Any]) -> str:
     counted = Counter(entry["reason"] for entry in report["not_factorized"])
-    listed = "; ".join(f"{count} x {as_options(reason)}" for reason, count in counted.most_common())
+    names = _names(report)
+    listed = "; ".join(
+        f"{count} x {as_options(reason, names)}" for reason, count in counted.most_common()
+    )
     return f" ({listed})" if listed else ""
 
 
+def _names(report: dict[str, Any]) -> list[str]:
+    """Of all layers."""
+    return [entry["name"] for key in ("layers", "not_factorized") for entry in report[key]]
+
+
 def print_result(console: Console, report: dict[str, Any], title: str) -> None:
-    """The table and the lines."""
-    console.print(result_table(report, title))
+    """The title, the table and the lines."""
+    _print_title(console, title)
+    console.print(result_table(report))
     for line in result_lines(report):
-        console.print(line, highlight=False)
+        console.print(line if isinstance(line, Text) else visible(line))
+
+
+def print_curve(console: Console, report: dict[str, Any], name: str) -> None:
+    """Of one layer the predicted change of the loss at some of its ranks.
+
+    Raises:
+        InputError: There is no such layer, or its objective predicts no loss.
+    """
+    layer, table = curve_table(report, name)
+    rank = layer["rank"] or "dense"
+    _print_title(console, f"{layer['name']}: rank {rank} of {layer['full_rank']}")
+    console.print(table)
+
+
+def _print_title(console: Console, title: str) -> None:
+    """On a line of its own: a table would fold it to its own width."""
+    console.print(Text(visible(title), "bold"), soft_wrap=True)
 
 
 def _rank_cells(layer: dict[str, Any]) -> tuple[str, str]:
@@ -172,15 +216,17 @@ def _range_cells(found: dict[str, Any]) -> tuple[str, str, str]:
     return f"{found['radius']:.4f}", str(found["lossless_rank"]), f"{share:.2f}"
 
 
-def curve_table(report: dict[str, Any], name: str) -> Table:
-    """Predicted change of the loss of one layer at some of its ranks.
+def curve_table(report: dict[str, Any], name: str) -> tuple[dict[str, Any], Table]:
+    """A layer, by its name or as that is shown, and its predicted changes of the loss.
 
     Raises:
         InputError: There is no such layer, or its objective predicts no loss.
     """
     layers = {layer["name"]: layer for layer in report["layers"]}
+    as_shown = {visible(known): known for known in layers}
+    name = name if name in layers else as_shown.get(name, name)
     if name not in layers:
-        known = ", ".join([*layers][:5])
+        known = ", ".join([*as_shown][:5])
         raise InputError(f"no factorized layer is called {name!r}; names look like {known}.")
     points = layers[name].get("predicted_by_rank")
     if not points:
@@ -188,13 +234,12 @@ def curve_table(report: dict[str, Any], name: str) -> Table:
             f"the objective {report['settings']['objective']} predicts no loss; expected kronecker "
             "or joint."
         )
-    full = layers[name]["full_rank"]
-    table = Table(title=f"{name}: rank {layers[name]['rank'] or 'dense'} of {full}")
+    table = Table()
     table.add_column("rank", justify="right")
     table.add_column("predicted change", justify="right")
     for rank, change in points:
         table.add_row(str(rank), f"{change:+.6f}")
-    return table
+    return layers[name], table
 
 
 RANGES = ("harmless\nradius", "lossless\nrank alone", "signal\n/ noise")
@@ -216,7 +261,8 @@ def layers_table(report: dict[str, Any], width: int) -> Table:
         left_out += [column for column in more if column in columns]
         table = _listing("layers", [column for column in columns if column not in left_out])
         for row in rows:
-            table.add_row(*(row.get(column, "") for column in columns if column not in left_out))
+            cells = (row.get(column, "") for column in columns if column not in left_out)
+            table.add_row(*map(Text, cells))
         if Console(width=NATURAL).measure(table).maximum <= width:
             break
     if left_out:
@@ -230,8 +276,8 @@ def _layer_cells(layer: dict[str, Any]) -> dict[str, str]:
     predicted, found = layer["predicted_change"], layer.get("harmless_range")
     rank, form = _rank_cells(layer)
     cells = {
-        "layer": layer["name"],
-        "kind": layer["kind"],
+        "layer": visible(layer["name"]),
+        "kind": visible(layer["kind"]),
         "shape": "x".join(str(side) for side in layer["shape"]),
         "rank": rank,
         "form": form,
@@ -245,8 +291,10 @@ def _layer_cells(layer: dict[str, Any]) -> dict[str, str]:
 def not_factorized_table(report: dict[str, Any]) -> Table:
     """One row a layer that can't be factorized, with the reason."""
     table = _listing("not factorized", ["layer", "kind", "reason"])
+    names = _names(report)
     for entry in report["not_factorized"]:
-        table.add_row(entry["name"], entry["kind"], as_options(entry["reason"]))
+        cells = entry["name"], entry["kind"], as_options(entry["reason"], names)
+        table.add_row(*(Text(visible(cell)) for cell in cells))
     return table
 
 

@@ -6,26 +6,42 @@ evaluated once, for the certificate. An example that appears in two parts is ref
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from rankfold.data.account import Account, refuse_two_meanings
+from rankfold.data.example import (
+    Example,
+    collated,
+    default_batch_size,
+    describe,
+    example_digest,
+    example_input,
+    plain_example,
+    shape,
+)
+from rankfold.data.given import GivenExamples, LeftOut, as_examples, up_to
+from rankfold.data.padding import Padding
 from rankfold.errors import InputError
 
-Example: TypeAlias = Any
 Batch: TypeAlias = Any
 Examples: TypeAlias = Sequence[Example]
 Collate: TypeAlias = Callable[[list[Example]], Batch]
+Limits: TypeAlias = tuple[int, int, int]  # most examples of each part
 
 PARTS = ("calibration", "selection", "held_out")
 SHARES = (0.5, 0.2, 0.3)
+USUAL_LIMITS: Limits = (2048, 2048, 10000)  # where examples have one term each
 FEWEST = 4  # examples a part needs: two halves of two for calibration, a variance for the others
+LIMIT_NAMES = dict(zip(PARTS, ("limit", "selection_limit", "held_out_limit"), strict=True))
+SAME = "the same input as an example before"
 
 
 @dataclass(frozen=True)
@@ -34,16 +50,20 @@ class Data:
 
     An example is a ``(length,)`` integer tensor or a mapping with ``input_ids`` for language
     models, an ``(input, label)`` pair for classifiers, anything that ``collate`` takes otherwise.
+    Arrays, numbers and lists of numbers stand for tensors. Columns of texts in mappings are left
+    out; the report names them. Of a loader those examples count that it yields.
 
     Attributes:
         calibration: Examples for the statistics.
         selection: Examples for choosing the step and the plan.
         held_out: Examples for the certificate, evaluated once.
-        collate: Turns a list of examples into a batch; by default tensors are stacked.
+        collate: Turns a list of examples into a batch; by default each part's loader's own, or
+            tensors are stacked.
         groups: For each held-out example what it belongs to, such as its document, where examples
             of one group are not independent: the groups are then the certificate's units.
         split_here: The parts were drawn from one data set by ``split``: copies in them are left
             out, not refused.
+        left_out: Examples that stood in that data set and are in none of the parts, by the reason.
 
     Raises:
         InputError: A part is empty or too small, or ``groups`` doesn't fit.
@@ -55,24 +75,40 @@ class Data:
     collate: Collate | None = None
     groups: Sequence[object] | None = None
     split_here: bool = False
+    left_out: LeftOut = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Materialise loaders and iterables, and refuse parts that are too small."""
+        """Open loaders, streams and columns, and refuse parts that are too small."""
         for part in PARTS:
-            examples, collate = as_examples(getattr(self, part))
-            object.__setattr__(self, part, examples)
-            if self.collate is None and collate is not None:
-                object.__setattr__(self, "collate", collate)
-            if len(examples) < FEWEST:
+            given = getattr(self, part)
+            examples = as_examples(given)
+            if not (isinstance(examples, GivenExamples) and examples.items is given):
+                object.__setattr__(self, part, examples)
+            count = len(up_to(examples, FEWEST))
+            if count < FEWEST:
                 raise InputError(
-                    f"the {part.replace('_', '-')} part has {len(examples)} examples; "
+                    f"the {part.replace('_', '-')} part has {count} examples; "
                     f"it needs at least {FEWEST}. Give more data."
                 )
-        if self.groups is not None and len(self.groups) != len(self.held_out):
+        refuse_two_meanings(self.accounts)
+        if self.groups is None:
+            return
+        held_out = len(up_to(self.held_out, len(self.groups) + 1))
+        if len(self.groups) != held_out:
             raise InputError(
-                f"there are {len(self.groups)} groups for {len(self.held_out)} held-out examples; "
+                f"there are {len(self.groups)} groups for {held_out} held-out examples; "
                 "expected one an example."
             )
+
+    @property
+    def accounts(self) -> list[Account]:
+        """What became of the sources that the parts were read from, each once."""
+        found: list[Account] = []
+        for part in PARTS:
+            account = getattr(getattr(self, part), "account", None)
+            if isinstance(account, Account) and account not in found:
+                found.append(account)
+        return found
 
 
 @dataclass(frozen=True)
@@ -85,6 +121,10 @@ class Part:
         collate: Turns a list of examples into a batch.
         digests: SHA-256 of each example's input, hexadecimal.
         groups: What each example belongs to, or None where they are independent.
+        left_out: Examples that the user gave and a run does not use, by the reason.
+        columns: Names of columns that are left out of every example: texts.
+        drawn_anew: Whether the data set gives other examples each time that it is read.
+        places: Where each example stands in what the user gave; as here if None.
     """
 
     name: str
@@ -92,6 +132,18 @@ class Part:
     collate: Collate
     digests: list[str] = field(repr=False)
     groups: list[str] | None = field(default=None, repr=False)
+    left_out: LeftOut = field(default_factory=dict)
+    columns: tuple[str, ...] = ()
+    drawn_anew: bool = False
+    places: Sequence[Any] | None = field(default=None, repr=False)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the model sees the examples as they are, stacked or padded, by name or in pairs.
+
+        Else only the user's ``collate`` knows what it makes of them.
+        """
+        return self.collate is collated or isinstance(self.collate, Padding)
 
     @property
     def digest(self) -> str:
@@ -106,7 +158,34 @@ class Part:
             self.collate,
             [self.digests[i] for i in indices],
             None if self.groups is None else [self.groups[i] for i in indices],
+            self.left_out,
+            self.columns,
+            self.drawn_anew,
+            [self.number(i) for i in indices],
         )
+
+    def number(self, place: int) -> Any:
+        """The number in what the user gave, for messages, of an example of this part."""
+        return place if self.places is None else self.places[place]
+
+    def without(self, numbers: Mapping[int, str]) -> Part:
+        """The part without the examples of these numbers, of each of which the reason is given."""
+        kept = self.take([n for n in range(len(self.examples)) if n not in numbers])
+        reasons = [*numbers.values()]
+        counts = {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
+        return replace(kept, left_out={**self.left_out, **counts})
+
+    def usage(self) -> dict[str, Any]:
+        """What of the user's examples is used, and what is left out and why: plain values."""
+        known = [count for count in self.left_out.values() if count is not None]
+        return {
+            "examples": len(self.examples),
+            "digest": self.digest,
+            "given": len(self.examples) + sum(known),
+            "left_out": dict(self.left_out),
+            "columns_left_out": [*self.columns],
+            "drawn_anew": self.drawn_anew,
+        }
 
     def spread(self, count: int) -> Part:
         """So many examples, or all, from all over the part: not of one class or document."""
@@ -118,67 +197,51 @@ class Part:
         return [place * len(self.examples) // count for place in range(count)]
 
     def batches(self, size: int | None = None) -> list[list[Example]]:
-        """Consecutive examples of the same shape in lists of ``size`` (default: by their size)."""
+        """Consecutive examples in lists of ``size`` (default: by their size).
+
+        They are of the same shape, unless they are padded.
+        """
+        if isinstance(self.collate, Padding):
+            return self.collate.batches(self.examples, size)
         batches: list[list[Example]] = []
-        for _, group in groupby(self.examples, key=_shape):
+        looked_at = shape if self.collate is collated else lambda e: shape(example_input(e))
+        for _, group in groupby(self.examples, key=looked_at):
             same = list(group)
-            step = size or default_batch_size(same[0])
+            step = size or self.batch_size(same[0])
             batches += [same[start : start + step] for start in range(0, len(same), step)]
         return batches
 
-
-def as_examples(data: object) -> tuple[Examples, Collate | None]:
-    """A sequence of examples from a sequence, a data set, or a data loader (with its collate).
-
-    Raises:
-        InputError: ``data`` is none of them.
-    """
-    if isinstance(data, DataLoader):
-        collate = None if data.collate_fn is default_collate else data.collate_fn
-        return as_examples(data.dataset)[0], collate
-    if isinstance(data, IterableDataset):
-        return list(data), None
-    if isinstance(data, Tensor):
-        return list(data), None
-    if isinstance(data, Dataset) and not isinstance(data, Sequence):
-        if not hasattr(data, "__len__"):
-            raise InputError(f"the data set {type(data).__name__} has no length; give it __len__.")
-        return cast("Examples", data), None
-    if isinstance(data, Sequence) and not isinstance(data, str):
-        return data, None
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, str):
-        return cast("Examples", data), None
-    if isinstance(data, Iterator):
-        return list(data), None
-    raise InputError(
-        f"data is {type(data).__name__}; expected a data set, a data loader, a sequence of "
-        "examples, or rankfold.Data(calibration=, selection=, held_out=)."
-    )
+    def batch_size(self, example: Example) -> int:
+        """Examples a batch of such examples, where nobody says so."""
+        return default_batch_size(self.collate([example]))
 
 
-def split(data: object, seed: int, block: int = 1, collate: Collate | None = None) -> Data:
+def split(
+    data: object,
+    seed: int,
+    block: int = 1,
+    collate: Collate | None = None,
+    limits: Limits | None = None,
+) -> Data:
     """Split examples into three disjoint parts, deterministically.
 
-    Examples whose inputs are byte for byte equal to an earlier one's are dropped first, so that
+    Examples whose inputs are byte for byte equal to an earlier one's are left out first, so that
     none can land in two parts.
 
     Args:
-        data: Sequence, data set or data loader.
+        data: Sequence, data set, data loader or stream.
         seed: Decides which example goes where.
         block: Consecutive examples that stay together, for windows of one text.
         collate: As for ``Data``; by default the loader's.
+        limits: How many examples of each part a run will use: a stream is read so far.
 
     Raises:
         InputError: Too few different examples for three parts.
     """
-    examples, own_collate = as_examples(data)
-    seen: set[str] = set()
-    unique: list[int] = []
-    for index in range(len(examples)):
-        digest = example_digest(examples[index])
-        if digest not in seen:
-            seen.add(digest)
-            unique.append(index)
+    examples = up_to(data, None if limits is None else enough_for(limits))
+    collate = collate or examples.collate
+    unique = _different(examples, collate)
+    again = len(examples) - len(unique)
     blocks = [unique[start : start + block] for start in range(0, len(unique), block)]
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed)).tolist()
     shuffled = [index for b in order for index in blocks[b]]
@@ -191,45 +254,165 @@ def split(data: object, seed: int, block: int = 1, collate: Collate | None = Non
             f"the data has {len(unique)} different examples in {len(blocks)} blocks: too few for "
             f"calibration, selection and held-out parts of {FEWEST} or more each. Give more data."
         )
-    first_part, second_part, third_part = (_Subset(examples, part) for part in parts)
+    calibration, selection, held_out = (examples.take(part) for part in parts)
     return Data(
-        first_part, second_part, third_part, collate=collate or own_collate, split_here=True
+        calibration,
+        selection,
+        held_out,
+        collate=collate,
+        split_here=True,
+        left_out={**examples.left_out, **({SAME: again} if again else {})},
     )
 
 
-class _Subset(Sequence[Example]):
-    """Examples by index, read when they are used."""
+def enough_for(limits: Limits) -> int:
+    """So many examples of one data set that each part of its split has its limit."""
+    return max(math.ceil(limit / share) for limit, share in zip(limits, SHARES, strict=True)) + 1
 
-    def __init__(self, examples: Examples, indices: list[int]) -> None:
-        self.examples, self.indices = examples, indices
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, item: Any) -> Any:
-        if isinstance(item, slice):
-            return [self.examples[index] for index in self.indices[item]]
-        return self.examples[self.indices[item]]
+def _different(examples: GivenExamples, collate: Collate | None) -> list[int]:
+    """Numbers of the examples whose input is no earlier one's."""
+    first: dict[str, int] = {}
+    for index in range(len(examples)):
+        example = examples[index]
+        if collate is None:
+            example, _ = plain_example(example, f"example {index} of the data")
+        first.setdefault(example_digest(example), index)
+    return [*first.values()]
 
 
 def select_part(data: Data, name: str, limit: int | None, seed: int) -> Part:
     """The examples of one part that a run uses: all, or ``limit`` of them drawn by ``seed``."""
-    examples: Examples = getattr(data, name)
+    examples = up_to(getattr(data, name), limit)
     count = len(examples)
     indices = list(range(count))
+    left_out = {}
     if limit is not None and limit < count:
         generator = torch.Generator().manual_seed(seed)
         indices = sorted(torch.randperm(count, generator=generator)[:limit].tolist())
-    part = as_part(name, [examples[index] for index in indices], data.collate)
+        left_out = {f"beyond the {limit} that are used ({LIMIT_NAMES[name]}=)": count - limit}
+    chosen = examples.take(indices, {**examples.left_out, **left_out})
+    part = as_part(name, chosen, data.collate)
     if name != "held_out" or data.groups is None:
         return part
     return replace(part, groups=[str(data.groups[index]) for index in indices])
 
 
-def as_part(name: str, examples: list[Example], collate: Collate | None = None) -> Part:
-    """Examples with their digests."""
-    digests = [example_digest(example) for example in examples]
-    return Part(name, examples, collate or default_collate_examples, digests)
+def as_part(name: str, examples: object, collate: Collate | None = None) -> Part:
+    """Any data as a part: all its examples, with their digests.
+
+    Raises:
+        InputError: An example can't be used, or is of another kind than the first.
+    """
+    given = up_to(GivenExamples(examples) if type(examples) is list else examples, None)
+    collate = collate or given.collate
+    columns = [*given.columns]
+
+    def named(place: int) -> str:
+        return f"example {given.places[place]} of the {name.replace('_', '-')} data"
+
+    def read(place: int) -> Example:
+        if collate is not None:
+            return given[place]
+        example, texts = plain_example(given[place], named(place))
+        columns.extend(texts)
+        return example
+
+    found = [read(place) for place in range(len(given))]
+    again = {} if given.is_kept else {p: read(p) for p in {0, len(found) // 2} if p < len(found)}
+    drawn_anew = any(example_digest(found[p]) != example_digest(e) for p, e in again.items())
+    found = _alike(found, named) if collate is None else found
+    return Part(
+        name,
+        found,
+        collated if collate is None else _sparing(collate),
+        [example_digest(example) for example in found],
+        left_out=given.left_out,
+        columns=tuple(dict.fromkeys(columns)),
+        drawn_anew=drawn_anew,
+        places=given.places,
+    )
+
+
+def _sparing(collate: Collate) -> Collate:
+    """The same function on copies of the examples: it may change what it is given.
+
+    ``Padding`` is known to change nothing.
+    """
+    if isinstance(collate, Padding):
+        return collate
+
+    def spared(examples: list[Example]) -> Batch:
+        loose = (Mapping, list)
+        try:
+            return collate([copy.copy(e) if isinstance(e, loose) else e for e in examples])
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"the collate function can't make a batch of {describe(examples[0])}: "
+                f"{type(error).__name__}: {error}. It is given a list of the data set's examples."
+            ) from error
+
+    return spared
+
+
+def refuse_unlike(parts: Sequence[Part]) -> None:
+    """Refuse parts whose examples are of different kinds: labels in one and none in another.
+
+    Raises:
+        InputError: Names two parts and what their examples are.
+    """
+    plain = [part for part in parts if part.is_plain]
+    for part in plain[1:]:
+        ours, theirs = plain[0].examples[0], part.examples[0]
+        if _kind(_as_floats(ours)) != _kind(_as_floats(theirs)):
+            raise InputError(
+                f"the examples of the {plain[0].name.replace('_', '-')} part are "
+                f"{describe(ours)}, those of the {part.name.replace('_', '-')} part "
+                f"{describe(theirs)}; expected the same columns (or items) in all parts."
+            )
+
+
+def _alike(examples: list[Example], named: Callable[[int], str]) -> list[Example]:
+    """The examples, where all have the same columns or items, of the same kinds.
+
+    A whole number becomes a float where other examples have one.
+
+    Raises:
+        InputError: Names the first that differs.
+    """
+    kinds = [_kind(example) for example in examples]
+    if all(kind == kinds[0] for kind in kinds):
+        return examples
+    floats = [_as_floats(example) for example in examples]
+    for place, example in enumerate(floats):
+        if _kind(example) != _kind(floats[0]):
+            raise InputError(
+                f"{named(place)} is {describe(examples[place])}, and {named(0)} is "
+                f"{describe(examples[0])}; expected the same columns (or items) in every example, "
+                "of the same kinds: labels in all of them or in none."
+            )
+    return floats
+
+
+def _kind(example: Example) -> object:
+    """Columns of a mapping, items of a tuple; of tensors whether they hold whole numbers."""
+    if isinstance(example, Mapping):
+        return {key: _kind(item) for key, item in example.items()}
+    if isinstance(example, tuple):
+        return tuple(map(_kind, example))
+    return "floats" if example.is_floating_point() else "whole numbers"
+
+
+def _as_floats(example: Example) -> Example:
+    """Single numbers in an example as floats."""
+    if isinstance(example, Mapping):
+        return {key: _as_floats(item) for key, item in example.items()}
+    if isinstance(example, tuple):
+        return tuple(map(_as_floats, example))
+    whole = example.dim() == 0 and not example.is_floating_point()
+    return example.float() if whole else example
 
 
 def refuse_overlap(parts: Sequence[Part]) -> None:
@@ -241,7 +424,11 @@ def refuse_overlap(parts: Sequence[Part]) -> None:
     for at, first in enumerate(parts):
         where = {digest: index for index, digest in enumerate(first.digests)}
         for second in parts[at + 1 :]:
-            shared = [(where[d], i) for i, d in enumerate(second.digests) if d in where]
+            shared = [
+                (first.number(where[d]), second.number(i))
+                for i, d in enumerate(second.digests)
+                if d in where
+            ]
             if shared:
                 pairs = ", ".join(f"{a} = {b}" for a, b in shared[:5])
                 more = f" and {len(shared) - 5} more" if len(shared) > 5 else ""
@@ -250,87 +437,3 @@ def refuse_overlap(parts: Sequence[Part]) -> None:
                     f"parts share {len(shared)} examples (numbers in each, from 0: {pairs}{more}). "
                     "They must be disjoint: remove the shared examples from one of them."
                 )
-
-
-def default_collate_examples(examples: list[Example]) -> Batch:
-    """Stack tensors, also inside pairs and mappings; numbers become tensors."""
-    first = examples[0]
-    if isinstance(first, Mapping):
-        return {key: default_collate_examples([e[key] for e in examples]) for key in first}
-    if isinstance(first, tuple | list) and not all(isinstance(v, int) for v in first):
-        columns = zip(*examples, strict=True)
-        return tuple(default_collate_examples(list(column)) for column in columns)
-    return torch.stack([torch.as_tensor(e) for e in examples])
-
-
-def example_input(example: Example) -> object:
-    """What the model is given: the first of a pair, the mapping without its labels."""
-    if isinstance(example, Mapping):
-        return {key: example[key] for key in sorted(example) if key not in ("labels", "label")}
-    if isinstance(example, tuple | list) and len(example) == 2 and torch.is_tensor(example[0]):
-        return example[0]
-    return example
-
-
-def example_digest(example: Example) -> str:
-    """SHA-256 of an example's input: its tensors' types, shapes and bytes."""
-    digest = hashlib.sha256()
-    _feed(digest, example_input(example))
-    return digest.hexdigest()
-
-
-def content_digest(example: Example) -> str:
-    """SHA-256 of a whole example, its labels included."""
-    digest = hashlib.sha256()
-    _feed(digest, example)
-    return digest.hexdigest()
-
-
-def _feed(digest: Any, value: object) -> None:
-    if isinstance(value, Mapping):
-        for key in value:
-            digest.update(str(key).encode() + b"\0")
-            _feed(digest, value[key])
-    elif isinstance(value, tuple | list) and not all(isinstance(v, int) for v in value):
-        for item in value:
-            _feed(digest, item)
-    elif isinstance(value, str | bytes):
-        digest.update(value.encode() if isinstance(value, str) else value)
-    else:
-        tensor = torch.as_tensor(cast("Any", value)).detach().cpu().contiguous()
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-
-
-def _shape(example: Example) -> object:
-    value = example_input(example)
-    if isinstance(value, Mapping):
-        return tuple((key, _shape(item)) for key, item in value.items())
-    if torch.is_tensor(value):
-        return tuple(value.shape)
-    return len(value) if isinstance(value, Sequence) else None
-
-
-def describe(value: object) -> str:
-    """Types and shapes of a batch or an example, for messages."""
-    if torch.is_tensor(value):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {describe(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, tuple | list):
-        return "(" + ", ".join(describe(item) for item in value[:4]) + ")"
-    return type(value).__name__
-
-
-def default_batch_size(example: Example) -> int:
-    """Examples a batch: about 512 tokens, or a million input values, at most 256 examples.
-
-    More tokens at once take no less time on a CPU, and their logits, several copies of them, more
-    memory than all else: 0.1 GB a copy for 512 tokens and 50,000 words.
-    """
-    value = example_input(example)
-    if isinstance(value, Mapping):
-        value = next(iter(value.values()), None)
-    tensor = torch.as_tensor(cast("Any", value)) if not torch.is_tensor(value) else value
-    budget = (1 << 20) if tensor.is_floating_point() else (1 << 9)
-    return max(1, min(256, budget // max(1, tensor.numel())))

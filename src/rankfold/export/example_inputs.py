@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from rankfold.data.parts import describe
+from rankfold.data.example import describe
 from rankfold.errors import InputError
 from rankfold.integrations.transformers import is_transformers_model
 

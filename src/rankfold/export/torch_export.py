@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rankfold.data.parts import describe
+from rankfold.data.example import describe
 from rankfold.errors import InputError
 from rankfold.export.example_inputs import HOW, ExampleInputs
 from rankfold.integrations.transformers import is_transformers_model

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -19,13 +21,72 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     Raises:
         InputError: It can't be read.
     """
+    with _reading(file) as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+
+
+def read_names(file: Path) -> list[str]:
+    """The names of all tensors of a safetensors file.
+
+    Raises:
+        InputError: It can't be read.
+    """
+    with _reading(file) as opened:
+        return list(opened.keys())
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[Any]:
     if not file.is_file():  # a pipe or device would never end
         raise InputError(f"{file} can't be read: there is no such file.")
     try:
         with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            yield opened
     except (OSError, MemoryError, SafetensorError) as error:
         raise InputError(f"{file} can't be read: {error}") from error
+
+
+# Modules that hold a model, or a layer of it, in a wrapper of torch: compiled, sharded,
+# checkpointed. No module of a model is called so.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_DATA_PARALLEL = "module."  # before all names of a model that was saved in such a wrapper
+
+
+def without_wrappers(
+    names: Iterable[str], where: str, wanted: Iterable[str] = ()
+) -> dict[str, str]:
+    """For each name of a tensor, its name in the model itself.
+
+    Args:
+        names: As a file has them, perhaps saved in wrappers around the model or its layers.
+        where: The file, for messages.
+        wanted: The model's names, where they are known; its own may have wrappers, too.
+
+    Raises:
+        InputError: Two names become one.
+    """
+    names, wanted = list(names), list(wanted)
+    if set(names) <= set(wanted):
+        return {name: name for name in names}
+    here = {_without(name): name for name in wanted}
+    inner = [_without(name) for name in names]
+    if not any(name.startswith(_DATA_PARALLEL) for name in here):
+        while inner and all(name.startswith(_DATA_PARALLEL) for name in inner):
+            inner = [name.removeprefix(_DATA_PARALLEL) for name in inner]
+    found = {name: here.get(own, own) for name, own in zip(names, inner, strict=True)}
+    first: dict[str, str] = {}
+    for name, own in found.items():
+        if own in first:
+            raise InputError(
+                f"{where} holds {first[own]} and {name}, which are one and the same {own} without "
+                "the wrappers around the model. Save the model once, without its wrappers."
+            )
+        first[own] = name
+    return found
+
+
+def _without(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 METADATA = {"format": "pt"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from typing import Any, ClassVar
 
@@ -14,6 +13,7 @@ from typing_extensions import Self
 from rankfold.forms.output_change import Group, OutputChange
 from rankfold.forms.storage import multiplies_identity, plus_bias, with_identity_rows
 from rankfold.model.layer_matrix import MatrixLayer
+from rankfold.model.of_user import bare_copy
 from rankfold.model.stock_layers import conv2d
 
 
@@ -52,7 +52,7 @@ class FactorizedLayer(nn.Module):
 
     def with_output_change(self, change: OutputChange) -> Self:
         """A copy, of the same form and ranks, that computes the changed outputs."""
-        twin = copy.deepcopy(self)
+        twin = bare_copy(self)
         with torch.no_grad():
             twin.take_up(change)
             if change.shift is not None and twin.bias is not None:

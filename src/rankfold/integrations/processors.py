@@ -71,10 +71,17 @@ def _opened(kind: str, folder: Path, instead: str) -> Any:
 def _inputs(folder: Path, what: str, run: Any) -> dict[str, Tensor]:
     """What a processor gives, without the batch of one that it makes."""
     try:
-        found = run()
-        return {name: torch.as_tensor(values)[0] for name, values in found.items()}
+        found = {name: torch.as_tensor(values) for name, values in run().items()}
     except Exception as error:
         raise InputError(
-            f"{what} can't be prepared as {folder} says: {error}. Check that the data belongs to "
-            "this model."
+            f"{what} can't be prepared as {folder} says: {error}. Change or remove it, or give the "
+            "data as file.py:function."
         ) from error
+    for name, values in found.items():
+        if values.dim() == 0 or len(values) != 1:
+            raise InputError(
+                f"the processor of {folder} makes {name} of shape {tuple(values.shape)} of one "
+                "input, and so no example that can stand in a batch with others. Give the data as "
+                "file.py:function."
+            )
+    return {name: values[0] for name, values in found.items()}

@@ -6,13 +6,11 @@ Only configuration and safetensors are read; ``trust_remote_code`` is always off
 from __future__ import annotations
 
 import copy
-import io
 import itertools
 import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,8 +20,18 @@ from torch import Tensor, nn
 from rankfold.errors import InputError, require
 from rankfold.files.json_file import read_json
 from rankfold.files.size_limits import check_modest
+from rankfold.integrations.as_asked import (
+    GENERATION_FILE,
+    as_asked,
+    check_loaded,
+    load_weights_of,
+    opening,
+    without_bars,
+)
+from rankfold.integrations.other_folders import refuse_other_folders
 from rankfold.machine.progress import Progress, SilentProgress
 from rankfold.model.evaluation_mode import evaluation_mode
+from rankfold.tasks.recognise import MULTI_LABEL
 
 QUANT_METHOD = "rankfold"  # how config.json calls what opens the folder
 # Stands in config.json where the name of the file of weights may stand. Where rankfold is imported
@@ -41,7 +49,6 @@ IN_A_PROGRAM = (
     'this folder was written by rankfold.export with to="onnx" or to="pt2": onnxruntime or '
     'torch.export.load opens its model file; from_pretrained opens what to="dense" writes'
 )
-GENERATION_FILE = "generation_config.json"
 # Beside the weights and their configuration: what turns data into inputs.
 _PROCESSING_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
@@ -90,8 +97,12 @@ def task_hint(model: nn.Module) -> str | None:
     name, config = type(model).__name__, cast("Any", model).config
     purpose = next((p for part, p in _PURPOSES.items() if part in name), None)
     generates = bool(cast("Any", model).can_generate())
-    if purpose == "classification" and getattr(config, "problem_type", None) == "regression":
-        return "regression"
+    if purpose == "classification":
+        # As in the losses of transformers: one value an example is a regression.
+        kind = getattr(config, "problem_type", None)
+        if kind == "regression" or (kind is None and getattr(config, "num_labels", None) == 1):
+            return "regression"
+        return MULTI_LABEL if kind == "multi_label_classification" else purpose
     if purpose == "seq2seq" or (purpose is None and generates):
         # Of a decoder alone it is a language model, which may look at images, too.
         return "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal-lm"
@@ -106,6 +117,7 @@ def load_folder(folder: Path) -> nn.Module:
     Raises:
         InputError: No such folder, no configuration, no safetensors, or a rankfold artifact.
     """
+    refuse_other_folders(folder)
     config = _config(folder)
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
@@ -122,18 +134,7 @@ def load_folder(folder: Path) -> nn.Module:
             f"{folder} holds no .safetensors file; rankfold reads no pickles (.bin). "
             "Save the model again with safe_serialization=True."
         )
-    model_class = _model_class(config, folder)
-    try:
-        with _without_bars():
-            model = model_class.from_pretrained(
-                str(folder),
-                dtype="auto",
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"transformers can't open {folder}: {error}") from error
+    model = load_weights_of(folder, _model_class(config, folder), config)
     return cast("nn.Module", model.eval())
 
 
@@ -148,14 +149,16 @@ def load_gguf(file: Path) -> tuple[nn.Module, Any]:
     if not file.is_file():
         raise InputError(f"no such GGUF file: {file}")
     arguments: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-    try:
-        with _without_bars():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), **arguments)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                str(file.parent), dtype=torch.float32, **arguments
-            )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(f"transformers can't open {file}: {error}") from error
+    with opening(file), as_asked(file):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), **arguments)
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            str(file.parent),
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **arguments,
+        )
+        check_loaded(model, found, file)
     # The weights are plain float32 now: without this, saving would claim they are GGUF.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -170,14 +173,11 @@ def load_tokenizer(folder: Path) -> Any:
         InputError: The folder has none.
     """
     transformers = require("transformers", "transformers")
-    try:
+    where = f"the tokenizer of {folder}, which text data needs"
+    with opening(where), as_asked(where):
         return transformers.AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(
-            f"the tokenizer of {folder} can't be opened: {error}. Text data needs it."
-        ) from error
 
 
 def skeleton(folder: Path, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
@@ -357,7 +357,7 @@ def write_plain_folder(model: nn.Module, folder: Path, source: Path) -> None:
     """Write a stock model as transformers does, with the generation settings of ``source``."""
     hf = cast("Any", model)
     hf.tie_weights()
-    with _without_bars():
+    with without_bars():
         hf.save_pretrained(folder)
     _copy_generation_settings(source, folder)
 
@@ -387,31 +387,14 @@ def copy_processing_files(source: Path, target: Path) -> None:
                 shutil.copyfile(file, copied)
 
 
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Without transformers' own progress bars, which would disturb the caller's."""
-    logging = require("transformers.utils.logging", "transformers")
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        # Its GGUF reader has a bar of its own that no setting turns off.
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def _config(folder: Path) -> Any:
     transformers = require("transformers", "transformers")
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is no transformers folder: it has no config.json.")
-    try:
+    with opening(folder / "config.json"), as_asked(folder / "config.json"):
         return transformers.AutoConfig.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"the configuration in {folder} can't be read: {error}") from error
 
 
 def _model_class(config: Any, folder: Path) -> Any:
@@ -425,4 +408,10 @@ def _model_class(config: Any, folder: Path) -> Any:
             "model class of the installed transformers library (rankfold runs no model code from "
             "a folder)."
         )
-    return found
+    of_model: Any = found
+    if not isinstance(config, of_model.config_class or ()):
+        raise InputError(
+            f"the config.json in {folder} contradicts itself: {names[0]} is no model of the type "
+            f"{config.model_type} (model_type). Correct one of the two."
+        )
+    return of_model

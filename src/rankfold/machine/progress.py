@@ -17,6 +17,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichBars
 
+from rankfold.errors import visible
 from rankfold.machine.freed_memory import trim_freed_memory
 
 Item = TypeVar("Item")
@@ -66,14 +67,14 @@ class TerminalProgress:
 
     def __init__(self, console: Console | None = None) -> None:
         """Show on ``console``, by default on stderr so that stdout stays for results."""
-        self.console = console or Console(file=sys.stderr)
+        self.console = console or Console(file=sys.stderr, markup=False, emoji=False)
 
     def track(self, items: Iterable[Item], stage: str, total: int) -> Iterator[Item]:
         """Yield ``items``; the bar is finished also when the consumer stops early."""
-        started = time.monotonic()
+        started, stage = time.monotonic(), visible(stage)
         if self.console.is_terminal:
             columns = (
-                TextColumn("{task.description:<34}"),
+                TextColumn("{task.description:<34}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),

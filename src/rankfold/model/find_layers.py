@@ -11,8 +11,9 @@ from typing import TypeAlias, cast
 import torch
 from torch import nn
 
-from rankfold.errors import InputError
+from rankfold.errors import InputError, visible
 from rankfold.model.layer_matrix import MatrixLayer, matrix_shape
+from rankfold.model.of_user import own_behaviour
 
 # A Gram of a side of this many features takes 2 GiB in float64.
 LARGEST_SIDE = 16384
@@ -132,6 +133,8 @@ def _embedding_reason(
             return f"{name} ({type(module).__name__}) looks its rows up by a rule of its own"
         if name not in matrix.uses:
             return f"{name} ({type(module).__name__}) uses its matrix in another way"
+        if (behaviour := own_behaviour(module)) is not None:
+            return f"of {name}: {behaviour}"
     if any(lookup.max_norm is not None for lookup in matrix.lookups.values()):
         return "it rescales its rows when they are looked up (max_norm)"
     elsewhere = sum(
@@ -191,7 +194,7 @@ def find_layers(
     known = [*layers, *(s.name for s in skipped), *decided]
     _check_patterns(known, [*include, *exclude])
     if not layers and None not in decided.values():
-        listed = "".join(f"\n  {s.name} ({s.kind}): {s.reason}" for s in skipped[:20])
+        listed = "".join(f"\n  {visible(s.name)} ({s.kind}): {s.reason}" for s in skipped[:20])
         raise InputError(
             f"the model {type(model).__name__} has no layer to factorize; expected at least one "
             f"matrix of rank 2 or more in a layer of a kind that can be factorized "
@@ -234,6 +237,8 @@ def _reason(
         return "not included"
     if any(_matches(name, pattern) for pattern in exclude):
         return "excluded"
+    if (behaviour := own_behaviour(module)) is not None:
+        return behaviour
     if "weight" not in module._parameters:
         return "its weight is computed from other parameters"
     if name == "":
@@ -297,14 +302,16 @@ def groups_reason(conv: _Conv) -> str | None:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether a pattern matches a name, or that of a module around it."""
+    """Whether a pattern matches a name, or that of a module around it; a name matches itself."""
     parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
+    names = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    return any(pattern in (one, visible(one)) or fnmatchcase(one, pattern) for one in names)
 
 
 def _check_patterns(names: Sequence[str], patterns: Sequence[str]) -> None:
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in names):
             raise InputError(
-                f"the pattern {pattern!r} matches no layer; names look like {', '.join(names[:5])}."
+                f"the pattern {pattern!r} matches no layer; names look like "
+                f"{', '.join(map(visible, names[:5]))}."
             )

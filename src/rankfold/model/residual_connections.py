@@ -85,7 +85,8 @@ def residual_connections(
                 stack.callback(before.remove)
                 stack.callback(after.remove)
         for name in layers:
-            handle = model.get_submodule(name).register_forward_hook(partial(seen.layer, name))
+            layer, hook = model.get_submodule(name), partial(seen.layer, name)
+            handle = layer.register_forward_hook(hook, prepend=True)
             stack.callback(handle.remove)
         stack.enter_context(_Additions(seen))
         run()

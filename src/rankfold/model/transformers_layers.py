@@ -5,11 +5,11 @@ They are recognised by what they offer, not by the architecture that they belong
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import Tensor, nn
 
+from rankfold.model.of_user import bare_copy
 from rankfold.model.unpacked_modules import UnpackedExperts, linear
 
 
@@ -72,7 +72,7 @@ def _unpacked_experts(module: nn.Module) -> UnpackedExperts:
 
     weights = [p for name in packed if (p := module._parameters.get(name)) is not None]
     # The module's own gate, activation and norm are kept; its packed weights are not copied.
-    rule = copy.deepcopy(module, {id(weight): weight for weight in weights})
+    rule: Any = bare_copy(module, {id(weight): weight for weight in weights})
     for name in packed:
         rule._parameters.pop(name, None)
     after = held.post_expert_norm if held.has_post_expert_norm else nn.Identity()

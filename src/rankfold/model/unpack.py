@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
@@ -19,8 +20,10 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankfold.errors import InputError
-from rankfold.model.evaluation_mode import evaluation_mode
+from rankfold.model.computed_weights import baked, shallow_copy, weight_hooks
+from rankfold.model.copied import copied
 from rankfold.model.find_layers import groups_reason, plain_kind
+from rankfold.model.of_user import bare_copy, carry_over, hooked, own_behaviour
 from rankfold.model.replace import put_modules
 from rankfold.model.stock_layers import empty
 from rankfold.model.transformers_layers import unpack_transformers_layer
@@ -80,11 +83,15 @@ def unpack(model: nn.Module) -> Unpacked:
     names: list[str] = []
     while replaced := dict(_unpackable(twin)):
         memo: dict[int, Any] = {id(parameter): parameter for parameter in twin.parameters()}
-        memo |= {id(twin.get_submodule(name)): module for name, module in replaced.items()}
-        twin = copy.deepcopy(twin, memo)
+        olds = {name: twin.get_submodule(name) for name in replaced}
+        memo |= {id(olds[name]): module for name, module in replaced.items()}
+        twin = copied(twin, memo)
+        for name, module in replaced.items():
+            carry_over(name, olds[name], module, partial(copy.deepcopy, memo=memo))
         names += replaced
-    if compiled and twin is given:  # a copy drops what was compiled in place
-        twin = copy.deepcopy(given, {id(parameter): parameter for parameter in given.parameters()})
+    if twin is given:
+        of_given = copied(given, {id(parameter): parameter for parameter in given.parameters()})
+        twin = of_given if compiled else given  # a copy drops what was compiled in place
     return Unpacked(given, twin, names)
 
 
@@ -187,15 +194,17 @@ def _plain(module: nn.Module) -> nn.Module | None:
     """What computes the same from plainer layers, or None where nothing does or needs to."""
     inner = unwrapped(module)
     if inner is not module:
-        return inner
+        return shallow_copy(inner, type(inner)) if hooked(module) else inner
     for rule in _RULES:
         if (plain := rule(module)) is not None:
             return plain
-    if parametrize.is_parametrized(module) or _weight_hooks(module):
-        return _baked(module)
+    kind = plain_kind(module)
+    if own_behaviour(module, of_class=kind is not None) is not None:
+        return None
+    if parametrize.is_parametrized(module) or weight_hooks(module):
+        return baked(module)
     if type(module) is nn.MultiheadAttention:
         return UnpackedAttention(module)
-    kind = plain_kind(module)
     if kind is not None and kind is not nn.Linear:
         conv = cast("nn.Conv2d", module)
         if groups_reason(conv) is not None:
@@ -305,7 +314,7 @@ def _with_computed_weight(
     With the weight that it computes in a plain layer. None where what is left of the subclass can't
     run without its parameters. ``seen`` is the probe's call.
     """
-    own = _one_call(copy.deepcopy(module).eval())
+    own = _one_call(bare_copy(module).eval())
     if own is None:
         return None
     trainable = module.weight.requires_grad
@@ -327,7 +336,7 @@ def _rule_and_matrix(
 ) -> UnpackedRule:
     """A subclass' rule, and a plain layer with the weight that it gives torch's function."""
     matrix = _matrix(module, call, weight)
-    rule = copy.deepcopy(module, {id(p): p for p in module.parameters()})
+    rule = bare_copy(module, {id(p): p for p in module.parameters()})
     if computed:
         without_parameters_of_weight(rule)
     return UnpackedRule(rule, matrix, call.rest)
@@ -402,7 +411,7 @@ def _probe(module: LayerT) -> LayerT | None:
     for buffer in module.buffers():
         known = torch.zeros_like(buffer, device="cpu") if buffer.is_meta else buffer.cpu()
         memo[id(buffer)] = known.clone()
-    return copy.deepcopy(module, memo).eval()
+    return bare_copy(module, memo).eval()
 
 
 def _plain_linear(module: nn.Linear) -> nn.Linear:
@@ -443,46 +452,3 @@ class _Operators(TorchDispatchMode):
         sums = [name for name in self.names if name in _SUMS]
         rest = {*self.names} - _PRODUCTS - _SUMS - _VIEWS
         return len(products) == 1 and len(sums) <= 1 and not rest
-
-
-def _weight_hooks(module: nn.Module) -> list[tuple[int, Any]]:
-    """Hooks of the older ``weight_norm`` and ``spectral_norm``, which compute a weight."""
-    return [
-        (key, hook)
-        for key, hook in module._forward_pre_hooks.items()
-        if type(hook).__module__.startswith("torch.nn.utils.")
-        and hasattr(hook, "remove")
-        and hasattr(hook, "name")
-    ]
-
-
-def _baked(module: nn.Module) -> nn.Module:
-    """A shallow copy whose computed weights are plain parameters of their present values.
-
-    torch's own ``remove_parametrizations`` changes the class, which the user's module has, too.
-    """
-    parametrized = parametrize.is_parametrized(module)
-    kind = parametrize.type_before_parametrizations(module) if parametrized else type(module)
-    twin: nn.Module = object.__new__(kind)
-    twin.__dict__ = {**module.__dict__}
-    for name in ("_parameters", "_buffers", "_modules", "_forward_pre_hooks"):
-        twin.__dict__[name] = module.__dict__[name].copy()
-    if parametrized:
-        lists = cast("nn.ModuleDict", twin._modules.pop("parametrizations"))
-        with evaluation_mode(module):  # a weight that is updated in training is read as it is
-            for name in lists:
-                value: Tensor = getattr(module, name)
-                twin.register_parameter(name, nn.Parameter(value.detach().clone()))
-        return twin
-    for name in ("_state_dict_hooks", "_load_state_dict_pre_hooks"):
-        twin.__dict__[name] = {
-            key: hook
-            for key, hook in module.__dict__[name].items()
-            if not type(getattr(hook, "hook", hook)).__module__.startswith("torch.nn.utils.")
-        }
-    twin.training = False
-    for key, hook in _weight_hooks(module):
-        hook.remove(twin)
-        twin._forward_pre_hooks.pop(key)
-    twin.training = module.training
-    return twin

@@ -177,11 +177,15 @@ class UnpackedConvTranspose2d(nn.Module):
         return outputs if self.bias is None else outputs + self.bias[:, None, None]
 
 
+class _Joined(Tensor):
+    """A copy of several tensors as one; being of a class of its own, no fast path takes it."""
+
+
 class UnpackedAttention(nn.Module):
     """``nn.MultiheadAttention`` with a Linear for each projection.
 
     ``nn.TransformerEncoderLayer`` and ``nn.TransformerEncoder`` read the packed weights themselves
-    where they find them; the attributes here tell them not to.
+    and go past this module's ``forward``, but not where a tensor is of a class of its own.
 
     Args:
         attention: The module.
@@ -189,11 +193,11 @@ class UnpackedAttention(nn.Module):
 
     bias_k: nn.Parameter | None
     bias_v: nn.Parameter | None
-    in_proj_bias = None
     _qkv_same_embed_dim = False
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
+        self.packed = attention._qkv_same_embed_dim
         if attention._qkv_same_embed_dim:
             weights = attention.in_proj_weight.chunk(3)
         else:
@@ -218,6 +222,22 @@ class UnpackedAttention(nn.Module):
         self.add_zero_attn = attention.add_zero_attn
         self.batch_first = attention.batch_first
         self.train(attention.training)
+
+    @property
+    def in_proj_weight(self) -> Tensor | None:
+        """The three matrices of one input size as one, for who reads them."""
+        return self._joined("weight") if self.packed else None
+
+    @property
+    def in_proj_bias(self) -> Tensor | None:
+        """The three biases as one."""
+        bias = cast("Tensor | None", self.q_proj.bias)
+        return None if bias is None else self._joined("bias")
+
+    def _joined(self, name: str) -> Tensor:
+        parts = [getattr(part, name) for part in (self.q_proj, self.k_proj, self.v_proj)]
+        joined = torch.cat(parts)
+        return joined if torch.compiler.is_compiling() else joined.as_subclass(_Joined)
 
     def forward(
         self,
@@ -393,6 +413,15 @@ class UnpackedRule(nn.Module):
         self.rule = rule
         self.matrix = matrix
         self.call = call
+
+    def __getattr__(self, name: str) -> Any:
+        """What else a model asks the layer for, such as its geometry, the rule knows."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "rule":
+                raise
+            return getattr(self.rule, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the layer computes.

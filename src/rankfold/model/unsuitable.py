@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from rankfold.errors import InputError
+from rankfold.errors import InputError, visible
 
 
 def refuse_unsuitable(model: nn.Module) -> None:
@@ -14,6 +15,7 @@ def refuse_unsuitable(model: nn.Module) -> None:
         InputError: As said; names the first such layer.
     """
     for name, module in model.named_modules():
+        _refuse_unfinished(name, module)
         where = f"the layer {name or 'at the root'} ({type(module).__name__})"
         if hasattr(module, "lora_A") or (
             hasattr(module, "base_layer") and hasattr(module, "merge")
@@ -27,6 +29,35 @@ def refuse_unsuitable(model: nn.Module) -> None:
                 f"{where} is quantized: {reason}; expected weights in float32, bfloat16 or "
                 "float16. Factorize the original model and quantize afterwards."
             )
+
+
+def _refuse_unfinished(name: str, module: nn.Module) -> None:
+    """Refuse a module without values of its own, or with a weight that is computed by a mask."""
+    where = f"the layer {visible(name) or 'at the root'} ({type(module).__name__})"
+    held = {**module._parameters, **module._buffers}
+    if any(tensor is not None and is_lazy(tensor) for tensor in held.values()):
+        raise InputError(
+            f"{where} isn't initialized yet: torch makes its parameters in the first call. Run the "
+            "model once on an example before."
+        )
+    lacking = [key for key, tensor in held.items() if tensor is not None and tensor.is_meta]
+    if lacking:
+        raise InputError(
+            f"{where} has no values: its {', '.join(lacking)} lie on the device meta, as under "
+            "init_empty_weights, or where accelerate has offloaded them. Load the model's weights "
+            "into memory, without device_map=."
+        )
+    if any(
+        type(hook).__module__ == "torch.nn.utils.prune"
+        for hook in module._forward_pre_hooks.values()
+    ):
+        pruned = [key.removesuffix("_orig") for key in module._parameters if key.endswith("_orig")]
+        raise InputError(
+            f"{where} is pruned: its {', '.join(pruned)} is computed from a mask at each call. "
+            "Make it permanent: "
+            + "; ".join(f"torch.nn.utils.prune.remove(layer, {key!r})" for key in pruned)
+            + "."
+        )
 
 
 def _quantized(module: nn.Module) -> str | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from rankfold.errors import visible
+from rankfold.report.data_lines import data_lines, source_lines
 from rankfold.settings import Settings
 
 CARD_FILE = "README.md"
@@ -48,7 +51,7 @@ def model_card(
     name = source or original.rstrip("/").rpartition("/")[2]
     parts = [
         _front_matter(report, of_transformers, original),
-        f"# {name or class_name}, factorized to low rank",
+        f"# {as_shown(name or class_name)}, factorized to low rank",
         f"{report['ratio']:.1%} of the original's parameters. Made without fine-tuning by "
         f"rankfold {versions.get('rankfold', '')} and tested on held-out data.",
         "## Sizes",
@@ -61,6 +64,21 @@ def model_card(
         _opening(class_name, of_transformers, source),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def as_shown(text: str) -> str:
+    """Markdown that shows a text as it is: no tags, links, emphasis, tables or line ends."""
+    marked = re.sub(r"([\\`*\[\]|#~])", r"\\\1", visible(text))
+    return html.escape(marked, quote=False)
+
+
+def as_code(text: str) -> str:
+    """Markdown that shows a text as code, also one with backticks."""
+    text = visible(text)
+    runs = [len(run) for run in re.findall("`+", text)]
+    fence = "`" * (max(runs, default=0) + 1)
+    space = " " if runs else ""
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 def _front_matter(report: Mapping[str, Any], of_transformers: bool, original: str) -> str:
@@ -119,11 +137,11 @@ def _how(report: Mapping[str, Any], versions: Mapping[str, str]) -> str:
     default = asdict(Settings())
     asked = {**report["target"]}
     asked |= {k: v for k, v in report["settings"].items() if v != _plain(default[k])}
-    call = ", ".join(f"{name}={value!r}" for name, value in asked.items())
+    arguments = ", ".join(f"{name}={value!r}" for name, value in asked.items())
+    call = f"rankfold.{report['algorithm']}(model, data, {arguments})"
     low_rank = [layer for layer in report["layers"] if layer["rank"] is not None]
     lines = [
-        f"- call: `rankfold.{report['algorithm']}(model, data, {call})`; `rankfold.json` has every "
-        "setting",
+        f"- call: {as_code(call)}; `rankfold.json` has every setting",
         f"- task: {report['task']}; seed {report['settings']['seed']}",
         f"- layers: {len(low_rank)} factorized, {len(report['layers']) - len(low_rank)} left dense "
         f"by the plan, {len(report['not_factorized'])} that can't be factorized",
@@ -132,6 +150,7 @@ def _how(report: Mapping[str, Any], versions: Mapping[str, str]) -> str:
             f"{part['digest'][:16]}…"
             for name, part in report["data"].items()
         ),
+        *(f"- {as_shown(line)}" for line in (*source_lines(report), *data_lines(report))),
         "- versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()),
     ]
     return "\n".join(lines)

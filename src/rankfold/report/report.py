@@ -91,6 +91,8 @@ def report_of(
         "refit": _refit_report(chosen),
         "selection": [_trial_report(trial) for trial in tried],
         "data": _data_report(study, opened),
+        "sources": [account.as_dict() for account in study.accounts],
+        "left_out": dict(study.left_out),
         "layers": layers,
         "unpacked": subject.unpacked.names,
         "not_factorized": [asdict(entry) for entry in subject.skipped],
@@ -278,11 +280,7 @@ def _trial_report(trial: Trial) -> dict[str, Any]:
 
 
 def _data_report(study: Study, opened: Opened) -> dict[str, Any]:
-    """Number and digest of the examples of each part."""
-    parts = {
-        name: {"examples": len(part.examples), "digest": part.digest}
-        for name, part in study.parts.items()
-    }
-    held_out = {"examples": opened.examples, "digest": opened.digest}
+    """Number and digest of the examples of each part, and what is left out of it and why."""
+    parts = {name: part.usage() for name, part in study.parts.items()}
     first, second = (parts.pop(name) for name in PARTS[:2])
-    return {PARTS[0]: first, PARTS[1]: second, PARTS[2]: held_out, **parts}
+    return {PARTS[0]: first, PARTS[1]: second, PARTS[2]: dict(opened.usage), **parts}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -27,6 +26,7 @@ from rankfold.maths.gradient import (
     step_length,
 )
 from rankfold.maths.linalg import Damping
+from rankfold.model.copied import copied
 from rankfold.model.layer_matrix import MatrixLayer, weight_matrix
 from rankfold.settings import Settings
 from rankfold.statistics.grams import damped_grams
@@ -235,7 +235,7 @@ def search_step(
         groups: Number of groups, of neighbouring layers and of nearly the same number.
         compared_on: Share of the examples on which lengths are compared.
     """
-    scratch = copy.deepcopy(model)
+    scratch = copied(model, {})
     selection = _Selection(scratch, task, part, original, layers, batch_size, progress)
     lengths = _Lengths(selection.few(compared_on), found)
     best = _walk(lengths, step_length(found.signal))

@@ -43,6 +43,7 @@ from rankfold.search.round import Round
 from rankfold.search.side_by_side import Pairs, run_in_step
 from rankfold.search.trial import Refit, Trial, try_on_selection
 from rankfold.tasks.evaluation import on_device
+from rankfold.tasks.last_token import goes_alone
 from rankfold.tasks.losses import Task, field_of, output_of, without_labels
 
 # The share that is taken of the solution, and what is added to E[p pᵀ], of its mean eigenvalue.
@@ -182,6 +183,7 @@ def fitted_again(
         batch_size: Examples a batch.
         progress: Shows the layers.
     """
+    batch_size = 1 if goes_alone(factorized) else batch_size  # a pass calls each layer once
     modules = _with_own_bias(factorized, names)
     first = part.batches(batch_size)[0]
     batch = on_device(part.collate(first), factorized)
@@ -267,7 +269,7 @@ class _Fit:
         if any(batch.streams is not None for batch in rows):
             self.residual.append(name)
         change = _change(module, rows)
-        self.found[name] = _without_hooks(module.with_output_change(change))
+        self.found[name] = module.with_output_change(change)
         changed = [change.of_outputs(batch.outputs, module.bias) for batch in rows]
         return [y.movedim(-1, _channel_axis(module)) for y in changed]
 
@@ -279,14 +281,6 @@ class _Fit:
             for new, old in zip(module.parameters(), olds, strict=True):
                 new.requires_grad_(old.requires_grad)
         return self.found
-
-
-def _without_hooks(module: FactorizedLayer) -> FactorizedLayer:
-    """A copy of a layer that is looked at, without what looks at it."""
-    for part in module.modules():
-        part._forward_hooks.clear()
-        part._forward_pre_hooks.clear()
-    return module
 
 
 def _forward(task: Task, model: nn.Module, batch: Batch) -> None:
@@ -386,7 +380,7 @@ def _outputs_of_one(
 
     with ExitStack() as stack:
         for name, module in modules.items():
-            handle = module.register_forward_hook(partial(saw, name))
+            handle = module.register_forward_hook(partial(saw, name), prepend=True)
             stack.callback(handle.remove)
         stack.enter_context(evaluation_mode(model))
         _forward(task, model, batch)

@@ -103,7 +103,8 @@ class _Passes:
         with ExitStack() as stack:
             for name in self.to_come:
                 hook = partial(self._wait, name)
-                handle = model.get_submodule(name).register_forward_hook(hook)
+                # Before hooks of the user's: it is the layer's own output that is exchanged.
+                handle = model.get_submodule(name).register_forward_hook(hook, prepend=True)
                 self._hooks[name].append(handle)
                 stack.callback(handle.remove)
             stack.enter_context(watch(model, set().union(*self._streams.values()), self._see))

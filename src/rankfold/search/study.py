@@ -15,8 +15,21 @@ from torch import nn
 
 from rankfold.certificate.certify import check_metric_values
 from rankfold.certificate.statement import order_seed
+from rankfold.data.account import Account
 from rankfold.data.copies import refuse_copies, without_copies
-from rankfold.data.parts import PARTS, Data, Part, as_part, example_input, select_part, split
+from rankfold.data.example import example_input
+from rankfold.data.given import LeftOut
+from rankfold.data.parts import (
+    PARTS,
+    USUAL_LIMITS,
+    Data,
+    Limits,
+    Part,
+    as_part,
+    refuse_unlike,
+    select_part,
+    split,
+)
 from rankfold.errors import InputError
 from rankfold.integrations.transformers import own_text, task_hint
 from rankfold.machine.offload import Offload
@@ -28,20 +41,26 @@ from rankfold.objective import OBJECTIVES, Objective
 from rankfold.search.subject import Subject
 from rankfold.settings import Settings
 from rankfold.statistics.embeddings import EmbeddingRecorder, EmbeddingStatistics
-from rankfold.statistics.labels import TEXT, Curvature, calibration_loss, choose_curvature
+from rankfold.statistics.labels import (
+    TEXT,
+    Curvature,
+    calibration_loss,
+    choose_curvature,
+    without_unlabelled,
+)
 from rankfold.statistics.layer_statistics import LayerStatistics, Whole
 from rankfold.statistics.recorder import collect_statistics
 from rankfold.statistics.trace import trace
-from rankfold.tasks.evaluation import Metric, evaluate, metric_values
+from rankfold.tasks.evaluation import Metric, check_fast_path, evaluate, metric_values
 from rankfold.tasks.losses import Task
 from rankfold.tasks.recognise import recognise_task
+from rankfold.tasks.repeated import refuse_random
 from rankfold.tasks.supervised import LossFunction
 
 OWN_TEXT = "own_text"  # the part that the model writes itself, beside the user's calibration part
 
 # Examples used by default: calibration, selection, held-out. A sequence has hundreds of terms.
 DEFAULT_LIMITS = dict.fromkeys(TEXT, (64, 32, 128))
-OTHER_LIMITS = (2048, 2048, 10000)
 
 
 @dataclass(frozen=True)
@@ -82,6 +101,8 @@ class Study:
         task: Gives the loss.
         parts: ``calibration``, ``selection`` and, where the model wrote some, ``own_text``.
         held_out_units: How many independent units the sealed part has: examples, or groups.
+        accounts: What became of the sources that the data were read from.
+        left_out: Examples of the data that are in no part, by the reason.
         labels: Which labels the gradients were taken of.
         statistics: Of the matrices of ``subject.base``.
         offload: Where what is kept of all layers lies.
@@ -92,6 +113,8 @@ class Study:
     task: Task
     parts: Mapping[str, Part]
     held_out_units: int
+    accounts: Sequence[Account]
+    left_out: LeftOut
     labels: Labels
     statistics: Statistics
     offload: Offload
@@ -120,12 +143,16 @@ class Inputs(NamedTuple):
         task: Gives the loss.
         parts: ``calibration`` and ``selection``.
         held_out: The part that a study knows nothing of but its number of units.
+        accounts: What became of the sources that the data were read from.
+        left_out: Examples of the data that are in no part, by the reason.
     """
 
     subject: Subject
     task: Task
     parts: Mapping[str, Part]
     held_out: Part
+    accounts: Sequence[Account]
+    left_out: LeftOut
 
 
 def open_inputs(
@@ -156,16 +183,32 @@ def open_inputs(
         embeddings, reasons = find_embeddings(model, settings.include, settings.exclude)
         decided = {use: None for matrix in embeddings.values() for use in matrix.uses} | reasons
     layers, skipped = find_layers(model, settings.include, settings.exclude, decided)
-    data = data if isinstance(data, Data) else split(data, settings.seed)
+    data = three_parts(data, settings)
     sample = select_part(data, "calibration", 1, settings.seed)
     originals = (unpacked.given, model)
     task = recognise_task(sample, loss, settings.task, originals, task_hint(model))
     parts = _choose_parts(data, task, settings)
+    seen = trace(model, task, parts["calibration"], unpacked.given)
+    refuse_random(model, task, parts["calibration"])
     _try_metrics(model, task, parts["calibration"].take([0]), metrics, settings)
-    seen = trace(model, task, parts["calibration"])
+    check_fast_path(unpacked.given, task, parts["calibration"])
     subject = Subject(unpacked, model, model, layers, embeddings, tuple(skipped), seen)
     held_out = parts.pop("held_out")
-    return Inputs(subject, task, parts, held_out)
+    return Inputs(subject, task, parts, held_out, data.accounts, data.left_out)
+
+
+def three_parts(data: object, settings: Settings) -> Data:
+    """The data as given in three parts, or split; a stream is read as far as limits allow."""
+    if isinstance(data, Data):
+        return data
+    return split(data, settings.seed, limits=limits_of(settings))
+
+
+def limits_of(settings: Settings, defaults: Limits = USUAL_LIMITS) -> Limits:
+    """Most examples of each part."""
+    asked = (settings.limit, settings.selection_limit, settings.held_out_limit)
+    first, second, third = (limit or usual for limit, usual in zip(asked, defaults, strict=True))
+    return first, second, third
 
 
 def study_of(
@@ -202,7 +245,8 @@ def study_of(
         subject = _without_unreached(subject, statistics)
         _require_layers(subject)
     units = units_of(inputs.held_out)
-    return Study(subject, task, parts, units, labels, statistics, offload)
+    known = (inputs.accounts, inputs.left_out)
+    return Study(subject, task, parts, units, *known, labels, statistics, offload)
 
 
 def units_of(part: Part) -> int:
@@ -285,8 +329,13 @@ def _try_metrics(
             "accuracy; give a metric of your own (metrics=) or leave accuracy_margin out."
         )
     for metric in metrics:
-        values = metric_values(metric, model, one)
+        values, again = (metric_values(metric, model, one) for _ in range(2))
         check_metric_values(metric.name, "original", values, len(one.examples))
+        if not torch.equal(values, again):
+            raise InputError(
+                f"the metric {metric.name} of the same example is {float(values[0]):g}, then "
+                f"{float(again[0]):g}: it draws at random. Let it give the same for the same."
+            )
 
 
 def _check_agreement(task: Task, objective: Objective, settings: Settings) -> None:
@@ -315,12 +364,12 @@ def _require_layers(subject: Subject) -> None:
 
 
 def _choose_parts(data: Data, task: Task, settings: Settings) -> dict[str, Part]:
-    defaults = DEFAULT_LIMITS.get(task.name, OTHER_LIMITS)
-    asked = (settings.limit, settings.selection_limit, settings.held_out_limit)
+    limits = limits_of(settings, DEFAULT_LIMITS.get(task.name, USUAL_LIMITS))
     parts = {
-        name: select_part(data, name, limit or default, settings.seed)
-        for name, limit, default in zip(PARTS, asked, defaults, strict=True)
+        name: without_unlabelled(select_part(data, name, limit, settings.seed), task)
+        for name, limit in zip(PARTS, limits, strict=True)
     }
+    refuse_unlike([*parts.values()])
     if data.split_here:
         parts = {part.name: part for part in without_copies(list(parts.values()))}
     refuse_copies(list(parts.values()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from rankfold.certificate.change import Change, paired_change
 from rankfold.model.memory_layout import lay_out
+from rankfold.model.of_user import bare_copy
 from rankfold.model.replace import put_modules
 from rankfold.search.allocate import RankPlan
 from rankfold.search.build import build, look_at
@@ -63,7 +63,8 @@ class Trial:
         """The model, its tensors laid out as they will be once it was saved and loaded."""
         model = build(self.round, self.plan)
         if self.refit is not None:
-            put_modules(model, copy.deepcopy(dict(self.refit.modules)))
+            fitted = {name: bare_copy(module) for name, module in self.refit.modules.items()}
+            put_modules(model, fitted)
         lay_out(model)
         return model
 

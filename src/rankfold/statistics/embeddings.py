@@ -154,7 +154,8 @@ class EmbeddingRecorder:
             for matrix in self.embeddings.values():
                 for name, module in matrix.uses.items():
                     hook = partial(self._saw_call, name, matrix)
-                    stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+                    handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+                    stack.callback(handle.remove)
             yield
 
     def statistics(self) -> dict[str, EmbeddingStatistics]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rankfold.data.parts import Part, default_batch_size
+from rankfold.data.parts import FEWEST as FEWEST_OF_A_PART
+from rankfold.data.parts import Batch, Part
 from rankfold.errors import InputError
 from rankfold.model.evaluation_mode import evaluation_mode
-from rankfold.tasks.evaluation import on_device
-from rankfold.tasks.losses import BatchLoss, Task
+from rankfold.tasks.evaluation import on_device, running
+from rankfold.tasks.losses import IGNORED, BatchLoss, Task, labels_of
 
 Curvature: TypeAlias = Literal["empirical", "sampled"]
 
@@ -35,7 +37,47 @@ MOST_DIRECTIONS = 4
 
 SQUARED = 0  # in place of the number of logits, where the loss is a squared error
 
+UNLABELLED = f"without a label to predict: all are masked ({IGNORED})"
+
 FEWEST = 8  # examples that say whether a model has memorised its data
+
+
+def without_unlabelled(part: Part, task: Task) -> Part:
+    """The part without examples of which no token is to be predicted: no loss speaks of them.
+
+    Raises:
+        InputError: Too few are left.
+    """
+    if task.name not in (*TEXT, "token-classification"):
+        return part
+    unlabelled = {
+        number: UNLABELLED
+        for number, example in enumerate(part.examples)
+        if not _is_labelled(task, part.collate([example]))
+    }
+    left = part.without(unlabelled)
+    if len(left.examples) < FEWEST_OF_A_PART:
+        raise InputError(
+            f"of the {len(part.examples)} examples of the {part.name.replace('_', '-')} part "
+            f"{len(unlabelled)} have no label to predict: all are masked ({IGNORED}). Give more "
+            f"that have one; {FEWEST_OF_A_PART} are needed at least."
+        )
+    return left
+
+
+def _is_labelled(task: Task, batch: Batch) -> bool:
+    """Whether a token of the batch is to be predicted; True where that can't be seen."""
+    causal = task.name == "causal-lm"
+    labels = labels_of(batch)
+    if labels is None and causal:
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+        labels = ids if torch.is_tensor(ids) else None
+    if labels is None or labels.dim() != 2:
+        return True
+    mask = batch.get("attention_mask") if causal and isinstance(batch, Mapping) else None
+    if torch.is_tensor(mask) and mask.shape == labels.shape:
+        labels = labels.masked_fill(mask == 0, IGNORED)
+    return bool((labels[:, 1:] if causal else labels).ne(IGNORED).any())
 
 
 def calibration_loss(model: nn.Module, task: Task, part: Part) -> tuple[float, int | None]:
@@ -46,12 +88,14 @@ def calibration_loss(model: nn.Module, task: Task, part: Part) -> tuple[float, i
     Raises:
         InputError: The loss is not finite.
     """
-    few = part.spread(max(FEWEST, 2 * default_batch_size(part.examples[0]))).batches()
+    few = part.spread(max(FEWEST, 2 * part.batch_size(part.examples[0]))).batches()
     losses = terms = 0.0
     classes = None
     with evaluation_mode(model):
         for examples in few:
-            result = task.batch_loss(model, on_device(part.collate(examples), model))
+            batch = on_device(part.collate(examples), model)
+            with running(batch, what="a batch of the calibration part"):
+                result = task.batch_loss(model, batch)
             losses += float((result.losses * result.terms).sum())
             terms += float(result.terms.sum())
             classes = None if result.logits is None else result.logits.shape[-1]

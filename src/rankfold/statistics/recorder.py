@@ -46,7 +46,7 @@ from rankfold.statistics.labels import (
 )
 from rankfold.statistics.layer_statistics import LayerStatistics, Whole
 from rankfold.statistics.sums import Sums, add_inputs
-from rankfold.tasks.evaluation import on_device
+from rankfold.tasks.evaluation import on_device, running
 from rankfold.tasks.losses import Task
 
 # No Gram has more numbers than the model has parameters, so many times.
@@ -222,7 +222,9 @@ class _Recorder:
             stack.enter_context(self.embeddings.attached())
             for name, layer in self.layers.items():
                 hook = partial(self._saw_call, name)
-                stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
+                # Before hooks of the user's, which change what the layer itself gives.
+                after = layer.register_forward_hook(hook, prepend=True, with_kwargs=True)
+                stack.callback(after.remove)
                 if self.curvature is not None:
                     before = layer.register_forward_pre_hook(
                         self._require_gradient, with_kwargs=True
@@ -264,7 +266,8 @@ class _Recorder:
         self._inputs.clear()
         self._first_inputs.clear()
         self.passes += 1
-        result = task.batch_loss(model, batch)
+        with running(batch, what="a batch of the calibration part"):
+            result = task.batch_loss(model, batch)
         self._inputs.clear()
         if not bool(torch.isfinite(result.losses).all()):
             raise InputError(

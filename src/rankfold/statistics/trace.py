@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,8 +35,14 @@ class Trace:
     image_sizes: dict[str, list[tuple[int, int]]]
 
 
-def trace(model: nn.Module, task: Task, part: Part) -> Trace:
+def trace(model: nn.Module, task: Task, part: Part, given: nn.Module | None = None) -> Trace:
     """Run one calibration example forward and see which modules are called, on how many rows.
+
+    Args:
+        model: The model, unpacked.
+        task: Gives the loss.
+        part: The examples.
+        given: The model as the user gave it, to say whose an error is.
 
     Raises:
         InputError: The model can't run on it.
@@ -69,8 +76,17 @@ def trace(model: nn.Module, task: Task, part: Part) -> Trace:
                     rows[name] = rows.get(name, 0) + calls
                     flops[name] = flops.get(name, 0) + 2 * calls * weight.numel()
 
-            stack.callback(module.register_forward_hook(count, with_kwargs=True).remove)
+            stack.callback(
+                module.register_forward_hook(count, prepend=True, with_kwargs=True).remove
+            )
         batch = on_device(part.collate(part.examples[:1]), model)
-        with evaluation_mode(model), running(batch):
+        as_given = None if given in (None, model) else partial(_runs_alone, given, task, batch)
+        with evaluation_mode(model), running(batch, as_given):
             task.batch_loss(model, batch)
     return Trace(rows, flops, image_sizes)
+
+
+def _runs_alone(given: nn.Module | None, task: Task, batch: Any) -> None:
+    if given is not None:
+        with evaluation_mode(given):
+            task.batch_loss(given, batch)

@@ -14,6 +14,7 @@ from rankfold.model.evaluation_mode import evaluation_mode
 from rankfold.tasks.losses import (
     BatchLoss,
     divergence,
+    exact,
     field_of,
     labels_of,
     logits_of,
@@ -28,8 +29,8 @@ from rankfold.tasks.losses import (
 class Teacher:
     """Agreement with the original model: how far the outputs are from its own. No labels.
 
-    Where the model gives logits, the Kullback-Leibler divergence of its predictions from the
-    original's, in nats per term; else the squared distance of the outputs as a share of the
+    Where the model gives logits of classes, the Kullback-Leibler divergence of its predictions from
+    the original's, in nats per term; else the squared distance of the outputs as a share of the
     original's squared norm.
 
     Args:
@@ -48,9 +49,10 @@ class Teacher:
         labels = labels_of(batch)
         classes = labels is not None and labels.dim() == 1 and not labels.is_floating_point()
         output = self._original(without_labels(batch), output_of)
-        self.logits = field_of(output, "logits") is not None or (
-            classes and torch.is_tensor(output)
-        )
+        logits = field_of(output, "logits")
+        if logits is None and classes and torch.is_tensor(output):
+            logits = output
+        self.logits = logits is not None and _are_classes(originals[0], logits)
         self.unit = (
             "nats of divergence from the original"
             if self.logits
@@ -77,7 +79,7 @@ class Teacher:
         if self.logits:
             found, wanted = self._both(model, inputs, lambda m, x: logits_of(output_of(m, x)))
             return _divergence(found, wanted, mask)
-        found, wanted = self._both(model, inputs, lambda m, x: values_of(output_of(m, x)).float())
+        found, wanted = self._both(model, inputs, lambda m, x: exact(_values(output_of(m, x))))
         return _relative_distance(found, wanted, mask)
 
 
@@ -103,17 +105,34 @@ class Embedding(Teacher):
 
 
 def unit_embeddings(model: nn.Module, inputs: Any) -> Tensor:
-    """Embeddings of a model, ``(n, features)`` float32 of length 1; see ``Embedding``."""
+    """Embeddings of a model, ``(n, features)`` of length 1; see ``Embedding``."""
     output = output_of(model, inputs)
     found, hidden = field_of(output, "sentence_embedding"), field_of(output, "last_hidden_state")
     if found is None and hidden is not None and hidden.dim() == 3:
         mask = field_of(inputs, "attention_mask")
         if mask is None or mask.shape != hidden.shape[:2]:  # images have no mask of their patches
             mask = hidden.new_ones(hidden.shape[:2])
+        hidden = exact(hidden)  # half precision can't count a few hundred tokens
         weights = mask.to(hidden.dtype)
         found = (hidden * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
     found = values_of(output) if found is None else found
-    return functional.normalize(found.float().flatten(1), dim=-1)
+    return functional.normalize(exact(found).flatten(1), dim=-1)
+
+
+def _are_classes(model: nn.Module, logits: Tensor) -> bool:
+    """Whether logits share one probability: not of one class, of values, or of labels each apart.
+
+    A softmax of these hides how they differ: of one logit it is always 1.
+    """
+    kind = getattr(getattr(model, "config", None), "problem_type", None)
+    apart = kind in ("regression", "multi_label_classification")
+    return logits.shape[-1] > 1 and not apart
+
+
+def _values(output: Any) -> Tensor:
+    """The logits as values, where there are some, else as ``values_of``."""
+    logits = field_of(output, "logits")
+    return values_of(output) if logits is None else logits
 
 
 def _divergence(found: Tensor, original: Tensor, mask: Tensor | None) -> BatchLoss:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-from rankfold.data.parts import Batch, Part, describe
+from rankfold.data.example import describe
+from rankfold.data.parts import Batch, Part
 from rankfold.errors import InputError
 from rankfold.machine.progress import Progress, SilentProgress
 from rankfold.model.evaluation_mode import evaluation_mode
@@ -133,13 +138,16 @@ def evaluate(
     with evaluation_mode(model):
         for examples in progress.track(batches, stage, len(batches)):
             batch = on_device(part.collate(examples), model)
-            result = task.batch_loss(model, batch)
+            of_part = f"a batch of the {part.name.replace('_', '-')} part"
+            with running(batch, what=of_part, whose=getattr(task, "what", None)):
+                result = task.batch_loss(model, batch)
             results.append(BatchLoss(result.losses, result.terms, None, result.correct))
     losses = torch.cat([r.losses for r in results]).double().cpu()
     if finite and not bool(torch.isfinite(losses).all()):
         bad = int((~torch.isfinite(losses)).nonzero()[0])
         raise InputError(
-            f"the loss of {part.name.replace('_', '-')} example {bad} is {float(losses[bad])}; "
+            f"the loss of {part.name.replace('_', '-')} example {part.number(bad)} is "
+            f"{float(losses[bad])}; "
             "expected finite losses. Check the model's weights and this example."
         )
     hits = [r.correct for r in results if r.correct is not None]
@@ -149,9 +157,48 @@ def evaluate(
     return Evaluation(losses, terms, torch.cat(hits).double().cpu() if hits else None)
 
 
+def check_fast_path(model: nn.Module, task: Task, part: Part) -> None:
+    """Refuse a model whose loss is another one where torch's fast path runs.
+
+    There ``nn.TransformerEncoder`` gives zeros at positions that a padding mask hides. Otherwise,
+    and once its layers are factorized, it gives values that mean nothing, and the model reads them.
+
+    Raises:
+        InputError: As said; both losses are named.
+    """
+    if not any(getattr(module, "use_nested_tensor", False) for module in model.modules()):
+        return
+    batch = on_device(part.collate(part.batches()[0]), model)
+    with evaluation_mode(model):
+        slow = task.batch_loss(model, batch).losses
+        torch.backends.mha.set_fastpath_enabled(True)
+        fast = task.batch_loss(model, batch).losses
+    rounding = torch.finfo(slow.dtype).eps ** 0.5
+    if not torch.allclose(fast, slow, rtol=rounding, atol=rounding, equal_nan=True):
+        raise InputError(
+            f"the model's loss is {float(fast.mean()):.4f} with torch's fast path and "
+            f"{float(slow.mean()):.4f} without it, on the same examples: it reads what "
+            "nn.TransformerEncoder gives at positions that src_key_padding_mask hides, zeros or "
+            "values that mean nothing. Leave these positions out of what comes after the encoder, "
+            "or make it with enable_nested_tensor=False."
+        )
+
+
 @contextmanager
-def running(batch: Batch) -> Iterator[None]:
-    """While the model runs on its first example: what it raises names the data.
+def running(
+    batch: Batch,
+    as_given: Callable[[], object] | None = None,
+    what: str = "its first calibration example",
+    whose: str | None = None,
+) -> Iterator[None]:
+    """While the model runs on examples: what it raises names them and the error.
+
+    Args:
+        batch: The examples.
+        as_given: Runs the model as the user gave it. Where that goes well, the error is not the
+            user's.
+        what: Which examples these are.
+        whose: The user's function that runs the model, if one does: the error may be its own.
 
     Raises:
         InputError: The model can't run on the batch.
@@ -160,30 +207,84 @@ def running(batch: Batch) -> Iterator[None]:
         yield
     except (InputError, torch.cuda.OutOfMemoryError):
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+    except (
+        RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError,
+    ) as error:  # fmt: skip
+        what = f"{what}, {describe(batch)}, gave {_raised(error)}"
+        if as_given is not None and _runs(as_given):
+            raise InputError(
+                "the model runs on the data, but not with its layers written as Linear and conv: "
+                f"{what}. That is a fault of rankfold, not of the model or the data: please report "
+                "it. The layer that raised it may be left out with exclude=."
+            ) from error
+        if whose is not None:
+            raise InputError(
+                f"the {whose} can't be computed: {what}. It is called with a model and a batch and "
+                "gives one value per example; calling it so in Python shows where."
+            ) from error
         raise InputError(
-            f"the model can't run on the data: its first calibration example, "
-            f"{describe(batch)}, gave {type(error).__name__}: {error}. Check that the data "
-            "belongs to this model."
+            f"the model can't run on the data: {what}. Calling the model on one example in Python "
+            "shows where: its inputs, their shapes and types are as the model's forward wants them?"
         ) from error
 
 
+def _raised(error: Exception) -> str:
+    """What was raised, and in which line of the model's own code, if it has any."""
+    others = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    frame = next((f for f in frames if not f.filename.startswith(others)), None)
+    where = "" if frame is None else f" ({Path(frame.filename).name}, line {frame.lineno})"
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def _runs(function: Callable[[], object]) -> bool:
+    try:
+        function()
+    except Exception:
+        return False
+    return True
+
+
+# Names of what is compared with, hidden by or computed to positions with: no values of the model's.
+_KEPT = re.compile(
+    r"(^|_)(labels?|targets?|future|masks?)(_|$)"
+    r"|(^|_)(positions?|position_ids|coords?|coordinates|times?|timestamps?|bbox|boxes)$"
+)
+
+
 def on_device(batch: Batch, model: nn.Module) -> Batch:
-    """The batch with its tensors on the model's device, floating ones in the model's dtype."""
+    """The batch with its tensors on the model's device, floating inputs in the model's dtype.
+
+    Labels, targets, masks and positions keep their own dtype: what stands in a mapping under such
+    a name, and all but the first of a tuple or list.
+    """
     parameters = list(model.parameters())
     if not parameters:
         return batch
     # Weights may be stored in int8 beside their scales; inputs are of the type computed with.
     parameter = next((p for p in parameters if p.is_floating_point()), parameters[0])
+    device, dtype = parameter.device, parameter.dtype
 
-    def move(value: Any) -> Any:
+    def move(value: Any, kept: bool) -> Any:
         if torch.is_tensor(value):
-            dtype = parameter.dtype if value.is_floating_point() else value.dtype
-            return value.to(parameter.device, dtype)
+            return value.to(device, dtype if value.is_floating_point() and not kept else None)
+        if isinstance(value, PackedSequence):
+            packed: Any = value  # the type of its method knows no device beside a dtype
+            return packed.to(device, value.data.dtype if kept else dtype)
         if isinstance(value, Mapping):
-            return {key: move(item) for key, item in value.items()}
+            return {key: move(v, kept or bool(_KEPT.search(str(key)))) for key, v in value.items()}
         if isinstance(value, tuple | list):
-            return tuple(move(item) for item in value)
+            return _like(value, [move(item, kept) for item in value])
         return value
 
-    return move(batch)
+    if isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence):
+        return _like(batch, [move(item, kept=place > 0) for place, item in enumerate(batch)])
+    return move(batch, kept=False)
+
+
+def _like(given: tuple[Any, ...] | list[Any], items: list[Any]) -> Any:
+    """The items as what was given: a tuple, a list or a named tuple."""
+    if isinstance(given, list):
+        return items
+    make = getattr(type(given), "_make", tuple)
+    return make(items)

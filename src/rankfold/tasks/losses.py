@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rankfold.data.parts import Batch, describe
+from rankfold.data.example import describe
+from rankfold.data.parts import Batch
 from rankfold.errors import InputError
+from rankfold.model.layer_matrix import kept_dtype
+from rankfold.tasks.last_token import last_token_output, reads_last_token
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 
@@ -78,12 +81,33 @@ def token_losses(logits: Tensor, labels: Tensor) -> BatchLoss:
             "expected logits (examples, tokens, classes) for labels (examples, tokens). Check "
             "that the task is the model's."
         )
+    labels = whole_labels(labels)
     kept = labels != IGNORED
+    check_classes(logits)
     check_labels(labels[kept], logits.shape[-1])
     flat = logits[kept]  # (terms, classes)
-    nll = functional.cross_entropy(flat.float(), labels[kept], reduction="none")
+    nll = functional.cross_entropy(exact(flat), labels[kept], reduction="none")
     hits = (flat.argmax(-1) == labels[kept]).to(nll.dtype)
     return loss_of_terms(nll, flat, hits, kept)
+
+
+def exact(values: Tensor) -> Tensor:
+    """Values as losses are computed of them: in float32, or float64 where they are float64."""
+    return values.to(kept_dtype(values))
+
+
+def whole_labels(labels: Tensor) -> Tensor:
+    """Labels as int64, which holds every class and ``IGNORED``.
+
+    Raises:
+        InputError: They are no whole numbers.
+    """
+    if labels.is_floating_point() or labels.is_complex():
+        raise InputError(
+            f"the labels are {str(labels.dtype).removeprefix('torch.')}; expected whole numbers, "
+            "the class of each example or token. For values use task regression."
+        )
+    return labels.long()
 
 
 def loss_of_terms(each: Tensor, logits: Tensor, hits: Tensor, kept: Tensor) -> BatchLoss:
@@ -105,13 +129,13 @@ def loss_of_terms(each: Tensor, logits: Tensor, hits: Tensor, kept: Tensor) -> B
 
 
 def divergence(found: Tensor, original: Tensor) -> Tensor:
-    """``KL(original || found)`` of the predictions of each term, ``(terms,)`` float32 nats.
+    """``KL(original || found)`` of the predictions of each term, ``(terms,)`` nats.
 
     Args:
         found: ``(terms, classes)`` logits.
         original: ``(terms, classes)`` logits.
     """
-    log_found, log_original = (logits.float().log_softmax(-1) for logits in (found, original))
+    log_found, log_original = (exact(logits).log_softmax(-1) for logits in (found, original))
     each = functional.kl_div(log_found, log_original, log_target=True, reduction="none")
     return each.sum(-1)
 
@@ -133,7 +157,7 @@ def values_of(output: Any) -> Tensor:
     if isinstance(output, Mapping):
         named = [v for k, v in output.items() if k.endswith("_embeds") and torch.is_tensor(v)]
         if named:  # several towers, such as of images and texts: each counts alike
-            return torch.cat([functional.normalize(v.float(), dim=-1) for v in named], dim=-1)
+            return torch.cat([functional.normalize(exact(v), dim=-1) for v in named], dim=-1)
         hidden = field_of(output, "last_hidden_state")
         if hidden is not None:
             return hidden
@@ -157,7 +181,7 @@ def without_labels(batch: Batch) -> Any:
     """What of a batch the model is given."""
     if isinstance(batch, Mapping):
         return {key: value for key, value in batch.items() if key not in ("labels", "label")}
-    if isinstance(batch, tuple | list) and len(batch) == 2:
+    if isinstance(batch, tuple | list) and len(batch) in (1, 2):
         return batch[0]
     return batch
 
@@ -197,10 +221,16 @@ def labels_of(batch: Batch) -> Tensor | None:
 def output_of(model: nn.Module, inputs: Any) -> Any:
     """Call a model with a mapping, token ids, or whatever else it takes."""
     if isinstance(inputs, Mapping):
-        return call(model, inputs, wrapped=True)
+        return _called(model, inputs, wrapped=True)
     if torch.is_tensor(inputs) and not inputs.is_floating_point():
-        return call(model, {"input_ids": inputs}, wrapped=False)
+        return _called(model, {"input_ids": inputs}, wrapped=False)
     return model(inputs)
+
+
+def _called(model: nn.Module, inputs: Mapping[str, Tensor], wrapped: bool) -> object:
+    if reads_last_token(model):
+        return last_token_output(model, inputs, lambda given: call(model, given, wrapped))
+    return call(model, inputs, wrapped)
 
 
 def call(model: nn.Module, inputs: Mapping[str, Tensor], wrapped: bool) -> object:
@@ -228,6 +258,21 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
+def check_classes(logits: Tensor) -> None:
+    """Refuse logits of a single class, of which the cross-entropy is always 0.
+
+    Raises:
+        InputError: As said.
+    """
+    if logits.shape[-1] < 2:
+        raise InputError(
+            "the model gives one logit, and the cross-entropy of one class is always 0: it decides "
+            "between yes and no, or gives a value. Pass loss=, a function of the model and a batch "
+            "such as binary_cross_entropy_with_logits(..., reduction='none'), or name the task "
+            "regression, for the squared error."
+        )
+
+
 def check_labels(labels: Tensor, classes: int) -> None:
     """Refuse labels that are no place among the classes.
 
@@ -238,5 +283,5 @@ def check_labels(labels: Tensor, classes: int) -> None:
         bad = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
         raise InputError(
             f"label {bad} is outside the model's {classes} logits (expected 0..{classes - 1}). "
-            "Check that the data belongs to this model."
+            "Give labels that are numbers of the model's classes."
         )

@@ -10,8 +10,9 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from rankfold.data.example import describe
 from rankfold.data.parts import Batch, Part
 from rankfold.errors import InputError
 from rankfold.tasks.agreement import Embedding, Teacher
@@ -33,6 +34,8 @@ from rankfold.tasks.supervised import (
     TokenLabels,
     UserLoss,
 )
+
+MULTI_LABEL = "multi-label"  # what a model may be made for, and no task is of
 
 
 def recognise_task(
@@ -66,10 +69,12 @@ def recognise_task(
             "one pass loss=, a function of the model and a batch."
         )
     batch = part.collate(part.examples[:1])
+    _refuse_multi_label(hint, name)
     found = name or _recognised(batch, hint)
     if found is None:
         raise InputError(
-            "the loss can't be recognised from the model and the data: expected token ids, a "
+            "the loss can't be recognised from the model and the data, whose examples are "
+            f"{describe(batch)}: expected token ids, a "
             "mapping with input_ids, or (input, integer label) pairs. Name the task, one of "
             f"{', '.join(TASKS)} (teacher needs no labels), or pass loss=, a function of the "
             "model and a batch that returns one loss per example."
@@ -95,9 +100,26 @@ def recognise_task(
     return tasks[found]()
 
 
+def _refuse_multi_label(hint: str | None, name: str | None) -> None:
+    if hint == MULTI_LABEL and name not in ("teacher", "embedding"):
+        raise InputError(
+            "the model's config says multi_label_classification: each label has a probability of "
+            "its own, and none of the tasks is of such. Pass loss=, a function of the model and a "
+            "batch such as binary_cross_entropy_with_logits(..., reduction='none').mean(1), or "
+            "name the task teacher, which needs no labels."
+        )
+
+
 def _recognised(batch: Batch, hint: str | None) -> str | None:
     """The task that a batch's labels and the model's purpose allow; labels decide where they do."""
     labels = labels_of(batch)
+    if labels is not None and hint is None and _one_of_two_each(labels):
+        raise InputError(
+            "the labels are 0s and 1s, several an example: probabilities of labels, or values? For "
+            "the squared error name the task regression; for labels pass loss=, a function of the "
+            "model and a batch such as binary_cross_entropy_with_logits(..., "
+            "reduction='none').mean(1)."
+        )
     if hint == "embedding" or (labels is None and hint in ("embedding", "causal-lm")):
         return hint
     if labels is not None and labels.dim() == 1 and not labels.is_floating_point():
@@ -114,3 +136,9 @@ def _recognised(batch: Batch, hint: str | None) -> str | None:
         if torch.is_tensor(batch) and batch.dim() == 2 and not batch.is_floating_point():
             return "causal-lm"
     return None
+
+
+def _one_of_two_each(labels: Tensor) -> bool:
+    """Whether labels are several 0s and 1s an example, in floating point."""
+    several = labels.is_floating_point() and labels.dim() == 2 and labels.shape[1] > 1
+    return several and bool(((labels == 0) | (labels == 1)).all())

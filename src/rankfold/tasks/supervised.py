@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rankfold.data.example import describe
 from rankfold.data.parts import Batch
 from rankfold.errors import InputError
 from rankfold.tasks.losses import (
@@ -17,11 +18,14 @@ from rankfold.tasks.losses import (
     BatchLoss,
     TaskName,
     call,
+    check_classes,
     check_labels,
+    exact,
     logits_of,
     one_term,
     output_of,
     token_losses,
+    whole_labels,
     with_labels,
 )
 
@@ -38,10 +42,15 @@ class CausalLM:
     def batch_loss(self, model: nn.Module, batch: Batch) -> BatchLoss:
         """``batch`` is ``(n, length)`` token ids, or a mapping with ``input_ids``."""
         inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
-        labels = cast("Tensor", inputs.pop("labels", inputs["input_ids"]))
+        labels = whole_labels(cast("Tensor", inputs.pop("labels", inputs["input_ids"])))
         mask = inputs.get("attention_mask")
-        if mask is not None:
+        if mask is not None and mask.shape == labels.shape:
             labels = labels.masked_fill(mask == 0, IGNORED)
+        elif mask is not None and "labels" not in batch:
+            raise InputError(
+                f"the attention_mask is {describe(mask)} for input_ids {describe(labels)}: it "
+                "doesn't say which tokens count. Give labels, -100 where a token doesn't."
+            )
         logits = logits_of(call(model, inputs, wrapped=isinstance(batch, Mapping)))
         return token_losses(logits[:, :-1], labels[:, 1:])
 
@@ -75,6 +84,7 @@ class Seq2Seq:
         Without ``decoder_input_ids`` the model makes them from the labels, as in its training.
         """
         inputs, labels = with_labels(self.name, batch, dimensions=2)
+        labels = whole_labels(labels)
         if "decoder_input_ids" not in inputs:
             inputs = {**inputs, "labels": labels}
         return token_losses(logits_of(call(model, inputs, wrapped=True)), labels)
@@ -91,13 +101,15 @@ class Classification:
         """``batch`` is ``(inputs, labels)``, or a mapping with ``labels``."""
         inputs, labels = with_labels(self.name, batch, dimensions=1)
         logits = logits_of(output_of(model, inputs))
-        if labels.is_floating_point():
+        labels = whole_labels(labels)
+        if logits.dim() != 2 or len(logits) != len(labels):
             raise InputError(
-                f"the labels are {str(labels.dtype).removeprefix('torch.')}; expected whole "
-                "numbers, the class of each example. For values use task regression."
+                f"the model gave {describe(logits)} for {len(labels)} labels; expected logits "
+                "(examples, classes). For one value an example use task regression."
             )
+        check_classes(logits)
         check_labels(labels, logits.shape[-1])
-        losses = functional.cross_entropy(logits.float(), labels.long(), reduction="none")
+        losses = functional.cross_entropy(exact(logits), labels, reduction="none")
         correct = (logits.argmax(-1) == labels).to(losses.dtype)
         return BatchLoss(losses, torch.ones_like(labels), logits, correct)
 
@@ -112,8 +124,8 @@ class Regression:
     def batch_loss(self, model: nn.Module, batch: Batch) -> BatchLoss:
         """``batch`` is ``(inputs, values)``, or a mapping with ``labels``; values ``(n, ...)``."""
         inputs, labels = with_labels(self.name, batch, dimensions=None)
-        values = logits_of(output_of(model, inputs)).float()
-        wanted = labels.float()
+        wanted = _values(labels)
+        values = exact(logits_of(output_of(model, inputs))).to(wanted.dtype)
         if values.numel() != wanted.numel() or len(values) != len(wanted):
             raise InputError(
                 f"the model gave values {tuple(values.shape)} for labels {tuple(wanted.shape)}; "
@@ -124,6 +136,13 @@ class Regression:
         target = wanted.reshape(len(wanted), -1) / scale
         losses = (squared - target).square().sum(1)
         return BatchLoss(losses, one_term(losses), squared=squared)
+
+
+def _values(labels: Tensor) -> Tensor:
+    """The labels of a regression in float32, or in float64 where float32 would round one."""
+    values = labels.float()
+    same = values.to(labels.dtype) == labels
+    return values if bool((same | labels.isnan()).all()) else labels.double()
 
 
 class UserLoss:

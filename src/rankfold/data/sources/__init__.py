@@ -6,7 +6,12 @@ Readers only open and check; nothing here knows of models or tasks.
 from rankfold.data.sources.arrays import read_npz
 from rankfold.data.sources.arrow import class_names
 from rankfold.data.sources.class_folders import ClassFolder
-from rankfold.data.sources.conversations import conversation_tokens
+from rankfold.data.sources.conversations import (
+    Message,
+    assistant_spans,
+    check_written,
+    checked_messages,
+)
 from rankfold.data.sources.images import (
     DEFAULT_SIZE,
     ImagePreparation,
@@ -17,10 +22,10 @@ from rankfold.data.sources.images import (
 )
 from rankfold.data.sources.kind import Kind, source_kind
 from rankfold.data.sources.python_object import is_spec, load_object
-from rankfold.data.sources.records import Record, column, numbers, read_records
+from rankfold.data.sources.records import Record, Records, column, numbers, read_records
 from rankfold.data.sources.registry import read_registered, register_source, registered_source
 from rankfold.data.sources.sounds import SoundPreparation, read_wav_folder
-from rankfold.data.sources.text import read_text, token_windows
+from rankfold.data.sources.text import read_text, text_lines, token_windows
 
 __all__ = [
     "DEFAULT_SIZE",
@@ -28,12 +33,16 @@ __all__ = [
     "ImagePreparation",
     "ImageReader",
     "Kind",
+    "Message",
     "Record",
+    "Records",
     "SoundPreparation",
     "TableImages",
+    "assistant_spans",
+    "check_written",
+    "checked_messages",
     "class_names",
     "column",
-    "conversation_tokens",
     "image_reader",
     "is_spec",
     "load_object",
@@ -47,5 +56,6 @@ __all__ = [
     "register_source",
     "registered_source",
     "source_kind",
+    "text_lines",
     "token_windows",
 ]

@@ -38,7 +38,7 @@ def read_arrow(path: Path) -> list[dict[str, Any]]:
                 f"{file} can't be read as Arrow data: {error}. Write it again, with "
                 "save_to_disk or to_parquet."
             ) from error
-        _refuse_bytes(pyarrow, file, table.schema)
+        _check_columns(pyarrow, file, table.schema)
         records += table.to_pylist()
     return records
 
@@ -98,8 +98,17 @@ def _table(pyarrow: Any, file: Path) -> Any:
         return stream.read_all()
 
 
-def _refuse_bytes(pyarrow: Any, file: Path, schema: Any) -> None:
-    """Bytes that nothing says the meaning of; beside a path they are a file, such as an image."""
+def _check_columns(pyarrow: Any, file: Path, schema: Any) -> None:
+    """Bytes that nothing says the meaning of; beside a path they are a file, such as an image.
+
+    And two columns of one name: a record has one value of a name.
+    """
+    twice = [name for name in schema.names if schema.names.count(name) > 1]
+    if twice:
+        raise InputError(
+            f"{file} has {len(twice)} columns called {twice[0]!r}; expected names that differ. "
+            "Rename one of them."
+        )
     for column in schema:
         kind = column.type
         fields = {p.name: p.type for p in kind} if pyarrow.types.is_struct(kind) else {"": kind}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,12 +13,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from rankfold.data.account import Account
 from rankfold.data.sources.class_folders import ClassFolder, class_files, labelled, without_broken
 from rankfold.data.sources.normalize import channel_values, normalize_images
+from rankfold.data.sources.pictures import read_picture
 from rankfold.errors import InputError, require
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".avif", ".jp2",
+    ".ppm", ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
 DEFAULT_SIZE = 224
+PREPARED = "images are prepared as the model's folder says"
 ImageReader: TypeAlias = Callable[[Path | BytesIO, str], Any]
 # Of an RGB image of Pillow, and of what messages call it, to what the model is given.
 ImagePreparation: TypeAlias = Callable[[Any, str], Any]
@@ -36,7 +43,8 @@ def read_image_folder(
 ) -> ClassFolder:
     """Images whose class is the place of their folder's name among the sorted names.
 
-    The shorter side is resized to ``size`` (224 if None), the middle square is cut out, values
+    Each is read as a person sees it, upright and in sRGB (``pictures.read_picture``). The shorter
+    side is resized to ``size`` (224 if None), the middle square is cut out, values
     are scaled to 0..1 and then normalised.
 
     Args:
@@ -64,7 +72,11 @@ def read_image_folder(
     def read(file: Path) -> Any:
         return read_image(file, f"the image {file}")
 
-    return without_broken(files, read) if skip_broken else ClassFolder(files, read)
+    found = without_broken(files, read) if skip_broken else ClassFolder(*files, read)
+    side = size or DEFAULT_SIZE
+    note = f"of each image the middle {side} x {side} pixels" if prepare is None else PREPARED
+    found.account = replace(found.account, notes=[*found.account.notes, note])
+    return found
 
 
 def image_reader(
@@ -95,44 +107,40 @@ def image_reader(
         return normalize_images(_square(image, size or DEFAULT_SIZE), means, stds)
 
     make = prepare or squares
-    return lambda file, what: make(_opened(file, what), what)
+    return lambda file, what: make(read_picture(file, what), what)
 
 
 class TableImages(Dataset[Any]):
     """Images that stand in a table, with their labels where there are some; opened when used.
 
     Args:
-        images: What each image file holds.
+        images: What each image file holds, by the number of its record.
         labels: Of each, or None.
         read: From ``image_reader``.
         where: The table and its column, for messages.
+        account: What became of the records.
     """
 
     def __init__(
         self,
-        images: Sequence[bytes],
+        images: Mapping[int, bytes],
         labels: Sequence[int] | None,
         read: ImageReader,
         where: str,
+        account: Account,
     ) -> None:
-        self.images, self.labels, self.read, self.where = images, labels, read, where
+        self.images, self.places = images, list(images)
+        self.labels, self.read, self.where, self.account = labels, read, where, account
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Any:
-        what = f"the image in record {index} of {self.where}"
-        image = self.read(BytesIO(self.images[index]), what)
+        place = self.places[index]
+        image = self.read(
+            BytesIO(self.images[place]), f"the image in record {place} of {self.where}"
+        )
         return image if self.labels is None else labelled(image, self.labels[index])
-
-
-def _opened(file: Path | BytesIO, what: str) -> Any:
-    pillow: Any = require("PIL.Image", "images")
-    try:
-        with pillow.open(file) as opened:
-            return opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
-        raise InputError(f"{what} can't be read: {error}. Replace or remove it.") from error
 
 
 def _square(image: Any, size: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -49,10 +50,20 @@ def source_kind(spec: str) -> Kind:
     if path.suffix.lower() in SUFFIXES:
         return "records"
     with path.open("rb") as file:
-        binary = b"\0" in file.read(4096)
+        start = file.read(4096)
     if path.suffix.lower() in PICKLES:
         raise InputError(f"the data {spec} is a {path.suffix} file, which isn't read; {EXPECTED}.")
-    if binary:
+    if path.suffix.lower() == ".json":
+        raise InputError(
+            f"the data {spec} is one JSON value; expected a .jsonl with an object a line, such as "
+            '{"text": "..."}. Write each record in a line of its own.'
+        )
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InputError(
+            f"the text {spec} is UTF-16; expected plain UTF-8 text. Convert it, for example with "
+            f"iconv -f utf-16 -t utf-8 {spec}."
+        )
+    if b"\0" in start:
         raise InputError(f"the data {spec} is a binary file; {EXPECTED}.")
     return "text"
 
@@ -60,9 +71,17 @@ def source_kind(spec: str) -> Kind:
 def _folder_kind(folder: Path) -> Kind:
     if is_dataset_folder(folder):
         return "records"
-    if not any(files_below(folder, SOUNDS)):
+    sounds, images = (any(files_below(folder, kind)) for kind in (SOUNDS, IMAGES))
+    others = sorted(files_below(folder, (*SUFFIXES, ".txt", ".npz")))
+    if others and not (sounds or images):
+        listed = ", ".join(map(str, others[:5])) + ", ..." * (len(others) > 5)
+        raise InputError(
+            f"the folder {folder} holds files of records or text: {listed}. Give one of them; "
+            "several parts of one data set are read from a folder of save_to_disk."
+        )
+    if not sounds:
         return "images"
-    if any(files_below(folder, IMAGES)):
+    if images:
         raise InputError(
             f"the folder {folder} holds both images and wav files; expected those of one kind. "
             "Put them in two folders."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -59,13 +60,16 @@ def read_wav_folder(
         return sound if prepare is None else prepare(sound, rate, f"the wav file {file}")
 
     files = class_files(folder, SUFFIXES, "wav file", label_ids, labels_wanted=labels_wanted)
-    found = without_broken(files, read) if skip_broken else ClassFolder(files, read)
-    _refuse_mixtures([file for file, _ in found.files])
+    found = without_broken(files, read) if skip_broken else ClassFolder(*files, read)
+    note = _refuse_mixtures([file for file, _ in found.files])
+    found.account = replace(found.account, notes=[*found.account.notes, note])
     return found
 
 
-def _refuse_mixtures(files: Sequence[Path]) -> None:
+def _refuse_mixtures(files: Sequence[Path]) -> str:
+    """What all of them are; refuses those of other rates or channels."""
     wanted: tuple[int, int] | None = None
+    seconds: list[float] = []
     for file in files:
         try:
             sound, rate = _read(file)
@@ -78,6 +82,12 @@ def _refuse_mixtures(files: Sequence[Path]) -> None:
                 f"{files[0]} has {wanted[0]} and {wanted[1]}. Expected the same in all, as the "
                 "model was trained with: resample the one or remove it."
             )
+        seconds.append(sound.shape[1] / rate)
+    rate, channels = wanted or (0, 0)
+    return (
+        f"sounds of {min(seconds):.2f} to {max(seconds):.2f} s, {rate} samples a second, "
+        f"{channels} channel{'s' * (channels != 1)}"
+    )
 
 
 def _read(file: Path) -> tuple[Tensor, int]:

@@ -1,11 +1,9 @@
-"""Plain text, and the windows of tokens that a language model reads it in."""
+"""Plain text: its lines, and the windows of tokens that a language model reads it in."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from rankfold.errors import InputError
@@ -31,17 +29,20 @@ def read_text(file: Path) -> str:
     return text
 
 
-def token_windows(text: str, tokenize: Callable[[str], list[int]], length: int) -> list[Tensor]:
+def text_lines(text: str) -> list[str]:
+    """The lines of a text as ``read_text`` gives it; other separators than newlines are text."""
+    return text.removesuffix("\n").split("\n")
+
+
+def token_windows(ids: Tensor, length: int) -> list[Tensor]:
     """Consecutive windows of tokens that do not overlap; an incomplete last one is dropped.
 
     Args:
-        text: The text.
-        tokenize: Text to token ids.
+        ids: ``(tokens,)``.
         length: Tokens a window.
 
     Returns:
         ``(length,)`` int64 tensors.
     """
-    ids = torch.tensor(tokenize(text), dtype=torch.int64)
     whole = len(ids) // length * length
     return [window.clone() for window in ids[:whole].split(length)] if whole else []

@@ -1,0 +1,142 @@
+"""One image file as a person sees it: upright, in sRGB, 8 bits a channel; or the reason why not."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rankfold.errors import InputError, require
+
+WIDE = 65535  # white of 16 bits
+SAME_COLOUR = 3  # of 255: the largest difference of profiles that are both sRGB
+# Modes of Pillow by what an ICC profile for them calls their colours.
+PROFILED = {
+    "GRAY": ("1", "L", "LA"),
+    "RGB": ("RGB", "RGBA", "RGBX", "P", "PA", "1", "L", "LA"),
+    "CMYK": ("CMYK",),
+    "Lab": ("LAB",),
+}
+HELD = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK", "Lab": "LAB"}  # the mode that is changed to sRGB
+# The second picture of a photo, in depth or for bright screens, is not another moment of it.
+ONE_MOMENT = ("MPO",)
+
+
+def read_picture(file: Path | BytesIO, what: str) -> Any:
+    """An RGB image of Pillow.
+
+    It is turned as its EXIF data say. 16 bits are scaled to 8, floats from 0..1. Colours are
+    brought to sRGB where the file has a profile of others. What is transparent lies on white, as
+    processors of transformers lay it.
+
+    Args:
+        file: A file, or one in memory.
+        what: Names it in messages.
+
+    Raises:
+        InputError: It can't be read, has several pictures, or values of which nothing says which is
+            white.
+    """
+    pillow: Any = require("PIL.Image", "images")
+    operations: Any = require("PIL.ImageOps", "images")
+    try:
+        with pillow.open(file) as opened:
+            count = getattr(opened, "n_frames", 1)
+            if count > 1 and opened.format not in ONE_MOMENT:
+                raise InputError(
+                    f"{what} holds {count} pictures; expected one. Save the one that counts as a "
+                    "file of its own, or remove it."
+                )
+            return _in_srgb(_eight_bits(operations.exif_transpose(opened), what), what)
+    except InputError:
+        raise
+    except Exception as error:  # damaged files make Pillow fail in any way
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{what} can't be read: {reason}. Replace or remove it.") from error
+
+
+def _eight_bits(image: Any, what: str) -> Any:
+    """The image in a mode of 8 bits a channel, with what it says of its colours."""
+    kind = image.mode.partition(";")[0]
+    if kind not in ("I", "F"):
+        return image
+    pillow: Any = require("PIL.Image", "images")
+    values = np.asarray(image)
+    grey = _shares(values, image.mode, what) * 255  # (h, w) 0..255
+    found = pillow.fromarray(np.rint(grey).astype(np.uint8))
+    hidden = image.info.get("transparency")
+    if isinstance(hidden, int):  # the value that is transparent
+        found.putalpha(pillow.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
+    found.info = {name: value for name, value in image.info.items() if name == "icc_profile"}
+    return found
+
+
+def _shares(values: NDArray[Any], mode: str, what: str) -> NDArray[np.float64]:
+    """Values of one wide channel as shares of white."""
+    most = 1 if mode == "F" else WIDE
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= most):  # also where one is NaN
+        raise InputError(
+            f"{what} holds values of {low:g} to {high:g} ({mode}); expected 0 to {most}, since "
+            "nothing says which is white. Save it with 8 or 16 bits a channel."
+        )
+    return values.astype(np.float64) / most
+
+
+def _in_srgb(image: Any, what: str) -> Any:
+    """The image in sRGB, on white where it is transparent."""
+    pillow: Any = require("PIL.Image", "images")
+    if not image.has_transparency_data:
+        return _coloured(image, image, what)
+    whole = image.convert("RGBA")
+    found = _coloured(whole.convert("RGB"), image, what)
+    found.putalpha(whole.getchannel("A"))
+    white = pillow.new("RGBA", image.size, "white")
+    return pillow.alpha_composite(white, found).convert("RGB")
+
+
+def _coloured(plain: Any, image: Any, what: str) -> Any:
+    """An image without transparency in sRGB: by the profile of the one that it comes from."""
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return plain.convert("RGB")
+    cms: Any = require("PIL.ImageCms", "images")
+    try:
+        space, change = _from_profile(profile)
+        if image.mode not in PROFILED.get(space, ()):
+            raise InputError(
+                f"{what} is in {image.mode}, and its colour profile is of {space}. Save it "
+                "without the profile, or with the right one."
+            )
+        if change is None:
+            return plain.convert("RGB")
+        return cms.applyTransform(plain.convert(HELD[space]), change)
+    except (cms.PyCMSError, OSError) as error:
+        raise InputError(
+            f"the colour profile of {what} can't be read: {error}. Save it without the profile."
+        ) from error
+
+
+@lru_cache(maxsize=16)
+def _from_profile(profile: bytes) -> tuple[str, Any]:
+    """The space of a profile's colours, and what makes sRGB of them; None where they are sRGB."""
+    pillow: Any = require("PIL.Image", "images")
+    cms: Any = require("PIL.ImageCms", "images")
+    opened = cms.ImageCmsProfile(BytesIO(profile))
+    space = opened.profile.xcolor_space.strip()
+    if space not in PROFILED:
+        return space, None
+    held = HELD[space]
+    change = cms.buildTransform(opened, cms.createProfile("sRGB"), held, "RGB")
+    if space not in ("GRAY", "RGB"):
+        return space, change
+    steps = np.arange(0, 256, 51, dtype=np.uint8)
+    colours = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)  # (1, colours, 3)
+    probe = pillow.fromarray(colours).convert(held)
+    seen = np.asarray(cms.applyTransform(probe, change), dtype=np.int16)
+    wanted = np.asarray(probe.convert("RGB"), dtype=np.int16)
+    return space, None if np.abs(seen - wanted).max() <= SAME_COLOUR else change

@@ -1,0 +1,126 @@
+"""Texts as a tokenizer writes them for its model's training."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankfold.data.padding import Padding
+from rankfold.errors import InputError
+
+MASK = "attention_mask"
+
+
+class Tokens:
+    """What a tokenizer makes of texts: as sources, as targets, or of words; it counts what it cuts.
+
+    Args:
+        tokenizer: Of the model.
+        length: Most tokens of an example.
+        takes: Names that the model's forward takes; what else the tokenizer gives is left out, as
+            in the training of transformers. None for any.
+        pads: As of ``Padding``.
+
+    Attributes:
+        collate: Makes batches of them.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        length: int,
+        takes: Collection[str] | None = None,
+        *,
+        pads: bool = True,
+    ) -> None:
+        self.tokenizer, self.length, self.takes = tokenizer, length, takes
+        self._cut: set[str] = set()
+        # Without a mask the model would read the padding.
+        masks = MASK in getattr(tokenizer, "model_input_names", (MASK,))
+        self.pads = pads and masks and (takes is None or MASK in takes)
+        self.collate = Padding(tokenizer, pads=self.pads)
+        try:
+            self._nothing = self._encoded("an empty text", "")["input_ids"]
+        except InputError:
+            self._nothing = None
+
+    def source(self, text: str, what: str) -> dict[str, Tensor]:
+        """The model's inputs of a text, by name, ``(length,)`` each.
+
+        Args:
+            text: The text.
+            what: Names it in messages.
+
+        Raises:
+            InputError: The tokenizer refuses it.
+        """
+        return self.inputs(self._within(what, text))
+
+    def target(self, text: str, what: str) -> Tensor:
+        """The ids of a text that the model is to write: tokenizers may write these otherwise."""
+        languages = [getattr(self.tokenizer, f"{side}_lang", None) for side in ("src", "tgt")]
+        if languages[0] is not None and languages[1] is None:  # it would write the source's own
+            raise InputError(
+                "the tokenizer names no target language; expected one. Save it in the model's "
+                f"folder with src_lang={languages[0]!r} and tgt_lang=, both given to "
+                "AutoTokenizer.from_pretrained."
+            )
+        ids = self._within(what, text_target=text)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64)
+
+    @property
+    def cut(self) -> int:
+        """Examples of which a text was longer."""
+        return len(self._cut)
+
+    def cuts(self, what: str) -> None:
+        """Count an example as one that was longer."""
+        self._cut.add(what)
+
+    def behind(self) -> Padding:
+        """``collate`` that pads behind the text: no token of a language model moves by it."""
+        return Padding(self.tokenizer, pads=self.pads, side="right")
+
+    def words(self, words: Sequence[str], what: str) -> Any:
+        """The encoding of a text that comes in words; ``word_ids`` says whose an id is."""
+        return self._within(what, list(words), is_split_into_words=True)
+
+    def stream(self, text: str, what: str) -> Tensor:
+        """``(tokens,)``, the ids of a whole text, without special tokens.
+
+        Raises:
+            InputError: The tokenizer refuses it.
+        """
+        ids = self._encoded(what, text, add_special_tokens=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def inputs(self, encoding: Any) -> dict[str, Tensor]:
+        """What the model takes of an encoding."""
+        return {
+            name: torch.tensor(values, dtype=torch.int64)
+            for name, values in encoding.items()
+            if name == "input_ids" or self.takes is None or name in self.takes
+        }
+
+    def says_nothing(self, inputs: dict[str, Tensor]) -> bool:
+        """Whether the tokenizer writes nothing for a text but what it writes for an empty one."""
+        return bool(inputs["input_ids"].tolist() == self._nothing)
+
+    def _within(self, what: str, *text: Any, **more: Any) -> Any:
+        found = self._encoded(what, *text, **more)
+        if len(found["input_ids"]) <= self.length:
+            return found
+        self.cuts(what)
+        return self._encoded(what, *text, **more, truncation=True, max_length=self.length)
+
+    def _encoded(self, what: str, *text: Any, **more: Any) -> Any:
+        try:
+            # verbose=False: longer than the model takes is cut here.
+            return self.tokenizer(*text, **more, verbose=False)
+        # Tokenizers of every library, with language codes, prefixes and bytes, refuse in any way.
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"the tokenizer can't take {what}: {reason}") from error

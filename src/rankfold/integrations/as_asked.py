@@ -1,0 +1,253 @@
+"""What transformers opens is what the files hold; anything else is refused by name.
+
+transformers fills what a file lacks with random numbers, leaves out what a model has no place for,
+and only warns. A warning that says so is an error here; all others are shown.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from rankfold.errors import InputError, listed, require
+from rankfold.files.json_file import read_json
+from rankfold.files.tensors import read_names, read_tensors, without_wrappers
+
+GENERATION_FILE = "generation_config.json"
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# What transformers says where it does something else than what a file or the caller says.
+_NOT_AS_ASKED = re.compile(
+    r"newly initialized|NOT tie|corrupted|to instantiate a model of type"
+    r"|incompatible to|field must|Unrecognized keys|Missing required keys|[Ii]ncorrect regex"
+    r"|not the same type as the class|without finding the associated"
+)
+
+
+class _Kept(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one."""
+        self.records.append(record)
+
+
+@contextmanager
+def as_asked(where: object) -> Iterator[None]:
+    """While transformers opens ``where``: a warning that it does otherwise is an error.
+
+    Its other warnings are shown afterwards, its progress bars are not.
+
+    Raises:
+        InputError: There was such a warning; it is quoted.
+    """
+    logger, kept = logging.getLogger("transformers"), _Kept()
+    said_once: Any = require("transformers.utils.logging", "transformers").warning_once
+    said_once.cache_clear()  # of another folder, or of this one before
+    with without_bars():
+        handlers, level, passes = logger.handlers, logger.level, logger.propagate
+        logger.handlers, logger.propagate = [kept], False
+        logger.setLevel(min(logger.getEffectiveLevel(), logging.WARNING))
+        try:
+            yield
+        finally:
+            logger.handlers, logger.propagate = handlers, passes
+            logger.setLevel(level)
+    # What it reports of the weights is looked at by check_loaded.
+    records = [record for record in kept.records if "LOAD REPORT" not in record.getMessage()]
+    for record in records:
+        if _NOT_AS_ASKED.search(record.getMessage()):
+            raise InputError(
+                f"transformers doesn't open {where} as it is: {record.getMessage().strip()} "
+                "Correct the file that this speaks of."
+            )
+    for record in records:
+        if logger.isEnabledFor(record.levelno):
+            logger.handle(record)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Without transformers' own progress bars, which would disturb the caller's."""
+    bars = require("transformers.utils.logging", "transformers")
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        # Its GGUF reader has a bar of its own that no setting turns off.
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+def load_weights_of(folder: Path, model_class: Any, config: Any) -> Any:
+    """A model of transformers with the weights of a folder, every one of them.
+
+    Names that a compiled, data-parallel or sharded wrapper left in the file are put right.
+
+    Args:
+        folder: The folder.
+        model_class: A class of transformers.
+        config: The folder's configuration.
+
+    Raises:
+        InputError: A weight is missing, has no place in the model, or is of another shape.
+    """
+    options: dict[str, Any] = {"dtype": "auto", "local_files_only": True}
+    # Of a weight of another shape, all such weights are named below; without it, transformers
+    # raises an error that names none.
+    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    tensors = _unwrapped_tensors(folder)
+    with opening(folder), as_asked(folder):
+        if tensors is None:
+            model, found = model_class.from_pretrained(
+                str(folder), config=config, use_safetensors=True, trust_remote_code=False, **options
+            )
+        else:
+            model, found = model_class.from_pretrained(
+                None, config=config, state_dict=tensors, **options
+            )
+            _as_from_folder(model, folder)
+        found["unexpected_keys"] = _not_computed(model, found["unexpected_keys"], folder)
+        check_loaded(model, found, folder)
+    return model
+
+
+def _not_computed(model: Any, names: Collection[str], folder: Path) -> list[str]:
+    """Those of the superfluous tensors of a folder that the model doesn't compute as they are.
+
+    Older versions of transformers stored causal masks and the like, which a model makes itself.
+    """
+    buffers, prefix = dict(model.named_buffers()), f"{model.base_model_prefix}."
+    computed = {name: buffers.get(name, buffers.get(prefix + name)) for name in names}
+    stored: dict[str, Tensor] = {}
+    if any(buffer is not None for buffer in computed.values()):
+        for file in _weight_files(folder):
+            stored |= read_tensors(file)
+    return [
+        name
+        for name, buffer in computed.items()
+        if buffer is None or name not in stored or not _equal(stored[name], buffer)
+    ]
+
+
+def _equal(stored: Tensor, buffer: Tensor) -> bool:
+    """Whether a stored tensor has the values of a buffer, as the buffer's type has them."""
+    return stored.shape == buffer.shape and torch.equal(stored.to(buffer), buffer)
+
+
+def _as_from_folder(model: Any, folder: Path) -> None:
+    """What ``from_pretrained`` of a folder sets beside the weights."""
+    model.config.name_or_path = model.name_or_path = str(folder)
+    if model.can_generate():
+        file = GENERATION_FILE if (folder / GENERATION_FILE).is_file() else "config.json"
+        settings: Any = require("transformers", "transformers").GenerationConfig
+        model.generation_config = settings.from_pretrained(
+            str(folder), config_file_name=file, local_files_only=True
+        )
+
+
+@contextmanager
+def opening(what: object) -> Iterator[None]:
+    """While transformers opens a file: what it raises names the file.
+
+    Raises:
+        InputError: It raised anything.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # damaged files make transformers fail in any way
+        reason = str(error) or type(error).__name__
+        if "trust_remote_code" in reason:
+            reason = "it needs code of its own, and rankfold runs no code from a folder."
+        raise InputError(f"transformers can't open {what}: {reason}") from error
+
+
+def check_loaded(model: Any, found: dict[str, Any], where: object) -> None:
+    """Refuse a model some of whose weights are not those of the file.
+
+    Args:
+        model: The model.
+        found: The loading info of transformers.
+        where: The folder or file, for messages.
+
+    Raises:
+        InputError: All such weights are named.
+    """
+    name = type(model).__name__
+    problems = [f"{key}: missing" for key in sorted(found["missing_keys"])]
+    problems += [f"{key}: not in {name}" for key in sorted(found["unexpected_keys"])]
+    problems += [
+        f"{key}: {tuple(stored)} in the file, {tuple(wanted)} in {name}"
+        for key, stored, wanted in sorted(found["mismatched_keys"])
+    ]
+    problems += [str(message) for message in found["error_msgs"]]
+    if problems:
+        _refuse(name, where, problems)
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    apart = [
+        f"{one} and {other}: tied by config.json, and two different matrices in the file"
+        for one, other in tied.items()
+        if model.get_parameter_or_buffer(one) is not model.get_parameter_or_buffer(other)
+    ]
+    if apart:
+        raise InputError(
+            f"the weights in {where} contradict its configuration:\n  {listed(apart)}\n"
+            "Where they are meant to differ, set tie_word_embeddings to false in config.json."
+        )
+
+
+def _refuse(name: str, where: object, problems: list[str]) -> NoReturn:
+    raise InputError(
+        f"the weights in {where} are not those of a {name}, which its configuration names:\n  "
+        f"{listed(problems)}\n"
+        "transformers would fill what is missing with random numbers and leave out the rest. Save "
+        "the model again from the class that it was trained as, or name that class in config.json "
+        "(architectures)."
+    )
+
+
+def _unwrapped_tensors(folder: Path) -> dict[str, Tensor] | None:
+    """The tensors of a folder by their names in the model itself; None where they have these."""
+    files = _weight_files(folder)
+    names = [name for file in files for name in read_names(file)]
+    inner = without_wrappers(names, str(folder))
+    if all(name == own for name, own in inner.items()):
+        return None
+    print(f"names of {folder} are those of a wrapped model; they were put right", file=sys.stderr)
+    return {inner[name]: t for file in files for name, t in read_tensors(file).items()}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads, where it reads any by these names."""
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
+    if not (folder / _INDEX).is_file():
+        return []
+    index = read_json(folder / _INDEX)
+    shards = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(shards, dict):
+        raise InputError(f"{folder / _INDEX} has no weight_map; expected one from names to files.")
+    files = [folder / Path(str(shard)).name for shard in dict.fromkeys(shards.values())]
+    lacking = [file.name for file in files if not file.is_file()]
+    if lacking:
+        raise InputError(
+            f"{folder} lacks files that {_INDEX} names:\n  {listed(lacking)}\n"
+            "Download or copy the folder again."
+        )
+    return files

@@ -1,0 +1,73 @@
+"""Folders that are near to one of a transformers model: what was met, and what to give instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rankfold.errors import InputError, listed, require, visible
+from rankfold.files.json_file import read_json
+
+
+def refuse_other_folders(folder: Path) -> None:
+    """Refuse what is no folder of one model, or needs code that stands in it.
+
+    Raises:
+        InputError: It is an adapter, a hub's cache, a checkpoint of training or the like, or a
+            model of code in the folder.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(_adapter(folder))
+    if not (folder / "config.json").is_file():
+        inner = [*_inner_folders(folder)]
+        if not inner:
+            raise InputError(f"{visible(folder)} is no transformers folder: it has no config.json.")
+        what = "one of these" if len(inner) > 1 else "this"
+        raise InputError(
+            f"{visible(folder)} is no transformers folder: it has no config.json, but folders in "
+            f"it have. Give {what}:\n  {listed([visible(one) for one in inner])}"
+        )
+    written = read_json(folder / "config.json", constants=True)
+    if isinstance(written, dict) and _needs_code(written):
+        raise InputError(_remote_code(folder, written))
+
+
+def _adapter(folder: Path) -> str:
+    said = read_json(folder / "adapter_config.json", constants=True)
+    base = said.get("base_model_name_or_path") if isinstance(said, dict) else None
+    return (
+        f"{visible(folder)} holds an adapter (adapter_config.json) for {visible(base)}; expected a "
+        "whole model. Merge the two with peft: "
+        "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(new), "
+        "or the class of its task."
+    )
+
+
+def _inner_folders(folder: Path) -> Iterator[Path]:
+    """Folders of models in a hub's cache, in the output of a training, or in a library's folder."""
+    # A hub's cache has models--OWNER--NAME/snapshots/COMMIT, sentence-transformers 0_Transformer,
+    # diffusers text_encoder, a training checkpoint-500.
+    for pattern in ("*", "snapshots/*", "models--*/snapshots/*"):
+        found = sorted(folder.glob(f"{pattern}/config.json"))
+        yield from (file.parent for file in found if file.is_file())
+
+
+def _needs_code(written: dict[str, Any]) -> bool:
+    """Whether a configuration names code of its own for what transformers doesn't have."""
+    if not isinstance(written.get("auto_map"), dict):
+        return False
+    transformers: Any = require("transformers", "transformers")
+    names = written.get("architectures") or [""]
+    known = written.get("model_type") in transformers.CONFIG_MAPPING
+    return not (known and hasattr(transformers, str(names[0])))
+
+
+def _remote_code(folder: Path, written: dict[str, Any]) -> str:
+    files = sorted({str(value).split(".")[0] + ".py" for value in written["auto_map"].values()})
+    return (
+        f"the model in {visible(folder)} is made by code of its own "
+        f"({', '.join(map(visible, files))}), and rankfold runs no code from a folder. If you "
+        "trust it, open the model yourself, with trust_remote_code=True, in a function that "
+        "returns it, and give file.py:function; or give the model to rankfold.lossless in Python."
+    )
