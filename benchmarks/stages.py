@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,7 +53,7 @@ class StageRow:
         seed: Draws the examples.
         settings: What differs from the defaults.
         calibration: Number of calibration examples.
-        what: ``prepare``, ``lossless`` or ``further size``.
+        what: ``prepare``, ``lossless`` or ``further size, 0.5``.
         stage: As the product calls it, numbers left out; ``all`` for the whole.
         wall: Seconds.
         user: Seconds of CPU.
@@ -242,7 +241,8 @@ def measure_stages(
     with peak_of_anonymous() as peak:
         shown = TimedProgress(peak)
         prepared = timed("prepare", lambda: rankfold.prepare(model, data, progress=shown, **chosen))
-        for what, size in zip(("lossless", *repeat("further size")), sizes, strict=False):
+        for place, size in enumerate(sizes):
+            what = f"further size, {size:g}" if place else "lossless"
             found = timed(what, partial(prepared.lossless, size, size_of="factorizable"))
             lost = _losses(name, seed, _shown(settings), count, size, found)
             append_row(sibling(results, "stages_losses"), lost)

@@ -177,7 +177,7 @@ class Interrupting(rankfold.TerminalProgress):
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"metrics": [failing_metric(2)]}, RuntimeError),
+        ({"metrics": [failing_metric(2)]}, InputError),
         ({"progress": Interrupting()}, KeyboardInterrupt),
     ],
 )

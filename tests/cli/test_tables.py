@@ -79,3 +79,9 @@ def test_reasons_are_told_whole_on_a_narrow_terminal():
     text = " ".join(printed(not_factorized_table(report()), 60).split())
     assert "lm_head Linear its weight is shared with" in text
     assert "tied weights" in text
+
+
+def test_the_side_whose_gram_was_kept_is_listed_where_it_is_one():
+    assert "Gram of" not in printed(layers_table(report(whole_grams="both"), 200), 200)
+    assert "outputs" in printed(layers_table(report(whole_grams="output"), 200), 200)
+    assert "inputs" in printed(layers_table(report(whole_grams="input"), 200), 200)

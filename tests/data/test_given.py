@@ -178,7 +178,7 @@ def test_workers_share_a_stream_and_open_what_they_need() -> None:
     assert sorted(read(opened)) == [*range(COUNT)]
 
 
-@pytest.mark.parametrize("kind", [np.int64, torch.tensor, np.uint8], ids=str)
+@pytest.mark.parametrize("kind", [np.int64, torch.tensor, np.uint8], ids=lambda kind: kind.__name__)
 def test_numbers_of_any_kind_are_drawn_once(kind: Any) -> None:
     draws = [kind(place) for place in (5, 2, 5, 9, 2)]
     found = as_examples(DataLoader(EVERYTHING, batch_size=2, sampler=draws))
@@ -349,7 +349,7 @@ def test_columns_by_name_are_examples() -> None:
         (len, "data is builtin_function_or_method"),
         (b"bytes", "data is bytes"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_what_holds_no_examples_is_refused_by_name(data: Any, said: str) -> None:
     with pytest.raises(InputError, match=said):

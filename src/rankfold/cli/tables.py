@@ -243,8 +243,9 @@ def curve_table(report: dict[str, Any], name: str) -> tuple[dict[str, Any], Tabl
 
 
 RANGES = ("harmless\nradius", "lossless\nrank alone", "signal\n/ noise")
+GRAM = "Gram of"
 # What a narrow terminal does without, in this order: layers' names are never cut.
-DISPENSABLE = (RANGES, ("kind", "parameters"), ("shape", "form"))
+DISPENSABLE = ((GRAM,), RANGES, ("kind", "parameters"), ("shape", "form"))
 
 
 def layers_table(report: dict[str, Any], width: int) -> Table:
@@ -272,7 +273,7 @@ def layers_table(report: dict[str, Any], width: int) -> Table:
 
 
 def _layer_cells(layer: dict[str, Any]) -> dict[str, str]:
-    """By column. A layer without a harmless range has no such cells."""
+    """By column. A layer without a harmless range, or with both Grams, has no such cells."""
     predicted, found = layer["predicted_change"], layer.get("harmless_range")
     rank, form = _rank_cells(layer)
     cells = {
@@ -285,6 +286,8 @@ def _layer_cells(layer: dict[str, Any]) -> dict[str, str]:
         "size": f"{layer['factorized_parameters'] / layer['parameters']:.3f}",
         "predicted": "" if predicted is None else f"{predicted:+.5f}",
     }
+    if (side := layer.get("whole_grams")) in ("input", "output"):
+        cells[GRAM] = f"{side}s"
     return cells | (dict(zip(RANGES, _range_cells(found), strict=True)) if found else {})
 
 
@@ -303,7 +306,7 @@ def _listing(title: str, columns: list[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     table.caption_justify = "left"
     for column in columns:
-        text = column in ("layer", "kind", "shape", "form", "reason")
+        text = column in ("layer", "kind", "shape", "form", "reason", GRAM)
         table.add_column(
             column,
             justify="left" if text else "right",

@@ -80,7 +80,7 @@ class Account:
         if self.cut:
             found.append(
                 f"cut at {self.most} tokens: {_counted(self.cut, 'example')}; what is behind isn't "
-                "used (--length, up to what the model takes)"
+                "used; ask for a length up to what the model takes"
             )
         if self.classes:
             shown = "; ".join(map(str, self.classes[:SHOWN_CLASSES]))

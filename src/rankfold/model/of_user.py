@@ -87,7 +87,8 @@ def own_behaviour(module: nn.Module, *, of_class: bool = True) -> str | None:
         return "its state_dict has hooks"
     if any(p is not None and p._backward_hooks for p in module._parameters.values()):
         return "a parameter of it has hooks"
-    if isinstance(module, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd):
+    # A forward of its own computes with the modules that it holds, and is looked at as a whole.
+    if of_class and isinstance(module, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd):
         inner = module._modules.keys() - {"parametrizations"}
         if inner:
             return f"it holds modules of its own: {', '.join(sorted(inner))}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,9 +57,8 @@ def metric_values(
     stage = f"{metric.name} on {part.name.replace('_', '-')} data"
     task = UserLoss(metric.function, what=f"metric {metric.name}")
     return evaluate(
-        model, task, part, batch_size=batch_size, progress=progress, stage=stage, finite=False,
-        as_raised=True,
-    ).losses  # fmt: skip
+        model, task, part, batch_size=batch_size, progress=progress, stage=stage, finite=False
+    ).losses
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,6 @@ def evaluate(
     progress: Progress | None = None,
     stage: str = "evaluate",
     finite: bool = True,
-    as_raised: bool = False,
 ) -> Evaluation:
     """The model's losses on every example of a part, without gradients.
 
@@ -130,7 +128,6 @@ def evaluate(
         progress: Shows the batches.
         stage: What the progress calls this.
         finite: Refuse losses that are not finite; False for trials that may destroy the model.
-        as_raised: Leave errors as they are: those of a user's metric say nothing of the model.
 
     Raises:
         InputError: A loss is NaN or infinite.
@@ -141,8 +138,8 @@ def evaluate(
     with evaluation_mode(model):
         for examples in progress.track(batches, stage, len(batches)):
             batch = on_device(part.collate(examples), model)
-            what = f"a batch of the {part.name.replace('_', '-')} part"
-            with nullcontext() if as_raised else running(batch, what=what):
+            of_part = f"a batch of the {part.name.replace('_', '-')} part"
+            with running(batch, what=of_part, whose=getattr(task, "what", None)):
                 result = task.batch_loss(model, batch)
             results.append(BatchLoss(result.losses, result.terms, None, result.correct))
     losses = torch.cat([r.losses for r in results]).double().cpu()
@@ -192,6 +189,7 @@ def running(
     batch: Batch,
     as_given: Callable[[], object] | None = None,
     what: str = "its first calibration example",
+    whose: str | None = None,
 ) -> Iterator[None]:
     """While the model runs on examples: what it raises names them and the error.
 
@@ -200,6 +198,7 @@ def running(
         as_given: Runs the model as the user gave it. Where that goes well, the error is not the
             user's.
         what: Which examples these are.
+        whose: The user's function that runs the model, if one does: the error may be its own.
 
     Raises:
         InputError: The model can't run on the batch.
@@ -217,6 +216,11 @@ def running(
                 "the model runs on the data, but not with its layers written as Linear and conv: "
                 f"{what}. That is a fault of rankfold, not of the model or the data: please report "
                 "it. The layer that raised it may be left out with exclude=."
+            ) from error
+        if whose is not None:
+            raise InputError(
+                f"the {whose} can't be computed: {what}. It is called with a model and a batch and "
+                "gives one value per example; calling it so in Python shows where."
             ) from error
         raise InputError(
             f"the model can't run on the data: {what}. Calling the model on one example in Python "

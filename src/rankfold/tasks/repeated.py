@@ -40,7 +40,9 @@ def refuse_random(model: nn.Module, task: Task, part: Part) -> None:
             "are compared on the same: draw once, before, and give examples that are drawn already."
         )
     batch = on_device(batches[0], model)
-    with evaluation_mode(model), running(batch, what=f"a batch of {len(examples)} of its examples"):
+    looked_at = f"a batch of {len(examples)} examples of the {part.name.replace('_', '-')} part"
+    whose = getattr(task, "what", None)
+    with evaluation_mode(model), running(batch, what=looked_at, whose=whose):
         first, second = (_values(model, task, batch) for _ in range(2))
         rounding = _rounding(model)
         if _same(first, second, rounding):
