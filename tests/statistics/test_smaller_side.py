@@ -209,6 +209,19 @@ def test_the_step_goes_down_with_the_diagonal_of_the_longer_side(case):
     assert float((direction * small.gradient).sum()) >= 0
 
 
+@ignore_even_same
+@each_layer()
+@pytest.mark.parametrize("name", ["activation", "fwsvd"])
+def test_other_objectives_decide_the_same_where_a_gram_was_too_long(case, name):
+    layer, whole, small = of_one_layer(case)
+    weight = weight_matrix(layer)
+    both = [layer_spectrum(OBJECTIVES[name], weight, one, DAMPINGS[1]) for one in (whole, small)]
+    scale = float(both[0].singular_values[0])
+    values = (one.singular_values for one in both)
+    close(*values, rtol=1e-8, atol=1e-8 * scale)
+    close(both[1].truncated(2), both[0].truncated(2), rtol=0, atol=1e-8)
+
+
 class _Silent:
     def track(self, items, stage, total):
         return iter(items)

@@ -11,7 +11,12 @@ from rankfold.maths.spectrum import Spectrum, smaller_side_spectrum, whitened_sp
 from rankfold.model.layer_matrix import MatrixLayer, weight_matrix
 from rankfold.objective import Objective
 from rankfold.statistics.embeddings import EmbeddingStatistics
-from rankfold.statistics.grams import damped_grams, more_damped, smaller_side_grams
+from rankfold.statistics.grams import (
+    damped_grams,
+    damped_outputs,
+    more_damped,
+    smaller_side_grams,
+)
 from rankfold.statistics.layer_statistics import LayerStatistics
 
 
@@ -30,11 +35,17 @@ def layer_spectrum(
     if objective.input_gram:
         if statistics is None:
             raise ValueError("this objective needs statistics")
+        if statistics.input_gram.dim() == 1:  # the outputs alone are known: B is the identity
+            ones = torch.eye(weight.shape[0], dtype=torch.float64, device=weight.device)
+            return smaller_side_spectrum(
+                weight, ones, damped_outputs(statistics, weight, damping.input)
+            )
         a = damped(statistics.input_gram, damping.input)
     if objective.output_gram == "diagonal":
         if statistics is None or statistics.output_gram is None:
             raise ValueError("this objective needs statistics with gradients")
-        energies = statistics.output_gram.diagonal()
+        b = statistics.output_gram
+        energies = b if b.dim() == 1 else b.diagonal()
         if statistics.dominant is not None:
             energies = energies + statistics.dominant.output_squares
         b = damped(energies, damping.output)

@@ -59,13 +59,31 @@ def smaller_side_grams(
     if statistics.product is None:
         raise ValueError("these statistics have the Grams of both sides")
     a, b = damped_grams(statistics, damping)
-    of_input, of_output = _added(statistics, damping.at_least(statistics.lacking))
-    w, product = weight.detach().to(torch.float64), statistics.product.to(torch.float64)
+    damping = damping.at_least(statistics.lacking)
     if a.dim() == 2:
-        return a, product + of_output * (w.T @ w)
+        w, (_, of_output) = weight.detach().to(torch.float64), _added(statistics, damping)
+        return a, statistics.product.to(torch.float64) + of_output * (w.T @ w)
+    product = damped_outputs(statistics, weight, damping.input)
     if statistics.dominant is not None:
-        product = product + _of_dominant(statistics)
-    return b, product + of_input * (w @ w.T)
+        product += _of_dominant(statistics)
+    return b, product
+
+
+def damped_outputs(statistics: LayerStatistics, weight: Tensor, share: float) -> Tensor:
+    """``W A W^T`` with A damped by a share of its mean eigenvalue, ``(out, out)`` float64.
+
+    Args:
+        statistics: With the product, and the diagonal of A.
+        weight: ``(out, in)``.
+        share: Of the mean eigenvalue.
+
+    Raises:
+        ValueError: The statistics have no product.
+    """
+    if statistics.product is None:
+        raise ValueError("these statistics have the Grams of both sides")
+    w, diagonal = weight.detach().to(torch.float64), statistics.input_gram.to(torch.float64)
+    return statistics.product.to(torch.float64) + share * diagonal.mean() * (w @ w.T)
 
 
 def _of_dominant(statistics: LayerStatistics) -> Tensor:
