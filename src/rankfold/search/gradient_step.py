@@ -237,15 +237,17 @@ def search_step(
     """
     scratch = copied(model, {})
     selection = _Selection(scratch, task, part, original, layers, batch_size, progress)
-    lengths = _Lengths(selection.few(compared_on), found)
+    few = selection.few(compared_on)
+    lengths = _Lengths(few, found)
     best = _walk(lengths, step_length(found.signal))
     fit = fit_step(lengths.trials)
     if fit is not None and all(_apart(fit.best, eta) for eta, _ in lengths.trials):
-        if lengths.measure(fit.best) < lengths.changes[best]:
+        if lengths.measure(fit.best) < lengths.changes[best].mean:
             best = fit.best
         fit = fit_step(lengths.trials)
     step = Step(best, found, lengths.trials, 0.0, fit)
-    change = selection.change(step, f"step {best:.1e}")
+    compared = len(few.part.examples) == len(part.examples)
+    change = lengths.changes[best] if compared else selection.change(step, f"step {best:.1e}")
     if not change.upper_bound(GAIN_CONFIDENCE) < 0:
         return replace(step, eta=0.0)
     step = replace(step, gain=change.mean)
@@ -303,21 +305,21 @@ class _Lengths:
 
     Attributes:
         trials: ``(eta, measured change)`` of every length, in the order in which they were tried.
-        changes: The measured change of the loss, by length.
+        changes: The measured change of the loss, with its error, by length.
     """
 
     def __init__(self, selection: _Selection, directions: Directions):
         self._selection = selection
         self._directions = directions
         self.trials: list[tuple[float, float]] = []
-        self.changes: dict[float, float] = {}
+        self.changes: dict[float, Change] = {}
 
     def measure(self, eta: float) -> float:
         """Try a length: the measured change."""
         step = Step(eta, self._directions, [], 0.0)
         change = self._selection.change(step, f"step {eta:.1e}")
         self.trials.append((eta, change.mean))
-        self.changes[eta] = change.mean
+        self.changes[eta] = change
         return change.mean
 
 
