@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 EffortName: TypeAlias = Literal["fast", "standard", "thorough"]
@@ -46,6 +46,21 @@ class Effort:
 # The settings that an effort decides where they are not given.
 DECIDED = ("smaller_side", "conv_forms", "block_forms", "interactions", "refit", "rounds")
 
+_STANDARD = Effort(
+    smaller_side=False,
+    conv_forms=True,
+    block_forms=True,
+    interactions=True,
+    refit=True,
+    rounds=1,
+    corrections=2,
+    most_corrections=2,
+    correction_power=0.5,
+    compared_on=1.0,
+    plans=7,
+    refits=3,
+)
+
 EFFORTS: dict[EffortName, Effort] = {
     "fast": Effort(
         smaller_side=True,
@@ -61,32 +76,6 @@ EFFORTS: dict[EffortName, Effort] = {
         plans=4,
         refits=1,
     ),
-    "standard": Effort(
-        smaller_side=False,
-        conv_forms=True,
-        block_forms=True,
-        interactions=True,
-        refit=True,
-        rounds=1,
-        corrections=2,
-        most_corrections=2,
-        correction_power=0.5,
-        compared_on=1.0,
-        plans=7,
-        refits=3,
-    ),
-    "thorough": Effort(
-        smaller_side=False,
-        conv_forms=True,
-        block_forms=True,
-        interactions=True,
-        refit=True,
-        rounds=2,
-        corrections=2,
-        most_corrections=6,
-        correction_power=0.5,
-        compared_on=1.0,
-        plans=7,
-        refits=3,
-    ),
+    "standard": _STANDARD,
+    "thorough": replace(_STANDARD, rounds=2, most_corrections=6),
 }
