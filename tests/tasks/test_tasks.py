@@ -12,6 +12,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from rankfold.data.parts import as_part
 from rankfold.errors import InputError
 from rankfold.integrations.transformers import task_hint
+from rankfold.tasks import agreement
 from rankfold.tasks.agreement import Embedding, Teacher, unit_embeddings
 from rankfold.tasks.evaluation import evaluate
 from rankfold.tasks.losses import TASKS
@@ -213,6 +214,27 @@ def test_a_teacher_is_at_no_distance_from_itself_and_at_the_divergence_from_othe
     assert evaluate(other, task, unlabelled).mean == pytest.approx(float(shares.mean()), rel=1e-4)
     with pytest.raises(InputError, match="not at hand here"):
         recognise_task(part, None, "teacher")
+
+
+@pytest.mark.parametrize("kept_bytes", [2**26, 0])
+def test_the_original_is_called_once_for_a_batch(
+    kept_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agreement, "KEPT_BYTES", kept_bytes)
+    original, other = mlp(), mlp()
+    part = pair_part(20)
+    task = Teacher([original], part.collate(part.examples))
+    calls: list[int] = []
+    original.register_forward_hook(lambda *_: calls.append(1))
+    first, second = (evaluate(other, task, part, batch_size=10) for _ in range(2))
+    assert len(calls) == (2 if kept_bytes else 4)
+    assert torch.equal(first.losses, second.losses)
+    fresh = Teacher([original], part.collate(part.examples))
+    assert torch.equal(first.losses, evaluate(other, fresh, part, batch_size=10).losses)
+    # Other examples, and the same ones in other batches, are other batches.
+    turned = as_part("held_out", part.examples[::-1])
+    losses = evaluate(other, task, turned, batch_size=10).losses
+    torch.testing.assert_close(losses.flip(0), first.losses)
 
 
 def test_a_teacher_of_tokens_leaves_out_what_the_mask_hides() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rankfold.data.example import content_digest
 from rankfold.data.parts import Batch
+from rankfold.errors import InputError
 from rankfold.model.evaluation_mode import evaluation_mode
 from rankfold.tasks.losses import (
     BatchLoss,
@@ -24,6 +26,9 @@ from rankfold.tasks.losses import (
     values_of,
     without_labels,
 )
+
+# Most bytes of the original's outputs that are kept: each plan is compared with the same ones.
+KEPT_BYTES = 2**26
 
 
 class Teacher:
@@ -46,6 +51,7 @@ class Teacher:
     def __init__(self, originals: Sequence[nn.Module], batch: Batch) -> None:
         """As said."""
         self.originals = originals
+        self._kept: dict[str, Tensor] = {}
         labels = labels_of(batch)
         classes = labels is not None and labels.dim() == 1 and not labels.is_floating_point()
         output = self._original(without_labels(batch), output_of)
@@ -63,12 +69,25 @@ class Teacher:
         with evaluation_mode(self.originals[0]):
             return output(self.originals[0], inputs)
 
+    def _wanted(self, inputs: Any, output: Callable[[nn.Module, Any], Tensor]) -> Tensor:
+        """The original's output, computed once for the same batch."""
+        try:
+            key = content_digest(inputs)
+        except InputError:  # what only the model understands
+            return cast("Tensor", self._original(inputs, output))
+        found = self._kept.get(key)
+        if found is None:
+            found = cast("Tensor", self._original(inputs, output))
+            if sum(kept.nbytes for kept in [*self._kept.values(), found]) <= KEPT_BYTES:
+                self._kept[key] = found
+        return found
+
     def _both(
         self, model: nn.Module, inputs: Any, output: Callable[[nn.Module, Any], Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Outputs of a model and of the original, which is not called where the model is it."""
         same = any(model is original for original in self.originals)
-        wanted = None if same else self._original(inputs, output)
+        wanted = None if same else self._wanted(inputs, output)
         found = output(model, inputs)
         return found, found.detach() if wanted is None else wanted
 
