@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 TIMEOUT = 200  # seconds
+# What most runs would import for themselves; what isn't installed is passed over.
+IMPORTED_BEFORE = ["rankfold.cli", "transformers.models.auto.modeling_auto"]
 
 NET = '''
 """A user's own model and data."""
@@ -172,7 +174,7 @@ def rankfold(
 def _forked(command: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     """What ``subprocess.run`` gives for the installed command."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rankfold.cli"])
+    context.set_forkserver_preload(IMPORTED_BEFORE)
     with tempfile.TemporaryDirectory() as folder:
         said = [Path(folder) / name for name in ("stdout", "stderr")]
         process = context.Process(target=_command, args=(command, cwd, environment(), said))
@@ -196,7 +198,8 @@ def _command(
     os.environ.clear()
     os.environ.update(variables)
     sys.argv[:] = command
-    sys.path[:0] = [str(Path(command[0]).parent)]
+    python_path = [path for path in variables.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[:0] = [str(Path(command[0]).parent), *python_path]
     for place, file in enumerate(said, start=1):
         opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(opened, place)

@@ -52,7 +52,7 @@ def test_efficientnet_lite_without_labels(tmp_path: Path) -> None:
     """Real weights: convs that pad by a rule of their own, depthwise ones between them."""
     model = _efficientnet_lite()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    files = sorted((shared_data() / "photographs").glob("*.jpg"))[:130]
+    files = sorted((shared_data() / "photographs").glob("*.jpg"))[:70]
     folder = tmp_path / "photographs"
     for place in range(2):  # the reader wants classes; the teacher doesn't look at them
         (folder / str(place)).mkdir(parents=True)
@@ -82,9 +82,9 @@ def test_resnet20_at_80_percent(tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     images, labels = cifar10_test(mean, std)
     data = Data(
-        calibration=TensorDataset(*cifar10_train(1000, 0, mean, std)),
+        calibration=TensorDataset(*cifar10_train(600, 0, mean, std)),
         selection=TensorDataset(images[:300], labels[:300]),
-        held_out=TensorDataset(images[300:], labels[300:]),
+        held_out=TensorDataset(images[300:1300], labels[300:1300]),
     )
     result = rankfold.lossless(model, data, size=0.8, size_of="factorizable")
     assert result.report["curvature"] == "sampled"  # it has nearly memorised its training images
