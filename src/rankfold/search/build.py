@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rankfold.forms.curve import Choice
 from rankfold.forms.embedding.fit import low_rank_uses
 from rankfold.forms.registry import LayerFactors, form_of
+from rankfold.machine.at_once import at_once, is_small
 from rankfold.model.layer_matrix import MatrixLayer
 from rankfold.model.replace import with_replaced
 from rankfold.search.allocate import RankPlan
@@ -41,9 +42,9 @@ def look_at(round_: Round, plan: RankPlan) -> nn.Module:
     if any(torch.finfo(matrix.weight.dtype).bits < 32 for matrix in subject.matrices.values()):
         return build(round_, plan)
     # Shown: the halves of block forms take a second a layer of SmolLM2, once for each plan.
-    choices = round_.progress.track(plan.items(), "weights of the plan", len(plan))
-    weights = ((name, layer_weight(round_, name, choice)) for name, choice in choices)
-    return with_weights(round_, subject.base, weights)
+    made = plan_weights(round_, plan)
+    shown = round_.progress.track(made, "weights of the plan", len(plan))
+    return with_weights(round_, subject.base, shown)
 
 
 def control(round_: Round) -> nn.Module | None:
@@ -97,8 +98,13 @@ def layer_weight(round_: Round, name: str, choice: Choice) -> Tensor:
 
 def plan_weights(round_: Round, plan: RankPlan) -> Iterator[tuple[str, Tensor]]:
     """What a plan makes of all weights, one after the other."""
-    for name, choice in plan.items():
-        yield name, layer_weight(round_, name, choice)
+    matrices = round_.study.subject.matrices
+    made = at_once(
+        plan,
+        lambda name: layer_weight(round_, name, plan[name]),
+        lambda name: is_small(matrices[name].weight),
+    )
+    return zip(plan, made, strict=True)
 
 
 def layer_factors(round_: Round, name: str, choice: Choice) -> LayerFactors:

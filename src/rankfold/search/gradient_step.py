@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rankfold.certificate.change import Change, paired_change
 from rankfold.data.parts import Part
 from rankfold.files.json_file import finite
+from rankfold.machine.at_once import at_once, is_small
 from rankfold.machine.offload import Offload
 from rankfold.machine.progress import Progress
 from rankfold.maths.gradient import (
@@ -178,20 +179,21 @@ def step_directions(
     ``offload`` says where directions lie.
     """
     offload = offload or Offload()
-    steps: dict[str, GradientStep] = {}
-    for name in progress.track(layers, "gradient step per layer", len(layers)):
+
+    def of_layer(name: str) -> GradientStep:
         stats = statistics[name]
         if stats.gradients is None:
             raise ValueError("the gradient step needs statistics with gradients")
-        step = gradient_step(
-            stats.gradients,
-            *damped_grams(stats, damping),
-            estimator,
-        )
-        direction = offload.kept(step.direction.to(stats.gradients[0].dtype))
-        steps[name] = replace(step, direction=direction)
+        step = gradient_step(stats.gradients, *damped_grams(stats, damping), estimator)
+        return replace(step, direction=step.direction.to(stats.gradients[0].dtype))
+
+    made = at_once(layers, of_layer, lambda name: is_small(layers[name].weight))
+    shown = progress.track(made, "gradient step per layer", len(layers))
+    steps: dict[str, GradientStep] = {}
+    for name, step in zip(layers, shown, strict=True):
+        steps[name] = replace(step, direction=offload.kept(step.direction))
         if release:
-            statistics[name] = replace(stats, gradients=None)
+            statistics[name] = replace(statistics[name], gradients=None)
     return Directions(
         by_layer={name: step.direction for name, step in steps.items()},
         norms={name: step.norm for name, step in steps.items()},

@@ -21,6 +21,7 @@ from rankfold.forms.low_rank.form import LOW_RANK
 from rankfold.forms.problem import LayerProblem
 from rankfold.forms.registry import Form, LayerFactors, other_forms
 from rankfold.forms.storage import Storage
+from rankfold.machine.at_once import at_once, is_small
 from rankfold.machine.progress import Progress, SilentProgress
 from rankfold.maths.gradient import HarmlessRange
 from rankfold.maths.spectrum import Spectrum
@@ -318,25 +319,19 @@ def with_storage(round_: Round, storage: Storage) -> Round:
 def _with_curves(round_: Round, release: bool, before: Mapping[str, Sequence[Offer]]) -> Round:
     """The round with its spectra, and with the choices of every form."""
     study, settings = round_.study, round_.settings
+    layers = study.subject.layers
+    made = at_once(
+        layers,
+        lambda name: _choices(round_, name, before.get(name, ())),
+        lambda name: is_small(layers[name].weight),
+    )
     spectra: dict[str, Spectrum] = {}
     ranked: dict[str, Curve] = {}
     offers: dict[str, list[Offer]] = {}
-    there = replace(round_, spectra=spectra, ranked=ranked, offers=offers)
-    layers = study.subject.layers
-    for name, layer in round_.progress.track(layers.items(), "spectra", len(layers)):
-        statistics = study.statistics.layers.get(name)
-        objective = round_.objective
-        spectrum = layer_spectrum(objective, round_.moved(name), statistics, settings.dampings)
-        changes, errors = truncation_changes(
-            objective, layer, spectrum, statistics, settings.dampings
-        )
-        spectra[name] = spectrum.kept(partial(round_.keep, name))
-        ranked[name], _ = LOW_RANK.curve(there.problem(name, changes, errors))
-        # Forms cut and regroup the longer side: they need its whole Gram.
-        whole = statistics is not None and statistics.product is None
-        fitting = [form for form in _allowed_forms(settings) if whole and form.fits(layer)]
-        offers[name] = [_offer(there, name, form, before.get(name, ())) for form in fitting]
-        if release and not fitting:
+    shown = round_.progress.track(made, "spectra", len(layers))
+    for name, (spectrum, curve, of_forms) in zip(layers, shown, strict=True):
+        spectra[name], ranked[name], offers[name] = spectrum, curve, of_forms
+        if release and not of_forms:
             study.statistics.layers.pop(name, None)
     for name, matrix in study.subject.embeddings.items():
         uses = study.statistics.embeddings[name]
@@ -350,7 +345,26 @@ def _with_curves(round_: Round, release: bool, before: Mapping[str, Sequence[Off
         )
         if release:
             study.statistics.embeddings.pop(name)
-    return _with_all_forms(there)
+    return _with_all_forms(replace(round_, spectra=spectra, ranked=ranked, offers=offers))
+
+
+def _choices(
+    round_: Round, name: str, before: Sequence[Offer]
+) -> tuple[Spectrum, Curve, list[Offer]]:
+    """A layer's spectrum, its choices by rank, and what other forms offer."""
+    objective, settings = round_.objective, round_.settings
+    layer = round_.study.subject.layers[name]
+    statistics = round_.study.statistics.layers.get(name)
+    spectrum = layer_spectrum(objective, round_.moved(name), statistics, settings.dampings)
+    changes, errors = truncation_changes(objective, layer, spectrum, statistics, settings.dampings)
+    spectrum = spectrum.kept(partial(round_.keep, name))
+    there = replace(round_, spectra={name: spectrum})
+    curve, _ = LOW_RANK.curve(there.problem(name, changes, errors))
+    # Forms cut and regroup the longer side: they need its whole Gram.
+    whole = statistics is not None and statistics.product is None
+    fitting = [form for form in _allowed_forms(settings) if whole and form.fits(layer)]
+    there = replace(there, ranked={name: curve})
+    return spectrum, curve, [_offer(there, name, form, before) for form in fitting]
 
 
 def _offer(round_: Round, name: str, form: Form, before: Sequence[Offer]) -> Offer:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from rankfold.data.parts import Batch, Part
 from rankfold.errors import InputError
+from rankfold.machine.at_once import at_once, is_small
 from rankfold.machine.offload import Offload
 from rankfold.machine.progress import Progress, SilentProgress
 from rankfold.maths.dominant_rows import dominant_rows
@@ -254,9 +255,19 @@ class _Recorder:
         The damping found is kept as it is, although all examples together lack less than a half of
         them: halved it is worse (docs/theory.md, 1).
         """
-        layers = self.sums.values()
-        for sums in progress.track(layers, "halves of the data compared", len(layers)):
+
+        def compare(sums: Sums) -> None:
             sums.compare_halves(self.sums.get(sums.leader or ""))
+
+        # Those that others take an input Gram from come first.
+        layers = sorted(self.sums.values(), key=lambda sums: sums.leader is not None)
+        alone = sum(sums.leader is None for sums in layers)
+        done = chain.from_iterable(
+            at_once(some, compare, lambda sums: is_small(sums.layer.weight))
+            for some in (layers[:alone], layers[alone:])
+        )
+        for _ in progress.track(done, "halves of the data compared", len(layers)):
+            pass
 
     def observe(self, model: nn.Module, task: Task, batch: Batch, half: int | None) -> None:
         """One pass: forward, then backward for the curvature, the mean gradients, or both.
