@@ -145,7 +145,7 @@ def _observe_halves(
     _observe(recorder, model, task, second, shown, 1)
     recorder.refuse_infinite()
     if shrinkage:
-        recorder.compare_halves(progress)
+        _compare_halves(recorder.sums, progress)
 
 
 def _observe(
@@ -159,6 +159,27 @@ def _observe(
     """Pass batches of a part through the model; ``half`` as in ``_Recorder.observe``."""
     for examples in batches:
         recorder.observe(model, task, on_device(part.collate(examples), model), half)
+
+
+def _compare_halves(of_layers: Mapping[str, Sums], progress: Progress) -> None:
+    """Judge the Grams of the first half by those of the second.
+
+    The damping found is kept as it is, although all examples together lack less than a half of
+    them: halved it is worse (docs/theory.md, 1).
+    """
+
+    def compare(sums: Sums) -> None:
+        sums.compare_halves(of_layers.get(sums.leader or ""))
+
+    # Those that others take an input Gram from come first.
+    layers = sorted(of_layers.values(), key=lambda sums: sums.leader is not None)
+    alone = sum(sums.leader is None for sums in layers)
+    done = chain.from_iterable(
+        at_once(some, compare, lambda sums: is_small(sums.layer.weight))
+        for some in (layers[:alone], layers[alone:])
+    )
+    for _ in progress.track(done, "halves of the data compared", len(layers)):
+        pass
 
 
 def halves(task: str, count: int) -> tuple[range, range]:
@@ -248,26 +269,6 @@ class _Recorder:
         """
         for name, sums in self.sums.items():
             sums.refuse_infinite(name)
-
-    def compare_halves(self, progress: Progress) -> None:
-        """Judge the Grams of the first half by those of the second.
-
-        The damping found is kept as it is, although all examples together lack less than a half of
-        them: halved it is worse (docs/theory.md, 1).
-        """
-
-        def compare(sums: Sums) -> None:
-            sums.compare_halves(self.sums.get(sums.leader or ""))
-
-        # Those that others take an input Gram from come first.
-        layers = sorted(self.sums.values(), key=lambda sums: sums.leader is not None)
-        alone = sum(sums.leader is None for sums in layers)
-        done = chain.from_iterable(
-            at_once(some, compare, lambda sums: is_small(sums.layer.weight))
-            for some in (layers[:alone], layers[alone:])
-        )
-        for _ in progress.track(done, "halves of the data compared", len(layers)):
-            pass
 
     def observe(self, model: nn.Module, task: Task, batch: Batch, half: int | None) -> None:
         """One pass: forward, then backward for the curvature, the mean gradients, or both.
