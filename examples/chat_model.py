@@ -39,6 +39,7 @@ def main(
     size: float = 0.97,
     include: tuple[str, ...] = ("model.layers.2?.*",),
     new_tokens: int = 24,
+    length: int = LENGTH,
 ) -> rankfold.Result:
     """Factorize the last ten blocks (all would take some minutes more), and ask the result."""
     opened = open_model(str(model_file()))
@@ -46,7 +47,7 @@ def main(
         file = Path(scratch) / "conversations.jsonl"
         lines = [json.dumps(conversation) for conversation in conversations(count)]
         file.write_text("\n".join(lines), encoding="utf-8")
-        data = open_data(str(file), opened, DataOptions(length=LENGTH))
+        data = open_data(str(file), opened, DataOptions(length=length))
     result = rankfold.lossless(opened.model, data, size=size, margin=0.02, include=include)
     asked = opened.tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is a Python generator?"}],

@@ -56,7 +56,7 @@ _STANDARD = Effort(
     corrections=2,
     most_corrections=2,
     correction_power=0.5,
-    compared_on=1.0,
+    compared_on=0.5,
     plans=7,
     refits=3,
 )
@@ -77,5 +77,5 @@ EFFORTS: dict[EffortName, Effort] = {
         refits=1,
     ),
     "standard": _STANDARD,
-    "thorough": replace(_STANDARD, rounds=2, most_corrections=6),
+    "thorough": replace(_STANDARD, rounds=2, most_corrections=6, compared_on=1.0),
 }

@@ -31,7 +31,7 @@ def taught(count: int, seed: int, name: str) -> Part:
     return as_part(name, list(zip(x, y.tolist(), strict=True)))
 
 
-def search(calibration: Part, selection: Part, groups: int = 1):
+def search(calibration: Part, selection: Part, groups: int = 1, compared_on: float = 1.0):
     model = mlp()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     task = Classification()
@@ -49,14 +49,18 @@ def search(calibration: Part, selection: Part, groups: int = 1):
         batch_size=None,
         progress=SilentProgress(),
         groups=groups,
+        compared_on=compared_on,
     )
     assert same_state(model, before)
     return model, layers, original, step
 
 
-def test_the_step_lowers_the_loss_as_it_says() -> None:
+@pytest.mark.parametrize("share", [1.0, 0.7, 0.1])
+def test_the_step_lowers_the_loss_as_it_says(share: float) -> None:
+    """Of all examples, whatever part of them the lengths are compared on."""
     selection = taught(200, 2, "selection")
-    model, layers, original, step = search(taught(300, 1, "calibration"), selection)
+    calibration = taught(300, 1, "calibration")
+    model, layers, original, step = search(calibration, selection, compared_on=share)
     assert step.eta > 0
     assert step.directions.signal > 0
     assert min(step.trials, key=lambda trial: trial[1])[0] == step.eta

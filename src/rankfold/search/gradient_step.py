@@ -32,7 +32,7 @@ from rankfold.model.layer_matrix import MatrixLayer, weight_matrix
 from rankfold.settings import Settings
 from rankfold.statistics.grams import damped_grams
 from rankfold.statistics.layer_statistics import LayerStatistics
-from rankfold.tasks.evaluation import Evaluation, evaluate
+from rankfold.tasks.evaluation import Evaluation, evaluate, joined
 from rankfold.tasks.losses import Task
 
 # A step counts as a gain only when the selection examples show it at this confidence.
@@ -240,7 +240,7 @@ def search_step(
     scratch = copied(model, {})
     selection = _Selection(scratch, task, part, original, layers, batch_size, progress)
     few = selection.few(compared_on)
-    lengths = _Lengths(few, found)
+    lengths = _Lengths(selection.of(few), found)
     best = _walk(lengths, step_length(found.signal))
     fit = fit_step(lengths.trials)
     if fit is not None and all(_apart(fit.best, eta) for eta, _ in lengths.trials):
@@ -248,8 +248,7 @@ def search_step(
             best = fit.best
         fit = fit_step(lengths.trials)
     step = Step(best, found, lengths.trials, 0.0, fit)
-    compared = len(few.part.examples) == len(part.examples)
-    change = lengths.changes[best] if compared else selection.change(step, f"step {best:.1e}")
+    change = selection.with_rest(few, step, lengths.evaluations[best])
     if not change.upper_bound(GAIN_CONFIDENCE) < 0:
         return replace(step, eta=0.0)
     step = replace(step, gain=change.mean)
@@ -278,19 +277,34 @@ class _Selection:
     batch_size: int | None
     progress: Progress
 
-    def few(self, share: float) -> _Selection:
-        """So large a share of the examples, if they are enough to compare lengths on."""
-        least = FEWEST_COMPARED.get(self.task.name, OTHER_FEWEST_COMPARED)
-        places = self.part.spread_places(max(least, round(share * len(self.part.examples))))
+    def of(self, places: Sequence[int]) -> _Selection:
+        """The examples with these numbers."""
         return replace(self, part=self.part.take(places), original=self.original.of(places))
+
+    def few(self, share: float) -> Sequence[int]:
+        """The numbers of so large a share of the examples, if they are enough to compare on."""
+        least = FEWEST_COMPARED.get(self.task.name, OTHER_FEWEST_COMPARED)
+        return self.part.spread_places(max(least, round(share * len(self.part.examples))))
+
+    def with_rest(self, few: Sequence[int], step: Step, known: Evaluation) -> Change:
+        """How a step changes the loss on all examples, of which a few were measured."""
+        rest = sorted(set(range(len(self.part.examples))) - set(few))
+        if not rest:
+            return paired_change(self.original.of(few), known)
+        measured = self.of(rest).evaluation(step, f"step {step.eta:.1e}, the rest")
+        return paired_change(self.original.of([*few, *rest]), joined([known, measured]))
 
     def change(self, step: Step, stage: str) -> Change:
         """How a step changes the loss."""
+        return paired_change(self.original, self.evaluation(step, stage))
+
+    def evaluation(self, step: Step, stage: str) -> Evaluation:
+        """Losses after a step."""
         with torch.no_grad():
             for name, layer in self.layers.items():
                 weight = cast("nn.Parameter", self.scratch.get_submodule(name).weight)
                 weight.copy_(step.moved(name, layer).view_as(weight))
-        evaluation = evaluate(
+        return evaluate(
             self.scratch,
             self.task,
             self.part,
@@ -299,7 +313,6 @@ class _Selection:
             stage=f"{stage} on selection data",
             finite=False,
         )
-        return paired_change(self.original, evaluation)
 
 
 class _Lengths:
@@ -308,6 +321,7 @@ class _Lengths:
     Attributes:
         trials: ``(eta, measured change)`` of every length, in the order in which they were tried.
         changes: The measured change of the loss, with its error, by length.
+        evaluations: The losses themselves.
     """
 
     def __init__(self, selection: _Selection, directions: Directions):
@@ -315,12 +329,15 @@ class _Lengths:
         self._directions = directions
         self.trials: list[tuple[float, float]] = []
         self.changes: dict[float, Change] = {}
+        self.evaluations: dict[float, Evaluation] = {}
 
     def measure(self, eta: float) -> float:
         """Try a length: the measured change."""
         step = Step(eta, self._directions, [], 0.0)
-        change = self._selection.change(step, f"step {eta:.1e}")
+        evaluation = self._selection.evaluation(step, f"step {eta:.1e}")
+        change = paired_change(self._selection.original, evaluation)
         self.trials.append((eta, change.mean))
+        self.evaluations[eta] = evaluation
         self.changes[eta] = change
         return change.mean
 
