@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 from rankfold.certificate.change import paired_change
 from rankfold.certificate.quantiles import student_quantile
@@ -57,8 +58,9 @@ def within_margin(round_: Round, margin: float) -> list[Trial]:
     """Plans around the smallest one that passes, measured on selection data.
 
     Interactions are measured first, at the plan predicted to be within the margin; then sizes are
-    bracketed. Further rounds go on from the smallest model that passes. What they end at is fitted
-    again (``refit``), and smaller plans are as far as that makes them pass.
+    bracketed. Further rounds go on from the smallest model that passes. What each ends at is fitted
+    again (``refit``), and smaller plans are as far as that makes them pass: more rounds try all
+    that fewer do.
 
     Args:
         round_: The first one.
@@ -72,6 +74,7 @@ def within_margin(round_: Round, margin: float) -> list[Trial]:
             break  # the loss is not finite: the plan would be measured once more
         round_ = following
     tried = _bracketed(round_, margin, float(round_.total), seen)
+    ends = [favoured(tried, margin)]
     for _ in range(_rounds_after_the_first(round_)):
         best = _smallest_passing(tried, margin)
         if best is None:
@@ -79,7 +82,9 @@ def within_margin(round_: Round, margin: float) -> list[Trial]:
         round_ = next_round(best.round, total_cost(best.plan), rounds_left=2)
         rest = round_.total - round_.factorizable
         tried += _bracketed(round_, margin, float(rest + total_cost(best.plan)), [])
-    return [*tried, *_refitted_within(favoured(tried, margin), margin)]
+        ends.append(favoured(tried, margin))
+    different = {id(end): end for end in ends}.values()
+    return [*tried, *chain.from_iterable(_refitted_within(end, margin) for end in different)]
 
 
 def favoured(tried: Sequence[Trial], margin: float) -> Trial:
