@@ -21,6 +21,7 @@ from rankfold.certificate.document import read_document
 from rankfold.certificate.statement import DEFAULT_MARGIN, check_margin
 from rankfold.cli.app import DIFFERS, DONE, NOT_FOUND, app, as_options, command, say, tell
 from rankfold.cli.demo import run_demo
+from rankfold.cli.export_inputs import open_inputs
 from rankfold.cli.open import (
     DataOptions,
     OpenedModel,
@@ -29,7 +30,6 @@ from rankfold.cli.open import (
     open_artifact,
     open_data,
     open_examples,
-    open_inputs,
     open_model,
     open_parts,
 )
@@ -44,6 +44,7 @@ from rankfold.cli.options import (
     Weights,
     margin_option,
 )
+from rankfold.cli.recorded import as_recorded, check_read
 from rankfold.cli.setting_options import setting_option
 from rankfold.cli.tables import (
     evaluation_lines,
@@ -53,7 +54,6 @@ from rankfold.cli.tables import (
     print_curve,
     print_result,
 )
-from rankfold.cli.told import check_classes
 from rankfold.compress import compact as compact_model
 from rankfold.compress import lossless as lossless_model
 from rankfold.data.parts import PARTS, Data
@@ -233,13 +233,14 @@ def evaluate(
         device = check_device(options.device)
         opened = open_artifact(folder, model)
         opened.model.to(device)
-        examples = open_examples(data, opened, options.data_options(task))
-        check_classes(folder, examples)
+        reading = as_recorded(folder, options.data_options(task))
+        examples = open_examples(data, opened, reading)
+        check_read(folder, examples)
         found = evaluate_examples(
             opened,
             examples,
             limit=limit,
-            name=task,
+            name=reading.task,
             batch_size=batch_size,
             progress=TerminalProgress(),
         )
@@ -285,10 +286,11 @@ def verify(
         opened.model.to(device)
         if original is not None:
             original.to(device)
+        reading = as_recorded(folder, options.data_options(task), original=True)
         found = verify_artifact(
             folder,
             opened.model,
-            open_examples(data, opened, options.data_options(task), part=PARTS.index("held_out")),
+            open_examples(data, opened, reading, part=PARTS.index("held_out")),
             original=original,
             batch_size=batch_size,
             progress=TerminalProgress(),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from torch import nn
 
 from rankfold.artifact.load import load
 from rankfold.artifact.manifest import WEIGHTS_FILE, library_versions, read_manifest
+from rankfold.artifact.recorded import recorded_inputs
+from rankfold.data.input_settings import InputSettings, refuse_other
 from rankfold.errors import InputError
 from rankfold.export.dense import Dense
 from rankfold.export.example_inputs import Given
@@ -86,6 +89,7 @@ def export(
         inputs: Of ``onnx`` and ``pt2``, where the configuration doesn't tell what the model is
             called with: a batch, a tensor or a mapping of the parameters of ``forward``; or the
             shape of one input without the batch, ``(3, 224, 224)``, or ``(length,)`` of tokens.
+            Of images, None for the shape that the artifact records.
         dtype: Of ``onnx`` and ``pt2``: ``float32``, ``float16`` or ``bfloat16``; None for the
             artifact's own.
 
@@ -99,6 +103,9 @@ def export(
         raise InputError(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}.")
     source, out = Path(folder), Path(out)
     check_output(out, overwrite, EXPORT_FILE)
+    recorded = recorded_inputs(source)
+    if "inputs" in target.options:
+        inputs = _shaped(source, inputs, recorded)
     opened = _opened(source, model, inputs, dtype)
     parameters = model_parameters(opened.model)  # before it may be changed
     with folder_in_one_step(out) as draft:
@@ -108,6 +115,7 @@ def export(
             "versions": library_versions(),
             "to": to,
             "class": opened.manifest["model"]["class"],
+            "inputs": recorded.as_dict(),
             **written.told,
         }
         text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
@@ -124,6 +132,21 @@ def export(
         difference=written.difference,
         dynamic=written.dynamic,
     )
+
+
+def _shaped(folder: Path, inputs: Given | None, recorded: InputSettings) -> Given | None:
+    """The inputs as given; where none are, the shape of the images that an artifact was made with.
+
+    Raises:
+        InputError: Another shape of images was given.
+    """
+    if inputs is None or recorded.shape is None:
+        return recorded.shape if inputs is None else inputs
+    shapes = [tuple(inputs.shape[1:])] if torch.is_tensor(inputs) else [inputs]
+    for shape in shapes:
+        if not isinstance(shape, Mapping) and len(shape) == len(recorded.shape):
+            refuse_other(recorded, InputSettings(shape=tuple(shape)), folder)
+    return inputs
 
 
 def _opened(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from rankfold.errors import InputError, require
 from rankfold.files.json_file import read_json
 from rankfold.files.size_limits import check_modest
+from rankfold.files.tensors import read_names
 from rankfold.integrations.as_asked import (
     GENERATION_FILE,
     as_asked,
@@ -29,8 +30,10 @@ from rankfold.integrations.as_asked import (
     without_bars,
 )
 from rankfold.integrations.other_folders import refuse_other_folders
+from rankfold.integrations.sentence_folder import SentenceFolder, sentence_folder
 from rankfold.machine.progress import Progress, SilentProgress
 from rankfold.model.evaluation_mode import evaluation_mode
+from rankfold.tasks.pooling import Pooling
 from rankfold.tasks.recognise import MULTI_LABEL
 
 QUANT_METHOD = "rankfold"  # how config.json calls what opens the folder
@@ -53,7 +56,8 @@ IN_A_PROGRAM = (
 _PROCESSING_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "spiece.model", "sentencepiece*.model", "normalizer.json", "chat_template.*",
-    "additional_chat_templates/*.jinja", "*processor_config.json",
+    "additional_chat_templates/*.jinja", "*processor_config.json", "spm*.model", "*.spm",
+    "vocab-*.json", "bpe.codes", "tekken.json", "entity_vocab.json", "*.tiktoken",
 )  # fmt: skip
 OWN_TEXTS_AT_ONCE = 16  # windows sampled in one batch
 
@@ -70,6 +74,18 @@ def opened_as(model: nn.Module) -> str:
     """The name on a hub or the absolute folder that a model was opened from, or nothing."""
     name = str(cast("Any", model).config.name_or_path or "")
     return str(Path(name).resolve()) if name and Path(name).exists() else name
+
+
+def sentences_of(model: nn.Module) -> SentenceFolder | None:
+    """What sentence-transformers keeps with a model that was opened from a folder, or None."""
+    name = opened_as(model) if is_transformers_model(model) else ""
+    return sentence_folder(Path(name)) if name else None
+
+
+def pooling_of(model: nn.Module) -> Pooling | None:
+    """How the folder of a model makes embeddings of its hidden states, None where it says none."""
+    sentences = sentences_of(model)
+    return None if sentences is None else sentences.pooling()
 
 
 # What the name of a class of transformers ends in says what it is made for.
@@ -134,7 +150,10 @@ def load_folder(folder: Path) -> nn.Module:
             f"{folder} holds no .safetensors file; rankfold reads no pickles (.bin). "
             "Save the model again with safe_serialization=True."
         )
-    model = load_weights_of(folder, _model_class(config, folder), config)
+    model_class = _model_class(config, folder)
+    if sentence_folder(folder) is not None:
+        model_class = _without_head(folder, model_class)
+    model = load_weights_of(folder, model_class, config)
     return cast("nn.Module", model.eval())
 
 
@@ -376,15 +395,37 @@ def _copy_generation_settings(source: Path, target: Path) -> None:
 
 
 def copy_processing_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, processor and chat template, except where ``target`` has its own."""
+    """Copy tokenizer, processor and chat template, except where ``target`` has its own.
+
+    And what sentence-transformers keeps there: pooling, normalisation, lengths, prompts.
+
+    Raises:
+        InputError: A file of sentence-transformers isn't what it should be.
+    """
     if not (source / "config.json").is_file():  # a name on the hub, or none
         return
+    sentences = sentence_folder(source)
+    if sentences is not None:
+        sentences.copy_to(target)
     for pattern in _PROCESSING_FILES:
         for file in source.glob(pattern):
             copied = target / file.relative_to(source)
             if file.is_file() and not copied.exists():
                 copied.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copied)
+
+
+def _without_head(folder: Path, model_class: Any) -> Any:
+    """The class that sentence-transformers opens: where the file lacks the head, one without.
+
+    Its folders often name the class with the head that the model was trained with before.
+    """
+    transformers = require("transformers", "transformers")
+    names = [name for file in sorted(folder.glob("*.safetensors")) for name in read_names(file)]
+    prefix = f"{model_class.base_model_prefix}."
+    base = transformers.MODEL_MAPPING.get(model_class.config_class, None)
+    is_base = base is None or any(prefix in name for name in names)
+    return model_class if is_base else base
 
 
 def _config(folder: Path) -> Any:

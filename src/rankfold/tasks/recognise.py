@@ -25,6 +25,7 @@ from rankfold.tasks.losses import (
     Task,
     labels_of,
 )
+from rankfold.tasks.pooling import Pooling
 from rankfold.tasks.supervised import (
     CausalLM,
     Classification,
@@ -44,6 +45,7 @@ def recognise_task(
     name: str | None = None,
     originals: Sequence[nn.Module] = (),
     hint: str | None = None,
+    pooling: Callable[[], Pooling | None] = lambda: None,
 ) -> Task:
     """The task: the user's loss or name if given, else what model and data show.
 
@@ -53,6 +55,7 @@ def recognise_task(
         name: One of ``TASKS``, or None.
         originals: The original model, for the tasks that compare with it; see ``Teacher``.
         hint: What the model is made for, as far as it says so.
+        pooling: Gives the pooling of the model's folder, for the task embedding.
 
     Raises:
         InputError: No such task, a task and a loss, or nothing is recognised.
@@ -85,10 +88,11 @@ def recognise_task(
                 f"the task {found} compares with the original model, which is not at hand here: "
                 "lossless and compact have it, to verify it is given as the original."
             )
-        kind = Embedding if found == "embedding" else Teacher
         moved = on_device(batch, originals[0])
         with running(moved):
-            return kind(originals, moved)
+            if found == "teacher":
+                return Teacher(originals, moved)
+            return Embedding(originals, moved, pooling())
     tasks: dict[str, Callable[[], Task]] = {
         "causal-lm": CausalLM,
         "masked-lm": lambda: TokenLabels("masked-lm"),
