@@ -59,7 +59,7 @@ class Result:
         tokenizer: Any = None,
         overwrite: bool = False,
         source: str | None = None,
-        inputs: InputSettings | None = None,
+        input_settings: InputSettings | None = None,
     ) -> Path:
         """Write the artifact; ``rankfold.load(folder)`` opens it.
 
@@ -69,21 +69,22 @@ class Result:
             overwrite: Replace an artifact that stands there.
             source: What makes a model of timm or torchvision, with all options that it was made
                 with: ``timm:resnet18,num_classes=10``. Then it opens without ``model=``.
-            inputs: How you made the model's inputs, where rankfold didn't: what is recorded is
-                what the commands then read data with.
+            input_settings: How you made the model's inputs, where rankfold didn't: the commands
+                then read data so.
 
         Raises:
-            InputError: The folder can't be written, ``source`` makes another model, or ``inputs``
-                contradicts what rankfold has read.
+            InputError: The folder can't be written, ``source`` makes another model, or
+                ``input_settings`` contradicts what rankfold has read.
         """
         named = None if source is None else parse_named(source)
         if named is not None:
             self._check_made_by(named)
         report = self.report
-        if inputs is not None:
-            found = InputSettings.from_dict(report["inputs"])
-            together = joined([("the data that was read", found), ("inputs=", inputs)])
-            report = {**report, "inputs": together.as_dict()}
+        if input_settings is not None:
+            found = InputSettings.from_dict(report["input_settings"])
+            sources = ("the data that was read", found), ("input_settings=", input_settings)
+            together = joined(sources)
+            report = {**report, "input_settings": together.as_dict()}
         return save_artifact(
             folder,
             self.model,

@@ -205,11 +205,11 @@ def check_structure(manifest: Mapping[str, Any], where: str) -> None:
             "Install a newer rankfold."
         )
     _check_model(manifest.get("model"), where)
-    if "inputs" in manifest:
+    if "input_settings" in manifest:
         try:
-            InputSettings.from_dict(manifest["inputs"])
+            InputSettings.from_dict(manifest["input_settings"])
         except InputError as error:
-            raise InputError(f"{where} is damaged: in inputs, {error}.") from error
+            raise InputError(f"{where} is damaged: in input_settings, {error}.") from error
     _expect(_are_names(manifest.get("unpacked")), "a list of names 'unpacked'", where)
     for key in ("digest", "config_digest"):
         stated = manifest.get(key)

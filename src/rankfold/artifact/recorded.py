@@ -18,7 +18,7 @@ def recorded_inputs(folder: str | Path) -> InputSettings:
     Raises:
         ArtifactError: Not an artifact, or damaged.
     """
-    return InputSettings.from_dict(read_manifest(Path(folder)).get("inputs", {}))
+    return InputSettings.from_dict(read_manifest(Path(folder)).get("input_settings", {}))
 
 
 def check_read_alike(folder: Path, data: object) -> None:
@@ -48,7 +48,7 @@ def recorded_pooling(folder: Path) -> Pooling | None:
     if recorded is not None and names != recorded:
         raise InputError(
             f"{visible(folder)} makes an embedding by {', '.join(names)} ({MODULES_FILE}), and was "
-            f"made with {', '.join(recorded)} ({MANIFEST_FILE}, inputs.pooling). A file is missing "
+            f"made with {', '.join(recorded)} ({MANIFEST_FILE}, input_settings). A file is missing "
             "or was changed: save or copy the folder again."
         )
     return found

@@ -110,7 +110,7 @@ class Account:
             reason: {"count": len(places), "first": list(places[:KEPT])}
             for reason, places in self.left_out.items()
         }
-        found["inputs"] = self.inputs.as_dict()
+        found["input_settings"] = self.inputs.as_dict()
         return found | {name: list(found[name]) for name in ("classes", "notes")}
 
 

@@ -157,8 +157,8 @@ def refuse_other(recorded: InputSettings, found: InputSettings, folder: object) 
     if recorded.prepared_by == "processor" and found.prepared_by is None and pixels:
         raise InputError(
             f"{pixels[0]}= is {shown(found, pixels[0])}, and images of the model in "
-            f"{visible(folder)} are prepared as its processor's files say (rankfold.json, inputs). "
-            f"Leave {pixels[0]}= out."
+            f"{visible(folder)} are prepared as its processor's files say (rankfold.json, "
+            f"input_settings). Leave {pixels[0]}= out."
         )
     for name in recorded.differences(found):
         asked = name in ASKED
@@ -169,8 +169,8 @@ def refuse_other(recorded: InputSettings, found: InputSettings, folder: object) 
         )
         raise InputError(
             f"{name}{'=' * asked} is {shown(found, name)}, and the model in {visible(folder)} was "
-            f"made with {shown(recorded, name)} (rankfold.json, inputs). {advice}. To compute it "
-            "otherwise on purpose, open it in Python: rankfold.load(folder)."
+            f"made with {shown(recorded, name)} (rankfold.json, input_settings). {advice}. To "
+            "compute it otherwise on purpose, open it in Python: rankfold.load(folder)."
         )
 
 

@@ -115,7 +115,7 @@ def export(
             "versions": library_versions(),
             "to": to,
             "class": opened.manifest["model"]["class"],
-            "inputs": recorded.as_dict(),
+            "input_settings": recorded.as_dict(),
             **written.told,
         }
         text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"

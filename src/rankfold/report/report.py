@@ -94,7 +94,7 @@ def report_of(
         "selection": [_trial_report(trial) for trial in tried],
         "data": _data_report(study, opened),
         "sources": [account.as_dict() for account in study.accounts],
-        "inputs": _input_settings(study).as_dict(),
+        "input_settings": _input_settings(study).as_dict(),
         "left_out": dict(study.left_out),
         "layers": layers,
         "unpacked": subject.unpacked.names,
