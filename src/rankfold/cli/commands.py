@@ -17,6 +17,7 @@ import typer
 
 import rankfold
 from rankfold.artifact.manifest import read_report
+from rankfold.artifact.save import try_saving
 from rankfold.certificate.document import read_document
 from rankfold.certificate.statement import DEFAULT_MARGIN, check_margin
 from rankfold.cli.app import DIFFERS, DONE, NOT_FOUND, app, as_options, command, say, tell
@@ -27,6 +28,7 @@ from rankfold.cli.open import (
     OpenedModel,
     evaluate_examples,
     gives_module,
+    named_paths,
     open_artifact,
     open_data,
     open_examples,
@@ -62,6 +64,7 @@ from rankfold.export.export import DTYPES, TARGETS, Exported
 from rankfold.export.export import export as export_artifact
 from rankfold.export.traced import PROGRAMS
 from rankfold.files.digests import model_digest
+from rankfold.integrations.vision import parse_named
 from rankfold.machine.device import check_device, unused_gpu
 from rankfold.machine.freed_memory import give_back_freed_memory
 from rankfold.machine.offload import Offload, advice
@@ -111,7 +114,7 @@ def lossless(
         raise InputError(f"--size-of is {size_of!r}; expected model or factorizable.")
     counted = cast("SizeOf", size_of)
     algorithm = partial(lossless_model, size=size, size_of=counted, margin=margin)
-    result = _compress(algorithm, model, options)
+    result = _compress(algorithm, model, options, size=size if size_of == "model" else 1)
     return NOT_FOUND if require and not result.certificate.holds else DONE
 
 
@@ -156,13 +159,14 @@ def _compress(
     model: str,
     options: Compressing,
     saved: Callable[[Result], bool] = lambda _: True,
+    size: float = 1,
 ) -> Result:
     """Open model and data, run the algorithm, save what it found and print it."""
     folders = options.folders
     out = folders.output()
     with redirect_stdout(sys.stderr):
         tell(f"opening {visible(model)}")
-        opened, data = _opened(model, options)
+        opened, data = _opened(model, options, out, size)
         result = algorithm(
             opened.model,
             data,
@@ -185,8 +189,8 @@ def _compress(
     return result
 
 
-def _opened(model: str, options: Compressing) -> tuple[OpenedModel, Data]:
-    """Model and data.
+def _opened(model: str, options: Compressing, out: Path, size: float) -> tuple[OpenedModel, Data]:
+    """Model and data, where a model of this size can be saved.
 
     Raises:
         InputError: Names what is wrong with one of them.
@@ -197,6 +201,15 @@ def _opened(model: str, options: Compressing) -> tuple[OpenedModel, Data]:
     if (hint := unused_gpu(device)) is not None:
         tell(hint)
     opened = open_model(model, options.folders.weights)
+    try_saving(
+        out,
+        opened.model,
+        tokenizer=opened.tokenizer,
+        overwrite=options.folders.overwrite,
+        source=None if opened.source is None else parse_named(opened.source),
+        size=size,
+        reads=named_paths(model, options.folders.weights, *vars(parts).values()),
+    )
     opened.model.to(device)
     parameters, offload = model_parameters(opened.model), Offload(options.folders.offload_folder)
     if device.type == "cpu" and (hint := advice(parameters, offload)) is not None:

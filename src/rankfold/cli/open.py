@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -188,6 +189,17 @@ def open_artifact(folder: Path, spec: str | None, *, as_saved: bool = True) -> O
     model = load(folder, model=skeleton, as_saved=as_saved)
     has_tokenizer = skeleton is None and any(folder.glob("tokenizer*"))
     return OpenedModel(model, hf.load_tokenizer(folder) if has_tokenizer else None, folder)
+
+
+def named_paths(*specs: str | Path | None) -> list[Path]:
+    """The files and folders that MODEL, DATA and the like are read from."""
+    given = [str(spec) for spec in specs if spec not in (None, SELF)]
+    files = [Path(spec.rpartition(":")[0] if is_spec(spec) else spec) for spec in given]
+    found = []
+    for file in files:
+        with suppress(OSError):  # a name that the system refuses is refused where it is opened
+            found += [file] if file.exists() else []
+    return found
 
 
 def gives_module(spec: str) -> bool:

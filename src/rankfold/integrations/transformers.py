@@ -27,6 +27,7 @@ from rankfold.integrations.as_asked import (
     check_loaded,
     load_weights_of,
     opening,
+    saving,
     without_bars,
 )
 from rankfold.integrations.other_folders import refuse_other_folders
@@ -349,18 +350,27 @@ def write_configuration(
         structure: What rebuilds its layers, for config.json.
         tokenizer: A tokenizer or processor. Files of the folder that the model was opened from are
             copied where it writes none.
+
+    Raises:
+        InputError: transformers refuses to save something; it is named.
     """
-    hf = cast("Any", model)
-    config = hf.config.__class__.from_dict(hf.config.to_dict())
-    config.architectures = [type(model).__name__]
-    config.dtype = hf.dtype
-    config.quantization_config = {"quant_method": QUANT_METHOD, **structure}
-    config.save_pretrained(folder)
-    _name_no_weights(folder, WITHOUT_RANKFOLD)
+    hf, where = cast("Any", model), opened_as(model) or type(model).__name__
+    with saving(f"the config of {where}", "Correct it, in config.json or in the model's config."):
+        config = hf.config.__class__.from_dict(hf.config.to_dict())
+        config.architectures = [type(model).__name__]
+        config.dtype = hf.dtype
+        config.quantization_config = {"quant_method": QUANT_METHOD, **structure}
+        config.save_pretrained(folder)
+        _name_no_weights(folder, WITHOUT_RANKFOLD)
     if getattr(hf, "generation_config", None) is not None and hf.can_generate():
-        hf.generation_config.save_pretrained(folder)
+        with saving(
+            f"the generation settings of {where}",
+            f"Correct them in {GENERATION_FILE}, or in the model's generation_config.",
+        ):
+            hf.generation_config.save_pretrained(folder)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        with saving(f"the {type(tokenizer).__name__} of {where}", "Correct its files."):
+            tokenizer.save_pretrained(folder)
     copy_processing_files(Path(opened_as(model)), folder)
 
 
