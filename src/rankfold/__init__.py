@@ -5,6 +5,7 @@ from importlib.metadata import version
 from rankfold.artifact.load import load
 from rankfold.artifact.recorded import recorded_inputs
 from rankfold.artifact.registration import register_with_transformers
+from rankfold.artifact.save import try_saving
 from rankfold.certificate.certify import Certificate
 from rankfold.compress import Preparation, compact, lossless, prepare
 from rankfold.data.input_settings import InputSettings
@@ -44,5 +45,6 @@ __all__ = [
     "prepare",
     "recorded_inputs",
     "register_source",
+    "try_saving",
     "verify",
 ]

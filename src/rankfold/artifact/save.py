@@ -106,8 +106,8 @@ def try_saving(
 
 def _opened_from(model: nn.Module) -> list[Path]:
     """The folder that a model of transformers was opened from."""
-    name = hf.opened_as(model) if hf.is_transformers_model(model) else ""
-    return [Path(name)] if name and Path(name).is_dir() else []
+    folder = hf.source_folder(model)
+    return [] if folder is None else [folder]
 
 
 def _try_names(tensors: Mapping[str, Tensor], trial: Path) -> None:

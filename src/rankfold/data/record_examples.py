@@ -48,31 +48,27 @@ def record_examples(
 ) -> ReadExamples | TableImages:
     """The examples that a file of records gives for a task.
 
-    With a tokenizer: for token classification the columns of tokens and tags; conversations where
-    there is a column ``messages``; else the text column, with its label or target where there is
-    one, or where it is asked for. Without: the columns of numbers are the input, and the label
-    column the label. Where a column holds images, and none the text of a model with a tokenizer,
-    they are the input. Every record is an example, or the account says why not.
+    With a tokenizer: for token classification tokens and tags; conversations where there is a
+    column ``messages``; else the text, with its label or target where there is one, or where it is
+    asked for. Without: columns of numbers, and a label. Where a column holds images, and none the
+    text for a tokenizer, they are the input. Each record is an example, or the account says why.
 
     Args:
         file: A file or folder that ``read_records`` or a registered source of records reads.
         tokenizer: Of the model, or None.
         length: Most tokens of an example.
         task: The task, or None.
-        columns: Names of the columns ``text``, ``label``, ``target``, ``tokens`` and ``tags``, None
-            for these names.
+        columns: Names of ``text``, ``label``, ``target``, ``tokens`` and ``tags``, None for these.
         label_ids: The model's number of each label, or None.
         seed: Seeds the tokens that are hidden for masked-lm.
         images: Gives the function that reads images, where there are some.
-        takes: Names that the model's forward takes, None for any.
-        pads: False where the model doesn't know the tokenizer's padding token.
-        wording: As of ``Tokens``.
-        inputs: What an artifact records, of which columns and features are taken where none are
-            named.
+        takes: As of ``Tokens``, as are the next two.
+        pads: Likewise.
+        wording: Likewise.
+        inputs: What an artifact records: its columns and features, where none are named.
 
     Raises:
-        InputError: A column is missing, a value of the wrong type, or the tokenizer lacks what the
-            task needs.
+        InputError: A column is missing or of another type, or the tokenizer lacks something.
     """
     source = registered_source(file)
     records = read_registered(source, file) if source else read_records(file)

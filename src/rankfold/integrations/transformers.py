@@ -77,10 +77,24 @@ def opened_as(model: nn.Module) -> str:
     return str(Path(name).resolve()) if name and Path(name).exists() else name
 
 
+def source_folder(model: nn.Module) -> Path | None:
+    """The folder that a model was opened from, in a hub's cache, too; None where there is none."""
+    name = opened_as(model) if is_transformers_model(model) else ""
+    if not name or Path(name).exists():
+        return Path(name) if name and Path(name).is_dir() else None
+    hub: Any = require("huggingface_hub", "transformers")
+    commit = getattr(cast("Any", model).config, "_commit_hash", None)
+    try:
+        file = hub.try_to_load_from_cache(name, "config.json", revision=commit)
+    except hub.errors.HFValidationError:  # no name of a model on a hub
+        return None
+    return Path(file).parent if isinstance(file, str) else None
+
+
 def sentences_of(model: nn.Module) -> SentenceFolder | None:
     """What sentence-transformers keeps with a model that was opened from a folder, or None."""
-    name = opened_as(model) if is_transformers_model(model) else ""
-    return sentence_folder(Path(name)) if name else None
+    folder = source_folder(model)
+    return None if folder is None else sentence_folder(folder)
 
 
 def pooling_of(model: nn.Module) -> Pooling | None:
@@ -371,7 +385,9 @@ def write_configuration(
     if tokenizer is not None:
         with saving(f"the {type(tokenizer).__name__} of {where}", "Correct its files."):
             tokenizer.save_pretrained(folder)
-    copy_processing_files(Path(opened_as(model)), folder)
+    source = source_folder(model)
+    if source is not None:
+        copy_processing_files(source, folder)
 
 
 def _name_no_weights(folder: Path, why: str) -> None:
@@ -412,7 +428,7 @@ def copy_processing_files(source: Path, target: Path) -> None:
     Raises:
         InputError: A file of sentence-transformers isn't what it should be.
     """
-    if not (source / "config.json").is_file():  # a name on the hub, or none
+    if not (source / "config.json").is_file():  # of a GGUF file, say
         return
     sentences = sentence_folder(source)
     if sentences is not None:
