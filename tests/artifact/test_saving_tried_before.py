@@ -52,6 +52,10 @@ def net():
     return Net()
 
 
+def lazy():
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(2))
+
+
 def odd_name():
     made = Net()
     made.add_module("half\\ud800", nn.Linear(3, 3))
@@ -190,6 +194,10 @@ CASES: Mapping[str, Case] = {
     "weights whose name is no text": Case(
         "out", r"Rename its modules: half\ud800.weight",
         run=("lossless", "net.py:odd_name", "--data", "x.npz", *SIZE),
+    ),
+    "a model that can't be factorized": Case(
+        "out", "isn't initialized yet: torch makes its parameters in the first call",
+        run=("lossless", "net.py:lazy", "--data", "x.npz", *SIZE),
     ),
     "config that can't be written": Case(
         "out", "can't save the config of LlamaForCausalLM",

@@ -335,6 +335,13 @@ def trained(folder: Path, inputs: InputSettings | None = None) -> Path:
     return result.save(folder, input_settings=inputs)
 
 
+def test_options_that_a_function_would_drop_are_refused(models: Path, work: Path) -> None:
+    weights = ("--weights", models / "three.safetensors", "--out", "out")
+    for option in (("--mean", ".5"), ("--std", ".5"), ("--image-size", "8")):
+        words = ("lossless", "net.py:three", "--data", "net.py:three", *SIZE, *option, *weights)
+        assert f"{option[0]} has no part in net.py:three" in cli(*words, code=2)
+
+
 def test_what_python_has_prepared_is_recorded_where_it_is_said(work: Path) -> None:
     assert rankfold.recorded_inputs(trained(work / "silent")) == InputSettings()
     told = InputSettings("rankfold", (0.5,), (0.25,), image_size=4)

@@ -32,6 +32,8 @@ from rankfold.integrations.vision import NamedModel
 from rankfold.model.memory_layout import unusual_orders
 from rankfold.model.of_user import hooked
 from rankfold.model.sizes import stored_tensors
+from rankfold.model.unpack import unwrapped
+from rankfold.model.unsuitable import refuse_unsuitable
 
 
 def save_artifact(
@@ -93,10 +95,11 @@ def try_saving(
         reads: Files and folders that are read until then, beside the model's own folder.
 
     Raises:
-        InputError: Says what can't be written, and what to do.
+        InputError: Says what can't be written, and what to do; or the model can't be factorized.
     """
-    target = Path(folder)
+    target, model = Path(folder), unwrapped(model)
     check_output(target, overwrite, MANIFEST_FILE, reads=(*reads, *_opened_from(model)))
+    refuse_unsuitable(model)
     tensors, complete = _described(model, {"layers": []}, source)
     with trial_folder(target) as trial:
         _try_names(tensors, trial)

@@ -394,6 +394,12 @@ def _pixels(opened: OpenedModel, options: DataOptions) -> Pixels:
 def _kind(spec: str, options: DataOptions) -> Kind | None:
     """The kind of source, None for ``self``; looked at once, since it may walk through a folder."""
     kind = None if spec == SELF else source_kind(spec)
+    pixels = [name for name in ("mean", "std", "image_size") if getattr(options, name) is not None]
+    if pixels and kind in OWN and options.recorded == InputSettings():
+        raise InputError(
+            f"{pixels[0]}= has no part in {spec}: what a function gives is the model's input "
+            "already. Leave the option away and prepare the images there."
+        )
     if options.skip_broken and kind not in FOLDERS:
         raise InputError(
             f"--skip-broken leaves out files of a folder of class folders; {spec} is none. Leave "

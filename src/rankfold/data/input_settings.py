@@ -179,8 +179,10 @@ def shown(settings: InputSettings, name: str) -> str:
     value = getattr(settings, name)
     if name == "shape":
         return "x".join(map(str, value))
+    if name == "columns":
+        return visible(", ".join(f"{kind} {column!r}" for kind, column in value.items()))
     if isinstance(value, tuple):
-        return ",".join(one if isinstance(one, str) else f"{one:g}" for one in value)
+        return visible(",".join(one if isinstance(one, str) else f"{one:g}" for one in value))
     return visible(repr(value) if isinstance(value, str) and name == "prompt" else value)
 
 
