@@ -242,6 +242,9 @@ def test_what_is_recorded_is_done_again_and_not_undone(name: str, models: Path, 
     assert manifest["input_settings"] == case.recorded
     assert rankfold.recorded_inputs("out").as_dict() == case.recorded
 
+    named = next(line for line in cli("inspect", "out").splitlines() if line.startswith("inputs: "))
+    assert all(f"{name} " in named for name in case.recorded)
+
     own = opened(case.model)
     told = [word for word in case.asked if word not in ("--seed", "5")]
     evaluate = ("evaluate", "out", "--data", data, *own, "--json")

@@ -314,6 +314,9 @@ def test_a_sentence_encoder_without_labels(tmp_path: Path) -> None:
     assert report["task"] == "embedding" and report["agreement"]
     assert 0 < report["loss"]["factorized"] < 0.1 and report["loss"]["original"] == 0
     assert report["step"] is None
+    assert report["input_settings"]["pooling"] == ["mean", "normalize"]
+    for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
+        assert json.loads((out / name).read_text()) == json.loads((_minilm() / name).read_text())
     shown = rankfold("inspect", str(out), cwd=tmp_path).stdout
     assert "speaks of agreement with the original" in " ".join(shown.split())
 

@@ -313,6 +313,12 @@ def test_other_folders_have_nothing_of_it(tmp_path: Path) -> None:
     assert sentence_folder(folder) is None
 
 
+def test_the_folder_around_a_transformer_names_it_alone(tmp_path: Path) -> None:
+    folder = write(tmp_path / "encoder", inner="0_Transformer", dense=True)
+    with pytest.raises(InputError, match=r"Give this:\n  .*0_Transformer$"):
+        open_model(str(folder))
+
+
 def test_a_head_in_the_file_is_kept(tmp_path: Path) -> None:
     folder = write(tmp_path / "encoder", model=BertForMaskedLM)
     assert type(load_folder(folder)) is BertForMaskedLM

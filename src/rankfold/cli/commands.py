@@ -17,6 +17,7 @@ import typer
 
 import rankfold
 from rankfold.artifact.manifest import read_report
+from rankfold.artifact.recorded import recorded_inputs
 from rankfold.artifact.save import try_saving
 from rankfold.certificate.document import read_document
 from rankfold.certificate.statement import DEFAULT_MARGIN, check_margin
@@ -58,6 +59,7 @@ from rankfold.cli.tables import (
 )
 from rankfold.compress import compact as compact_model
 from rankfold.compress import lossless as lossless_model
+from rankfold.data.input_settings import settings_line
 from rankfold.data.parts import PARTS, Data
 from rankfold.errors import UNSEEN, InputError, visible
 from rankfold.export.export import DTYPES, TARGETS, Exported
@@ -338,6 +340,8 @@ def inspect(
     print_result(console, report, f"{folder}: {report['model']['class']}, {report['algorithm']}")
     for line in source_lines(report):
         say(line)
+    if line := settings_line(recorded_inputs(folder)):
+        say(f"inputs: {line}")
     listing = plain_console(sys.stdout, width=LISTING_WIDTH)
     for table in (layers_table(report, listing.width), not_factorized_table(report)):
         if table.row_count:

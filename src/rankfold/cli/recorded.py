@@ -10,7 +10,7 @@ from rankfold.artifact.manifest import read_manifest
 from rankfold.artifact.recorded import check_read_alike, recorded_inputs
 from rankfold.cli.open import DataOptions
 from rankfold.cli.told import check_classes
-from rankfold.data.input_settings import InputSettings, refuse_other, shown
+from rankfold.data.input_settings import InputSettings, refuse_other, settings_line
 from rankfold.errors import InputError, visible
 from rankfold.tasks.losses import TASKS
 
@@ -37,8 +37,8 @@ def as_recorded(folder: Path, options: DataOptions, *, original: bool = False) -
     )
     refuse_other(recorded, asked, folder)
     if recorded.decided():
-        told = ", ".join(f"{name} {shown(recorded, name)}" for name in recorded.decided())
-        print(f"data is read as the model's own was: {told}", file=sys.stderr)
+        line = f"data is read as the model's own was: {settings_line(recorded)}"
+        print(line, file=sys.stderr)
     found = recorded.with_others(asked)
     return replace(
         options,

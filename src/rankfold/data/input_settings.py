@@ -174,6 +174,11 @@ def refuse_other(recorded: InputSettings, found: InputSettings, folder: object) 
         )
 
 
+def settings_line(settings: InputSettings) -> str:
+    """All that was decided, for a person."""
+    return ", ".join(f"{name} {shown(settings, name)}" for name in settings.decided())
+
+
 def shown(settings: InputSettings, name: str) -> str:
     """A setting in a message."""
     value = getattr(settings, name)
