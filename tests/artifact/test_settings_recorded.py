@@ -345,6 +345,11 @@ def test_options_that_a_function_would_drop_are_refused(models: Path, work: Path
         assert f"{option[0]} has no part in net.py:three" in cli(*words, code=2)
 
 
+def test_a_size_that_arrays_dont_have_is_refused(models: Path, work: Path) -> None:
+    words = run(models, "three", arrays(work), "--image-size", "8", code=2)
+    assert "--image-size is 8, and the images in" in words and "have 4 x 5 pixels" in words
+
+
 def test_what_python_has_prepared_is_recorded_where_it_is_said(work: Path) -> None:
     assert rankfold.recorded_inputs(trained(work / "silent")) == InputSettings()
     told = InputSettings("rankfold", (0.5,), (0.25,), image_size=4)

@@ -24,12 +24,12 @@ from rankfold.certificate.statement import DEFAULT_MARGIN, check_margin
 from rankfold.cli.app import DIFFERS, DONE, NOT_FOUND, app, as_options, command, say, tell
 from rankfold.cli.demo import run_demo
 from rankfold.cli.export_inputs import open_inputs
+from rankfold.cli.named_paths import named_paths
 from rankfold.cli.open import (
     DataOptions,
     OpenedModel,
     evaluate_examples,
     gives_module,
-    named_paths,
     open_artifact,
     open_data,
     open_examples,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -191,17 +190,6 @@ def open_artifact(folder: Path, spec: str | None, *, as_saved: bool = True) -> O
     return OpenedModel(model, hf.load_tokenizer(folder) if has_tokenizer else None, folder)
 
 
-def named_paths(*specs: str | Path | None) -> list[Path]:
-    """The files and folders that MODEL, DATA and the like are read from."""
-    given = [str(spec) for spec in specs if spec not in (None, SELF)]
-    files = [Path(spec.rpartition(":")[0] if is_spec(spec) else spec) for spec in given]
-    found = []
-    for file in files:
-        with suppress(OSError):  # a name that the system refuses is refused where it is opened
-            found += [file] if file.exists() else []
-    return found
-
-
 def gives_module(spec: str) -> bool:
     """Whether MODEL is made by a function, the user's own or a library's."""
     return is_named(spec) or is_spec(spec)
@@ -330,6 +318,12 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
         prepare_array = _pixels(opened, options).prepare
         known = label_ids(opened.model)
         rows = read_npz(path, options.mean, options.std, prepare=prepare_array, label_ids=known)
+        shape, side = rows.account.inputs.shape, options.image_size
+        if shape is not None and side is not None and shape[1:] != (side, side):
+            raise InputError(
+                f"image_size= is {side}, and the images in {path} have {shape[1]} x {shape[2]} "
+                "pixels: arrays aren't resized. Leave the option away."
+            )
         return cast("Examples", told(rows))
     if kind == "images":
         pixels = _pixels(opened, options)
