@@ -3,9 +3,12 @@
 from importlib.metadata import version
 
 from rankfold.artifact.load import load
+from rankfold.artifact.recorded import recorded_inputs
 from rankfold.artifact.registration import register_with_transformers
+from rankfold.artifact.save import try_saving
 from rankfold.certificate.certify import Certificate
 from rankfold.compress import Preparation, compact, lossless, prepare
+from rankfold.data.input_settings import InputSettings
 from rankfold.data.parts import Data
 from rankfold.data.sources import register_source
 from rankfold.errors import ArtifactError, InputError
@@ -27,6 +30,7 @@ __all__ = [
     "Data",
     "Exported",
     "InputError",
+    "InputSettings",
     "LowRankConv2d",
     "LowRankLinear",
     "Metric",
@@ -39,6 +43,8 @@ __all__ = [
     "load",
     "lossless",
     "prepare",
+    "recorded_inputs",
     "register_source",
+    "try_saving",
     "verify",
 ]

@@ -14,6 +14,7 @@ from rankfold.artifact.save import save_artifact
 from rankfold.certificate.certify import Certificate
 from rankfold.certificate.document import Document, files, make_document
 from rankfold.certificate.opened import Opened
+from rankfold.data.input_settings import InputSettings, joined
 from rankfold.errors import InputError
 from rankfold.integrations import transformers as hf
 from rankfold.integrations.vision import NamedModel, make_named, parse_named
@@ -58,6 +59,7 @@ class Result:
         tokenizer: Any = None,
         overwrite: bool = False,
         source: str | None = None,
+        input_settings: InputSettings | None = None,
     ) -> Path:
         """Write the artifact; ``rankfold.load(folder)`` opens it.
 
@@ -67,17 +69,26 @@ class Result:
             overwrite: Replace an artifact that stands there.
             source: What makes a model of timm or torchvision, with all options that it was made
                 with: ``timm:resnet18,num_classes=10``. Then it opens without ``model=``.
+            input_settings: How you made the model's inputs, where rankfold didn't: the commands
+                then read data so.
 
         Raises:
-            InputError: The folder can't be written, or ``source`` makes another model.
+            InputError: The folder can't be written, ``source`` makes another model, or
+                ``input_settings`` contradicts what rankfold has read.
         """
         named = None if source is None else parse_named(source)
         if named is not None:
             self._check_made_by(named)
+        report = self.report
+        if input_settings is not None:
+            found = InputSettings.from_dict(report["input_settings"])
+            sources = ("the data that was read", found), ("input_settings=", input_settings)
+            together = joined(sources)
+            report = {**report, "input_settings": together.as_dict()}
         return save_artifact(
             folder,
             self.model,
-            self.report,
+            report,
             tokenizer=tokenizer,
             overwrite=overwrite,
             files={**files(self.document), CARD_FILE: self._card(named)},

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.artifact.manifest import MANIFEST_FILE, WEIGHTS_FILE, read_manifest
+from rankfold.artifact.recorded import check_read_alike, recorded_pooling
 from rankfold.certificate.certify import Certificate
 from rankfold.certificate.document import (
     JSON_FILE,
@@ -121,6 +122,7 @@ def verify(
         InputError: The artifact has no certificate, or the data holds none of its examples.
     """
     path = Path(folder)
+    check_read_alike(path, data)
     document = read_document(path)
     checks = [*_files(path, document), *_numbers(document)]
     part, more = _find(document, data, collate)
@@ -129,7 +131,7 @@ def verify(
         return Verification(tuple(checks), None)
     private = document["evidence"] is None
     stored = None if private else Evidence.from_dict(document["evidence"], document)
-    afresh = _Afresh(document, part, original, loss, metrics, batch_size, progress)
+    afresh = _Afresh(path, document, part, original, loss, metrics, batch_size, progress)
     tolerance = _tolerance(model)
     after = afresh.losses(model, "factorized on held-out data")
     if stored is not None:
@@ -157,6 +159,7 @@ class _Afresh:
     """What is computed once more on the held-out examples.
 
     Attributes:
+        folder: The artifact.
         document: The certificate.
         part: The held-out examples.
         original: The original model, or None.
@@ -166,6 +169,7 @@ class _Afresh:
         progress: Shows the stages.
     """
 
+    folder: Path
     document: Document
     part: Part
     original: nn.Module | None
@@ -183,7 +187,9 @@ class _Afresh:
         made = self.document["run"]["task"]
         named = made if self.loss is None and made in TASKS else None
         originals = () if self.original is None else (self.original,)
-        task = recognise_task(self.part, self.loss, named, originals)
+        task = recognise_task(
+            self.part, self.loss, named, originals, pooling=lambda: recorded_pooling(self.folder)
+        )
         if task.name != made:
             raise InputError(
                 f"the certificate is of the task {made}, the data gives "

@@ -287,10 +287,11 @@ def test_a_token_classifier_on_tagged_tokens(tmp_path: Path) -> None:
         "--limit", "40", *columns, "--json", cwd=tmp_path,
     )  # fmt: skip
     assert json.loads(run.stdout)["task"] == "token-classification"
-    refused = rankfold(
-        "evaluate", "out", "--data", str(file), "--tokens-column", "words", cwd=tmp_path, expect=2
-    )
-    assert "has no column 'tags'; it has 'words', 'kinds'" in refused.stderr
+    evaluate = ("evaluate", "out", "--data", str(file), "--json")
+    recorded, told = (rankfold(*evaluate, *more, cwd=tmp_path).stdout for more in ((), columns))
+    assert recorded == told
+    refused = rankfold(*evaluate, "--tokens-column", "kinds", cwd=tmp_path, expect=2).stderr
+    assert "--tokens-column is kinds, and the model was made with the column 'words'" in refused
 
 
 def _minilm() -> Path:
@@ -313,6 +314,9 @@ def test_a_sentence_encoder_without_labels(tmp_path: Path) -> None:
     assert report["task"] == "embedding" and report["agreement"]
     assert 0 < report["loss"]["factorized"] < 0.1 and report["loss"]["original"] == 0
     assert report["step"] is None
+    assert report["input_settings"]["pooling"] == ["mean", "normalize"]
+    for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
+        assert json.loads((out / name).read_text()) == json.loads((_minilm() / name).read_text())
     shown = rankfold("inspect", str(out), cwd=tmp_path).stdout
     assert "speaks of agreement with the original" in " ".join(shown.split())
 

@@ -24,7 +24,7 @@ from transformers import (
 
 import rankfold
 from rankfold import InputError
-from rankfold.cli.open import open_inputs
+from rankfold.cli.export_inputs import open_inputs
 from rankfold.export.dense import packed
 from rankfold.model.unpack import unpack
 from tests.cases import normal

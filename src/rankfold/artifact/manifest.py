@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rankfold.certificate.certify import Verdict
+from rankfold.data.input_settings import InputSettings
 from rankfold.errors import InputError, opening_an_artifact
 from rankfold.files.digests import file_digest, json_digest, tensors_digest
 from rankfold.files.json_file import read_json
@@ -204,6 +205,11 @@ def check_structure(manifest: Mapping[str, Any], where: str) -> None:
             "Install a newer rankfold."
         )
     _check_model(manifest.get("model"), where)
+    if "input_settings" in manifest:
+        try:
+            InputSettings.from_dict(manifest["input_settings"])
+        except InputError as error:
+            raise InputError(f"{where} is damaged: in input_settings, {error}.") from error
     _expect(_are_names(manifest.get("unpacked")), "a list of names 'unpacked'", where)
     for key in ("digest", "config_digest"):
         stated = manifest.get(key)

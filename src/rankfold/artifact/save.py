@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from rankfold.artifact.manifest import (
     CONFIG_FILE,
@@ -21,14 +23,17 @@ from rankfold.artifact.manifest import (
     library_versions,
     structure,
 )
+from rankfold.errors import InputError, visible
 from rankfold.files.digests import file_digest
-from rankfold.files.folder import check_output, folder_in_one_step
-from rankfold.files.tensors import METADATA
+from rankfold.files.folder import check_output, check_space, folder_in_one_step, trial_folder
+from rankfold.files.tensors import METADATA, safetensors_bytes
 from rankfold.integrations import transformers as hf
 from rankfold.integrations.vision import NamedModel
 from rankfold.model.memory_layout import unusual_orders
 from rankfold.model.of_user import hooked
 from rankfold.model.sizes import stored_tensors
+from rankfold.model.unpack import unwrapped
+from rankfold.model.unsuitable import refuse_unsuitable
 
 
 def save_artifact(
@@ -56,7 +61,76 @@ def save_artifact(
         InputError: The folder can't be written.
     """
     target = Path(folder)
-    check_output(target, overwrite, MANIFEST_FILE)
+    check_output(target, overwrite, MANIFEST_FILE, reads=_opened_from(model))
+    tensors, complete = _described(model, manifest, source)
+    with folder_in_one_step(target) as draft:
+        stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(stored, draft / WEIGHTS_FILE, metadata=METADATA)
+        complete["digest"] = artifact_digest(complete, stored)
+        _write(draft, model, complete, tokenizer, files or {})
+    return target
+
+
+def try_saving(
+    folder: str | Path,
+    model: nn.Module,
+    *,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    source: NamedModel | None = None,
+    size: float = 1.0,
+    reads: Iterable[Path] = (),
+) -> None:
+    """Find what would keep a factorized model from being saved, before there is one.
+
+    Everything but the weights is written where the folder shall stand, and removed again.
+
+    Args:
+        folder: As of ``save_artifact``, as are the next four.
+        model: The original.
+        tokenizer: Of the model.
+        overwrite: Whether an artifact may be replaced.
+        source: What makes a model like the original.
+        size: The share of the weights that is kept at most.
+        reads: Files and folders that are read until then, beside the model's own folder.
+
+    Raises:
+        InputError: Says what can't be written, and what to do; or the model can't be factorized.
+    """
+    target, model = Path(folder), unwrapped(model)
+    check_output(target, overwrite, MANIFEST_FILE, reads=(*reads, *_opened_from(model)))
+    refuse_unsuitable(model)
+    tensors, complete = _described(model, {"layers": []}, source)
+    with trial_folder(target) as trial:
+        _try_names(tensors, trial)
+        _write(trial, model, complete, tokenizer, {})
+        check_space(trial, int(size * safetensors_bytes(tensors, METADATA)), target)
+
+
+def _opened_from(model: nn.Module) -> list[Path]:
+    """The folder that a model of transformers was opened from."""
+    folder = hf.source_folder(model)
+    return [] if folder is None else [folder]
+
+
+def _try_names(tensors: Mapping[str, Tensor], trial: Path) -> None:
+    empty = {name: torch.empty(0) for name in tensors}
+    try:
+        save_file(empty, trial / WEIGHTS_FILE, metadata=METADATA)
+    except OSError:
+        raise
+    except (SafetensorError, ValueError, TypeError) as error:
+        odd = [visible(name) for name in tensors if visible(name) != name]
+        raise InputError(
+            f"the model's weights can't be saved as safetensors: {visible(error)}. Rename its "
+            f"modules{': ' + ', '.join(odd[:5]) if odd else ''}."
+        ) from error
+
+
+def _described(
+    model: nn.Module, manifest: Manifest, source: NamedModel | None
+) -> tuple[dict[str, Tensor], Manifest]:
+    """The tensors of a model, and the manifest with what is said of the model itself."""
     tensors, aliases = stored_tensors(model)
     orders = unusual_orders(tensors)
     of_transformers = hf.is_transformers_model(model)
@@ -75,18 +149,25 @@ def save_artifact(
         },
         **manifest,
     }
-    with folder_in_one_step(target) as draft:
-        stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(stored, draft / WEIGHTS_FILE, metadata=METADATA)
-        complete["digest"] = artifact_digest(complete, stored)
-        for name, content in (files or {}).items():
-            (draft / name).write_text(content, encoding="utf-8")
-        if of_transformers:
-            hf.write_configuration(model, draft, structure(complete), tokenizer)
-            complete["config_digest"] = file_digest(draft / CONFIG_FILE)
-        text = json.dumps(complete, indent=1, allow_nan=False, ensure_ascii=False)
-        (draft / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
-    return target
+    return tensors, complete
+
+
+def _write(
+    draft: Path, model: nn.Module, complete: Manifest, tokenizer: Any, files: Mapping[str, str]
+) -> None:
+    """Write all of an artifact but its weights."""
+    for name, content in files.items():
+        _write_text(draft / name, content)
+    if hf.is_transformers_model(model):
+        hf.write_configuration(model, draft, structure(complete), tokenizer)
+        complete["config_digest"] = file_digest(draft / CONFIG_FILE)
+    text = json.dumps(complete, indent=1, allow_nan=False, ensure_ascii=False)
+    _write_text(draft / MANIFEST_FILE, text + "\n")
+
+
+def _write_text(file: Path, text: str) -> None:
+    # Names of files that are no text have lone surrogates, which JSON escapes alike.
+    file.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _computed_buffers(model: nn.Module) -> dict[str, str]:

@@ -17,10 +17,14 @@ import typer
 
 import rankfold
 from rankfold.artifact.manifest import read_report
+from rankfold.artifact.recorded import recorded_inputs
+from rankfold.artifact.save import try_saving
 from rankfold.certificate.document import read_document
 from rankfold.certificate.statement import DEFAULT_MARGIN, check_margin
 from rankfold.cli.app import DIFFERS, DONE, NOT_FOUND, app, as_options, command, say, tell
 from rankfold.cli.demo import run_demo
+from rankfold.cli.export_inputs import open_inputs
+from rankfold.cli.named_paths import named_paths
 from rankfold.cli.open import (
     DataOptions,
     OpenedModel,
@@ -29,7 +33,6 @@ from rankfold.cli.open import (
     open_artifact,
     open_data,
     open_examples,
-    open_inputs,
     open_model,
     open_parts,
 )
@@ -44,6 +47,7 @@ from rankfold.cli.options import (
     Weights,
     margin_option,
 )
+from rankfold.cli.recorded import as_recorded, check_read
 from rankfold.cli.setting_options import setting_option
 from rankfold.cli.tables import (
     evaluation_lines,
@@ -53,15 +57,16 @@ from rankfold.cli.tables import (
     print_curve,
     print_result,
 )
-from rankfold.cli.told import check_classes
 from rankfold.compress import compact as compact_model
 from rankfold.compress import lossless as lossless_model
+from rankfold.data.input_settings import settings_line
 from rankfold.data.parts import PARTS, Data
 from rankfold.errors import UNSEEN, InputError, visible
 from rankfold.export.export import DTYPES, TARGETS, Exported
 from rankfold.export.export import export as export_artifact
 from rankfold.export.traced import PROGRAMS
 from rankfold.files.digests import model_digest
+from rankfold.integrations.vision import parse_named
 from rankfold.machine.device import check_device, unused_gpu
 from rankfold.machine.freed_memory import give_back_freed_memory
 from rankfold.machine.offload import Offload, advice
@@ -111,7 +116,7 @@ def lossless(
         raise InputError(f"--size-of is {size_of!r}; expected model or factorizable.")
     counted = cast("SizeOf", size_of)
     algorithm = partial(lossless_model, size=size, size_of=counted, margin=margin)
-    result = _compress(algorithm, model, options)
+    result = _compress(algorithm, model, options, size=size if size_of == "model" else 1)
     return NOT_FOUND if require and not result.certificate.holds else DONE
 
 
@@ -156,13 +161,14 @@ def _compress(
     model: str,
     options: Compressing,
     saved: Callable[[Result], bool] = lambda _: True,
+    size: float = 1,
 ) -> Result:
     """Open model and data, run the algorithm, save what it found and print it."""
     folders = options.folders
     out = folders.output()
     with redirect_stdout(sys.stderr):
         tell(f"opening {visible(model)}")
-        opened, data = _opened(model, options)
+        opened, data = _opened(model, options, out, size)
         result = algorithm(
             opened.model,
             data,
@@ -185,8 +191,8 @@ def _compress(
     return result
 
 
-def _opened(model: str, options: Compressing) -> tuple[OpenedModel, Data]:
-    """Model and data.
+def _opened(model: str, options: Compressing, out: Path, size: float) -> tuple[OpenedModel, Data]:
+    """Model and data, where a model of this size can be saved.
 
     Raises:
         InputError: Names what is wrong with one of them.
@@ -197,6 +203,15 @@ def _opened(model: str, options: Compressing) -> tuple[OpenedModel, Data]:
     if (hint := unused_gpu(device)) is not None:
         tell(hint)
     opened = open_model(model, options.folders.weights)
+    try_saving(
+        out,
+        opened.model,
+        tokenizer=opened.tokenizer,
+        overwrite=options.folders.overwrite,
+        source=None if opened.source is None else parse_named(opened.source),
+        size=size,
+        reads=named_paths(model, options.folders.weights, *vars(parts).values()),
+    )
     opened.model.to(device)
     parameters, offload = model_parameters(opened.model), Offload(options.folders.offload_folder)
     if device.type == "cpu" and (hint := advice(parameters, offload)) is not None:
@@ -233,13 +248,14 @@ def evaluate(
         device = check_device(options.device)
         opened = open_artifact(folder, model)
         opened.model.to(device)
-        examples = open_examples(data, opened, options.data_options(task))
-        check_classes(folder, examples)
+        reading = as_recorded(folder, options.data_options(task))
+        examples = open_examples(data, opened, reading)
+        check_read(folder, examples)
         found = evaluate_examples(
             opened,
             examples,
             limit=limit,
-            name=task,
+            name=reading.task,
             batch_size=batch_size,
             progress=TerminalProgress(),
         )
@@ -285,10 +301,11 @@ def verify(
         opened.model.to(device)
         if original is not None:
             original.to(device)
+        reading = as_recorded(folder, options.data_options(task), original=True)
         found = verify_artifact(
             folder,
             opened.model,
-            open_examples(data, opened, options.data_options(task), part=PARTS.index("held_out")),
+            open_examples(data, opened, reading, part=PARTS.index("held_out")),
             original=original,
             batch_size=batch_size,
             progress=TerminalProgress(),
@@ -323,6 +340,8 @@ def inspect(
     print_result(console, report, f"{folder}: {report['model']['class']}, {report['algorithm']}")
     for line in source_lines(report):
         say(line)
+    if line := settings_line(recorded_inputs(folder)):
+        say(f"inputs: {line}")
     listing = plain_console(sys.stdout, width=LISTING_WIDTH)
     for table in (layers_table(report, listing.width), not_factorized_table(report)):
         if table.row_count:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from rankfold.artifact.load import load
@@ -18,6 +17,7 @@ from rankfold.certificate.change import weighted_mean
 from rankfold.cli.told import told
 from rankfold.data.account import Account, ReadExamples, spread_of
 from rankfold.data.given import as_examples, up_to
+from rankfold.data.input_settings import InputSettings
 from rankfold.data.parts import (
     FEWEST,
     PARTS,
@@ -45,7 +45,6 @@ from rankfold.data.sources import (
 from rankfold.data.text_examples import line_examples, window_examples
 from rankfold.data.tokens import Tokens
 from rankfold.errors import InputError
-from rankfold.export.example_inputs import Given
 from rankfold.integrations import transformers as hf
 from rankfold.integrations.lengths import default_length, most_tokens, only_length
 from rankfold.integrations.model_inputs import known_inputs, label_ids
@@ -102,6 +101,7 @@ class DataOptions:
         own_windows: Windows that the model writes where DATA is ``self``, for each of the parts.
         skip_broken: Leave out files of a folder that can't be read, and name them on stderr.
         limits: Most examples of each part: a stream that is split is read no further than that.
+        recorded: What the artifact that is opened was made with.
     """
 
     mean: Sequence[float] | None = None
@@ -118,6 +118,7 @@ class DataOptions:
     own_windows: tuple[int, int, int] = (64, 16, 64)
     skip_broken: bool = False
     limits: Limits = USUAL_LIMITS
+    recorded: InputSettings = field(default_factory=InputSettings)
 
 
 def open_model(
@@ -202,16 +203,21 @@ def _own_model(spec: str, weights: Path | None) -> nn.Module:
         raise InputError(
             f"--model is {spec}; expected file.py:function or package.module:function."
         )
-    called = _called(spec)
-    if not isinstance(called, nn.Module):
+    made = called(spec)
+    if not isinstance(made, nn.Module):
         raise InputError(
-            f"{spec} gave a {type(called).__name__}; expected a function without arguments that "
+            f"{spec} gave a {type(made).__name__}; expected a function without arguments that "
             "returns an nn.Module."
         )
-    return load_weights(called, weights) if weights is not None else called
+    return load_weights(made, weights) if weights is not None else made
 
 
-def _called(spec: str) -> object:
+def called(spec: str) -> object:
+    """What a user's function gives, or a module that is one.
+
+    Raises:
+        InputError: It raised something.
+    """
     function = cast("Any", load_object(spec))
     if isinstance(function, nn.Module):
         return function
@@ -288,7 +294,7 @@ def open_examples(spec: str, opened: OpenedModel, options: DataOptions, part: in
 
 def _own_data(spec: str) -> object:
     source = None if is_spec(spec) else registered_source(Path(spec))
-    return read_registered(source, Path(spec)) if source else _called(spec)
+    return read_registered(source, Path(spec)) if source else called(spec)
 
 
 def _own_text(opened: OpenedModel, options: DataOptions, part: int) -> Examples:
@@ -299,7 +305,8 @@ def _own_text(opened: OpenedModel, options: DataOptions, part: int) -> Examples:
     windows = hf.own_text(opened.model, count, length, seed << 20, TerminalProgress())
     lengths = spread_of([length] * count)
     source = f"text that the model writes for the {PARTS[part].replace('_', '-')} part"
-    account = Account(source, "window", count, count, lengths=lengths)
+    inputs = InputSettings(length=length)
+    account = Account(source, "window", count, count, lengths=lengths, inputs=inputs)
     return told(ReadExamples(windows, account))
 
 
@@ -311,6 +318,12 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
         prepare_array = _pixels(opened, options).prepare
         known = label_ids(opened.model)
         rows = read_npz(path, options.mean, options.std, prepare=prepare_array, label_ids=known)
+        shape, side = rows.account.inputs.shape, options.image_size
+        if shape is not None and side is not None and shape[1:] != (side, side):
+            raise InputError(
+                f"image_size= is {side}, and the images in {path} have {shape[1]} x {shape[2]} "
+                "pixels: arrays aren't resized. Leave the option away."
+            )
         return cast("Examples", told(rows))
     if kind == "images":
         pixels = _pixels(opened, options)
@@ -375,6 +388,12 @@ def _pixels(opened: OpenedModel, options: DataOptions) -> Pixels:
 def _kind(spec: str, options: DataOptions) -> Kind | None:
     """The kind of source, None for ``self``; looked at once, since it may walk through a folder."""
     kind = None if spec == SELF else source_kind(spec)
+    pixels = [name for name in ("mean", "std", "image_size") if getattr(options, name) is not None]
+    if pixels and kind in OWN and options.recorded == InputSettings():
+        raise InputError(
+            f"{pixels[0]}= has no part in {spec}: what a function gives is the model's input "
+            "already. Leave the option away and prepare the images there."
+        )
     if options.skip_broken and kind not in FOLDERS:
         raise InputError(
             f"--skip-broken leaves out files of a folder of class folders; {spec} is none. Leave "
@@ -399,6 +418,7 @@ def _records(file: Path, opened: OpenedModel, options: DataOptions, task: str | 
         label_ids=label_ids(opened.model),
         seed=options.seed,
         images=lambda: image_reader(*_pixels(opened, options)),
+        inputs=options.recorded,
         **known_inputs(opened.model, opened.tokenizer),
     )
     return cast("Examples", told(found))
@@ -416,33 +436,6 @@ def _length(opened: OpenedModel, options: DataOptions) -> int:
             + (f", and at most the model's {longest}." if longest else ".")
         )
     return asked
-
-
-def open_inputs(shape: str | None, spec: str | None) -> Given | None:
-    """``--input-shape`` or ``--inputs`` of an export: a shape, or the batch that a function gives.
-
-    Raises:
-        InputError: Both, or one that means nothing.
-    """
-    if shape is not None and spec is not None:
-        raise InputError("--input-shape and --inputs say the same; give one of them.")
-    if shape is not None:
-        if not all(side.isdecimal() for side in shape.split("x")):
-            raise InputError(
-                f"--input-shape is {shape!r}; expected numbers with x between them, 3x224x224."
-            )
-        return tuple(map(int, shape.split("x")))
-    if spec is None:
-        return None
-    if not is_spec(spec):
-        raise InputError(f"--inputs is {spec}; expected file.py:function.")
-    batch = _called(spec)
-    if not (torch.is_tensor(batch) or isinstance(batch, Mapping)):
-        raise InputError(
-            f"{spec} gave a {type(batch).__name__}; expected a batch, a tensor or a mapping of "
-            "tensors by the names of the model's inputs."
-        )
-    return batch
 
 
 def evaluate_examples(

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median_low
 from typing import Any
 
+from rankfold.data.input_settings import InputSettings
 from rankfold.errors import InputError, visible
 
 NAMED = 5  # places that a line names
@@ -56,6 +57,7 @@ class Account:
         cut: Examples that were longer: what is behind isn't used.
         classes: Which value became which class.
         notes: Whatever else was decided, a sentence each.
+        inputs: What of it changes the model's inputs.
     """
 
     source: str
@@ -68,6 +70,7 @@ class Account:
     cut: int = 0
     classes: Sequence[ClassCount] = ()
     notes: Sequence[str] = ()
+    inputs: InputSettings = field(default_factory=InputSettings)
 
     def lines(self) -> list[str]:
         """The same for a person."""
@@ -107,6 +110,7 @@ class Account:
             reason: {"count": len(places), "first": list(places[:KEPT])}
             for reason, places in self.left_out.items()
         }
+        found["input_settings"] = self.inputs.as_dict()
         return found | {name: list(found[name]) for name in ("classes", "notes")}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rankfold.data.account import ReadExamples
+from rankfold.data.input_settings import InputSettings
 from rankfold.data.padding import NO_LABEL
 from rankfold.data.reading import Reading
 from rankfold.data.sources import Message, assistant_spans, check_written, checked_messages
@@ -35,6 +38,7 @@ def conversation_examples(reading: Reading, tokens: Tokens) -> ReadExamples:
             f"{reading.file} holds conversations (messages), but the tokenizer has no chat "
             "template. Give plain text, or a model whose tokenizer has one."
         )
+    reading.inputs = InputSettings(template=_digest(tokens.tokenizer.chat_template))
     messages = reading.values(MESSAGES)
     tools = reading.values(TOOLS) if TOOLS in reading else [None] * len(messages)
     found: dict[int, tuple[list[int], list[int]]] = {}
@@ -68,6 +72,12 @@ def conversation_examples(reading: Reading, tokens: Tokens) -> ReadExamples:
 def _example(ids: Sequence[int], labels: Sequence[int], longest: int) -> dict[str, Tensor]:
     cut = {"input_ids": ids[:longest], "labels": labels[:longest]}
     return {name: torch.tensor(values, dtype=torch.int64) for name, values in cut.items()}
+
+
+def _digest(template: Any) -> str:
+    """SHA-256 of a chat template, or of several by name."""
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 class _Chat:

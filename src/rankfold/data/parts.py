@@ -28,6 +28,7 @@ from rankfold.data.example import (
     shape,
 )
 from rankfold.data.given import GivenExamples, LeftOut, as_examples, up_to
+from rankfold.data.input_settings import joined
 from rankfold.data.padding import Padding
 from rankfold.errors import InputError
 
@@ -91,6 +92,7 @@ class Data:
                     f"it needs at least {FEWEST}. Give more data."
                 )
         refuse_two_meanings(self.accounts)
+        joined((account.source, account.inputs) for account in self.accounts)
         if self.groups is None:
             return
         held_out = len(up_to(self.held_out, len(self.groups) + 1))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rankfold.data.account import Account, spread_of
+from rankfold.data.input_settings import InputSettings
 from rankfold.data.labels import Classes, class_numbers
 from rankfold.data.sources import Record, class_names, column, numbers
 from rankfold.data.tokens import Tokens
@@ -24,6 +26,10 @@ class Reading:
             for these names.
         label_ids: The model's number of each label, or None.
         unit: What a record is called.
+        inputs: What changes the model's inputs, as far as it is decided before.
+
+    Raises:
+        InputError: A column is asked for in place of one that ``inputs`` names and is there.
     """
 
     def __init__(
@@ -33,11 +39,17 @@ class Reading:
         columns: Mapping[str, str | None],
         label_ids: Mapping[str, int] | None,
         unit: str = "record",
+        inputs: InputSettings | None = None,
     ) -> None:
+        recorded = inputs or InputSettings()
         self.file, self.records, self.label_ids, self.unit = file, records, label_ids, unit
-        self.columns = dict(columns)
+        self.columns = {**recorded.columns, **{k: n for k, n in columns.items() if n is not None}}
+        for kind, name in recorded.columns.items():
+            self._refuse_other(kind, name)
+        self.inputs = InputSettings()
         self.left_out: dict[str, list[int]] = {}
         self._used: set[str] = set()
+        self._kinds: dict[str, str] = {}
         self._classes: Classes | None = None
 
     @property
@@ -49,6 +61,15 @@ class Reading:
     def name(self, kind: str) -> str:
         """What the column of this kind is called."""
         return self.columns.get(kind) or kind
+
+    def _refuse_other(self, kind: str, recorded: str) -> None:
+        name = self.name(kind)
+        if name != recorded and recorded in self.records[0]:
+            raise InputError(
+                f"{kind}_column= is {name}, and the model was made with the column {recorded!r}, "
+                f"which {self.file} has, too. Leave {kind}_column= out. To compute it otherwise on "
+                "purpose, open the model in Python: rankfold.load(folder)."
+            )
 
     def __contains__(self, kind: str) -> bool:
         """Whether there is a column of this kind."""
@@ -63,6 +84,7 @@ class Reading:
         name = self.name(kind)
         found = column(self.file, self.records, name, f"{kind}_column=")
         self._used.add(name)
+        self._kinds[kind] = name
         return found
 
     def present(self, kind: str) -> list[Any]:
@@ -149,6 +171,9 @@ class Reading:
             tokens: What made them, and knows what it cut.
             notes: What else is to be told.
         """
+        decided = self.inputs if tokens is None else self.inputs.with_others(tokens.settings)
+        if self.unit == "record":
+            decided = replace(decided, columns=self._kinds)
         unused = [name for name in self.records[0] if name not in self._used]
         told = [f"columns that are not used: {', '.join(map(repr, unused))}"] if unused else []
         classes = self._classes
@@ -168,6 +193,7 @@ class Reading:
                 *notes,
                 *told,
             ],
+            inputs=decided,
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rankfold.data.account import ReadExamples
 from rankfold.data.conversation_examples import MESSAGES, conversation_examples
+from rankfold.data.input_settings import InputSettings
 from rankfold.data.padding import NO_LABEL
 from rankfold.data.reading import Reading
 from rankfold.data.sources import (
@@ -23,7 +24,7 @@ from rankfold.data.sources import (
     registered_source,
 )
 from rankfold.data.text_examples import read_tokens, text_examples, written
-from rankfold.data.tokens import Tokens
+from rankfold.data.tokens import Tokens, Wording
 from rankfold.errors import InputError
 
 TEXT, LABEL, TARGET = "text", "label", "target"
@@ -42,44 +43,45 @@ def record_examples(
     images: Callable[[], ImageReader] | None = None,
     takes: Collection[str] | None = None,
     pads: bool = True,
+    wording: Wording | None = None,
+    inputs: InputSettings | None = None,
 ) -> ReadExamples | TableImages:
     """The examples that a file of records gives for a task.
 
-    With a tokenizer: for token classification the columns of tokens and tags; conversations where
-    there is a column ``messages``; else the text column, with its label or target where there is
-    one, or where it is asked for. Without: the columns of numbers are the input, and the label
-    column the label. Where a column holds images, and none the text of a model with a tokenizer,
-    they are the input. Every record is an example, or the account says why not.
+    With a tokenizer: for token classification tokens and tags; conversations where there is a
+    column ``messages``; else the text, with its label or target where there is one, or where it is
+    asked for. Without: columns of numbers, and a label. Where a column holds images, and none the
+    text for a tokenizer, they are the input. Each record is an example, or the account says why.
 
     Args:
         file: A file or folder that ``read_records`` or a registered source of records reads.
         tokenizer: Of the model, or None.
         length: Most tokens of an example.
         task: The task, or None.
-        columns: Names of the columns ``text``, ``label``, ``target``, ``tokens`` and ``tags``, None
-            for these names.
+        columns: Names of ``text``, ``label``, ``target``, ``tokens`` and ``tags``, None for these.
         label_ids: The model's number of each label, or None.
         seed: Seeds the tokens that are hidden for masked-lm.
         images: Gives the function that reads images, where there are some.
-        takes: Names that the model's forward takes, None for any.
-        pads: False where the model doesn't know the tokenizer's padding token.
+        takes: As of ``Tokens``, as are the next two.
+        pads: Likewise.
+        wording: Likewise.
+        inputs: What an artifact records: its columns and features, where none are named.
 
     Raises:
-        InputError: A column is missing, a value of the wrong type, or the tokenizer lacks what the
-            task needs.
+        InputError: A column is missing or of another type, or the tokenizer lacks something.
     """
     source = registered_source(file)
     records = read_registered(source, file) if source else read_records(file)
-    reading = Reading(file, records, columns, label_ids)
+    reading = Reading(file, records, columns, label_ids, inputs=inputs)
     texts_here = tokenizer is not None and TEXT in reading
     if images is not None and not texts_here and (picture := _image_column(records)) is not None:
         return _image_examples(reading, picture, task, images())
     if tokenizer is None:
-        return _table_examples(reading, task)
-    tokens = Tokens(tokenizer, length, takes, pads=pads)
+        return _table_examples(reading, task, None if inputs is None else inputs.features)
+    tokens = Tokens(tokenizer, length, takes, pads=pads, wording=wording)
     if task == "token-classification":
         return _tagged(reading, tokens)
-    if MESSAGES in records[0] and columns.get(TEXT) is None:
+    if MESSAGES in records[0] and reading.columns.get(TEXT) is None:
         return conversation_examples(reading, tokens)
     if task == "masked-lm":
         return text_examples(reading, tokens, task, seed)
@@ -231,17 +233,35 @@ def _image_examples(
         advice = "The model's config names them."
         found = reading.classes(LABEL, [labels[place] for place in reading.places], advice)
     images = {place: held[place]["bytes"] for place in reading.places}
+    reading.inputs = read.inputs
     return TableImages(images, found, read, where, reading.account())
 
 
-def _table_examples(reading: Reading, task: str | None) -> ReadExamples:
-    """Rows of numbers, with a label each unless none are wanted."""
+def _table_examples(
+    reading: Reading, task: str | None, features: Sequence[str] | None
+) -> ReadExamples:
+    """Rows of numbers, with a label each unless none are wanted.
+
+    Args:
+        reading: The records.
+        task: The task, or None.
+        features: Names of the columns of numbers in the model's order; None for all there are.
+    """
     unlabelled = task == "teacher" and LABEL not in reading
     labels = [] if unlabelled else reading.present(LABEL)
     names = [name for name in reading.records[0] if name != reading.name(LABEL)]
+    if features is not None:
+        lacking = [name for name in features if name not in names]
+        if lacking:
+            raise InputError(
+                f"{reading.file} has no column {lacking[0]!r}; the model was made with the columns "
+                f"{', '.join(map(repr, features))}."
+            )
+        names = list(features)
     if not names:
         raise InputError(f"{reading.file} has no column but the label; expected some of numbers.")
     inputs = list(torch.tensor(reading.numbers(names), dtype=torch.float32).T)
+    reading.inputs = InputSettings(features=tuple(names))
     if unlabelled:
         return ReadExamples(inputs, reading.account())
     found = _labels(reading, [labels[place] for place in reading.places], task)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rankfold.data.account import Account, ReadExamples, spread_of
+from rankfold.data.input_settings import InputSettings
 from rankfold.data.padding import NO_LABEL, Padding
 from rankfold.data.reading import Reading
 from rankfold.data.sources import read_text, text_lines, token_windows
@@ -65,7 +66,10 @@ def window_examples(file: Path, tokens: Tokens) -> ReadExamples:
     rest = len(ids) - length * len(windows)
     notes = [f"the last {rest} tokens are left out: they are less than a window"] if rest else []
     lengths = spread_of([length] * len(windows))
-    account = Account(str(file), "window", len(windows), len(windows), lengths=lengths, notes=notes)
+    account = Account(
+        str(file), "window", len(windows), len(windows), lengths=lengths, notes=notes,
+        inputs=tokens.settings,
+    )  # fmt: skip
     return ReadExamples(windows, account)
 
 
@@ -94,6 +98,7 @@ def text_examples(
     inputs = written(reading, tokens)
     examples = [inputs[place] for place in reading.places]
     if task == "masked-lm":
+        reading.inputs = InputSettings(seed=seed)
         hidden = hidden_words([e["input_ids"] for e in examples], tokens.tokenizer, seed)
         told = [bool((h["labels"] != NO_LABEL).any()) for h in hidden]
         silent = [p for p, good in zip(reading.places, told, strict=True) if not good]

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rankfold.data.input_settings import InputSettings
 from rankfold.data.padding import Padding
 from rankfold.errors import InputError
 
 MASK = "attention_mask"
+
+
+class Wording(NamedTuple):
+    """What a model's folder says is done to a text before it is tokenized.
+
+    Attributes:
+        prompt: Written before it.
+        lower_case: Whether it is made lower case.
+    """
+
+    prompt: str = ""
+    lower_case: bool = False
+
+    def __call__(self, text: str) -> str:
+        """The text that is tokenized, without spaces around it."""
+        worded = f"{self.prompt}{text}".strip()
+        return worded.lower() if self.lower_case else worded
 
 
 class Tokens:
@@ -23,6 +41,7 @@ class Tokens:
         takes: Names that the model's forward takes; what else the tokenizer gives is left out, as
             in the training of transformers. None for any.
         pads: As of ``Padding``.
+        wording: Of sources, None for texts as they are.
 
     Attributes:
         collate: Makes batches of them.
@@ -35,8 +54,10 @@ class Tokens:
         takes: Collection[str] | None = None,
         *,
         pads: bool = True,
+        wording: Wording | None = None,
     ) -> None:
         self.tokenizer, self.length, self.takes = tokenizer, length, takes
+        self.wording = wording
         self._cut: set[str] = set()
         # Without a mask the model would read the padding.
         masks = MASK in getattr(tokenizer, "model_input_names", (MASK,))
@@ -57,7 +78,8 @@ class Tokens:
         Raises:
             InputError: The tokenizer refuses it.
         """
-        return self.inputs(self._within(what, text))
+        worded = text if self.wording is None else self.wording(text)
+        return self.inputs(self._within(what, worded))
 
     def target(self, text: str, what: str) -> Tensor:
         """The ids of a text that the model is to write: tokenizers may write these otherwise."""
@@ -70,6 +92,14 @@ class Tokens:
             )
         ids = self._within(what, text_target=text)["input_ids"]
         return torch.tensor(ids, dtype=torch.int64)
+
+    @property
+    def settings(self) -> InputSettings:
+        """What is decided here, to be recorded."""
+        if self.wording is None:
+            return InputSettings(length=self.length)
+        prompt, lower_case = self.wording
+        return InputSettings(length=self.length, prompt=prompt, lower_case=lower_case)
 
     @property
     def cut(self) -> int:

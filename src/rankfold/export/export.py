@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from torch import nn
 
 from rankfold.artifact.load import load
 from rankfold.artifact.manifest import WEIGHTS_FILE, library_versions, read_manifest
+from rankfold.artifact.recorded import recorded_inputs
+from rankfold.data.input_settings import InputSettings, refuse_other
 from rankfold.errors import InputError
 from rankfold.export.dense import Dense
 from rankfold.export.example_inputs import Given
@@ -83,22 +86,22 @@ def export(
         to: ``dense``, ``pairs``, ``onnx`` or ``pt2`` (a program of ``torch.export``).
         model: For a model of the user's own class, an instance of it; it stays as it is.
         overwrite: Replace an earlier export that stands there.
-        inputs: Of ``onnx`` and ``pt2``, where the configuration doesn't tell what the model is
-            called with: a batch, a tensor or a mapping of the parameters of ``forward``; or the
-            shape of one input without the batch, ``(3, 224, 224)``, or ``(length,)`` of tokens.
-        dtype: Of ``onnx`` and ``pt2``: ``float32``, ``float16`` or ``bfloat16``; None for the
-            artifact's own.
+        inputs: Of ``onnx`` and ``pt2``, where neither configuration nor artifact tells what the
+            model is called with: a batch, a tensor or a mapping of the parameters of ``forward``;
+            or the shape of one input, ``(3, 224, 224)``, or ``(length,)`` of tokens.
+        dtype: Of ``onnx`` and ``pt2``: one of ``DTYPES``; None for the artifact's own.
 
     Raises:
-        InputError: Not an artifact, or not of this model; a layer has no such form; the model
-            can't be traced, or its program computes something else; ``out`` can't be written.
+        InputError: Not an artifact, or not of this model; it has no such form or program; ``out``
+            can't be written.
     """
     target = target_of(to)
     check_options(target, {"inputs": inputs, "dtype": dtype})
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}.")
     source, out = Path(folder), Path(out)
-    check_output(out, overwrite, EXPORT_FILE)
+    check_output(out, overwrite, EXPORT_FILE, reads=[source])
+    inputs = _shaped(source, inputs) if "inputs" in target.options else None
     opened = _opened(source, model, inputs, dtype)
     parameters = model_parameters(opened.model)  # before it may be changed
     with folder_in_one_step(out) as draft:
@@ -108,6 +111,7 @@ def export(
             "versions": library_versions(),
             "to": to,
             "class": opened.manifest["model"]["class"],
+            "input_settings": recorded_inputs(source).as_dict(),
             **written.told,
         }
         text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
@@ -124,6 +128,22 @@ def export(
         difference=written.difference,
         dynamic=written.dynamic,
     )
+
+
+def _shaped(folder: Path, inputs: Given | None) -> Given | None:
+    """The inputs as given; where none are, the shape of the images that an artifact was made with.
+
+    Raises:
+        InputError: Another shape of images was given.
+    """
+    recorded = recorded_inputs(folder)
+    if inputs is None or recorded.shape is None:
+        return recorded.shape if inputs is None else inputs
+    shapes = [tuple(inputs.shape[1:])] if torch.is_tensor(inputs) else [inputs]
+    for shape in shapes:
+        if not isinstance(shape, Mapping) and len(shape) == len(recorded.shape):
+            refuse_other(recorded, InputSettings(shape=tuple(shape)), folder)
+    return inputs
 
 
 def _opened(

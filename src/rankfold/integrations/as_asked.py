@@ -18,11 +18,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from rankfold.errors import InputError, listed, require
+from rankfold.errors import InputError, listed, require, visible
 from rankfold.files.json_file import read_json
 from rankfold.files.tensors import read_names, read_tensors, without_wrappers
 
 GENERATION_FILE = "generation_config.json"
+MOST_QUOTED = 400  # characters of a message of transformers
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # What transformers says where it does something else than what a file or the caller says.
 _NOT_AS_ASKED = re.compile(
@@ -91,6 +92,24 @@ def without_bars() -> Iterator[None]:
     finally:
         if shown:
             bars.enable_progress_bar()
+
+
+@contextmanager
+def saving(what: object, advice: str) -> Iterator[None]:
+    """While transformers writes a file: what it refuses names the file and what to do.
+
+    Raises:
+        InputError: It raised anything but that the file can't be written.
+    """
+    try:
+        yield
+    except (InputError, OSError):
+        raise
+    except Exception as error:  # transformers refuses what it opens itself in any way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"transformers can't save {what}: {visible(reason)[:MOST_QUOTED]}. {advice}"
+        ) from error
 
 
 def load_weights_of(folder: Path, model_class: Any, config: Any) -> Any:

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from rankfold.integrations.transformers import sentences_of
+
 # What configurations call the most tokens of a text. Others, of sounds and images, are no such.
 _LIMITS = (
     "max_position_embeddings", "max_encoder_position_embeddings", "max_decoder_position_embeddings",
@@ -42,11 +44,13 @@ def only_length(model: nn.Module) -> int | None:
 
 
 def default_length(model: nn.Module, tokenizer: Any = None) -> int:
-    """Tokens an example where none are asked for: 512, or what model and tokenizer take."""
+    """Tokens an example where none are asked for: 512, or what model, tokenizer and folder take."""
     if (fixed := only_length(model)) is not None:
         return fixed
     own = getattr(tokenizer, "model_max_length", None)  # a huge number where there is no limit
+    sentences = sentences_of(model)
     limits = [USUAL, most_tokens(model), own if isinstance(own, int) and own > 1 else None]
+    limits.append(None if sentences is None else sentences.length())
     return min(limit for limit in limits if limit is not None)
 
 

@@ -7,7 +7,8 @@ from typing import Any, TypedDict
 
 from torch import nn
 
-from rankfold.integrations.transformers import task_hint
+from rankfold.data.tokens import Wording
+from rankfold.integrations.transformers import sentences_of, task_hint
 from rankfold.tasks.recognise import MULTI_LABEL
 
 
@@ -23,13 +24,17 @@ class Known(TypedDict):
 
     takes: frozenset[str] | None
     pads: bool
+    wording: Wording | None
 
 
 def known_inputs(model: nn.Module, tokenizer: Any) -> Known:
-    """The inputs that a model's forward names, and whether the tokenizer's padding is its own."""
+    """The inputs that a model's forward names, whether padding is its own, how texts are worded."""
     names = frozenset(inspect.signature(model.forward).parameters)
     padding: Any = getattr(getattr(model, "config", None), "pad_token_id", None)
     # Some classifiers look for the last token before the padding, by its id.
     searched = task_hint(model) in ("classification", "regression", MULTI_LABEL)
     pads = not searched or padding == getattr(tokenizer, "pad_token_id", None)
-    return {"takes": names if "input_ids" in names else None, "pads": pads}
+    sentences = sentences_of(model)
+    wording = None if sentences is None else sentences.wording()
+    takes = names if "input_ids" in names else None
+    return {"takes": takes, "pads": pads, "wording": wording}

@@ -21,6 +21,8 @@ def refuse_other_folders(folder: Path) -> None:
         raise InputError(_adapter(folder))
     if not (folder / "config.json").is_file():
         inner = [*_inner_folders(folder)]
+        # sentence-transformers and diffusers keep other things in folders with a config.json, too.
+        inner = [one for one in inner if _is_of_transformers(one)] or inner
         if not inner:
             raise InputError(f"{visible(folder)} is no transformers folder: it has no config.json.")
         what = "one of these" if len(inner) > 1 else "this"
@@ -51,6 +53,14 @@ def _inner_folders(folder: Path) -> Iterator[Path]:
     for pattern in ("*", "snapshots/*", "models--*/snapshots/*"):
         found = sorted(folder.glob(f"{pattern}/config.json"))
         yield from (file.parent for file in found if file.is_file())
+
+
+def _is_of_transformers(folder: Path) -> bool:
+    try:
+        said = read_json(folder / "config.json", constants=True)
+    except InputError:
+        return False
+    return isinstance(said, dict) and "model_type" in said
 
 
 def _needs_code(written: dict[str, Any]) -> bool:

@@ -20,17 +20,21 @@ from torch import Tensor, nn
 from rankfold.errors import InputError, require
 from rankfold.files.json_file import read_json
 from rankfold.files.size_limits import check_modest
+from rankfold.files.tensors import read_names
 from rankfold.integrations.as_asked import (
     GENERATION_FILE,
     as_asked,
     check_loaded,
     load_weights_of,
     opening,
+    saving,
     without_bars,
 )
 from rankfold.integrations.other_folders import refuse_other_folders
+from rankfold.integrations.sentence_folder import SentenceFolder, sentence_folder
 from rankfold.machine.progress import Progress, SilentProgress
 from rankfold.model.evaluation_mode import evaluation_mode
+from rankfold.tasks.pooling import Pooling
 from rankfold.tasks.recognise import MULTI_LABEL
 
 QUANT_METHOD = "rankfold"  # how config.json calls what opens the folder
@@ -53,7 +57,8 @@ IN_A_PROGRAM = (
 _PROCESSING_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "spiece.model", "sentencepiece*.model", "normalizer.json", "chat_template.*",
-    "additional_chat_templates/*.jinja", "*processor_config.json",
+    "additional_chat_templates/*.jinja", "*processor_config.json", "spm*.model", "*.spm",
+    "vocab-*.json", "bpe.codes", "tekken.json", "entity_vocab.json", "*.tiktoken",
 )  # fmt: skip
 OWN_TEXTS_AT_ONCE = 16  # windows sampled in one batch
 
@@ -70,6 +75,32 @@ def opened_as(model: nn.Module) -> str:
     """The name on a hub or the absolute folder that a model was opened from, or nothing."""
     name = str(cast("Any", model).config.name_or_path or "")
     return str(Path(name).resolve()) if name and Path(name).exists() else name
+
+
+def source_folder(model: nn.Module) -> Path | None:
+    """The folder that a model was opened from, in a hub's cache, too; None where there is none."""
+    name = opened_as(model) if is_transformers_model(model) else ""
+    if not name or Path(name).exists():
+        return Path(name) if name and Path(name).is_dir() else None
+    hub: Any = require("huggingface_hub", "transformers")
+    commit = getattr(cast("Any", model).config, "_commit_hash", None)
+    try:
+        file = hub.try_to_load_from_cache(name, "config.json", revision=commit)
+    except hub.errors.HFValidationError:  # no name of a model on a hub
+        return None
+    return Path(file).parent if isinstance(file, str) else None
+
+
+def sentences_of(model: nn.Module) -> SentenceFolder | None:
+    """What sentence-transformers keeps with a model that was opened from a folder, or None."""
+    folder = source_folder(model)
+    return None if folder is None else sentence_folder(folder)
+
+
+def pooling_of(model: nn.Module) -> Pooling | None:
+    """How the folder of a model makes embeddings of its hidden states, None where it says none."""
+    sentences = sentences_of(model)
+    return None if sentences is None else sentences.pooling()
 
 
 # What the name of a class of transformers ends in says what it is made for.
@@ -134,7 +165,10 @@ def load_folder(folder: Path) -> nn.Module:
             f"{folder} holds no .safetensors file; rankfold reads no pickles (.bin). "
             "Save the model again with safe_serialization=True."
         )
-    model = load_weights_of(folder, _model_class(config, folder), config)
+    model_class = _model_class(config, folder)
+    if sentence_folder(folder) is not None:
+        model_class = _without_head(folder, model_class)
+    model = load_weights_of(folder, model_class, config)
     return cast("nn.Module", model.eval())
 
 
@@ -330,19 +364,30 @@ def write_configuration(
         structure: What rebuilds its layers, for config.json.
         tokenizer: A tokenizer or processor. Files of the folder that the model was opened from are
             copied where it writes none.
+
+    Raises:
+        InputError: transformers refuses to save something; it is named.
     """
-    hf = cast("Any", model)
-    config = hf.config.__class__.from_dict(hf.config.to_dict())
-    config.architectures = [type(model).__name__]
-    config.dtype = hf.dtype
-    config.quantization_config = {"quant_method": QUANT_METHOD, **structure}
-    config.save_pretrained(folder)
-    _name_no_weights(folder, WITHOUT_RANKFOLD)
+    hf, where = cast("Any", model), opened_as(model) or type(model).__name__
+    with saving(f"the config of {where}", "Correct it, in config.json or in the model's config."):
+        config = hf.config.__class__.from_dict(hf.config.to_dict())
+        config.architectures = [type(model).__name__]
+        config.dtype = hf.dtype
+        config.quantization_config = {"quant_method": QUANT_METHOD, **structure}
+        config.save_pretrained(folder)
+        _name_no_weights(folder, WITHOUT_RANKFOLD)
     if getattr(hf, "generation_config", None) is not None and hf.can_generate():
-        hf.generation_config.save_pretrained(folder)
+        with saving(
+            f"the generation settings of {where}",
+            f"Correct them in {GENERATION_FILE}, or in the model's generation_config.",
+        ):
+            hf.generation_config.save_pretrained(folder)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    copy_processing_files(Path(opened_as(model)), folder)
+        with saving(f"the {type(tokenizer).__name__} of {where}", "Correct its files."):
+            tokenizer.save_pretrained(folder)
+    source = source_folder(model)
+    if source is not None:
+        copy_processing_files(source, folder)
 
 
 def _name_no_weights(folder: Path, why: str) -> None:
@@ -376,15 +421,37 @@ def _copy_generation_settings(source: Path, target: Path) -> None:
 
 
 def copy_processing_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, processor and chat template, except where ``target`` has its own."""
-    if not (source / "config.json").is_file():  # a name on the hub, or none
+    """Copy tokenizer, processor and chat template, except where ``target`` has its own.
+
+    And what sentence-transformers keeps there: pooling, normalisation, lengths, prompts.
+
+    Raises:
+        InputError: A file of sentence-transformers isn't what it should be.
+    """
+    if not (source / "config.json").is_file():  # of a GGUF file, say
         return
+    sentences = sentence_folder(source)
+    if sentences is not None:
+        sentences.copy_to(target)
     for pattern in _PROCESSING_FILES:
         for file in source.glob(pattern):
             copied = target / file.relative_to(source)
             if file.is_file() and not copied.exists():
                 copied.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copied)
+
+
+def _without_head(folder: Path, model_class: Any) -> Any:
+    """The class that sentence-transformers opens: where the file lacks the head, one without.
+
+    Its folders often name the class with the head that the model was trained with before.
+    """
+    transformers = require("transformers", "transformers")
+    names = [name for file in sorted(folder.glob("*.safetensors")) for name in read_names(file)]
+    prefix = f"{model_class.base_model_prefix}."
+    base = transformers.MODEL_MAPPING.get(model_class.config_class, None)
+    is_base = base is None or any(prefix in name for name in names)
+    return model_class if is_base else base
 
 
 def _config(folder: Path) -> Any:

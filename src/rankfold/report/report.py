@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from rankfold.certificate.certify import Certificate
 from rankfold.certificate.change import paired_change, weighted_mean
 from rankfold.certificate.opened import Opened
+from rankfold.data.input_settings import InputSettings, joined
 from rankfold.data.parts import PARTS
 from rankfold.files.json_file import finite
 from rankfold.files.tensors import model_sizes
@@ -25,6 +26,7 @@ from rankfold.search.study import Study
 from rankfold.search.subject import Subject
 from rankfold.search.trial import Trial, last_prediction
 from rankfold.settings import Settings
+from rankfold.tasks.agreement import Embedding
 from rankfold.tasks.evaluation import Evaluation
 
 _OF_A_PLAN = (
@@ -92,11 +94,19 @@ def report_of(
         "selection": [_trial_report(trial) for trial in tried],
         "data": _data_report(study, opened),
         "sources": [account.as_dict() for account in study.accounts],
+        "input_settings": _input_settings(study).as_dict(),
         "left_out": dict(study.left_out),
         "layers": layers,
         "unpacked": subject.unpacked.names,
         "not_factorized": [asdict(entry) for entry in subject.skipped],
     }
+
+
+def _input_settings(study: Study) -> InputSettings:
+    """What was decided of the model's inputs, and of what is computed from its output."""
+    together = joined((account.source, account.inputs) for account in study.accounts)
+    pooling = study.task.pooling if isinstance(study.task, Embedding) else None
+    return replace(together, pooling=None if pooling is None else pooling.names)
 
 
 def inspection(here: Round) -> list[dict[str, Any]]:

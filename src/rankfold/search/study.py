@@ -31,7 +31,7 @@ from rankfold.data.parts import (
     split,
 )
 from rankfold.errors import InputError
-from rankfold.integrations.transformers import own_text, task_hint
+from rankfold.integrations.transformers import own_text, pooling_of, task_hint
 from rankfold.machine.offload import Offload
 from rankfold.machine.progress import Progress
 from rankfold.maths.linalg import Damping
@@ -186,7 +186,10 @@ def open_inputs(
     data = three_parts(data, settings)
     sample = select_part(data, "calibration", 1, settings.seed)
     originals = (unpacked.given, model)
-    task = recognise_task(sample, loss, settings.task, originals, task_hint(model))
+    task = recognise_task(
+        sample, loss, settings.task, originals, task_hint(model),
+        pooling=lambda: pooling_of(unpacked.given),
+    )  # fmt: skip
     parts = _choose_parts(data, task, settings)
     seen = trace(model, task, parts["calibration"], unpacked.given)
     refuse_random(model, task, parts["calibration"])

@@ -26,6 +26,7 @@ from rankfold.tasks.losses import (
     values_of,
     without_labels,
 )
+from rankfold.tasks.pooling import MEAN, Pooling
 
 # Most bytes of the original's outputs that are kept: each plan is compared with the same ones.
 KEPT_BYTES = 2**26
@@ -105,35 +106,56 @@ class Teacher:
 class Embedding(Teacher):
     """Agreement of sentence embeddings with the original's: squared distance of unit vectors.
 
-    The embedding is what the model calls ``sentence_embedding``; else the mean of the last hidden
-    states over the tokens, as sentence encoders are trained; else the output itself.
+    The embedding is what the model calls ``sentence_embedding``; else the last hidden states as
+    its folder says that they are pooled, or their mean over the tokens, as most sentence encoders
+    are trained; else the output itself.
+
+    Args:
+        originals: As of ``Teacher``.
+        batch: Likewise.
+        pooling: Of the model's folder, None where it says none.
+
+    Attributes:
+        pooling: Of the hidden states, None where the model gives no such states.
     """
 
     name = "embedding"
 
-    def __init__(self, originals: Sequence[nn.Module], batch: Batch) -> None:
-        """As ``Teacher``."""
+    def __init__(
+        self, originals: Sequence[nn.Module], batch: Batch, pooling: Pooling | None = None
+    ) -> None:
+        """As said."""
         super().__init__(originals, batch)
+        output = self._original(without_labels(batch), output_of)
+        self.pooling = None if hidden_states(output) is None else pooling or MEAN
         self.unit = "squared distance of unit embeddings from the original"
 
     def batch_loss(self, model: nn.Module, batch: Batch) -> BatchLoss:
         """``batch`` is what the model takes; labels beside it are not looked at."""
-        found, wanted = self._both(model, without_labels(batch), unit_embeddings)
+        pooling = self.pooling or MEAN
+        found, wanted = self._both(
+            model, without_labels(batch), lambda m, x: unit_embeddings(m, x, pooling)
+        )
         losses = (found - wanted).square().sum(1)
         return BatchLoss(losses, one_term(losses), squared=found)
 
 
-def unit_embeddings(model: nn.Module, inputs: Any) -> Tensor:
+def hidden_states(output: Any) -> Tensor | None:
+    """``(n, length, features)`` that are to be pooled; None where an output is an embedding."""
+    hidden = field_of(output, "last_hidden_state")
+    pooled = field_of(output, "sentence_embedding") is not None
+    return None if pooled or hidden is None or hidden.dim() != 3 else hidden
+
+
+def unit_embeddings(model: nn.Module, inputs: Any, pooling: Pooling = MEAN) -> Tensor:
     """Embeddings of a model, ``(n, features)`` of length 1; see ``Embedding``."""
     output = output_of(model, inputs)
-    found, hidden = field_of(output, "sentence_embedding"), field_of(output, "last_hidden_state")
-    if found is None and hidden is not None and hidden.dim() == 3:
+    found, hidden = field_of(output, "sentence_embedding"), hidden_states(output)
+    if hidden is not None:
         mask = field_of(inputs, "attention_mask")
         if mask is None or mask.shape != hidden.shape[:2]:  # images have no mask of their patches
             mask = hidden.new_ones(hidden.shape[:2])
-        hidden = exact(hidden)  # half precision can't count a few hundred tokens
-        weights = mask.to(hidden.dtype)
-        found = (hidden * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
+        found = pooling(hidden, mask)
     found = values_of(output) if found is None else found
     return functional.normalize(exact(found).flatten(1), dim=-1)
 

@@ -25,6 +25,7 @@ from rankfold.tasks.losses import (
     Task,
     labels_of,
 )
+from rankfold.tasks.pooling import Pooling
 from rankfold.tasks.supervised import (
     CausalLM,
     Classification,
@@ -44,6 +45,7 @@ def recognise_task(
     name: str | None = None,
     originals: Sequence[nn.Module] = (),
     hint: str | None = None,
+    pooling: Callable[[], Pooling | None] = lambda: None,
 ) -> Task:
     """The task: the user's loss or name if given, else what model and data show.
 
@@ -53,6 +55,7 @@ def recognise_task(
         name: One of ``TASKS``, or None.
         originals: The original model, for the tasks that compare with it; see ``Teacher``.
         hint: What the model is made for, as far as it says so.
+        pooling: Gives the pooling of the model's folder, for the task embedding.
 
     Raises:
         InputError: No such task, a task and a loss, or nothing is recognised.
@@ -74,21 +77,12 @@ def recognise_task(
     if found is None:
         raise InputError(
             "the loss can't be recognised from the model and the data, whose examples are "
-            f"{describe(batch)}: expected token ids, a "
-            "mapping with input_ids, or (input, integer label) pairs. Name the task, one of "
-            f"{', '.join(TASKS)} (teacher needs no labels), or pass loss=, a function of the "
-            "model and a batch that returns one loss per example."
+            f"{describe(batch)}: expected token ids, a mapping with input_ids, or (input, integer "
+            f"label) pairs. Name the task, one of {', '.join(TASKS)} (teacher needs no labels), or "
+            "pass loss=, a function of the model and a batch that returns one loss per example."
         )
     if found in ("teacher", "embedding"):
-        if not originals:
-            raise InputError(
-                f"the task {found} compares with the original model, which is not at hand here: "
-                "lossless and compact have it, to verify it is given as the original."
-            )
-        kind = Embedding if found == "embedding" else Teacher
-        moved = on_device(batch, originals[0])
-        with running(moved):
-            return kind(originals, moved)
+        return _agreement(found, originals, batch, pooling)
     tasks: dict[str, Callable[[], Task]] = {
         "causal-lm": CausalLM,
         "masked-lm": lambda: TokenLabels("masked-lm"),
@@ -98,6 +92,25 @@ def recognise_task(
         "regression": Regression,
     }
     return tasks[found]()
+
+
+def _agreement(
+    name: str,
+    originals: Sequence[nn.Module],
+    batch: Batch,
+    pooling: Callable[[], Pooling | None],
+) -> Task:
+    """The task teacher or embedding."""
+    if not originals:
+        raise InputError(
+            f"the task {name} compares with the original model, which is not at hand here: "
+            "lossless and compact have it, to verify it is given as the original."
+        )
+    moved = on_device(batch, originals[0])
+    with running(moved):
+        if name == "teacher":
+            return Teacher(originals, moved)
+        return Embedding(originals, moved, pooling())
 
 
 def _refuse_multi_label(hint: str | None, name: str | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from rankfold.data.account import Account
+from rankfold.data.input_settings import InputSettings
 from rankfold.data.labels import class_numbers
 from rankfold.data.sources.class_folders import labelled
 from rankfold.data.sources.images import ImagePreparation
@@ -96,6 +98,7 @@ def read_npz(
     labels, account = _labels(file, y, label_ids)
     pictures = x.dtype == np.uint8 and (x.ndim == 3 or (x.ndim == 4 and x.shape[3] in (1, 3)))
     if prepare is not None and pictures:
+        account = replace(account, inputs=InputSettings("processor"))
         return PreparedImages(x, labels, prepare, account)
     inputs = _inputs(file, x)
     if mean is not None or std is not None:
@@ -108,7 +111,20 @@ def read_npz(
         inputs = normalize_images(
             inputs, channel_values("mean", mean, channels), channel_values("std", std, channels)
         )
+    account = replace(account, inputs=_decided(x, inputs, mean, std))
     return ArrayExamples(inputs, labels, account)
+
+
+def _decided(
+    x: np.ndarray, inputs: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> InputSettings:
+    """What was done to images; floats that nothing is done to may have been prepared before."""
+    if inputs.dim() != 4:
+        return InputSettings()
+    shape = tuple(inputs.shape[1:])
+    if x.dtype != np.uint8 and mean is None and std is None:
+        return InputSettings(shape=shape)
+    return InputSettings.of_images(mean, std, shape=shape)
 
 
 def _arrays(file: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rankfold.data.account import Account
+from rankfold.data.input_settings import InputSettings
 from rankfold.data.sources.class_folders import ClassFolder, class_files, labelled, without_broken
 from rankfold.data.sources.normalize import channel_values, normalize_images
 from rankfold.data.sources.pictures import read_picture
@@ -25,9 +26,29 @@ SUFFIXES = (
 )  # fmt: skip
 DEFAULT_SIZE = 224
 PREPARED = "images are prepared as the model's folder says"
-ImageReader: TypeAlias = Callable[[Path | BytesIO, str], Any]
 # Of an RGB image of Pillow, and of what messages call it, to what the model is given.
 ImagePreparation: TypeAlias = Callable[[Any, str], Any]
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """A function of a file, or of one in memory, and of what messages call it: an image's values.
+
+    Attributes:
+        make: Of an RGB image of Pillow.
+        inputs: What it does, to be recorded.
+    """
+
+    make: ImagePreparation
+    inputs: InputSettings
+
+    def __call__(self, file: Path | BytesIO, what: str) -> Any:
+        """The values of an image.
+
+        Raises:
+            InputError: It can't be read.
+        """
+        return self.make(read_picture(file, what), what)
 
 
 def read_image_folder(
@@ -75,7 +96,8 @@ def read_image_folder(
     found = without_broken(files, read) if skip_broken else ClassFolder(*files, read)
     side = size or DEFAULT_SIZE
     note = f"of each image the middle {side} x {side} pixels" if prepare is None else PREPARED
-    found.account = replace(found.account, notes=[*found.account.notes, note])
+    notes = [*found.account.notes, note]
+    found.account = replace(found.account, notes=notes, inputs=read_image.inputs)
     return found
 
 
@@ -85,7 +107,7 @@ def image_reader(
     size: int | None = None,
     prepare: ImagePreparation | None = None,
 ) -> ImageReader:
-    """A function of a file, or of one in memory, and of what messages call it: an image's values.
+    """What reads images, from files or from memory.
 
     Args:
         mean: As for ``read_image_folder``.
@@ -102,12 +124,14 @@ def image_reader(
     channels = 3
     means = channel_values("mean", mean, channels)
     stds = channel_values("std", std, channels)
+    side = size or DEFAULT_SIZE
 
     def squares(image: Any, _: str) -> Tensor:
-        return normalize_images(_square(image, size or DEFAULT_SIZE), means, stds)
+        return normalize_images(_square(image, side), means, stds)
 
-    make = prepare or squares
-    return lambda file, what: make(read_picture(file, what), what)
+    if prepare is not None:
+        return ImageReader(prepare, InputSettings("processor"))
+    return ImageReader(squares, InputSettings.of_images(mean, std, side, (channels, side, side)))
 
 
 class TableImages(Dataset[Any]):

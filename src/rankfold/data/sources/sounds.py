@@ -14,6 +14,7 @@ import torch
 from scipy.io import wavfile
 from torch import Tensor
 
+from rankfold.data.input_settings import InputSettings
 from rankfold.data.sources.class_folders import ClassFolder, class_files, refused, without_broken
 from rankfold.errors import InputError
 
@@ -61,13 +62,17 @@ def read_wav_folder(
 
     files = class_files(folder, SUFFIXES, "wav file", label_ids, labels_wanted=labels_wanted)
     found = without_broken(files, read) if skip_broken else ClassFolder(*files, read)
-    note = _refuse_mixtures([file for file, _ in found.files])
-    found.account = replace(found.account, notes=[*found.account.notes, note])
+    rate, note = _refuse_mixtures([file for file, _ in found.files])
+    found.account = replace(
+        found.account,
+        notes=[*found.account.notes, note],
+        inputs=InputSettings("rankfold" if prepare is None else "processor", sample_rate=rate),
+    )
     return found
 
 
-def _refuse_mixtures(files: Sequence[Path]) -> str:
-    """What all of them are; refuses those of other rates or channels."""
+def _refuse_mixtures(files: Sequence[Path]) -> tuple[int, str]:
+    """Samples a second, and what all of them are; refuses those of other rates or channels."""
     wanted: tuple[int, int] | None = None
     seconds: list[float] = []
     for file in files:
@@ -84,10 +89,8 @@ def _refuse_mixtures(files: Sequence[Path]) -> str:
             )
         seconds.append(sound.shape[1] / rate)
     rate, channels = wanted or (0, 0)
-    return (
-        f"sounds of {min(seconds):.2f} to {max(seconds):.2f} s, {rate} samples a second, "
-        f"{channels} channel{'s' * (channels != 1)}"
-    )
+    note = f"sounds of {min(seconds):.2f} to {max(seconds):.2f} s, {rate} samples a second, "
+    return rate, f"{note}{channels} channel{'s' * (channels != 1)}"
 
 
 def _read(file: Path) -> tuple[Tensor, int]:
