@@ -42,6 +42,7 @@ def record_examples(
     images: Callable[[], ImageReader] | None = None,
     takes: Collection[str] | None = None,
     pads: bool = True,
+    side: str | None = None,
 ) -> ReadExamples | TableImages:
     """The examples that a file of records gives for a task.
 
@@ -62,11 +63,11 @@ def record_examples(
         seed: Seeds the tokens that are hidden for masked-lm.
         images: Gives the function that reads images, where there are some.
         takes: Names that the model's forward takes, None for any.
-        pads: False where the model doesn't know the tokenizer's padding token.
+        pads: As of ``Padding``.
+        side: As of ``Padding``.
 
     Raises:
-        InputError: A column is missing, a value of the wrong type, or the tokenizer lacks what the
-            task needs.
+        InputError: Names what is missing, of the wrong type, or what the tokenizer lacks.
     """
     source = registered_source(file)
     records = read_registered(source, file) if source else read_records(file)
@@ -76,7 +77,7 @@ def record_examples(
         return _image_examples(reading, picture, task, images())
     if tokenizer is None:
         return _table_examples(reading, task)
-    tokens = Tokens(tokenizer, length, takes, pads=pads)
+    tokens = Tokens(tokenizer, length, takes, pads=pads, side=side)
     if task == "token-classification":
         return _tagged(reading, tokens)
     if MESSAGES in records[0] and columns.get(TEXT) is None:

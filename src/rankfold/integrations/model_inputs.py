@@ -7,6 +7,7 @@ from typing import Any, TypedDict
 
 from torch import nn
 
+from rankfold.integrations.padding_side import MASK, Side, harmless_side
 from rankfold.integrations.transformers import task_hint
 from rankfold.tasks.recognise import MULTI_LABEL
 
@@ -23,13 +24,23 @@ class Known(TypedDict):
 
     takes: frozenset[str] | None
     pads: bool
+    side: Side | None
 
 
 def known_inputs(model: nn.Module, tokenizer: Any) -> Known:
-    """The inputs that a model's forward names, and whether the tokenizer's padding is its own."""
-    names = frozenset(inspect.signature(model.forward).parameters)
+    """The inputs that a model's forward names, and how texts are padded so that no output changes.
+
+    A language model looks back alone: padding behind its texts changes nothing.
+    """
+    forward = frozenset(inspect.signature(model.forward).parameters)
+    takes = forward if "input_ids" in forward else None
     padding: Any = getattr(getattr(model, "config", None), "pad_token_id", None)
+    own = getattr(tokenizer, "pad_token_id", None)
+    hint = task_hint(model)
     # Some classifiers look for the last token before the padding, by its id.
-    searched = task_hint(model) in ("classification", "regression", MULTI_LABEL)
-    pads = not searched or padding == getattr(tokenizer, "pad_token_id", None)
-    return {"takes": names if "input_ids" in names else None, "pads": pads}
+    searched = hint in ("classification", "regression", MULTI_LABEL)
+    pads = isinstance(own, int) and (not searched or padding == own)
+    if not pads or (takes is not None and MASK not in takes):
+        return {"takes": takes, "pads": pads, "side": None}
+    side: Side | None = "right" if hint == "causal-lm" else harmless_side(model, tokenizer, takes)
+    return {"takes": takes, "pads": side is not None, "side": side}
