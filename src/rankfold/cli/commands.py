@@ -162,10 +162,11 @@ def _compress(
     out = folders.output()
     with redirect_stdout(sys.stderr):
         tell(f"opening {visible(model)}")
-        opened, data = _opened(model, options)
+        opened, data, guard = _opened(model, options)
         result = algorithm(
             opened.model,
             data,
+            guard=guard,
             progress=TerminalProgress(),
             offload_folder=folders.offload_folder,
             **cast("SettingKeywords", vars(options.settings)),
@@ -185,8 +186,8 @@ def _compress(
     return result
 
 
-def _opened(model: str, options: Compressing) -> tuple[OpenedModel, Data]:
-    """Model and data.
+def _opened(model: str, options: Compressing) -> tuple[OpenedModel, Data, object]:
+    """Model, data, and examples of another kind, where some are given.
 
     Raises:
         InputError: Names what is wrong with one of them.
@@ -210,9 +211,12 @@ def _opened(model: str, options: Compressing) -> tuple[OpenedModel, Data]:
         limits=limits_of(settings),
     )
     if parts.data is not None:
-        return opened, open_data(parts.data, opened, reading)
-    named = (parts.calibration or "", parts.selection or "", parts.held_out or "")
-    return opened, open_parts(*named, opened, reading)
+        data = open_data(parts.data, opened, reading)
+    else:
+        named = (parts.calibration or "", parts.selection or "", parts.held_out or "")
+        data = open_parts(*named, opened, reading)
+    guard = None if parts.guard is None else open_examples(parts.guard, opened, reading)
+    return opened, data, guard
 
 
 @command
@@ -264,6 +268,10 @@ def verify(
         ),
     ] = None,
     weights: Weights = None,
+    guard: Annotated[
+        str | None,
+        typer.Option(help="Holds the examples of other kinds that --guard named."),
+    ] = None,
     task: Annotated[str | None, setting_option("task")] = None,
     batch_size: Annotated[int | None, setting_option("batch_size")] = None,
     options: Reading,
@@ -285,11 +293,13 @@ def verify(
         opened.model.to(device)
         if original is not None:
             original.to(device)
+        reading = options.data_options(task)
         found = verify_artifact(
             folder,
             opened.model,
-            open_examples(data, opened, options.data_options(task), part=PARTS.index("held_out")),
+            open_examples(data, opened, reading, part=PARTS.index("held_out")),
             original=original,
+            guard=None if guard is None else open_examples(guard, opened, reading),
             batch_size=batch_size,
             progress=TerminalProgress(),
         )

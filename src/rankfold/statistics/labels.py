@@ -15,7 +15,7 @@ from rankfold.data.parts import Batch, Part
 from rankfold.errors import InputError
 from rankfold.model.evaluation_mode import evaluation_mode
 from rankfold.tasks.evaluation import on_device, running
-from rankfold.tasks.losses import IGNORED, BatchLoss, Task, labels_of
+from rankfold.tasks.losses import IGNORED, TEXT, BatchLoss, Task, labels_of
 from rankfold.tasks.supervised import next_labels
 
 Curvature: TypeAlias = Literal["empirical", "sampled"]
@@ -23,9 +23,6 @@ Curvature: TypeAlias = Literal["empirical", "sampled"]
 # A model whose calibration loss is below this share of the loss of guessing (log K) has nearly
 # memorised its labels: their gradients say little about the curvature around the model.
 MEMORISED_SHARE = 0.15
-
-# Tasks whose examples are pieces of text.
-TEXT = ("causal-lm", "masked-lm", "seq2seq")
 
 # Share of the probability spread over all classes before labels are sampled.
 SMOOTHING = 0.1
