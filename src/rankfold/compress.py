@@ -16,6 +16,7 @@ from rankfold.machine.freed_memory import trim_freed_memory
 from rankfold.report.report import inspection
 from rankfold.result import Result, result_of
 from rankfold.search.damping import choose_damping
+from rankfold.search.guard import open_guard
 from rankfold.search.plans import favoured, mild_to_strong, of_size, within_margin
 from rankfold.search.round import Round, start_round
 from rankfold.search.study import open_inputs, study_of
@@ -60,8 +61,7 @@ def compact(
     """The smallest model whose mean loss is no worse than the original's by more than a margin.
 
     Where none is shown to be, the result holds the best one seen and its certificate doesn't hold.
-    With ``certified``, all sizes tried are tested, from mild to strong until the first that fails.
-    All else is as of ``lossless``.
+    With ``certified`` all sizes are tested, mild to strong until one fails; else as ``lossless``.
     """
     return _ready(model, data, margin, options).compact(margin=margin, certified=certified)
 
@@ -72,11 +72,12 @@ def prepare(model: nn.Module, data: object, **options: Unpack[Options]) -> Prepa
 
 
 def _ready(model: nn.Module, data: object, margin: float | None, given: Options) -> Preparation:
-    settings, loss, metrics, progress, offload = read_options(given, device_of(model))
+    settings, loss, metrics, guard, progress, offload = read_options(given, device_of(model))
     data = enough_held_out(data, settings, metrics, margin)
     trim_freed_memory()  # what opening the model left
     inputs = open_inputs(model, data, settings, loss=loss, metrics=metrics)
-    held_out = HeldOut.sealed(inputs.held_out, settings, metrics, margin)
+    guarded = open_guard(inputs, data, guard, settings, progress)
+    held_out = HeldOut.sealed(inputs.held_out, settings, metrics, margin, guarded)
     study = study_of(inputs, settings, progress=progress, offload=offload)
     if settings.damping == "auto":
         study, settings = choose_damping(study, settings, progress=progress)

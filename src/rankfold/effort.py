@@ -27,6 +27,7 @@ class Effort:
         compared_on: Share of the selection examples on which lengths of the step are compared.
         plans: How many plans a search within a margin measures in a round.
         refits: And how many it fits again.
+        guard: Texts of other kinds than the user's that are measured beside the verdict.
     """
 
     smaller_side: bool
@@ -41,6 +42,7 @@ class Effort:
     compared_on: float
     plans: int
     refits: int
+    guard: int
 
 
 # The settings that an effort decides where they are not given.
@@ -59,6 +61,7 @@ _STANDARD = Effort(
     compared_on=0.5,
     plans=7,
     refits=3,
+    guard=32,
 )
 
 EFFORTS: dict[EffortName, Effort] = {
@@ -75,7 +78,8 @@ EFFORTS: dict[EffortName, Effort] = {
         compared_on=0.25,
         plans=4,
         refits=1,
+        guard=16,
     ),
     "standard": _STANDARD,
-    "thorough": replace(_STANDARD, rounds=2, most_corrections=6, compared_on=1.0),
+    "thorough": replace(_STANDARD, rounds=2, most_corrections=6, compared_on=1.0, guard=64),
 }

@@ -26,6 +26,7 @@ from rankfold.data.parts import FEWEST, PARTS, USUAL_LIMITS, Data, Part
 from rankfold.errors import InputError
 from rankfold.files.digests import model_digest
 from rankfold.search.build import control
+from rankfold.search.guard import Guard
 from rankfold.search.study import Study, three_parts, units_of
 from rankfold.search.trial import Trial
 from rankfold.settings import Settings
@@ -47,6 +48,7 @@ class HeldOut:
     settings: Settings
     metrics: tuple[Metric, ...]
     _part: Part = field(repr=False)
+    _guard: Guard | None = field(default=None, repr=False)  # examples of other kinds
     # What is the same for every plan, evaluated once and only with a plan to test.
     _original: Evaluation | None = field(default=None, repr=False)
     _original_metrics: dict[str, Tensor] = field(default_factory=dict, repr=False)
@@ -55,15 +57,22 @@ class HeldOut:
 
     @classmethod
     def sealed(
-        cls, part: Part, settings: Settings, metrics: Sequence[Metric], margin: float | None
+        cls,
+        part: Part,
+        settings: Settings,
+        metrics: Sequence[Metric],
+        margin: float | None,
+        guard: Guard | None = None,
     ) -> HeldOut:
         """The part, where it could certify a margin; None for one that isn't known yet.
 
         Raises:
-            InputError: It has too few units.
+            InputError: It has too few units, or the guard has.
         """
-        held_out = cls(settings, tuple(metrics), part)
+        held_out = cls(settings, tuple(metrics), part, guard)
         held_out.check(margin)
+        if guard is not None and guard.stated:
+            _check_guard(guard, settings)
         return held_out
 
     @property
@@ -128,13 +137,19 @@ class HeldOut:
         opening = Opening(
             original=original,
             models=tuple(models),
-            examples=tuple(digest[:SHORT] for digest in self._part.digests),
+            examples=tuple(digest[:SHORT] for digest in self._digests()),
             verdict=verdict,
             seed=self.settings.seed,
         )
         past = history(opening, self._openings)
         self._openings.append(opening)
         return replace(past, kept=record(opening))
+
+    def _digests(self) -> list[str]:
+        """Of all examples that a verdict is made of."""
+        guard = self._guard
+        beside = guard.part if guard is not None and guard.stated else None
+        return [*self._part.digests, *(() if beside is None else beside.digests)]
 
     def _statement(self, trial: Trial, margin: float) -> Statement:
         """What will be claimed of a plan, from its selection data alone."""
@@ -171,7 +186,8 @@ class HeldOut:
         examples, answers = example_digests(self._part, seen)
         groups = None if self._part.groups is None else self._part.groups[:seen]
         original = self._original.first(seen)
-        evidence = Evidence(examples, answers, original, factorized, groups, values)
+        guard = None if self._guard is None else self._guard.of(trial, model)
+        evidence = Evidence(examples, answers, original, factorized, groups, values, guard)
         digest = self._part.take(range(seen)).digest
         certificate = evidence.certificate(statement, study.task.unit, digest)
         return Tested(model, statement, evidence, certificate, digests[-1])
@@ -228,6 +244,23 @@ class HeldOut:
             found = self._evaluated(trial, moved, "control on held-out data")
         self._controls.append((study, found))
         return found
+
+
+def _check_guard(guard: Guard, settings: Settings) -> None:
+    """Refuse a margin that so few examples of other kinds could never show.
+
+    Raises:
+        InputError: Says how many would.
+    """
+    margin, largest = settings.guard_margin or 0.0, settings.largest_change
+    least = None if largest is None else fewest_units(margin, largest, settings.confidence)
+    if least is not None and guard.units < least:
+        raise InputError(
+            f"there are {guard.units} examples of other kinds: too few to show a change of at most "
+            f"{margin:g} where one may change by {largest:g}, even if none changes at all. That "
+            f"needs {least} examples. Give more with guard= (and held_out_limit=), or state a "
+            "larger guard_margin=, or a smaller largest_change=."
+        )
 
 
 def enough_held_out(

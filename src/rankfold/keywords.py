@@ -19,6 +19,8 @@ class Options(SettingKeywords, total=False):
     Attributes:
         loss: ``loss(model, batch)`` giving one loss per example, where it isn't recognised.
         metrics: Certified beside the loss; those with a margin must hold too.
+        guard: Examples of other kinds than the data, on which the change of the loss is measured
+            too, or certified (``guard_margin``). By default text that a language model writes.
         progress: For example ``rankfold.TerminalProgress()``.
         offload_folder: Statistics, steps and spectra of all layers lie in files of this folder
             (``rankfold.machine.offload``), not in memory; the model must be on the CPU.
@@ -26,6 +28,7 @@ class Options(SettingKeywords, total=False):
 
     loss: LossFunction | None
     metrics: Sequence[Metric]
+    guard: object
     progress: Progress | None
     offload_folder: str | Path | None
 
@@ -36,6 +39,7 @@ class Asked(NamedTuple):
     settings: Settings
     loss: LossFunction | None
     metrics: tuple[Metric, ...]
+    guard: object
     progress: Progress
     offload: Offload
 
@@ -57,6 +61,7 @@ def read_options(options: Options, device: str) -> Asked:
     if unknown:
         raise TypeError(f"there is no keyword {unknown[0]}; expected some of {', '.join(known)}")
     loss, metrics = settings.pop("loss", None), settings.pop("metrics", ())
+    guard = settings.pop("guard", None)
     progress, folder = settings.pop("progress", None), settings.pop("offload_folder", None)
     offload = Offload(None if folder is None else Path(cast("str", folder)))
     check_offload(offload, device)
@@ -64,6 +69,7 @@ def read_options(options: Options, device: str) -> Asked:
         Settings(**cast("Any", settings)),
         cast("LossFunction | None", loss),
         tuple(cast("Sequence[Metric]", metrics)),
+        guard,
         TrimmingProgress(cast("Progress | None", progress) or SilentProgress()),
         offload,
     )

@@ -284,6 +284,15 @@ class Settings:
             "Share of the accuracy that may be lost.", "Certificate", unset="only reported"
         ),
     )
+    guard_margin: float | None = field(
+        default=None,
+        metadata=_shown(
+            "Change of the mean loss on text of other kinds (guard), in nats, up to which the "
+            "verdict holds: both must then be shown.",
+            "Certificate",
+            unset="only reported",
+        ),
+    )
     private: bool = field(
         default=False,
         metadata=_shown(
@@ -357,6 +366,7 @@ class SettingKeywords(TypedDict, total=False):
     test: TestName
     largest_change: float | None
     accuracy_margin: float | None
+    guard_margin: float | None
     private: bool
     batch_size: int | None
 
@@ -404,6 +414,11 @@ def _check_ranges(settings: Settings) -> None:
         raise InputError("largest_change has no part in the t test; leave one of them out.")
     if settings.accuracy_margin is not None:
         check_metric_margin(ACCURACY, settings.accuracy_margin)
+    if settings.guard_margin is not None and not 0 <= settings.guard_margin < math.inf:
+        raise InputError(
+            f"guard_margin is {settings.guard_margin}; expected 0 or more, in nats of mean loss on "
+            "text of other kinds."
+        )
     for name in ("limit", "selection_limit", "held_out_limit"):
         value = getattr(settings, name)
         if value is not None and value < 4:

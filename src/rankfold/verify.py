@@ -6,7 +6,6 @@ Every check ends in one of three ways: it agrees, it differs (and says what), or
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from rankfold.artifact.manifest import MANIFEST_FILE, WEIGHTS_FILE, read_manifest
 from rankfold.artifact.recorded import check_read_alike, recorded_pooling
 from rankfold.certificate.certify import Certificate
+from rankfold.certificate.differences import differences
 from rankfold.certificate.document import (
     JSON_FILE,
     SHORT,
@@ -28,9 +28,12 @@ from rankfold.certificate.document import (
     document_digest,
     evidence_digest,
     read_document,
+    read_guard,
     read_statement,
     text_lines,
 )
+from rankfold.certificate.guard_afresh import guard_afresh
+from rankfold.certificate.other_kinds import OtherKinds
 from rankfold.certificate.statement import ACCURACY
 from rankfold.data.example import content_digest
 from rankfold.data.given import up_to
@@ -46,10 +49,10 @@ from rankfold.tasks.supervised import LossFunction
 
 Outcome: TypeAlias = Literal["agrees", "differs", "not checked"]
 
-EXACT = 1e-9  # relative: the same arithmetic on the same numbers, in any order of sums
 FLOAT32 = 1e-4  # relative to 1 + |loss|: another processor, number of threads or batch size
 HALF = 2e-2  # likewise in 16-bit types
 NAMED = 5  # examples or fields that a message names
+FRESH = "certificate from fresh losses"
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def verify(
     data: object,
     *,
     original: nn.Module | None = None,
+    guard: object = None,
     loss: LossFunction | None = None,
     metrics: Sequence[Metric] = (),
     collate: Collate | None = None,
@@ -112,6 +116,7 @@ def verify(
         model: The factorized model, as ``rankfold.load(folder)`` gives it.
         data: Examples among which the held-out ones are; they are found by their content.
         original: The original model, or None: its losses are then taken from the certificate.
+        guard: Examples among which those of other kinds are, where the user gave some.
         loss: As it was given for the certificate, where it was.
         metrics: Likewise.
         collate: Likewise.
@@ -139,18 +144,30 @@ def verify(
         checks.append(_losses(what, stored.factorized, after, tolerance))
     before, more = _original_losses(afresh, stored, tolerance)
     checks += more
-    what = "certificate from fresh losses"
     if before is None:
         detail = "single losses are private: give the original: original="
-        return Verification((*checks, Check(what, "not checked", detail)), None)
+        return Verification((*checks, Check(FRESH, "not checked", detail)), None)
     values, more = _metric_values(afresh, model, stored)
     checks += more
+    found, more = _guard(afresh, model, guard, collate, tolerance)
     groups = document["data"]["held_out_groups"]
-    fresh = Evidence(part.digests, [], before, after, groups, values).certificate(
+    evidence = Evidence(part.digests, [], before, after, groups, values, found)
+    return _concluded(document, part, evidence, [*checks, *more], tolerance)
+
+
+def _concluded(
+    document: Document, part: Part, evidence: Evidence, checks: list[Check], tolerance: float
+) -> Verification:
+    """The certificate of fresh losses, compared with what is stated."""
+    guard = evidence.guard
+    if guard is not None and guard.factorized is None and document["certificate"]["guard"]:
+        checks.append(Check(FRESH, "not checked", "give the examples of other kinds, too: guard="))
+        return Verification(tuple(checks), None)
+    fresh = evidence.certificate(
         read_statement(document), document["certificate"]["unit"], part.digest
     )
-    scale = tolerance * (1 + abs(after.mean))
-    checks.append(_certificates(what, document["certificate"], fresh, scale))
+    scale = tolerance * (1 + abs(evidence.factorized.mean))
+    checks.append(_certificates(FRESH, document["certificate"], fresh, scale))
     return Verification(tuple(checks), fresh)
 
 
@@ -178,8 +195,8 @@ class _Afresh:
     batch_size: int | None
     progress: Progress | None
 
-    def losses(self, model: nn.Module, stage: str) -> Evaluation:
-        """Of a model, by the task that the certificate names.
+    def losses(self, model: nn.Module, stage: str, part: Part | None = None) -> Evaluation:
+        """Of a model, by the task that the certificate names, on these examples or others.
 
         Raises:
             InputError: The data gives another task.
@@ -196,7 +213,7 @@ class _Afresh:
                 f"{task.name}; give the loss that the certificate was made with (from Python)."
             )
         return evaluate(
-            model, task, self.part,
+            model, task, part or self.part, finite=part is None,
             batch_size=self.batch_size, progress=self.progress, stage=stage,
         )  # fmt: skip
 
@@ -208,6 +225,23 @@ class _Afresh:
             )
             for metric in self.metrics
         }
+
+
+def _guard(
+    afresh: _Afresh, model: nn.Module, given: object, collate: Collate | None, tolerance: float
+) -> tuple[OtherKinds | None, list[Check]]:
+    """Losses on examples of other kinds, fresh where they are at hand."""
+    stated = read_guard(afresh.document)
+    if stated is None:
+        return None, []
+
+    def losses(one: nn.Module, part: Part) -> Evaluation:
+        return afresh.losses(one, "examples of other kinds", part)
+
+    models = (afresh.original, model)
+    plain = afresh.document["guard"]
+    again = guard_afresh(plain, stated, given, collate, losses, models, tolerance)
+    return again.found, [Check("losses on other kinds", again.outcome, again.detail)]
 
 
 def _original_losses(
@@ -274,6 +308,13 @@ def _files(folder: Path, document: Document) -> list[Check]:
     checks.append(Check(TEXT_FILE, _outcome(not detail), detail))
     manifest = read_manifest(folder)
     checks.append(_fields(f"certificate in {MANIFEST_FILE}", manifest.get("certificate"), document))
+    if document.get("guard") is not None:
+        row = manifest.get("guard") or {}
+        wrong = [key for key in row if row[key] != document["guard"].get(key)]
+        detail = f"{', '.join(wrong) or 'it'} is not what {JSON_FILE} says"
+        same = bool(row) and not wrong
+        what = f"other kinds in {MANIFEST_FILE}"
+        checks.append(Check(what, _outcome(same), "" if same else detail))
     plan = {
         layer["name"]: {key: layer.get(key) for key in ("rank", "second_rank")}
         for layer in manifest["layers"]
@@ -416,52 +457,8 @@ def _fields(what: str, stated: object, document: Document) -> Check:
 def _certificates(
     what: str, stated: Mapping[str, Any], found: Certificate, tolerance: float
 ) -> Check:
-    """Compare all fields, numbers within a tolerance; verdicts may differ only on the boundary."""
-    fresh = found.as_dict()
-    problems = [f"{key} is unknown" for key in stated if key not in fresh]
-    near = min(
-        abs(fresh["upper_bound"]),
-        abs(fresh["upper_bound"] - found.margin),
-        abs(fresh["lower_bound"] - found.margin),
-    )
-    for key, value in fresh.items():
-        if key in ("needed", "above", "share_above") and tolerance:
-            continue  # counts that move with the last digit
-        if key == "verdict" and near <= tolerance and stated.get(key) != value:
-            continue
-        if key == "metrics":
-            problems += _metric_problems(stated.get(key), value, tolerance)
-        elif not _close(stated.get(key), value, tolerance):
-            problems.append(f"{key}: {stated.get(key)!r} stated, {value!r} found")
+    problems = differences(stated, found, tolerance)
     return Check(what, _outcome(not problems), "; ".join(problems[:NAMED]))
-
-
-def _metric_problems(stated: object, found: list[dict[str, Any]], tolerance: float) -> list[str]:
-    if not isinstance(stated, list) or len(stated) != len(found):
-        return ["metrics: other ones stated"]
-    # A token or image on the edge may count otherwise on another machine.
-    slack = 100 * tolerance
-    return [
-        f"{new['name']} {key}: {old.get(key)!r} stated, {value!r} found"
-        for old, new in zip(stated, found, strict=True)
-        for key, value in new.items()
-        if not (key in ("p_value", "verdict") and tolerance)
-        and not (isinstance(old, Mapping) and _close(old.get(key), value, slack))
-    ]
-
-
-def _close(stated: object, found: object, tolerance: float) -> bool:
-    numbers = (int, float)
-    if (
-        isinstance(stated, numbers)
-        and isinstance(found, numbers)
-        and not isinstance(stated, bool)
-        and not isinstance(found, bool)
-    ):
-        return math.isclose(stated, found, rel_tol=EXACT, abs_tol=max(tolerance, 1e-12))
-    if isinstance(found, tuple):
-        found = list(found)
-    return stated == found
 
 
 def _outcome(same: bool) -> Outcome:

@@ -19,7 +19,6 @@ from rankfold.maths.shrinkage import held_out_damping
 from rankfold.model.layer_matrix import MatrixLayer
 from rankfold.statistics.labels import (
     MEMORISED_SHARE,
-    TEXT,
     calibration_loss,
     choose_curvature,
     noise_directions,
@@ -29,6 +28,7 @@ from rankfold.statistics.layer_statistics import LayerStatistics
 from rankfold.statistics.recorder import collect_statistics, halves
 from rankfold.statistics.trace import trace
 from rankfold.tasks.agreement import Teacher
+from rankfold.tasks.losses import TEXT
 from rankfold.tasks.supervised import CausalLM, Classification, Regression, UserLoss
 from tests.cases import normal
 from tests.small_models import (

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rankfold.certificate.certify import Verdict
+from rankfold.certificate.other_kinds import is_row
 from rankfold.data.input_settings import InputSettings
 from rankfold.errors import InputError, opening_an_artifact
 from rankfold.files.digests import file_digest, json_digest, tensors_digest
@@ -164,6 +165,8 @@ def read_report(folder: Path) -> Manifest:
         problems.append("accuracy")
     if _field(manifest.get("certificate"), "verdict") not in get_args(Verdict):
         problems.append("certificate.verdict")
+    if manifest.get("guard") is not None and not is_row(manifest["guard"]):
+        problems.append("guard")
     if problems:
         raise InputError(
             f"{folder / MANIFEST_FILE} is damaged: {', '.join(problems[:10])} missing or of the "

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias, cast
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 from torch import Tensor
@@ -28,6 +28,7 @@ from rankfold.errors import InputError
 from rankfold.tasks.evaluation import Evaluation
 
 Verdict: TypeAlias = Literal["better", "lossless", "not shown", "worse"]
+FROM_BEST: tuple[Verdict, ...] = get_args(Verdict)
 
 MOST_UNITS = 10**9  # beyond which a number of examples needed isn't given
 
@@ -111,6 +112,8 @@ class Certificate:
         needed: Units with which a model of this change would be shown lossless, as far as these
             data can tell; None where it is shown, or where the change is not below the margin.
         metrics: Accuracy, where the task has one, and the user's metrics.
+        guard: Of examples of other kinds, where a margin was stated for them: the verdict then
+            holds only if both do. All other fields are of the held-out part.
     """
 
     verdict: Verdict
@@ -134,6 +137,7 @@ class Certificate:
     share_above: float | None
     needed: int | None
     metrics: tuple[MetricChange, ...] = ()
+    guard: Certificate | None = None
 
     @property
     def holds(self) -> bool:
@@ -144,7 +148,15 @@ class Certificate:
         """Plain values for JSON."""
         plain = asdict(self)
         plain["metrics"] = [{**asdict(m), "verdict": m.verdict} for m in self.metrics]
+        plain["guard"] = None if self.guard is None else self.guard.as_dict()
         return plain
+
+    def guarded_by(self, guard: Certificate | None) -> Certificate:
+        """The same with the worse verdict of the two, where other examples have one."""
+        if guard is None:
+            return self
+        both = (self.verdict, guard.verdict)
+        return replace(self, guard=guard, verdict=max(both, key=FROM_BEST.index))
 
 
 def certify(

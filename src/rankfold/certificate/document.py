@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from rankfold.certificate.certify import Certificate, certify
+from rankfold.certificate.in_words import HELD_OUT, about, guard_words, lacking
+from rankfold.certificate.other_kinds import OtherKinds, is_row
 from rankfold.certificate.statement import Statement
 from rankfold.data.example import content_digest
 from rankfold.data.parts import Part
@@ -45,6 +47,7 @@ class Evidence:
         factorized: Of the factorized model.
         groups: ``(n,)`` groups, or None.
         metrics: The user's metrics by name: values of both models.
+        guard: Examples of other kinds, None where nothing is known of them.
     """
 
     examples: list[str]
@@ -53,10 +56,11 @@ class Evidence:
     factorized: Evaluation
     groups: list[str] | None
     metrics: Mapping[str, tuple[Tensor, Tensor]]
+    guard: OtherKinds | None = None
 
     def certificate(self, statement: Statement, unit: str, data_digest: str) -> Certificate:
         """The certificate that follows from it."""
-        return certify(
+        found = certify(
             self.original,
             self.factorized,
             statement,
@@ -65,6 +69,7 @@ class Evidence:
             groups=self.groups,
             metrics=self.metrics,
         )
+        return found.guarded_by(None if self.guard is None else self.guard.certificate())
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -101,7 +106,14 @@ class Evidence:
                 name: (_tensor(values["original"]), _tensor(values["factorized"]))
                 for name, values in plain["metrics"].items()
             },
+            guard=read_guard(document),
         )
+
+
+def read_guard(document: Mapping[str, Any]) -> OtherKinds | None:
+    """Examples of other kinds; None in older certificates, and where there are none."""
+    plain = document.get("guard")
+    return None if plain is None else OtherKinds.from_dict(plain)
 
 
 def _tensor(values: Sequence[float]) -> Tensor:
@@ -148,6 +160,7 @@ def make_document(
             "held_out_groups": evidence.groups,
         },
         "run": dict(run),
+        "guard": None if evidence.guard is None else evidence.guard.as_dict(private),
         "evidence": None if private else plain,
         "evidence_digest": evidence_digest(plain),
     }
@@ -194,8 +207,11 @@ def read_document(folder: Path) -> Document:
         for name in ("certificate", "statement", "models", "data", "run")
         if not isinstance(document.get(name), dict)
     ]
+    if document.get("guard") is not None and not is_row(document["guard"]):
+        problems.append("guard")
     try:
         read_statement(document)
+        read_guard(document)
         if document["evidence"] is not None:
             Evidence.from_dict(document["evidence"], document)
         for key in ("held_out_examples", "held_out_answers"):
@@ -221,7 +237,7 @@ def read_statement(document: Mapping[str, Any]) -> Statement:
 
 def text_lines(document: Mapping[str, Any]) -> list[str]:
     """The certificate as a person reads it."""
-    parts = (_claim, _found, _range, _metrics, _to_show_it, _data, _order, _origin)
+    parts = (_claim, _found, _range, _metrics, _to_show_it, _guard, _data, _order, _origin)
     return [line for part in parts for line in part(document)]
 
 
@@ -237,7 +253,25 @@ def _claim(document: Mapping[str, Any]) -> list[str]:
         f"original       {models['original']}",
         f"claim          the mean loss is at most {c['margin']:g} {c['unit']} above the original's"
         + ("" if c["highest"] is None else ", each example's change counted up to the range's end"),
+        *_about(document),
     ]
+
+
+def _about(document: Mapping[str, Any]) -> list[str]:
+    """Which data the claim speaks of; older certificates don't name them."""
+    parts, guard = document["data"]["parts"], document.get("guard")
+    if "source" not in parts["held_out"]:
+        return []
+    line = about(document["run"]["task"], parts, guard)
+    if guard is not None and document["certificate"].get("guard") is not None:
+        line += f", and on {guard['name']}: both must hold"
+    return [f"about          {line}"]
+
+
+def _guard(document: Mapping[str, Any]) -> list[str]:
+    """What is known of examples of other kinds; nothing in older certificates."""
+    guard = document.get("guard")
+    return [] if guard is None else [f"beside         {guard['name']}: {guard_words(guard)}"]
 
 
 def _found(document: Mapping[str, Any]) -> list[str]:
@@ -283,14 +317,19 @@ def _metrics(document: Mapping[str, Any]) -> list[str]:
 
 def _to_show_it(document: Mapping[str, Any]) -> list[str]:
     """How many units would show what these don't."""
-    c = document["certificate"]
-    if c["verdict"] != "not shown":
-        return []
     return [
-        "to show it     no number of examples would do: the measured change is not below the margin"
-        if c["needed"] is None
-        else f"to show it     about {c['needed']} units, if the change is what it seems"
+        f"to show it     no number of {what} would do: the measured change is not below the margin"
+        if needed is None
+        else f"to show it     about {needed} {what}, if the change is what it seems"
+        for what, needed in _lacking(document).items()
     ]
+
+
+def _lacking(document: Mapping[str, Any]) -> dict[str, int | None]:
+    """In the words of ``certificate.txt``."""
+    found = lacking(document["certificate"])
+    words = {HELD_OUT: "examples" if found.get(HELD_OUT, 0) is None else "units"}
+    return {words.get(what, what): needed for what, needed in found.items()}
 
 
 def _data(document: Mapping[str, Any]) -> list[str]:

@@ -168,10 +168,11 @@ def _compress(
     out = folders.output()
     with redirect_stdout(sys.stderr):
         tell(f"opening {visible(model)}")
-        opened, data = _opened(model, options, out, size)
+        opened, data, guard = _opened(model, options, out, size)
         result = algorithm(
             opened.model,
             data,
+            guard=guard,
             progress=TerminalProgress(),
             offload_folder=folders.offload_folder,
             **cast("SettingKeywords", vars(options.settings)),
@@ -191,8 +192,10 @@ def _compress(
     return result
 
 
-def _opened(model: str, options: Compressing, out: Path, size: float) -> tuple[OpenedModel, Data]:
-    """Model and data, where a model of this size can be saved.
+def _opened(
+    model: str, options: Compressing, out: Path, size: float
+) -> tuple[OpenedModel, Data, object]:
+    """Model, data, and examples of another kind, where a model of this size can be saved.
 
     Raises:
         InputError: Names what is wrong with one of them.
@@ -225,9 +228,12 @@ def _opened(model: str, options: Compressing, out: Path, size: float) -> tuple[O
         limits=limits_of(settings),
     )
     if parts.data is not None:
-        return opened, open_data(parts.data, opened, reading)
-    named = (parts.calibration or "", parts.selection or "", parts.held_out or "")
-    return opened, open_parts(*named, opened, reading)
+        data = open_data(parts.data, opened, reading)
+    else:
+        named = (parts.calibration or "", parts.selection or "", parts.held_out or "")
+        data = open_parts(*named, opened, reading)
+    guard = None if parts.guard is None else open_examples(parts.guard, opened, reading)
+    return opened, data, guard
 
 
 @command
@@ -280,6 +286,10 @@ def verify(
         ),
     ] = None,
     weights: Weights = None,
+    guard: Annotated[
+        str | None,
+        typer.Option(help="Holds the examples of other kinds that --guard named."),
+    ] = None,
     task: Annotated[str | None, setting_option("task")] = None,
     batch_size: Annotated[int | None, setting_option("batch_size")] = None,
     options: Reading,
@@ -307,6 +317,7 @@ def verify(
             opened.model,
             open_examples(data, opened, reading, part=PARTS.index("held_out")),
             original=original,
+            guard=None if guard is None else open_examples(guard, opened, reading),
             batch_size=batch_size,
             progress=TerminalProgress(),
         )

@@ -214,6 +214,10 @@ def _factorized_column(
         "change ± standard error": f"{certificate.change:+.4f} ± {certificate.standard_error:.4f}",
         f"change at most, {certificate.confidence:.0%} sure": f"{certificate.upper_bound:+.4f}",
     }
+    guard = report["guard"] or {}
+    if guard.get("change") is not None:
+        change, error = guard["change"], guard["standard_error"]
+        column["change on text of other kinds"] = f"{change:+.4f} ± {error:.4f}"
     for batch, speed in speeds.items():
         ratio = speed[name] / speed["original"]
         column[f"tokens a second, batch {batch}"] = f"{speed[name]:.0f} ({ratio:.2f}x)"
@@ -246,6 +250,7 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
         "± is the standard error over windows; the change's is paired.",
         "control: the dense model moved by the same gradient step. What it gains is adaptation to "
         "this kind of text, not compression; the rest of the difference is what compression costs.",
+        "text of other kinds: written by the original itself, outside the verdict.",
         f"Effort {EFFORT}, a first look: the default, standard, takes longer and loses less.",
     ]
 

@@ -15,7 +15,7 @@ from rankfold.artifact.manifest import MANIFEST_FILE
 from rankfold.artifact.weights_file import load_weights
 from rankfold.certificate.change import weighted_mean
 from rankfold.cli.told import told
-from rankfold.data.account import Account, ReadExamples, spread_of
+from rankfold.data.account import WRITTEN, Account, ReadExamples, spread_of
 from rankfold.data.given import as_examples, up_to
 from rankfold.data.input_settings import InputSettings
 from rankfold.data.parts import (
@@ -304,7 +304,7 @@ def _own_text(opened: OpenedModel, options: DataOptions, part: int) -> Examples:
     length = _length(opened, options)
     windows = hf.own_text(opened.model, count, length, seed << 20, TerminalProgress())
     lengths = spread_of([length] * count)
-    source = f"text that the model writes for the {PARTS[part].replace('_', '-')} part"
+    source = f"{WRITTEN} for the {PARTS[part].replace('_', '-')} part"
     inputs = InputSettings(length=length)
     account = Account(source, "window", count, count, lengths=lengths, inputs=inputs)
     return told(ReadExamples(windows, account))

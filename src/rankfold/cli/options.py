@@ -16,7 +16,7 @@ import typer
 from typer.models import OptionInfo
 
 from rankfold.artifact.manifest import MANIFEST_FILE
-from rankfold.cli.open import DataOptions
+from rankfold.cli.open import SELF, DataOptions
 from rankfold.cli.setting_options import chosen_settings, setting_parameters
 from rankfold.errors import InputError
 from rankfold.files.folder import check_output
@@ -195,6 +195,15 @@ class Parts:
         str | None,
         typer.Option(help="Data for the certificate, in place of --data.", rich_help_panel="Data"),
     ] = None
+    guard: Annotated[
+        str | None,
+        typer.Option(
+            help="Data of another kind than --data, read like it: what a smaller model loses there "
+            "stands beside the verdict.",
+            show_default="text that a language model writes itself",
+            rich_help_panel="Certificate",
+        ),
+    ] = None
 
     def check(self) -> None:
         """Refuse what is missing, or said twice.
@@ -211,6 +220,11 @@ class Parts:
         if self.data is None and not all(parts):
             raise InputError(
                 "data is missing; give --data, or all of --calibration, --selection and --held-out."
+            )
+        if self.guard == SELF:
+            raise InputError(
+                "--guard is self, which is what stands for it where it isn't given; leave it out, "
+                "or give other data."
             )
 
 

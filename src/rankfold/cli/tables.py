@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rankfold.certificate.in_words import about, guard_words, lacking
 from rankfold.cli.app import as_options
 from rankfold.errors import InputError, visible
 from rankfold.report.data_lines import data_lines
@@ -70,6 +71,11 @@ def result_table(report: dict[str, Any]) -> Table:
     if accuracy["original"] is not None:
         label = "held-out token accuracy" if "token" in unit else "held-out accuracy"
         table.add_row(label, *(f"{accuracy[k]:.4f}" for k in ("original", "factorized")))
+    guard = report.get("guard")
+    if guard is not None:
+        losses = [guard.get(key) for key in ("original", "factorized")]
+        shown = ["not measured" if value is None else f"{value:.4f}" for value in losses]
+        table.add_row(f"loss on {guard['name']}", *shown)
     return table
 
 
@@ -107,14 +113,7 @@ def result_lines(report: dict[str, Any]) -> list[str | Text]:
             f"({len(refit['residual'])} of them to the sums that they are part of), by "
             f"{refit['examples']} calibration examples; {refit['gain']:+.4f} on selection data"
         )
-    verdict = certificate["verdict"]
-    said = (
-        f": with {certificate['confidence']:.0%} confidence the change is at most "
-        f"{certificate['upper_bound']:+.4f} (margin {certificate['margin']:g} "
-        f"{certificate['unit']}, {certificate['examples']} held-out examples that nothing was "
-        "tuned on)"
-    )
-    lines.append(Text.assemble("verdict: ", (verdict, VERDICT_STYLE[verdict]), said))
+    lines += _verdict_lines(report)
     lines += certificate_lines(certificate)
     if report.get("agreement"):
         lines.append(
@@ -130,9 +129,30 @@ def result_lines(report: dict[str, Any]) -> list[str | Text]:
     return lines
 
 
+def _verdict_lines(report: dict[str, Any]) -> list[str | Text]:
+    """The verdict and which data it is about, and what is known of others."""
+    certificate, guard = report["certificate"], report.get("guard")
+    of, which = about(report["task"], report.get("data", {}), guard), ""
+    if guard is not None and certificate.get("guard") is not None:
+        of += f" and on {guard['name']} (both must hold)"
+        which = " on the first"
+    said = (
+        f", on {of}: with {certificate['confidence']:.0%} confidence the change{which} is at most "
+        f"{certificate['upper_bound']:+.4f} (margin {certificate['margin']:g} "
+        f"{certificate['unit']}, {certificate['examples']} held-out examples that nothing was "
+        "tuned on)"
+    )
+    verdict = certificate["verdict"]
+    found = [Text.assemble("verdict: ", (verdict, VERDICT_STYLE[verdict]), said)]
+    if guard is None:
+        return [*found]
+    words = as_options(guard_words(guard), [guard["source"]] if guard.get("source") else [])
+    return [*found, f"{guard['name']}: {words}"]
+
+
 def _data_lines(report: Mapping[str, Any]) -> list[str]:
     """As options, but for names of the user's columns, which may look like arguments."""
-    entries = (report, *report.get("data", {}).values())
+    entries = (report, *report.get("data", {}).values(), report.get("guard") or {})
     columns = [name for entry in entries for name in entry.get("columns_left_out") or ()]
     return [as_options(line, columns) for line in data_lines(report)]
 
@@ -155,13 +175,12 @@ def certificate_lines(certificate: dict[str, Any]) -> list[str]:
             f"{metric['name']}: at most {metric['upper_bound']:+.4f} is lost{margin}"
             + (f": {metric['verdict']}" if metric["verdict"] else "")
         )
-    if certificate["verdict"] == "not shown" and "needed" in certificate:
-        needed = certificate["needed"]
-        lines.append(
-            "more examples would not show it: the measured change is not below the margin"
-            if needed is None
-            else f"about {needed} held-out examples would show it, if the change is what it seems"
-        )
+    lines += [
+        f"more {what} would not show it: the measured change is not below the margin"
+        if needed is None
+        else f"about {needed} {what} would show it, if the change is what it seems"
+        for what, needed in lacking(certificate).items()
+    ]
     return lines
 
 

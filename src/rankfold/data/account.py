@@ -18,6 +18,7 @@ from rankfold.errors import InputError, visible
 NAMED = 5  # places that a line names
 KEPT = 100  # places that the report keeps
 SHOWN_CLASSES = 12
+WRITTEN = "text that the model writes"  # the source of what no file holds
 
 
 @dataclass(frozen=True)

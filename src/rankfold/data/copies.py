@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rankfold.data.example import Example, example_digest, example_input
-from rankfold.data.parts import FEWEST, Part, refuse_overlap
+from rankfold.data.parts import FEWEST, SAME, Part, refuse_overlap
 from rankfold.errors import InputError
 
 SHINGLE = 16  # consecutive tokens that are looked up in the other part, at most a quarter window
@@ -30,6 +30,7 @@ COPIED = 0.5  # share of a window's shingles in the other part from which it is 
 SHARED = 0.15  # share of all windows that hold a run from which it is a template's, no copy's
 OF_TEXT = ("input_ids", "token_type_ids", "position_ids", "decoder_input_ids")  # and masks
 FEWEST_SHARED = 5  # windows that hold it, at least
+ELSEWHERE = "the same input as an example of the calibration, selection or held-out part"
 TURNED = "an image of an earlier part, mirrored or turned by quarters"
 QUOTED = f"text of which {COPIED:.0%} or more stands in an earlier part"
 ALIKE = 0.95  # correlation of two images at 8 x 8 from which they are shown
@@ -94,10 +95,7 @@ def without_copies(parts: Sequence[Part]) -> list[Part]:
     """
     kept: list[Part] = []
     for part in parts:
-        copies: dict[int, str] = {}
-        for earlier in kept:
-            copies |= {number: QUOTED for number, _ in copied_windows(earlier, part)}
-            copies |= {number: TURNED for _, number in turned_images(earlier, part)}
+        copies = _copies(part, kept)
         left = part.without(copies)
         if len(left.examples) < FEWEST:
             raise InputError(
@@ -106,6 +104,26 @@ def without_copies(parts: Sequence[Part]) -> list[Part]:
             )
         kept.append(left)
     return kept
+
+
+def without_copies_of(part: Part, others: Sequence[Part]) -> Part:
+    """The part without examples that stand in others, or in itself before, whole or as copies."""
+    seen = {digest: ELSEWHERE for other in others for digest in other.digests}
+    copies: dict[int, str] = {}
+    for number, digest in enumerate(part.digests):
+        if digest in seen:
+            copies[number] = seen[digest]
+        seen.setdefault(digest, SAME)
+    return part.without({**_copies(part, others), **copies})
+
+
+def _copies(part: Part, others: Sequence[Part]) -> dict[int, str]:
+    """Numbers of the examples of a part that are copies of one of another's, and how so."""
+    copies: dict[int, str] = {}
+    for other in others:
+        copies |= {number: QUOTED for number, _ in copied_windows(other, part)}
+        copies |= {number: TURNED for _, number in turned_images(other, part)}
+    return copies
 
 
 def turned_images(first: Part, second: Part) -> list[tuple[int, int]]:

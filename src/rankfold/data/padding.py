@@ -17,13 +17,13 @@ TOKENS_A_BATCH = 512  # padding included
 class Padding:
     """Makes batches of mappings with ``input_ids``; what is longest in a batch is its length.
 
-    Inputs are padded by ``tokenizer.pad``, on its side and with its ids, as the collators of
-    transformers pad them for training; labels of tokens on the same side, by -100. Where there is
-    no padding token none is made up: each example is a batch.
+    Inputs are padded by ``tokenizer.pad`` with its ids, on its side if no other is given, as the
+    collators of transformers pad them for training; labels of tokens on the same side, by -100.
+    Where there is no padding token none is made up: each example is a batch.
 
     Args:
         tokenizer: Of the model.
-        pads: False where the model doesn't know the tokenizer's padding token.
+        pads: False where padding changes what the model gives, or it doesn't know the token.
         side: Where to pad, None for the tokenizer's side.
     """
 

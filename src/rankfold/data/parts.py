@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -127,6 +128,7 @@ class Part:
         columns: Names of columns that are left out of every example: texts.
         drawn_anew: Whether the data set gives other examples each time that it is read.
         places: Where each example stands in what the user gave; as here if None.
+        source: Name of the file or folder that they were read from, where one is known.
     """
 
     name: str
@@ -138,6 +140,7 @@ class Part:
     columns: tuple[str, ...] = ()
     drawn_anew: bool = False
     places: Sequence[Any] | None = field(default=None, repr=False)
+    source: str | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -164,6 +167,7 @@ class Part:
             self.columns,
             self.drawn_anew,
             [self.number(i) for i in indices],
+            self.source,
         )
 
     def number(self, place: int) -> Any:
@@ -187,6 +191,7 @@ class Part:
             "left_out": dict(self.left_out),
             "columns_left_out": [*self.columns],
             "drawn_anew": self.drawn_anew,
+            "source": self.source,
         }
 
     def spread(self, count: int) -> Part:
@@ -286,18 +291,32 @@ def _different(examples: GivenExamples, collate: Collate | None) -> list[int]:
 def select_part(data: Data, name: str, limit: int | None, seed: int) -> Part:
     """The examples of one part that a run uses: all, or ``limit`` of them drawn by ``seed``."""
     examples = up_to(getattr(data, name), limit)
+    chosen, indices = drawn(examples, limit, seed, f" ({LIMIT_NAMES[name]}=)")
+    part = as_part(name, chosen, data.collate)
+    if name != "held_out" or data.groups is None:
+        return part
+    return replace(part, groups=[str(data.groups[index]) for index in indices])
+
+
+def drawn(
+    examples: GivenExamples, limit: int | None, seed: int, by: str = ""
+) -> tuple[GivenExamples, list[int]]:
+    """All examples, or ``limit`` of them drawn by ``seed``, and their numbers.
+
+    Args:
+        examples: To draw from.
+        limit: How many at most, None for all.
+        seed: Decides which.
+        by: What says how many are used, for the reason why the others are left out.
+    """
     count = len(examples)
     indices = list(range(count))
     left_out = {}
     if limit is not None and limit < count:
         generator = torch.Generator().manual_seed(seed)
         indices = sorted(torch.randperm(count, generator=generator)[:limit].tolist())
-        left_out = {f"beyond the {limit} that are used ({LIMIT_NAMES[name]}=)": count - limit}
-    chosen = examples.take(indices, {**examples.left_out, **left_out})
-    part = as_part(name, chosen, data.collate)
-    if name != "held_out" or data.groups is None:
-        return part
-    return replace(part, groups=[str(data.groups[index]) for index in indices])
+        left_out = {f"beyond the {limit} that are used{by}": count - limit}
+    return examples.take(indices, {**examples.left_out, **left_out}), indices
 
 
 def as_part(name: str, examples: object, collate: Collate | None = None) -> Part:
@@ -333,6 +352,7 @@ def as_part(name: str, examples: object, collate: Collate | None = None) -> Part
         columns=tuple(dict.fromkeys(columns)),
         drawn_anew=drawn_anew,
         places=given.places,
+        source=None if given.account is None else Path(given.account.source).name,
     )
 
 

@@ -43,6 +43,7 @@ def record_examples(
     images: Callable[[], ImageReader] | None = None,
     takes: Collection[str] | None = None,
     pads: bool = True,
+    side: str | None = None,
     wording: Wording | None = None,
     inputs: InputSettings | None = None,
 ) -> ReadExamples | TableImages:
@@ -62,13 +63,14 @@ def record_examples(
         label_ids: The model's number of each label, or None.
         seed: Seeds the tokens that are hidden for masked-lm.
         images: Gives the function that reads images, where there are some.
-        takes: As of ``Tokens``, as are the next two.
+        takes: As of ``Tokens``, as are the next three.
         pads: Likewise.
+        side: Likewise.
         wording: Likewise.
         inputs: What an artifact records: its columns and features, where none are named.
 
     Raises:
-        InputError: A column is missing or of another type, or the tokenizer lacks something.
+        InputError: Names what is missing, of the wrong type, or what the tokenizer lacks.
     """
     source = registered_source(file)
     records = read_registered(source, file) if source else read_records(file)
@@ -78,7 +80,7 @@ def record_examples(
         return _image_examples(reading, picture, task, images())
     if tokenizer is None:
         return _table_examples(reading, task, None if inputs is None else inputs.features)
-    tokens = Tokens(tokenizer, length, takes, pads=pads, wording=wording)
+    tokens = Tokens(tokenizer, length, takes, pads=pads, side=side, wording=wording)
     if task == "token-classification":
         return _tagged(reading, tokens)
     if MESSAGES in records[0] and reading.columns.get(TEXT) is None:

@@ -125,5 +125,6 @@ def read_tokens(
 ) -> ReadExamples:
     """Examples made of tokens, with their account, padded a batch at a time."""
     lengths = [len(example["input_ids"]) for example in examples]
+    notes = notes if collate is not None else [*notes, *tokens.notes]
     account = reading.account(lengths, tokens, notes)
     return ReadExamples(examples, account, collate or tokens.collate)

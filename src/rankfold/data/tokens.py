@@ -13,6 +13,10 @@ from rankfold.data.padding import Padding
 from rankfold.errors import InputError
 
 MASK = "attention_mask"
+OTHER_SIDE = (
+    "texts are padded on the {side}: on the {own}, the tokenizer's side, padding may change what "
+    "the model gives"
+)
 
 
 class Wording(NamedTuple):
@@ -41,10 +45,12 @@ class Tokens:
         takes: Names that the model's forward takes; what else the tokenizer gives is left out, as
             in the training of transformers. None for any.
         pads: As of ``Padding``.
+        side: As of ``Padding``.
         wording: Of sources, None for texts as they are.
 
     Attributes:
         collate: Makes batches of them.
+        notes: What is told of how they are padded.
     """
 
     def __init__(
@@ -54,6 +60,7 @@ class Tokens:
         takes: Collection[str] | None = None,
         *,
         pads: bool = True,
+        side: str | None = None,
         wording: Wording | None = None,
     ) -> None:
         self.tokenizer, self.length, self.takes = tokenizer, length, takes
@@ -62,7 +69,9 @@ class Tokens:
         # Without a mask the model would read the padding.
         masks = MASK in getattr(tokenizer, "model_input_names", (MASK,))
         self.pads = pads and masks and (takes is None or MASK in takes)
-        self.collate = Padding(tokenizer, pads=self.pads)
+        self.collate = Padding(tokenizer, pads=self.pads, side=side)
+        own = getattr(tokenizer, "padding_side", side)
+        self.notes = () if side in (None, own) else (OTHER_SIDE.format(own=own, side=side),)
         try:
             self._nothing = self._encoded("an empty text", "")["input_ids"]
         except InputError:

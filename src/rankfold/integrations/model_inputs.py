@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 from torch import nn
 
 from rankfold.data.tokens import Wording
+from rankfold.integrations.padding_side import MASK, Side, harmless_side
 from rankfold.integrations.transformers import sentences_of, task_hint
 from rankfold.tasks.recognise import MULTI_LABEL
 
@@ -24,17 +25,26 @@ class Known(TypedDict):
 
     takes: frozenset[str] | None
     pads: bool
+    side: Side | None
     wording: Wording | None
 
 
 def known_inputs(model: nn.Module, tokenizer: Any) -> Known:
-    """The inputs that a model's forward names, whether padding is its own, how texts are worded."""
-    names = frozenset(inspect.signature(model.forward).parameters)
-    padding: Any = getattr(getattr(model, "config", None), "pad_token_id", None)
-    # Some classifiers look for the last token before the padding, by its id.
-    searched = task_hint(model) in ("classification", "regression", MULTI_LABEL)
-    pads = not searched or padding == getattr(tokenizer, "pad_token_id", None)
+    """The inputs that a model's forward names, how texts are worded, how they are padded.
+
+    Padding changes no output: a language model looks back alone, so behind its texts it does not.
+    """
+    forward = frozenset(inspect.signature(model.forward).parameters)
+    takes = forward if "input_ids" in forward else None
     sentences = sentences_of(model)
     wording = None if sentences is None else sentences.wording()
-    takes = names if "input_ids" in names else None
-    return {"takes": takes, "pads": pads, "wording": wording}
+    padding: Any = getattr(getattr(model, "config", None), "pad_token_id", None)
+    own = getattr(tokenizer, "pad_token_id", None)
+    hint = task_hint(model)
+    # Some classifiers look for the last token before the padding, by its id.
+    searched = hint in ("classification", "regression", MULTI_LABEL)
+    pads = isinstance(own, int) and (not searched or padding == own)
+    if not pads or (takes is not None and MASK not in takes):
+        return {"takes": takes, "pads": pads, "side": None, "wording": wording}
+    side: Side | None = "right" if hint == "causal-lm" else harmless_side(model, tokenizer, takes)
+    return {"takes": takes, "pads": side is not None, "side": side, "wording": wording}

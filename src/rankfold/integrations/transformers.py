@@ -286,7 +286,12 @@ def writes_text(model: nn.Module) -> bool:
 
 
 def own_text(
-    model: nn.Module, count: int, length: int, seed: int, progress: Progress | None = None
+    model: nn.Module,
+    count: int,
+    length: int,
+    seed: int,
+    progress: Progress | None = None,
+    at_once: int = OWN_TEXTS_AT_ONCE,
 ) -> list[Tensor]:
     """Windows of texts that the model writes itself, each from a token drawn from all there are.
 
@@ -300,6 +305,7 @@ def own_text(
         length: Tokens a window, the first one included.
         seed: Decides what is written; torch's own random state is untouched.
         progress: Shows the windows.
+        at_once: Texts a batch; it decides what is written, too.
 
     Returns:
         ``(length,)`` int64 tensors.
@@ -312,7 +318,7 @@ def own_text(
             f"{type(model).__name__} writes no text of its own; expected a causal language model "
             "of transformers. Give calibration data instead."
         )
-    texts = _own_texts(cast("Any", model), length, seed)
+    texts = _own_texts(cast("Any", model), length, seed, at_once)
     progress = progress or SilentProgress()
     drawn = itertools.islice(_filled(texts, length), count)
     return list(progress.track(drawn, "the model writes text", count))
@@ -327,7 +333,7 @@ def _filled(texts: Iterator[Tensor], length: int) -> Iterator[Tensor]:
         yield window[:length].clone()
 
 
-def _own_texts(hf: Any, length: int, seed: int) -> Iterator[Tensor]:
+def _own_texts(hf: Any, length: int, seed: int, at_once: int) -> Iterator[Tensor]:
     """Texts one after the other, each to where the model ends it, or of ``length`` tokens."""
     settings = copy.deepcopy(hf.generation_config)
     settings.update(
@@ -344,7 +350,7 @@ def _own_texts(hf: Any, length: int, seed: int) -> Iterator[Tensor]:
     while True:
         with torch.random.fork_rng(cuda), evaluation_mode(hf):
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-            ids = torch.randint(words, (OWN_TEXTS_AT_ONCE, 1)).to(device)
+            ids = torch.randint(words, (at_once, 1)).to(device)
             written = hf.generate(
                 ids, attention_mask=torch.ones_like(ids), generation_config=settings
             ).cpu()

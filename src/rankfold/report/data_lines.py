@@ -14,7 +14,9 @@ from typing import Any
 def source_lines(report: Mapping[str, Any]) -> list[str]:
     """What became of each source that the data were read from, as a report has it."""
     entries = report.get("sources")
-    found = entries if isinstance(entries, list) else []
+    found = [*entries] if isinstance(entries, list) else []
+    guard = report.get("guard")
+    found += [guard] if isinstance(guard, dict) else []
     told = [entry.get("told") for entry in found if isinstance(entry, dict)]
     lines = [line for some in told if isinstance(some, list) for line in some]
     return [line for line in lines if isinstance(line, str)]
@@ -29,6 +31,8 @@ def data_lines(report: Mapping[str, Any]) -> list[str]:
     parts = {
         f"the {name.replace('_', '-')} part": part for name, part in report.get("data", {}).items()
     }
+    if (guard := report.get("guard")) is not None:
+        parts["the examples of other kinds"] = guard
     lines: list[str] = []
     for where, entry in {"the data": report, **parts}.items():
         reasons = entry.get("left_out") or {}

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from rankfold.certificate.in_words import about, guard_words
 from rankfold.errors import visible
 from rankfold.report.data_lines import data_lines, source_lines
 from rankfold.settings import Settings
@@ -21,7 +22,7 @@ _PIPELINES = {
     "embedding": "feature-extraction",
 }
 _VERDICTS = {
-    "better": "it is better than the original on data like these",
+    "better": "it is better than the original",
     "lossless": "it is no worse than the original by more than the margin",
     "worse": "it is worse than the original by more than the margin",
     "not shown": "it is not shown to be within the margin; more held-out examples would decide it",
@@ -115,7 +116,7 @@ def _certificate(report: Mapping[str, Any]) -> str:
         f"{loss['original']:.4f} to {loss['factorized']:.4f}, a change of {c['change']:+.4f} ± "
         f"{c['standard_error']:.4f} (standard error) {c['unit']}. With {sure} confidence the "
         f"change is at most {c['upper_bound']:+.4f}; the margin was {c['margin']:g}.\n\n"
-        f"Verdict: **{c['verdict']}**: {_VERDICTS[c['verdict']]}."
+        f"Verdict: **{c['verdict']}**: on {_about(report)} {_VERDICTS[c['verdict']]}."
     )
     if loss["control_change"] is not None:
         text += (
@@ -127,10 +128,21 @@ def _certificate(report: Mapping[str, Any]) -> str:
             " No labels were used: the loss is the distance from the original model's outputs, so "
             "the verdict speaks of agreement with the original, not of being right."
         )
+    if (guard := report.get("guard")) is not None:
+        text += f"\n\n{guard['name'].capitalize()}: {as_shown(guard_words(guard))}."
     return text + (
-        "\n\nIt holds for data like the held-out part. `certificate.txt` says all of it; "
+        "\n\nThe verdict speaks of no other data. `certificate.txt` says all of it; "
         "`rankfold verify FOLDER --data HELDOUT` computes it again."
     )
+
+
+def _about(report: Mapping[str, Any]) -> str:
+    """Which data the verdict speaks of."""
+    guard = report.get("guard")
+    name = as_shown(about(report["task"], report["data"], guard))
+    if guard is None or guard.get("margin") is None:
+        return name
+    return f"{name} and on {guard['name']}, both of which must hold,"
 
 
 def _how(report: Mapping[str, Any], versions: Mapping[str, str]) -> str:

@@ -83,6 +83,7 @@ def report_of(
         ),
         "accuracy": {"original": original.accuracy, "factorized": factorized.accuracy},
         "certificate": certificate.as_dict(),
+        "guard": None if tested.evidence.guard is None else tested.evidence.guard.row(),
         "allocation": _allocation_report(here, chosen.plan),
         "damping": damping_report(study, settings),
         "device": device_of(subject.model),

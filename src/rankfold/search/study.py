@@ -42,7 +42,6 @@ from rankfold.search.subject import Subject
 from rankfold.settings import Settings
 from rankfold.statistics.embeddings import EmbeddingRecorder, EmbeddingStatistics
 from rankfold.statistics.labels import (
-    TEXT,
     Curvature,
     calibration_loss,
     choose_curvature,
@@ -52,7 +51,7 @@ from rankfold.statistics.layer_statistics import LayerStatistics, Whole
 from rankfold.statistics.recorder import collect_statistics
 from rankfold.statistics.trace import trace
 from rankfold.tasks.evaluation import Metric, check_fast_path, evaluate, metric_values
-from rankfold.tasks.losses import Task
+from rankfold.tasks.losses import TEXT, Task
 from rankfold.tasks.recognise import recognise_task
 from rankfold.tasks.repeated import refuse_random
 from rankfold.tasks.supervised import LossFunction
@@ -60,7 +59,7 @@ from rankfold.tasks.supervised import LossFunction
 OWN_TEXT = "own_text"  # the part that the model writes itself, beside the user's calibration part
 
 # Examples used by default: calibration, selection, held-out. A sequence has hundreds of terms.
-DEFAULT_LIMITS = dict.fromkeys(TEXT, (64, 32, 128))
+DEFAULT_LIMITS: dict[str, Limits] = dict.fromkeys(TEXT, (64, 32, 128))
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,14 @@ from rankfold.data.parts import Batch, Part
 from rankfold.errors import InputError
 from rankfold.model.evaluation_mode import evaluation_mode
 from rankfold.tasks.evaluation import on_device, running
-from rankfold.tasks.losses import IGNORED, BatchLoss, Task, labels_of
+from rankfold.tasks.losses import IGNORED, TEXT, BatchLoss, Task, labels_of
+from rankfold.tasks.supervised import next_labels
 
 Curvature: TypeAlias = Literal["empirical", "sampled"]
 
 # A model whose calibration loss is below this share of the loss of guessing (log K) has nearly
 # memorised its labels: their gradients say little about the curvature around the model.
 MEMORISED_SHARE = 0.15
-
-# Tasks whose examples are pieces of text.
-TEXT = ("causal-lm", "masked-lm", "seq2seq")
 
 # Share of the probability spread over all classes before labels are sampled.
 SMOOTHING = 0.1
@@ -74,10 +72,10 @@ def _is_labelled(task: Task, batch: Batch) -> bool:
         labels = ids if torch.is_tensor(ids) else None
     if labels is None or labels.dim() != 2:
         return True
-    mask = batch.get("attention_mask") if causal and isinstance(batch, Mapping) else None
-    if torch.is_tensor(mask) and mask.shape == labels.shape:
-        labels = labels.masked_fill(mask == 0, IGNORED)
-    return bool((labels[:, 1:] if causal else labels).ne(IGNORED).any())
+    if causal:
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        labels = next_labels(labels, mask if torch.is_tensor(mask) else None)
+    return bool(labels.ne(IGNORED).any())
 
 
 def calibration_loss(model: nn.Module, task: Task, part: Part) -> tuple[float, int | None]:

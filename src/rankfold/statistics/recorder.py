@@ -40,7 +40,6 @@ from rankfold.model.layer_matrix import (
 )
 from rankfold.statistics.embeddings import EmbeddingRecorder
 from rankfold.statistics.labels import (
-    TEXT,
     Curvature,
     noise_directions,
     sampled_losses,
@@ -48,7 +47,7 @@ from rankfold.statistics.labels import (
 from rankfold.statistics.layer_statistics import LayerStatistics, Whole
 from rankfold.statistics.sums import Sums, add_inputs
 from rankfold.tasks.evaluation import on_device, running
-from rankfold.tasks.losses import Task
+from rankfold.tasks.losses import TEXT, Task
 
 # No Gram has more numbers than the model has parameters, so many times.
 LARGEST_GRAM = 8

@@ -24,6 +24,7 @@ TaskName: TypeAlias = Literal[
     "regression", "teacher",
 ]  # fmt: skip
 TASKS: tuple[TaskName, ...] = get_args(TaskName)
+TEXT: tuple[TaskName, ...] = ("causal-lm", "masked-lm", "seq2seq")  # examples are pieces of text
 
 
 @dataclass(frozen=True)

@@ -44,15 +44,29 @@ class CausalLM:
         inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
         labels = whole_labels(cast("Tensor", inputs.pop("labels", inputs["input_ids"])))
         mask = inputs.get("attention_mask")
-        if mask is not None and mask.shape == labels.shape:
-            labels = labels.masked_fill(mask == 0, IGNORED)
-        elif mask is not None and "labels" not in batch:
+        if mask is not None and mask.shape != labels.shape and "labels" not in batch:
             raise InputError(
                 f"the attention_mask is {describe(mask)} for input_ids {describe(labels)}: it "
                 "doesn't say which tokens count. Give labels, -100 where a token doesn't."
             )
         logits = logits_of(call(model, inputs, wrapped=isinstance(batch, Mapping)))
-        return token_losses(logits[:, :-1], labels[:, 1:])
+        return token_losses(logits[:, :-1], next_labels(labels, mask))
+
+
+def next_labels(labels: Tensor, mask: Tensor | None) -> Tensor:
+    """What each position but the last is to predict, ``(n, length - 1)``.
+
+    Padding predicts nothing and isn't predicted: behind padding on the left a text's first token
+    is as little predicted as without.
+
+    Args:
+        labels: ``(n, length)``; -100 where there is none.
+        mask: The model's attention mask; one of another shape says nothing of tokens.
+    """
+    if mask is None or mask.shape != labels.shape:
+        return labels[:, 1:]
+    hidden = mask == 0
+    return labels[:, 1:].masked_fill(hidden[:, 1:] | hidden[:, :-1], IGNORED)
 
 
 class TokenLabels:
