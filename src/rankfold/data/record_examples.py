@@ -63,10 +63,10 @@ def record_examples(
         label_ids: The model's number of each label, or None.
         seed: Seeds the tokens that are hidden for masked-lm.
         images: Gives the function that reads images, where there are some.
-        takes: As of ``Tokens``, as are the next three.
-        pads: Likewise.
-        side: Likewise.
-        wording: Likewise.
+        takes: As of ``Tokens``; likewise pads, side, wording.
+        pads: As said.
+        side: As said.
+        wording: As said.
         inputs: What an artifact records: its columns and features, where none are named.
 
     Raises:
@@ -75,8 +75,8 @@ def record_examples(
     source = registered_source(file)
     records = read_registered(source, file) if source else read_records(file)
     reading = Reading(file, records, columns, label_ids, inputs=inputs)
-    texts_here = tokenizer is not None and TEXT in reading
-    if images is not None and not texts_here and (picture := _image_column(records)) is not None:
+    picture = None if tokenizer is not None and TEXT in reading else _image_column(records)
+    if images is not None and picture is not None:
         return _image_examples(reading, picture, task, images())
     if tokenizer is None:
         return _table_examples(reading, task, None if inputs is None else inputs.features)
@@ -87,12 +87,10 @@ def record_examples(
         return conversation_examples(reading, tokens)
     if task == "masked-lm":
         return text_examples(reading, tokens, task, seed)
-    kind = _answer(reading, task)
-    if kind is not None:
+    if (kind := _answer(reading, task)) is not None:
         return _answered(reading, tokens, task, kind)
-    if task in ("embedding", "teacher"):
-        return text_examples(reading, tokens)
-    return _windows(reading, tokens)
+    alone = task in ("embedding", "teacher")
+    return text_examples(reading, tokens) if alone else _windows(reading, tokens)
 
 
 def _answer(reading: Reading, task: str | None) -> str | None:
