@@ -23,7 +23,8 @@ from rankfold.artifact.weights_file import load_weights
 from rankfold.cli import open as cli_open
 from rankfold.cli.open import open_model
 from rankfold.integrations.as_asked import as_asked
-from rankfold.integrations.transformers import load_folder, load_gguf
+from rankfold.integrations.gguf import load_gguf
+from rankfold.integrations.transformers import load_folder
 from tests.small_models import mlp, same_state, seeded, state, tiny_llama
 from tests.test_families import FAMILIES
 from tests.tiny_language_model import tiny_tokenizer

@@ -46,6 +46,7 @@ from rankfold.data.text_examples import line_examples, window_examples
 from rankfold.data.tokens import Tokens
 from rankfold.errors import InputError
 from rankfold.integrations import transformers as hf
+from rankfold.integrations.gguf import load_gguf
 from rankfold.integrations.lengths import default_length, most_tokens, only_length
 from rankfold.integrations.model_inputs import known_inputs, label_ids
 from rankfold.integrations.pixels import Pixels, pixels_of
@@ -151,7 +152,7 @@ def open_model(
             "own weights."
         )
     if path.suffix == ".gguf":
-        model, tokenizer = hf.load_gguf(path)
+        model, tokenizer = load_gguf(path)
         return OpenedModel(model, tokenizer, None)
     if path.is_dir():
         if (path / MANIFEST_FILE).is_file():

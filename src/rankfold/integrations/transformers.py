@@ -24,7 +24,6 @@ from rankfold.files.tensors import read_names
 from rankfold.integrations.as_asked import (
     GENERATION_FILE,
     as_asked,
-    check_loaded,
     load_weights_of,
     opening,
     saving,
@@ -170,34 +169,6 @@ def load_folder(folder: Path) -> nn.Module:
         model_class = _without_head(folder, model_class)
     model = load_weights_of(folder, model_class, config)
     return cast("nn.Module", model.eval())
-
-
-def load_gguf(file: Path) -> tuple[nn.Module, Any]:
-    """The model (dequantized to float32) and tokenizer of a GGUF file.
-
-    Raises:
-        InputError: No such file, or transformers can't read it.
-    """
-    transformers = require("transformers", "transformers")
-    require("gguf", "transformers")
-    if not file.is_file():
-        raise InputError(f"no such GGUF file: {file}")
-    arguments: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-    with opening(file), as_asked(file):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), **arguments)
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
-            str(file.parent),
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **arguments,
-        )
-        check_loaded(model, found, file)
-    # The weights are plain float32 now: without this, saving would claim they are GGUF.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None
-    return model.eval(), tokenizer
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -226,7 +226,7 @@ def _written(inputs: Inputs, settings: Settings, progress: Progress | None) -> G
     if length < 2:
         return without("the calibration examples have no token that follows another")
     try:
-        windows = own_text(model, count, length, seed, progress, min(count, AT_ONCE))
+        windows = own_text(model, count, length, seed, progress, min(2 * count, AT_ONCE))
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # a model of the user's raises what it likes
