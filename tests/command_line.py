@@ -19,7 +19,12 @@ from torch.nn import functional
 
 TIMEOUT = 200  # seconds
 # What most runs would import for themselves; what isn't installed is passed over.
-IMPORTED_BEFORE = ["rankfold.cli", "transformers.models.auto.modeling_auto"]
+IMPORTED_BEFORE = [
+    "rankfold.cli",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.bert.modeling_bert",
+]
 
 NET = '''
 """A user's own model and data."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from typing_extensions import Unpack
 
-from rankfold.certificate.statement import DEFAULT_MARGIN
+from rankfold.certificate.statement import DEFAULT_MARGIN, check_margin
 from rankfold.held_out import HeldOut, enough_held_out
 from rankfold.keywords import Options, read_options
 from rankfold.machine.device import device_of
@@ -46,7 +46,8 @@ def lossless(
         InputError: Names the input, what was expected, and what to do.
     """
     check_size(size, size_of)
-    return _ready(model, data, margin, options).lossless(size, size_of=size_of, margin=margin)
+    ready = _ready(model, data, check_margin(margin), options)
+    return ready.lossless(size, size_of=size_of, margin=margin)
 
 
 def compact(
@@ -59,11 +60,11 @@ def compact(
 ) -> Result:
     """The smallest model whose mean loss is no worse than the original's by more than a margin.
 
-    Where none is shown to be, the result holds the best one seen and its certificate doesn't hold.
-    With ``certified``, all sizes tried are tested, from mild to strong until the first that fails.
-    All else is as of ``lossless``.
+    Arguments are those of ``lossless``. Where none is shown to be, the result holds the best one
+    seen, and its certificate doesn't hold. ``certified`` tests all sizes tried, mild to strong.
     """
-    return _ready(model, data, margin, options).compact(margin=margin, certified=certified)
+    ready = _ready(model, data, check_margin(margin), options)
+    return ready.compact(margin=margin, certified=certified)
 
 
 def prepare(model: nn.Module, data: object, **options: Unpack[Options]) -> Preparation:

@@ -34,9 +34,10 @@ from rankfold.certificate.statement import ACCURACY
 from rankfold.data.example import content_digest
 from rankfold.data.given import up_to
 from rankfold.data.parts import LIMIT_NAMES, USUAL_LIMITS, Collate, Part, as_part, enough_for
-from rankfold.errors import InputError
+from rankfold.errors import FOLDER, MODEL, InputError, check_kind
 from rankfold.files.digests import model_digest, tensors_digest
 from rankfold.files.tensors import read_tensors
+from rankfold.keywords import check_functions
 from rankfold.machine.progress import Progress
 from rankfold.tasks.evaluation import Evaluation, Metric, evaluate, metric_values
 from rankfold.tasks.losses import TASKS
@@ -120,7 +121,13 @@ def verify(
     Raises:
         InputError: The artifact has no certificate, or the data holds none of its examples.
     """
+    check_kind("the folder", folder, (str, Path), FOLDER)
+    check_kind("the model", model, nn.Module, MODEL)
+    if original is not None:
+        check_kind("original", original, nn.Module, MODEL)
+    check_functions(loss, metrics)
     path = Path(folder)
+    read_manifest(path)  # what is no artifact has no certificate either
     document = read_document(path)
     checks = [*_files(path, document), *_numbers(document)]
     part, more = _find(document, data, collate)

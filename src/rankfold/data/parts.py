@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, TypeAlias
@@ -29,7 +29,7 @@ from rankfold.data.example import (
 )
 from rankfold.data.given import GivenExamples, LeftOut, as_examples, up_to
 from rankfold.data.padding import Padding
-from rankfold.errors import InputError
+from rankfold.errors import InputError, check_kind
 
 Batch: TypeAlias = Any
 Examples: TypeAlias = Sequence[Example]
@@ -93,6 +93,7 @@ class Data:
         refuse_two_meanings(self.accounts)
         if self.groups is None:
             return
+        check_kind("groups", self.groups, Sized, "a list with the group of each held-out example")
         held_out = len(up_to(self.held_out, len(self.groups) + 1))
         if len(self.groups) != held_out:
             raise InputError(

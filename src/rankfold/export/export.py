@@ -19,7 +19,7 @@ from torch import nn
 
 from rankfold.artifact.load import load
 from rankfold.artifact.manifest import WEIGHTS_FILE, library_versions, read_manifest
-from rankfold.errors import InputError
+from rankfold.errors import FOLDER, MODEL, InputError, check_kind
 from rankfold.export.dense import Dense
 from rankfold.export.example_inputs import Given
 from rankfold.export.pairs import Pairs
@@ -93,6 +93,10 @@ def export(
         InputError: Not an artifact, or not of this model; a layer has no such form; the model
             can't be traced, or its program computes something else; ``out`` can't be written.
     """
+    for name, given in (("the folder", folder), ("out", out)):
+        check_kind(name, given, (str, Path), FOLDER)
+    if model is not None:
+        check_kind("the model", model, nn.Module, MODEL)
     target = target_of(to)
     check_options(target, {"inputs": inputs, "dtype": dtype})
     if dtype is not None and dtype not in DTYPES:

@@ -141,6 +141,13 @@ def evaluate(
             of_part = f"a batch of the {part.name.replace('_', '-')} part"
             with running(batch, what=of_part, whose=getattr(task, "what", None)):
                 result = task.batch_loss(model, batch)
+            if len(result.losses) != len(examples):
+                raise InputError(
+                    f"{of_part} has {len(examples)} examples, and {len(result.losses)} losses came "
+                    "back; expected one an example. The collate function makes a batch of all "
+                    "examples that it is given, and a loss function gives a value for each "
+                    "(reduction='none')."
+                )
             results.append(BatchLoss(result.losses, result.terms, None, result.correct))
     losses = torch.cat([r.losses for r in results]).double().cpu()
     if finite and not bool(torch.isfinite(losses).all()):
@@ -207,9 +214,7 @@ def running(
         yield
     except (InputError, torch.cuda.OutOfMemoryError):
         raise
-    except (
-        RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError,
-    ) as error:  # fmt: skip
+    except Exception as error:
         what = f"{what}, {describe(batch)}, gave {_raised(error)}"
         if as_given is not None and _runs(as_given):
             raise InputError(
