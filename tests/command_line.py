@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -199,6 +200,7 @@ def _command(
     command: Sequence[str], cwd: Path, variables: Mapping[str, str], said: Sequence[Path]
 ) -> None:
     """Be the command: its folder, its variables, its arguments, its output in these files."""
+    gc.freeze()  # collections pass over what was imported before: its memory stays shared
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(variables)

@@ -308,6 +308,7 @@ def _models(folder: Path) -> None:
     (folder / "remote" / "config.json").write_text(json.dumps(remote))
     (folder / "hub" / "snapshots" / "abc").mkdir(parents=True)
     (folder / "hub" / "refs").mkdir()
+    (folder / "hub" / "snapshots" / "abc" / "config.json").write_text("{}")
     (folder / "text.gguf").write_text("no GGUF")
     (folder / "head.gguf").write_bytes(b"GGUF\x03\0\0\0")
 
@@ -333,7 +334,7 @@ def _artifacts(folder: Path) -> None:
     edited("newer", lambda found: found.update(format_version=99))
     edited("layerless", lambda found: found.pop("layers"))
     edited("ranked", lambda found: found["layers"][0].update(rank=-3))
-    edited("formed", lambda found: found["layers"][0].update(form="spiral"))
+    edited("formed", lambda found: [layer.update(form="spiral") for layer in found["layers"]])
     edited("larger", lambda found: found["loss"].update(factorized=0.0))
     edited("unmodelled", lambda found: found.update(model="net"))
     other("weightless", "model.safetensors").unlink()

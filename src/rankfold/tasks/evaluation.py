@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rankfold.data.example import describe
 from rankfold.data.parts import Batch, Part
-from rankfold.errors import InputError
+from rankfold.errors import InputError, check_kind
 from rankfold.machine.progress import Progress, SilentProgress
 from rankfold.model.evaluation_mode import evaluation_mode
 from rankfold.tasks.losses import BatchLoss, Task
@@ -133,6 +134,10 @@ def evaluate(
         InputError: A loss is NaN or infinite.
     """
     progress = progress or SilentProgress()
+    if batch_size is not None:
+        check_kind("batch_size", batch_size, Integral, "a whole number of 1 or more")
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; expected 1 or more.")
     batches = part.batches(batch_size)
     results: list[BatchLoss] = []
     with evaluation_mode(model):
