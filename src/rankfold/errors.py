@@ -6,10 +6,10 @@ import importlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 
 MODEL = "an instance of an nn.Module, with its weights"
-FOLDER = "the path of a folder, a text or a pathlib.Path"
 
 
 class InputError(ValueError):
@@ -40,6 +40,17 @@ def check_kind(name: str, given: object, kinds: type | tuple[type, ...], expecte
     """
     if not isinstance(given, kinds) or isinstance(given, bool):
         raise of_another_kind(name, given, expected)
+
+
+def path_of(name: str, given: object) -> Path:
+    """The path of a folder that a text or a path says.
+
+    Raises:
+        InputError: It is neither.
+    """
+    if not isinstance(given, str | Path):
+        raise of_another_kind(name, given, "the path of a folder, a text or a pathlib.Path")
+    return Path(given)
 
 
 def of_another_kind(name: str, given: object, expected: str) -> InputError:

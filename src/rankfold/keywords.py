@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from rankfold.errors import FOLDER, check_kind, of_another_kind
+from rankfold.errors import of_another_kind, path_of
 from rankfold.machine.offload import Offload, check_offload
 from rankfold.machine.progress import Progress, SilentProgress, TrimmingProgress
 from rankfold.settings import SettingKeywords, Settings
-from rankfold.tasks.evaluation import Metric
+from rankfold.tasks.evaluation import Metric, check_functions
 from rankfold.tasks.supervised import LossFunction
 
 
@@ -29,24 +29,6 @@ class Options(SettingKeywords, total=False):
     metrics: Sequence[Metric]
     progress: Progress | None
     offload_folder: str | Path | None
-
-
-def check_functions(loss: object, metrics: object) -> None:
-    """Refuse a loss that can't be called, and metrics that are no list of ``Metric``.
-
-    Raises:
-        InputError: As said.
-    """
-    if loss is not None and not callable(loss):
-        expected = "a function of the model and a batch that gives one loss per example"
-        raise of_another_kind("loss", loss, expected)
-    check_kind("metrics", metrics, (list, tuple), "a list of rankfold.Metric")
-    for metric in cast("Sequence[object]", metrics):
-        check_kind("an entry of metrics", metric, Metric, "a rankfold.Metric")
-        function = cast("Any", metric).function
-        if not callable(function):
-            expected = "a function of the model and a batch"
-            raise of_another_kind("the function of a metric", function, expected)
 
 
 class Asked(NamedTuple):
@@ -81,9 +63,7 @@ def read_options(options: Options, device: str) -> Asked:
     if progress is not None and not hasattr(progress, "track"):
         expected = "an object such as rankfold.TerminalProgress()"
         raise of_another_kind("progress", progress, expected)
-    if folder is not None:
-        check_kind("offload_folder", folder, (str, Path), FOLDER)
-    offload = Offload(None if folder is None else Path(cast("str", folder)))
+    offload = Offload(None if folder is None else path_of("offload_folder", folder))
     check_offload(offload, device)
     return Asked(
         Settings(**cast("Any", settings)),

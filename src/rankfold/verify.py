@@ -34,12 +34,11 @@ from rankfold.certificate.statement import ACCURACY
 from rankfold.data.example import content_digest
 from rankfold.data.given import up_to
 from rankfold.data.parts import LIMIT_NAMES, USUAL_LIMITS, Collate, Part, as_part, enough_for
-from rankfold.errors import FOLDER, MODEL, InputError, check_kind
+from rankfold.errors import MODEL, InputError, check_kind, path_of
 from rankfold.files.digests import model_digest, tensors_digest
 from rankfold.files.tensors import read_tensors
-from rankfold.keywords import check_functions
 from rankfold.machine.progress import Progress
-from rankfold.tasks.evaluation import Evaluation, Metric, evaluate, metric_values
+from rankfold.tasks.evaluation import Evaluation, Metric, check_functions, evaluate, metric_values
 from rankfold.tasks.losses import TASKS
 from rankfold.tasks.recognise import recognise_task
 from rankfold.tasks.supervised import LossFunction
@@ -121,12 +120,8 @@ def verify(
     Raises:
         InputError: The artifact has no certificate, or the data holds none of its examples.
     """
-    check_kind("the folder", folder, (str, Path), FOLDER)
-    check_kind("the model", model, nn.Module, MODEL)
-    if original is not None:
-        check_kind("original", original, nn.Module, MODEL)
     check_functions(loss, metrics)
-    path = Path(folder)
+    path = path_of("the folder", folder)
     read_manifest(path)  # what is no artifact has no certificate either
     document = read_document(path)
     checks = [*_files(path, document), *_numbers(document)]
@@ -373,12 +368,14 @@ def _find(
 
 
 def _original(original: nn.Module, document: Document) -> Check:
+    check_kind("the original", original, nn.Module, MODEL)
     same = model_digest(original) == document["models"].get("original")
     detail = "" if same else "the model given is not the one that the certificate compares with"
     return Check("weights of the original", _outcome(same), detail)
 
 
 def _tolerance(model: nn.Module) -> float:
+    check_kind("the model", model, nn.Module, MODEL)
     types = {parameter.dtype for parameter in model.parameters()}
     return HALF if types & {torch.float16, torch.bfloat16} else FLOAT32
 

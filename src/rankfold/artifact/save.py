@@ -21,7 +21,7 @@ from rankfold.artifact.manifest import (
     library_versions,
     structure,
 )
-from rankfold.errors import FOLDER, check_kind
+from rankfold.errors import path_of
 from rankfold.files.digests import file_digest
 from rankfold.files.folder import check_output, folder_in_one_step
 from rankfold.files.tensors import METADATA
@@ -56,8 +56,7 @@ def save_artifact(
     Raises:
         InputError: The folder can't be written.
     """
-    check_kind("the folder", folder, (str, Path), FOLDER)
-    target = Path(folder)
+    target = path_of("the folder", folder)
     check_output(target, overwrite, MANIFEST_FILE)
     tensors, aliases = stored_tensors(model)
     orders = unusual_orders(tensors)

@@ -19,7 +19,7 @@ from torch import nn
 
 from rankfold.artifact.load import load
 from rankfold.artifact.manifest import WEIGHTS_FILE, library_versions, read_manifest
-from rankfold.errors import FOLDER, MODEL, InputError, check_kind
+from rankfold.errors import MODEL, InputError, check_kind, path_of
 from rankfold.export.dense import Dense
 from rankfold.export.example_inputs import Given
 from rankfold.export.pairs import Pairs
@@ -93,15 +93,11 @@ def export(
         InputError: Not an artifact, or not of this model; a layer has no such form; the model
             can't be traced, or its program computes something else; ``out`` can't be written.
     """
-    for name, given in (("the folder", folder), ("out", out)):
-        check_kind(name, given, (str, Path), FOLDER)
-    if model is not None:
-        check_kind("the model", model, nn.Module, MODEL)
     target = target_of(to)
     check_options(target, {"inputs": inputs, "dtype": dtype})
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}.")
-    source, out = Path(folder), Path(out)
+    source, out = path_of("the folder", folder), path_of("out", out)
     check_output(out, overwrite, EXPORT_FILE)
     opened = _opened(source, model, inputs, dtype)
     parameters = model_parameters(opened.model)  # before it may be changed
@@ -135,6 +131,8 @@ def _opened(
 ) -> OpenedArtifact:
     """The artifact with its model loaded, in the dtype asked for."""
     manifest = read_manifest(folder)
+    if model is not None:
+        check_kind("the model", model, nn.Module, MODEL)
     own = None if model is None else unwrapped(model)
     factorized = load(folder, model=copy.deepcopy(own))
     if dtype is not None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rankfold.data.example import describe
 from rankfold.data.parts import Batch, Part
-from rankfold.errors import InputError, check_kind
+from rankfold.errors import InputError, check_kind, of_another_kind
 from rankfold.machine.progress import Progress, SilentProgress
 from rankfold.model.evaluation_mode import evaluation_mode
 from rankfold.tasks.losses import BatchLoss, Task
@@ -40,6 +40,24 @@ class Metric:
     name: str
     function: LossFunction
     margin: float | None = None
+
+
+def check_functions(loss: object, metrics: object) -> None:
+    """Refuse a loss that can't be called, and metrics that are no list of ``Metric``.
+
+    Raises:
+        InputError: As said.
+    """
+    if loss is not None and not callable(loss):
+        expected = "a function of the model and a batch that gives one loss per example"
+        raise of_another_kind("loss", loss, expected)
+    check_kind("metrics", metrics, (list, tuple), "a list of rankfold.Metric")
+    for metric in cast("Sequence[object]", metrics):
+        check_kind("an entry of metrics", metric, Metric, "a rankfold.Metric")
+        function = cast("Any", metric).function
+        if not callable(function):
+            expected = "a function of the model and a batch"
+            raise of_another_kind("the function of a metric", function, expected)
 
 
 def metric_values(
