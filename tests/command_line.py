@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -19,7 +20,12 @@ from torch.nn import functional
 
 TIMEOUT = 200  # seconds
 # What most runs would import for themselves; what isn't installed is passed over.
-IMPORTED_BEFORE = ["rankfold.cli", "transformers.models.auto.modeling_auto"]
+IMPORTED_BEFORE = [
+    "rankfold.cli",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.bert.modeling_bert",
+]
 
 NET = '''
 """A user's own model and data."""
@@ -194,6 +200,7 @@ def _command(
     command: Sequence[str], cwd: Path, variables: Mapping[str, str], said: Sequence[Path]
 ) -> None:
     """Be the command: its folder, its variables, its arguments, its output in these files."""
+    gc.freeze()  # collections pass over what was imported before: its memory stays shared
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(variables)

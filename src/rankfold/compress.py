@@ -8,11 +8,10 @@ from typing import Any
 from torch import nn
 from typing_extensions import Unpack
 
-from rankfold.certificate.statement import DEFAULT_MARGIN
+from rankfold.certificate.statement import DEFAULT_MARGIN, check_margin
 from rankfold.held_out import HeldOut, enough_held_out
 from rankfold.keywords import Options, read_options
 from rankfold.machine.device import device_of
-from rankfold.machine.freed_memory import trim_freed_memory
 from rankfold.report.report import inspection
 from rankfold.result import Result, result_of
 from rankfold.search.damping import choose_damping
@@ -47,7 +46,8 @@ def lossless(
         InputError: Names the input, what was expected, and what to do.
     """
     check_size(size, size_of)
-    return _ready(model, data, margin, options).lossless(size, size_of=size_of, margin=margin)
+    ready = _ready(model, data, check_margin(margin), options)
+    return ready.lossless(size, size_of=size_of, margin=margin)
 
 
 def compact(
@@ -60,10 +60,11 @@ def compact(
 ) -> Result:
     """The smallest model whose mean loss is no worse than the original's by more than a margin.
 
-    Where none is shown to be, the result holds the best one seen and its certificate doesn't hold.
-    With ``certified`` all sizes are tested, mild to strong until one fails; else as ``lossless``.
+    Arguments are those of ``lossless``. Where none is shown to be, the result holds the best one
+    seen, and its certificate doesn't hold. ``certified`` tests all sizes tried, mild to strong.
     """
-    return _ready(model, data, margin, options).compact(margin=margin, certified=certified)
+    ready = _ready(model, data, check_margin(margin), options)
+    return ready.compact(margin=margin, certified=certified)
 
 
 def prepare(model: nn.Module, data: object, **options: Unpack[Options]) -> Preparation:
@@ -74,7 +75,6 @@ def prepare(model: nn.Module, data: object, **options: Unpack[Options]) -> Prepa
 def _ready(model: nn.Module, data: object, margin: float | None, given: Options) -> Preparation:
     settings, loss, metrics, guard, progress, offload = read_options(given, device_of(model))
     data = enough_held_out(data, settings, metrics, margin)
-    trim_freed_memory()  # what opening the model left
     inputs = open_inputs(model, data, settings, loss=loss, metrics=metrics)
     guarded = open_guard(inputs, data, guard, settings, progress)
     held_out = HeldOut.sealed(inputs.held_out, settings, metrics, margin, guarded)

@@ -6,7 +6,10 @@ import importlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
+
+MODEL = "an instance of an nn.Module, with its weights"
 
 
 class InputError(ValueError):
@@ -21,6 +24,42 @@ class ArtifactError(InputError):
 
     The message names the file or the field.
     """
+
+
+def check_kind(name: str, given: object, kinds: type | tuple[type, ...], expected: str) -> None:
+    """Refuse an argument that is of another kind; True and False are no numbers.
+
+    Args:
+        name: Of the argument.
+        given: Its value.
+        kinds: What it may be.
+        expected: The same in words.
+
+    Raises:
+        InputError: As said.
+    """
+    if not isinstance(given, kinds) or isinstance(given, bool):
+        raise of_another_kind(name, given, expected)
+
+
+def path_of(name: str, given: object) -> Path:
+    """The path of a folder that a text or a path says.
+
+    Raises:
+        InputError: It is neither.
+    """
+    if not isinstance(given, str | Path):
+        raise of_another_kind(name, given, "the path of a folder, a text or a pathlib.Path")
+    return Path(given)
+
+
+def of_another_kind(name: str, given: object, expected: str) -> InputError:
+    """The error for an argument, by its value where that is short."""
+    if given is None or isinstance(given, bool | int | float | str):
+        shown = repr(given)
+    else:
+        shown = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
+    return InputError(f"{name} is {shown}; expected {expected}.")
 
 
 @contextmanager

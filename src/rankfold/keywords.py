@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from rankfold.errors import of_another_kind, path_of
 from rankfold.machine.offload import Offload, check_offload
 from rankfold.machine.progress import Progress, SilentProgress, TrimmingProgress
 from rankfold.settings import SettingKeywords, Settings
-from rankfold.tasks.evaluation import Metric
+from rankfold.tasks.evaluation import Metric, check_functions
 from rankfold.tasks.supervised import LossFunction
 
 
@@ -63,7 +64,11 @@ def read_options(options: Options, device: str) -> Asked:
     loss, metrics = settings.pop("loss", None), settings.pop("metrics", ())
     guard = settings.pop("guard", None)
     progress, folder = settings.pop("progress", None), settings.pop("offload_folder", None)
-    offload = Offload(None if folder is None else Path(cast("str", folder)))
+    check_functions(loss, metrics)
+    if progress is not None and not hasattr(progress, "track"):
+        expected = "an object such as rankfold.TerminalProgress()"
+        raise of_another_kind("progress", progress, expected)
+    offload = Offload(None if folder is None else path_of("offload_folder", folder))
     check_offload(offload, device)
     return Asked(
         Settings(**cast("Any", settings)),

@@ -13,6 +13,7 @@ from typing import (
     Literal,
     TypeAlias,
     Union,
+    cast,
     get_args,
     get_origin,
     get_type_hints,
@@ -27,7 +28,7 @@ from rankfold.certificate.statement import (
     check_metric_margin,
 )
 from rankfold.effort import DECIDED, EFFORTS, Effort, EffortName
-from rankfold.errors import InputError
+from rankfold.errors import InputError, check_kind
 from rankfold.forms.storage import Storage
 from rankfold.maths.gradient import StepEstimator
 from rankfold.maths.linalg import Damping
@@ -453,12 +454,17 @@ def _check_kind(name: str, value: object, option: Option) -> None:
     }
     kinds = [kind for kind in known if kind in option.alternatives]
     of_texts = any(get_origin(kind) is Sequence for kind in option.alternatives)
-    if of_texts and (isinstance(value, str) or not isinstance(value, Iterable)):
+    if of_texts and not _are_texts(value):
         raise InputError(f"{name} is {value!r}; expected a list of patterns.")
     if (kinds or option.choices) and not any(known[kind] for kind in kinds):
         words = {bool: "True or False", int: "a whole number", float: "a number"}
         expected = " or ".join([*(words[kind] for kind in kinds), *option.choices])
         raise InputError(f"{name} is {value!r}; expected {expected}.")
+
+
+def _are_texts(value: object) -> bool:
+    is_list = isinstance(value, Iterable) and not isinstance(value, str)
+    return is_list and all(isinstance(one, str) for one in cast("Iterable[object]", value))
 
 
 def _check_damping(name: str, value: object, otherwise: str | None) -> None:
@@ -475,8 +481,9 @@ def check_size(size: float, size_of: SizeOf = "model") -> None:
         InputError: As said.
     """
     check_choice("size_of", size_of, get_args(SizeOf))
+    expected = (
+        "the share that is kept, a number above 0 and at most 1 (0.9 keeps 90 % of the parameters)"
+    )
+    check_kind("the size", size, Real, expected)
     if not 0 < size <= 1:
-        raise InputError(
-            f"the size is {size}; expected the share that is kept, above 0 and at most 1 "
-            "(0.9 keeps 90 % of the parameters)."
-        )
+        raise InputError(f"the size is {size}; expected {expected}.")

@@ -38,11 +38,11 @@ from rankfold.certificate.statement import ACCURACY
 from rankfold.data.example import content_digest
 from rankfold.data.given import up_to
 from rankfold.data.parts import LIMIT_NAMES, USUAL_LIMITS, Collate, Part, as_part, enough_for
-from rankfold.errors import InputError
+from rankfold.errors import MODEL, InputError, check_kind, path_of
 from rankfold.files.digests import model_digest, tensors_digest
 from rankfold.files.tensors import read_tensors
 from rankfold.machine.progress import Progress
-from rankfold.tasks.evaluation import Evaluation, Metric, evaluate, metric_values
+from rankfold.tasks.evaluation import Evaluation, Metric, check_functions, evaluate, metric_values
 from rankfold.tasks.losses import TASKS
 from rankfold.tasks.recognise import recognise_task
 from rankfold.tasks.supervised import LossFunction
@@ -126,7 +126,9 @@ def verify(
     Raises:
         InputError: The artifact has no certificate, or the data holds none of its examples.
     """
-    path = Path(folder)
+    check_functions(loss, metrics)
+    path = path_of("the folder", folder)
+    read_manifest(path)  # what is no artifact has no certificate either
     check_read_alike(path, data)
     document = read_document(path)
     checks = [*_files(path, document), *_numbers(document)]
@@ -413,12 +415,14 @@ def _find(
 
 
 def _original(original: nn.Module, document: Document) -> Check:
+    check_kind("the original", original, nn.Module, MODEL)
     same = model_digest(original) == document["models"].get("original")
     detail = "" if same else "the model given is not the one that the certificate compares with"
     return Check("weights of the original", _outcome(same), detail)
 
 
 def _tolerance(model: nn.Module) -> float:
+    check_kind("the model", model, nn.Module, MODEL)
     types = {parameter.dtype for parameter in model.parameters()}
     return HALF if types & {torch.float16, torch.bfloat16} else FLOAT32
 

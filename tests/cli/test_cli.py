@@ -11,9 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 from rankfold.settings import RESEARCH, setting_options
 from tests.command_line import environment, images, make_project, rankfold
@@ -204,126 +202,6 @@ def test_image_folder(work: Path) -> None:
             expect=2,
         )
         assert f"{data} is none. Leave the option away" in refused.stderr
-
-
-def _write_bad_files(folder: Path) -> None:
-    (folder / "empty.txt").write_text("")
-    (folder / "short.txt").write_text("Too short a text to be split in three.")
-    (folder / "latin.txt").write_bytes("café".encode("latin-1") * 400)
-    (folder / "one" / "only").mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(folder / "one" / "only" / "a.png")
-    x, y = images(400, seed=3)
-    np.savez(folder / "labels.npz", x=x, y=y + 7)
-    nan = x[:, None].astype(np.float32)
-    nan[17] = np.nan
-    np.savez(folder / "nan.npz", x=nan, y=y)
-    np.savez(folder / "noy.npz", x=x)
-    np.savez(folder / "few.npz", x=x[:9], y=y[:9])
-    np.savez(folder / "colour.npz", x=np.repeat(x[..., None], 3, axis=3), y=y)
-    np.savez(folder / "object.npz", x=np.array([{}, {}], dtype=object), y=y[:2])
-    (folder / "full").mkdir()
-    (folder / "full" / "mine.txt").write_text("keep me")
-    weights = load_file(folder / "net.safetensors")
-    save_file({**weights, "out.weight": torch.zeros(5, 64)}, folder / "shape.safetensors")
-    save_file({**weights, "extra": torch.zeros(1)}, folder / "extra.safetensors")
-    save_file(
-        {**weights, "conv.weight": torch.full_like(weights["conv.weight"], torch.nan)},
-        folder / "nan.safetensors",
-    )
-    (folder / "broken.safetensors").write_bytes(b"not safetensors at all")
-    torch.save(weights, folder / "net.pth")
-    (folder / "novice").mkdir()
-    (folder / "novice" / "config.json").write_text('{"model_type": "no-such-model"}')
-
-
-def _lossless(*changes: str) -> tuple[str, ...]:
-    """The good command with some options changed."""
-    values = dict(zip(LOSSLESS[2::2], LOSSLESS[3::2], strict=True))
-    arguments = list(changes)
-    model = arguments.pop(0) if arguments and not arguments[0].startswith("--") else LOSSLESS[1]
-    values.update(zip(arguments[::2], arguments[1::2], strict=True))
-    if ".py" not in model:
-        values.pop("--weights")
-    given = (pair for pair in values.items() if pair[1] != "")
-    return ("lossless", model, *(word for pair in given for word in pair))
-
-
-BAD = {
-    "missing data": (_lossless("--data", "no.npz"), ["no.npz does not exist"]),
-    "empty text": (_lossless("--data", "empty.txt"), ["empty.txt is empty"]),
-    "text without tokenizer": (_lossless("--data", "net.py"), ["net.py", "tokenizer"]),
-    "one class": (_lossless("--data", "one"), ["one class folder only", "two or more"]),
-    "labels": (_lossless("--data", "labels.npz"), ["outside the model's 4 logits"]),
-    "nan data": (_lossless("--data", "nan.npz"), ["nan.npz", "NaN", "example 17"]),
-    "no y": (_lossless("--data", "noy.npz"), ["noy.npz holds x", "x and y"]),
-    "few": (_lossless("--data", "few.npz"), ["9 different examples", "too few"]),
-    "object array": (_lossless("--data", "object.npz"), ["object.npz", "no pickles"]),
-    "pickle data": (_lossless("--data", "net.pth"), ["net.pth", ".pth"]),
-    "channels": (_lossless("--data", "colour.npz"), ["model can't run on the data", "3 channels"]),
-    "python data": (_lossless("--data", "net.py:nothing"), ["net.py has no nothing"]),
-    "size 0": (_lossless("--size", "0"), ["size is 0.0", "above 0 and at most 1"]),
-    "size 1.5": (_lossless("--size", "1.5"), ["size is 1.5"]),
-    "size nan": (_lossless("--size", "nan"), ["size is nan"]),
-    "size too small": (_lossless("--size", "0.001"), ["too small", "larger size"]),
-    "margin": (_lossless("--margin", "-0.1"), ["margin is -0.1", "0 or more"]),
-    "objective": (_lossless("--objective", "magic"), ["'magic'", "joint"]),
-    "too large for the GPU": (_lossless("net.py:hungry"), ["GPU's memory", "--device cpu"]),
-    "device": (_lossless("--device", "gpu"), ["device is 'gpu'", "cpu, cuda"]),
-    "device without float64": (_lossless("--device", "mps"), ["'mps'", "no float64"]),
-    "device that is not there": (_lossless("--device", "cuda:99"), ["'cuda:99'", "sees"]),
-    "limit": (_lossless("--limit", "2"), ["limit is 2", "at least 4"]),
-    "pattern": (_lossless("--include", "fc*"), ["'fc*'", "matches no layer", "hidden"]),
-    "full folder": (_lossless("--out", "full"), ["full exists and is not empty", "--overwrite"]),
-    "not ours": ((*_lossless("--out", "full"), "--overwrite"), ["not overwritten"]),
-    "no out": (_lossless("--out", ""), ["--out is missing"]),
-    "no data": (("lossless", *NET, "--size", ".6", "--out", "out"), ["--data"]),
-    "shape": (_lossless("--weights", "shape.safetensors"), ["out.weight", "(5, 64)", "(4, 64)"]),
-    "name": (_lossless("--weights", "extra.safetensors"), ["extra: not in the model"]),
-    "nan weights": (_lossless("--weights", "nan.safetensors"), ["conv.weight holds NaN"]),
-    "broken weights": (_lossless("--weights", "broken.safetensors"), ["broken.safetensors can't"]),
-    "missing weights": (_lossless("--weights", "no.safetensors"), ["no such weights file"]),
-    "pickled weights": (_lossless("--weights", "net.pth"), ["net.pth", "no pickles"]),
-    "no layer": (_lossless("net.py:no_layer", "--weights", ""), ["no layer to factorize"]),
-    "not a model": (_lossless("net.py:number", "--weights", ""), ["gave a int", "nn.Module"]),
-    "raises": (_lossless("net.py:broken", "--weights", ""), ["broken", "no such luck"]),
-    "no model": (_lossless("nowhere"), ["nowhere does not exist", "transformers folder"]),
-    "unknown architecture": (_lossless("novice"), ["novice", "no-such-model"]),
-    "mean": (_lossless("--mean", "a,b"), ["--mean is 'a,b'"]),
-    "mean channels": (_lossless("--mean", ".5,.5"), ["2 values", "1 channels"]),
-    "evaluate nothing": (("evaluate", "no", *DATA), ["no such folder: no"]),
-    "inspect nothing": (("inspect", "full"), ["no rankfold artifact"]),
-}
-
-
-@pytest.fixture(scope="module")
-def bad_project(tmp_path_factory: pytest.TempPathFactory, project: Path) -> Path:
-    folder = tmp_path_factory.mktemp("bad")
-    for file in ("net.py", "net.safetensors", "data.npz"):
-        (folder / file).write_bytes((project / file).read_bytes())
-    _write_bad_files(folder)
-    return folder
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input(case: str, bad_project: Path) -> None:
-    arguments, fragments = BAD[case]
-    before = sorted(path.name for path in bad_project.iterdir() if path.name != "__pycache__")
-    done = rankfold(*arguments, cwd=bad_project, expect=2)
-    assert done.stdout == ""
-    message = done.stderr.partition("error: ")[2]
-    for fragment in fragments:
-        assert fragment in message
-    after = sorted(path.name for path in bad_project.iterdir() if path.name != "__pycache__")
-    assert after == before
-    assert (bad_project / "full" / "mine.txt").read_text() == "keep me"
-
-
-@pytest.mark.parametrize("text", ["short.txt", "latin.txt"])
-def test_bad_text(text: str, bad_project: Path, llama: Path) -> None:
-    arguments = ("compact", llama / "model", "--data", bad_project / text, "--out", "out")
-    message = rankfold(*arguments, cwd=bad_project, expect=2).stderr
-    assert text in message
-    assert ("at least 12" if text == "short.txt" else "not UTF-8") in message
 
 
 @pytest.mark.parametrize(("sent", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

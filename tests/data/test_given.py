@@ -335,7 +335,7 @@ def test_columns_by_name_are_examples() -> None:
     [
         ({"x": INPUTS, "labels": LABELS[:5]}, "columns of unequal lengths .x: 60, labels: 5"),
         ({"x": INPUTS, "labels": 3}, "whose 'labels' is int; expected columns"),
-        ({}, "columns of unequal lengths .none"),
+        ({}, "data is an empty mapping"),
         ({"train": EVERYTHING, "test": EVERYTHING}, "several data sets .train, test"),
         (
             {name: [*zip(INPUTS, LABELS, strict=True)] for name in PARTS},

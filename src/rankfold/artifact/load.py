@@ -22,7 +22,7 @@ from rankfold.artifact.manifest import (
     check_digest,
     read_manifest,
 )
-from rankfold.errors import InputError, listed, opening_an_artifact
+from rankfold.errors import MODEL, InputError, check_kind, listed, opening_an_artifact, path_of
 from rankfold.files.tensors import read_tensors
 from rankfold.forms.embedding.fit import empty_uses
 from rankfold.forms.registry import form_named
@@ -56,7 +56,9 @@ def load(folder: str | Path, model: nn.Module | None = None, *, as_saved: bool =
         ArtifactError: Not an artifact, made by a newer version, damaged, or not of this model. A
             model that was given is as it was.
     """
-    path = Path(folder)
+    if model is not None:
+        check_kind("the model", model, nn.Module, MODEL)
+    path = path_of("the folder", folder)
     manifest = read_manifest(path)
     of_transformers = manifest["model"]["kind"] == "transformers"
     if as_saved and of_transformers:

@@ -23,7 +23,7 @@ from rankfold.artifact.manifest import (
     library_versions,
     structure,
 )
-from rankfold.errors import InputError, visible
+from rankfold.errors import InputError, path_of, visible
 from rankfold.files.digests import file_digest
 from rankfold.files.folder import check_output, check_space, folder_in_one_step, trial_folder
 from rankfold.files.tensors import METADATA, safetensors_bytes
@@ -60,7 +60,7 @@ def save_artifact(
     Raises:
         InputError: The folder can't be written.
     """
-    target = Path(folder)
+    target = path_of("the folder", folder)
     check_output(target, overwrite, MANIFEST_FILE, reads=_opened_from(model))
     tensors, complete = _described(model, manifest, source)
     with folder_in_one_step(target) as draft:
@@ -97,7 +97,7 @@ def try_saving(
     Raises:
         InputError: Says what can't be written, and what to do; or the model can't be factorized.
     """
-    target, model = Path(folder), unwrapped(model)
+    target, model = path_of("the folder", folder), unwrapped(model)
     check_output(target, overwrite, MANIFEST_FILE, reads=(*reads, *_opened_from(model)))
     refuse_unsuitable(model)
     tensors, complete = _described(model, {"layers": []}, source)

@@ -232,7 +232,13 @@ def read_statement(document: Mapping[str, Any]) -> Statement:
     Raises:
         InputError: A value is outside its range.
     """
-    return Statement(**document["statement"])
+    try:
+        return Statement(**document["statement"])
+    except (InputError, TypeError) as error:
+        raise InputError(
+            f"the statement in {JSON_FILE} is damaged: {error} Copy the artifact again, or certify "
+            "the model again."
+        ) from error
 
 
 def text_lines(document: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Literal, TypeAlias, cast, get_args
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from rankfold.certificate.change import Change
 from rankfold.certificate.quantiles import student_quantile
-from rankfold.errors import InputError
+from rankfold.errors import InputError, check_kind
 
 TestName: TypeAlias = Literal["bounded", "t", "betting"]
 
@@ -188,16 +189,17 @@ def order_seed(digest: str) -> int:
     return int.from_bytes(hashlib.sha256(digest.encode()).digest()[:8], "big") >> 1
 
 
-def check_margin(margin: float) -> None:
-    """Refuse a margin that is negative or not finite.
+def check_margin(margin: float) -> float:
+    """The margin; one that is negative, not finite or no number is refused.
 
     Raises:
         InputError: As said.
     """
+    expected = "a number, 0 or more, in nats of mean loss (default 0.01)"
+    check_kind("the margin", margin, Real, expected)
     if not (math.isfinite(margin) and margin >= 0):
-        raise InputError(
-            f"the margin is {margin}; expected 0 or more, in nats of mean loss (default 0.01)."
-        )
+        raise InputError(f"the margin is {margin}; expected {expected}.")
+    return margin
 
 
 def check_metric_margin(name: str, margin: float) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import signal
 from collections.abc import Callable, Collection
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from rankfold.errors import InputError, visible
 from rankfold.machine.device import OUT_OF_MEMORY
 
 DONE, BAD_INPUT, NOT_FOUND, DIFFERS, INTERRUPTED = 0, 2, 3, 4, 130
+TERMINATED = 128 + signal.SIGTERM
 
 app = typer.Typer(
     name="rankfold",
@@ -70,10 +72,19 @@ def command(function: Callable[..., int]) -> Callable[..., None]:
                 values[name] = gathered(hints[name], values)
             code = function(**values)
         except InputError as error:
-            tell(f"error: {error}")
+            say(f"error: {as_options(str(error))}", err=True)
             code = BAD_INPUT
         except torch.cuda.OutOfMemoryError:
             tell(f"error: {OUT_OF_MEMORY}")
+            code = BAD_INPUT
+        except SystemExit as error:
+            if error.code == TERMINATED:
+                raise
+            tell(
+                "error: the model's or the data's own code ended the program (SystemExit: "
+                f"{error.code}); expected code that gives a model or data. Take its call of exit() "
+                "out."
+            )
             code = BAD_INPUT
         except KeyboardInterrupt:
             tell("interrupted; nothing was written")

@@ -53,6 +53,7 @@ from rankfold.integrations.pixels import Pixels, pixels_of
 from rankfold.integrations.processors import has_processor, sound_preparation
 from rankfold.integrations.vision import is_named, make_named, parse_named
 from rankfold.machine.progress import Progress, TerminalProgress
+from rankfold.model.unsuitable import refuse_unsuitable
 from rankfold.tasks.evaluation import evaluate
 from rankfold.tasks.recognise import recognise_task
 from rankfold.tasks.repeated import refuse_random
@@ -144,7 +145,10 @@ def open_model(
             )
         return OpenedModel(model, None, None, spec)
     if is_spec(spec):
-        return OpenedModel(_own_model(spec, weights), None, None)
+        model = _own_model(spec, weights)
+        if not to_be_filled:
+            refuse_unsuitable(model)
+        return OpenedModel(model, None, None)
     path = Path(spec)
     if weights is not None:
         raise InputError(

@@ -219,7 +219,8 @@ class Parts:
             )
         if self.data is None and not all(parts):
             raise InputError(
-                "data is missing; give --data, or all of --calibration, --selection and --held-out."
+                "there is no data; give --data, or all of --calibration, --selection and "
+                "--held-out."
             )
         if self.guard == SELF:
             raise InputError(

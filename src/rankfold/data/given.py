@@ -263,11 +263,13 @@ class _Columns(Sequence[Any]):
                     f"data is a mapping whose {name!r} is {describe(values)}; expected columns: "
                     "a list, array or tensor with an entry for each example."
                 )
+        if not self.columns:
+            raise InputError(f"data is an empty mapping; {EXPECTED}.")
         lengths = {str(name): len(values) for name, values in self.columns.items()}
         if len({*lengths.values()}) != 1:
             listed = ", ".join(f"{name}: {length}" for name, length in lengths.items())
             raise InputError(
-                f"data is a mapping of columns of unequal lengths ({listed or 'none'}); expected "
+                f"data is a mapping of columns of unequal lengths ({listed}); expected "
                 "an entry for each example in every column."
             )
 

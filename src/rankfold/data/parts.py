@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -31,7 +31,7 @@ from rankfold.data.example import (
 from rankfold.data.given import GivenExamples, LeftOut, as_examples, up_to
 from rankfold.data.input_settings import joined
 from rankfold.data.padding import Padding
-from rankfold.errors import InputError
+from rankfold.errors import InputError, check_kind
 
 Batch: TypeAlias = Any
 Examples: TypeAlias = Sequence[Example]
@@ -96,6 +96,7 @@ class Data:
         joined((account.source, account.inputs) for account in self.accounts)
         if self.groups is None:
             return
+        check_kind("groups", self.groups, Sized, "a list with the group of each held-out example")
         held_out = len(up_to(self.held_out, len(self.groups) + 1))
         if len(self.groups) != held_out:
             raise InputError(

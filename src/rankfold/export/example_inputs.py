@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from rankfold.data.example import describe
-from rankfold.errors import InputError
+from rankfold.errors import InputError, check_kind
 from rankfold.integrations.transformers import is_transformers_model
 
 # A batch of inputs, by name where there are several; or the shape of one input, batch left out.
@@ -174,8 +175,10 @@ def _image_shape(config: Any) -> tuple[int, ...] | None:
 def _shape(given: Sequence[int] | None) -> tuple[int, ...] | None:
     if given is None:
         return None
+    check_kind("inputs", given, (tuple, list), "a batch or a shape. " + HOW)
     shape = tuple(given)
-    if not shape or min(shape) < 1:
+    sides = cast("tuple[object, ...]", shape)
+    if not shape or not all(isinstance(side, Integral) and int(side) > 0 for side in sides):
         raise InputError(f"the input shape is {shape}; expected positive numbers. {HOW}.")
     return shape
 

@@ -22,7 +22,7 @@ from rankfold.artifact.load import load
 from rankfold.artifact.manifest import WEIGHTS_FILE, library_versions, read_manifest
 from rankfold.artifact.recorded import recorded_inputs
 from rankfold.data.input_settings import InputSettings, refuse_other
-from rankfold.errors import InputError
+from rankfold.errors import MODEL, InputError, check_kind, path_of
 from rankfold.export.dense import Dense
 from rankfold.export.example_inputs import Given
 from rankfold.export.pairs import Pairs
@@ -99,7 +99,7 @@ def export(
     check_options(target, {"inputs": inputs, "dtype": dtype})
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}.")
-    source, out = Path(folder), Path(out)
+    source, out = path_of("the folder", folder), path_of("out", out)
     check_output(out, overwrite, EXPORT_FILE, reads=[source])
     inputs = _shaped(source, inputs) if "inputs" in target.options else None
     opened = _opened(source, model, inputs, dtype)
@@ -151,6 +151,8 @@ def _opened(
 ) -> OpenedArtifact:
     """The artifact with its model loaded, in the dtype asked for."""
     manifest = read_manifest(folder)
+    if model is not None:
+        check_kind("the model", model, nn.Module, MODEL)
     own = None if model is None else unwrapped(model)
     factorized = load(folder, model=copy.deepcopy(own))
     if dtype is not None:

@@ -9,6 +9,8 @@ from typing import Any
 from rankfold.errors import InputError, listed, require, visible
 from rankfold.files.json_file import read_json
 
+SHARDS = "model.safetensors.index.json"
+
 
 def refuse_other_folders(folder: Path) -> None:
     """Refuse what is no folder of one model, or needs code that stands in it.
@@ -33,6 +35,25 @@ def refuse_other_folders(folder: Path) -> None:
     written = read_json(folder / "config.json", constants=True)
     if isinstance(written, dict) and _needs_code(written):
         raise InputError(_remote_code(folder, written))
+    if missing := _missing_shards(folder):
+        raise InputError(
+            f"{visible(folder)} lacks files of weights that {SHARDS} names: "
+            f"{', '.join(map(visible, missing))}. Download or copy the folder again."
+        )
+
+
+def _missing_shards(folder: Path) -> list[str]:
+    """Files that an index of weights names and the folder lacks."""
+    if not (folder / SHARDS).is_file():
+        return []
+    index = read_json(folder / SHARDS)
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict):
+        raise InputError(
+            f"{visible(folder / SHARDS)} is no index of weights; expected an object with a "
+            "weight_map. Download or copy the folder again."
+        )
+    return [name for name in sorted({*map(str, places.values())}) if not (folder / name).is_file()]
 
 
 def _adapter(folder: Path) -> str:

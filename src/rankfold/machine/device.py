@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from rankfold.errors import InputError
+from rankfold.errors import MODEL, InputError, check_kind
 
 OUT_OF_MEMORY = (
     "the GPU's memory is too small for this; expected some 40 bytes a parameter beside what a "
@@ -47,6 +47,11 @@ def unused_gpu(device: torch.device) -> str | None:
 
 
 def device_of(model: nn.Module) -> str:
-    """Name of the device that a model's first parameter is on."""
+    """Name of the device that a model's first parameter is on.
+
+    Raises:
+        InputError: It is no model.
+    """
+    check_kind("the model", model, nn.Module, MODEL)
     parameter = next(model.parameters(), None)
     return "cpu" if parameter is None else str(parameter.device)

@@ -32,6 +32,7 @@ from rankfold.data.parts import (
 )
 from rankfold.errors import InputError
 from rankfold.integrations.transformers import own_text, pooling_of, task_hint
+from rankfold.machine.freed_memory import trim_freed_memory
 from rankfold.machine.offload import Offload
 from rankfold.machine.progress import Progress
 from rankfold.maths.linalg import Damping
@@ -174,6 +175,7 @@ def open_inputs(
     Raises:
         InputError: Names the input, what was expected, and what to do.
     """
+    trim_freed_memory()  # what opening the model left
     unpacked = unpack(model)
     model = unpacked.model
     embeddings: dict[str, EmbeddingMatrix] = {}

@@ -92,7 +92,8 @@ def calibration_loss(model: nn.Module, task: Task, part: Part) -> tuple[float, i
     with evaluation_mode(model):
         for examples in few:
             batch = on_device(part.collate(examples), model)
-            with running(batch, what="a batch of the calibration part"):
+            whose = getattr(task, "what", None)
+            with running(batch, what="a batch of the calibration part", whose=whose):
                 result = task.batch_loss(model, batch)
             losses += float((result.losses * result.terms).sum())
             terms += float(result.terms.sum())

@@ -277,7 +277,8 @@ class _Recorder:
         self._inputs.clear()
         self._first_inputs.clear()
         self.passes += 1
-        with running(batch, what="a batch of the calibration part"):
+        whose = getattr(task, "what", None)
+        with running(batch, what="a batch of the calibration part", whose=whose):
             result = task.batch_loss(model, batch)
         self._inputs.clear()
         if not bool(torch.isfinite(result.losses).all()):

@@ -81,7 +81,7 @@ def trace(model: nn.Module, task: Task, part: Part, given: nn.Module | None = No
             )
         batch = on_device(part.collate(part.examples[:1]), model)
         as_given = None if given in (None, model) else partial(_runs_alone, given, task, batch)
-        with evaluation_mode(model), running(batch, as_given):
+        with evaluation_mode(model), running(batch, as_given, whose=getattr(task, "what", None)):
             task.batch_loss(model, batch)
     return Trace(rows, flops, image_sizes)
 

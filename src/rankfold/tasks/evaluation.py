@@ -7,8 +7,9 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rankfold.data.example import describe
 from rankfold.data.parts import Batch, Part
-from rankfold.errors import InputError
+from rankfold.errors import InputError, check_kind, of_another_kind
 from rankfold.machine.progress import Progress, SilentProgress
 from rankfold.model.evaluation_mode import evaluation_mode
 from rankfold.tasks.losses import BatchLoss, Task
@@ -39,6 +40,24 @@ class Metric:
     name: str
     function: LossFunction
     margin: float | None = None
+
+
+def check_functions(loss: object, metrics: object) -> None:
+    """Refuse a loss that can't be called, and metrics that are no list of ``Metric``.
+
+    Raises:
+        InputError: As said.
+    """
+    if loss is not None and not callable(loss):
+        expected = "a function of the model and a batch that gives one loss per example"
+        raise of_another_kind("loss", loss, expected)
+    check_kind("metrics", metrics, (list, tuple), "a list of rankfold.Metric")
+    for metric in cast("Sequence[object]", metrics):
+        check_kind("an entry of metrics", metric, Metric, "a rankfold.Metric")
+        function = cast("Any", metric).function
+        if not callable(function):
+            expected = "a function of the model and a batch"
+            raise of_another_kind("the function of a metric", function, expected)
 
 
 def metric_values(
@@ -133,6 +152,10 @@ def evaluate(
         InputError: A loss is NaN or infinite.
     """
     progress = progress or SilentProgress()
+    if batch_size is not None:
+        check_kind("batch_size", batch_size, Integral, "a whole number of 1 or more")
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; expected 1 or more.")
     batches = part.batches(batch_size)
     results: list[BatchLoss] = []
     with evaluation_mode(model):
@@ -141,6 +164,13 @@ def evaluate(
             of_part = f"a batch of the {part.name.replace('_', '-')} part"
             with running(batch, what=of_part, whose=getattr(task, "what", None)):
                 result = task.batch_loss(model, batch)
+            if len(result.losses) != len(examples):
+                raise InputError(
+                    f"{of_part} has {len(examples)} examples, and {len(result.losses)} losses came "
+                    "back; expected one an example. The collate function makes a batch of all "
+                    "examples that it is given, and a loss function gives a value for each "
+                    "(reduction='none')."
+                )
             results.append(BatchLoss(result.losses, result.terms, None, result.correct))
     losses = torch.cat([r.losses for r in results]).double().cpu()
     if finite and not bool(torch.isfinite(losses).all()):
@@ -207,9 +237,7 @@ def running(
         yield
     except (InputError, torch.cuda.OutOfMemoryError):
         raise
-    except (
-        RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError,
-    ) as error:  # fmt: skip
+    except Exception as error:
         what = f"{what}, {describe(batch)}, gave {_raised(error)}"
         if as_given is not None and _runs(as_given):
             raise InputError(

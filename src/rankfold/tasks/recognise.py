@@ -65,7 +65,7 @@ def recognise_task(
     if loss is not None:
         return UserLoss(loss)
     if name is not None and name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, 1)
+        near = difflib.get_close_matches(str(name), TASKS, 1)
         suggestion = f" Did you mean {near[0]}?" if near else ""
         raise InputError(
             f"the task is {name!r}; expected one of {', '.join(TASKS)}.{suggestion} For another "

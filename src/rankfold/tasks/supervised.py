@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from rankfold.tasks.losses import (
     with_labels,
 )
 
+LOSS = "loss function"
 LossFunction: TypeAlias = Callable[[nn.Module, Batch], Tensor]
 
 
@@ -42,7 +43,7 @@ class CausalLM:
     def batch_loss(self, model: nn.Module, batch: Batch) -> BatchLoss:
         """``batch`` is ``(n, length)`` token ids, or a mapping with ``input_ids``."""
         inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
-        labels = whole_labels(cast("Tensor", inputs.pop("labels", inputs["input_ids"])))
+        labels = whole_labels(_tokens(batch, inputs.pop("labels", inputs.get("input_ids"))))
         mask = inputs.get("attention_mask")
         if mask is not None and mask.shape != labels.shape and "labels" not in batch:
             raise InputError(
@@ -67,6 +68,22 @@ def next_labels(labels: Tensor, mask: Tensor | None) -> Tensor:
         return labels[:, 1:]
     hidden = mask == 0
     return labels[:, 1:].masked_fill(hidden[:, 1:] | hidden[:, :-1], IGNORED)
+
+
+def _tokens(batch: Batch, found: object) -> Tensor:
+    """What a batch gives to be predicted, a token after the other.
+
+    Raises:
+        InputError: It gives no tokens.
+    """
+    given = isinstance(batch, Mapping) and "labels" in batch
+    if torch.is_tensor(found) and (given or not found.is_floating_point()):
+        return found
+    raise InputError(
+        f"the task causal-lm needs token ids, and the data give {describe(batch)}; expected whole "
+        "numbers (examples, tokens), or mappings with input_ids. Check the data, or name another "
+        "task."
+    )
 
 
 class TokenLabels:
@@ -166,7 +183,7 @@ class UserLoss:
     unit = "units of the given loss"
     agreement = False
 
-    def __init__(self, function: LossFunction, what: str = "loss function") -> None:
+    def __init__(self, function: LossFunction, what: str = LOSS) -> None:
         """Use ``function``; messages call it ``what``."""
         self.function, self.what = function, what
 
@@ -178,5 +195,10 @@ class UserLoss:
             raise InputError(
                 f"the {self.what} returned {shape}; expected a 1-D tensor with one value per "
                 "example (reduction='none')."
+            )
+        if self.what == LOSS and not losses.is_floating_point():
+            raise InputError(
+                f"the {self.what} returned {describe(losses)}; expected floating values, which "
+                "have a gradient."
             )
         return BatchLoss(losses, torch.ones_like(losses, dtype=torch.int64))

@@ -47,7 +47,7 @@ def register_source(suffix: str, read: Reader, *, records: bool = False) -> None
     Raises:
         InputError: It is no suffix, one that rankfold reads itself, or ``read`` can't be called.
     """
-    known = suffix.lower()
+    known = str(suffix).lower()
     if not known.startswith(".") or len(known) < 2 or Path(f"x{known}").suffix != known:
         raise InputError(f"the suffix is {suffix!r}; expected one with its dot, such as .h5.")
     if known in OWN_SUFFIXES:
