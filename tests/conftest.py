@@ -16,7 +16,15 @@ torch.set_num_threads(int(os.environ["RANKFOLD_TEST_THREADS"]))
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_record_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Fixtures of a module run before those of a test: they must not find the user's record."""
+    """Fixtures of a session run before those of a test: they must not find the user's record."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANKFOLD_OPENINGS", str(tmp_path_factory.mktemp("openings") / "openings"))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_record_of_other_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nor what the fixtures of another module opened: several begin with the same images."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANKFOLD_OPENINGS", str(tmp_path_factory.mktemp("openings") / "openings"))
         yield

@@ -356,8 +356,8 @@ def test_too_few_examples_are_said_at_the_start_with_the_number_needed(work: Pat
     ("options", "message"),
     [
         (("--test", "z"), "test is 'z'; expected one of bounded, t, betting"),
-        (("--largest-change", "0"), "largest_change is 0.0"),
-        (("--largest-change", "nan"), "largest_change is nan"),
+        (("--largest-change", "0"), "--largest-change is 0.0"),
+        (("--largest-change", "nan"), "--largest-change is nan"),
         (("--largest-change", "1", "--test", "t"), "no part in the t test"),
         (("--accuracy-margin", "1.5"), "margin of accuracy is 1.5"),
         (("--confidence", "1"), "confidence is 1.0"),

@@ -320,7 +320,10 @@ FOLDERS: dict[str, Row] = {
     ),
     "evaluate batch size": (_made("made", "--batch-size", "0"), ["--batch-size is 0", "1 or more"]),
     "evaluate task": (_made("made", "--task", "sorting"), ["sorting", "classification"]),
-    "evaluate channels": (_made("made", "--data", "colour.npz"), ["3 channels"]),
+    "evaluate channels": (
+        _made("made", "--data", "colour.npz"),
+        ["shape is 3x8x8", "made with 1x8x8"],
+    ),
     "inspect nothing": (("inspect", "full"), ["no rankfold artifact"]),
     "inspect no folder": (("inspect", "nowhere"), ["nowhere"]),
     "inspect a file": (("inspect", "net.py"), ["net.py"]),
@@ -375,10 +378,9 @@ FOLDERS: dict[str, Row] = {
         ["--input-shape", "--inputs"],
     ),
     "export inputs": (_exported("made", "--to", "pt2", "--inputs", "net.py:number"), ["number"]),
-    "export without inputs": (_exported("made", "--to", "pt2"), ["--input-shape"]),
     "export other shape": (
         _exported("made", "--to", "pt2", "--input-shape", "3x8x8"),
-        ["(1, 3, 8, 8)", "--input-shape"],
+        ["shape is 3x8x8", "made with 1x8x8"],
     ),
     "export broken": (_exported("cut weights", "--to", "pairs"), ["model.safetensors"]),
     "evaluate broken tokens": (

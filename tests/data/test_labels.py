@@ -176,7 +176,8 @@ def test_every_source_has_the_same_rule(
     for source, task in _sources(folder, labels).items():
         tokenizer = None if "image" in source or "npz" in source else FAMILIES["bert"]()
         opened = OpenedModel(_Model(known), tokenizer, None)
-        found = open_examples(str(folder / source), opened, DataOptions(task=task, image_size=4))
+        size = 4 if "image" in source else None
+        found = open_examples(str(folder / source), opened, DataOptions(task=task, image_size=size))
         examples = [found[place] for place in range(len(found))]
         numbers = [e["labels"] if isinstance(e, dict) else torch.as_tensor(e[1]) for e in examples]
         given_labels = torch.stack(numbers).flatten()
