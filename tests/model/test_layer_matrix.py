@@ -4,8 +4,10 @@ from hypothesis import given, settings
 from torch import nn
 from torch.nn import functional
 
+from rankfold.maths.linalg import mirrored
 from rankfold.model import layer_matrix
 from rankfold.model.layer_matrix import (
+    add_input_gram,
     input_rows,
     matrix_shape,
     output_rows,
@@ -44,6 +46,29 @@ def test_row_gradients_give_the_weight_gradient(case):
     outputs.backward(gradient)
     rows = torch.cat(list(input_rows(layer, values)))
     close(output_rows(layer, gradient).T @ rows, layer.weight.grad.flatten(1))
+
+
+@each_layer()
+@pytest.mark.parametrize("larger", [1, 3])
+@ignore_even_same
+def test_the_input_gram_is_that_of_the_input_rows(case, larger):
+    layer, values = case.layer().double(), case.values().double()
+    if isinstance(layer, nn.Conv2d):
+        values = values.repeat(*[1] * (values.dim() - 2), larger, larger)
+    rows = torch.cat(list(input_rows(layer, values)))
+    upper = torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype)
+    add_input_gram(upper, layer, values)
+    close(mirrored(upper), rows.T @ rows, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("block_values", [1, 20000])
+def test_blocks_do_not_change_the_input_gram(block_values, monkeypatch):
+    layer, values = nn.Conv2d(3, 4, 3, padding=1).double(), normal(1, 5, 3, 30, 20).double()
+    grams = [torch.zeros(27, 27, dtype=torch.float64) for _ in range(2)]
+    add_input_gram(grams[0], layer, values)
+    monkeypatch.setattr(layer_matrix, "BLOCK_VALUES", block_values)
+    add_input_gram(grams[1], layer, values)
+    close(*grams)
 
 
 @each_conv()

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Callable
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-# Bytes. A block that is mapped is cleared, page by page, each time that it is used again: with 2 MB
-# in place of 8 a fifth of the CPU time of ResNet-20 went there (``benchmarks run stages``).
-LARGE_BLOCK = 8_000_000
+# Bytes, the most that glibc would come to by itself. A block that is mapped is cleared, page by
+# page, each time that it is used again: with 8 MB a third of the CPU time of ResNet-20 went there,
+# with this a tenth, for a tenth more memory (benchmarks/stages.py).
+LARGE_BLOCK = 32 << 20
 MOST_KEPT = 100_000_000  # bytes of small blocks; giving those back takes time
 
 

@@ -21,7 +21,7 @@ from rankfold.errors import visible
 from rankfold.machine.freed_memory import trim_freed_memory
 
 Item = TypeVar("Item")
-TRIM_EVERY = 1.0  # seconds, at least, between two steps of a stage
+TRIM_EVERY = 3.0  # seconds, at least, between two steps of a stage: what is taken again costs time
 
 
 class Progress(Protocol):

@@ -13,11 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rankfold.maths.linalg import add_gram
+from rankfold.maths.patch_gram import add_patch_gram
+
 MatrixLayer: TypeAlias = nn.Linear | nn.Conv2d
 
 # A 3x3 conv unfolds its input to nine times its size: rows are made in blocks of at most this
-# many float32 values (64 MiB) so that memory does not depend on the batch.
-BLOCK_VALUES = 1 << 24
+# many values. 4 MiB of float32 stay in caches, and below what is mapped anew for each block
+# (``freed_memory.LARGE_BLOCK``): blocks of 64 MiB took 1.5 times the CPU time.
+BLOCK_VALUES = 1 << 20
 
 
 def weight_matrix(layer: MatrixLayer) -> Tensor:
@@ -38,6 +42,16 @@ def kept_dtype(values: Tensor) -> torch.dtype:
     return torch.promote_types(values.dtype, torch.float32)
 
 
+def _kept(values: Tensor) -> Tensor:
+    return values.detach().to(kept_dtype(values))
+
+
+def _images(inputs: Tensor) -> Tensor:
+    """What a conv received, ``(n, in, h, w)`` in the dtype that is kept."""
+    values = _kept(inputs)
+    return values if values.dim() == 4 else values.unsqueeze(0)
+
+
 def call_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """What a layer was called with; torch's own layers name it ``input``."""
     return args[0] if args else kwargs["input"]
@@ -53,12 +67,9 @@ def input_squares(layer: MatrixLayer, inputs: Tensor) -> Tensor:
     Returns:
         ``(in,)`` float32, or float64 for float64 inputs; no patch of a conv is unfolded for it.
     """
-    values = inputs.detach()
-    values = values.to(kept_dtype(values))
     if isinstance(layer, nn.Linear):
-        return values.reshape(-1, layer.in_features).square().sum(0)
-    images = values if values.dim() == 4 else values.unsqueeze(0)
-    squares = _padded(layer, images).square().sum(0)  # (in, h, w)
+        return _kept(inputs).reshape(-1, layer.in_features).square().sum(0)
+    squares = _padded(layer, _images(inputs)).square().sum(0)  # (in, h, w)
     spans = [
         side - spread * (taps - 1)
         for side, spread, taps in zip(
@@ -112,15 +123,60 @@ def input_rows(layer: MatrixLayer, inputs: Tensor) -> Iterator[Tensor]:
     Yields:
         ``(rows, in)`` blocks.
     """
-    values = inputs.detach()
-    values = values.to(kept_dtype(values))
     if isinstance(layer, nn.Linear):
-        yield from values.reshape(-1, layer.in_features).split(1 << 14)
+        yield from _kept(inputs).reshape(-1, layer.in_features).split(1 << 14)
         return
-    images = values if values.dim() == 4 else values.unsqueeze(0)
-    per_image = images[0].numel() * layer.kernel_size[0] * layer.kernel_size[1]
-    for block in images.split(max(1, BLOCK_VALUES // per_image)):
+    for block in _in_blocks(_images(inputs), layer.kernel_size[0] * layer.kernel_size[1]):
         yield patches(layer, block)
+
+
+def _in_blocks(images: Tensor, times: int) -> Iterator[Tensor]:
+    """Blocks of images that are unfolded to so many times their values."""
+    yield from images.split(max(1, BLOCK_VALUES // (images[0].numel() * times)))
+
+
+def add_input_gram(upper: Tensor, layer: MatrixLayer, inputs: Tensor, sign: int = 1) -> None:
+    """Add the Gram of a layer's input rows to a running one, on and above its diagonal.
+
+    Args:
+        upper: ``(in, in)`` float32, or float64 for float64 inputs (``linalg.add_gram``).
+        layer: The layer.
+        inputs: As for ``input_rows``.
+        sign: -1 to subtract.
+    """
+    axis = None if isinstance(layer, nn.Linear) else _moved_axis(layer, inputs)
+    if isinstance(layer, nn.Linear) or axis is None:
+        for rows in input_rows(layer, inputs):
+            add_gram(upper, rows, sign)
+        return
+    other = 1 - axis
+    for block in _in_blocks(_images(inputs), layer.kernel_size[other]):
+        add_patch_gram(
+            upper,
+            _padded(layer, block),
+            layer.kernel_size,
+            layer.dilation,
+            layer.stride[other],
+            across=axis == 1,
+            sign=sign,
+        )
+
+
+def _moved_axis(layer: nn.Conv2d, inputs: Tensor) -> int | None:
+    """Along which axis, if any, a conv's patches are so often moved that unfolding does not pay.
+
+    Products of all pairs of taps take K^2 / 2 times a line's, moved ones one for each tap and two
+    border lines for each pair (``patch_gram``).
+    """
+    best = None
+    for axis in (0, 1):
+        taps, dilation = layer.kernel_size[axis], layer.dilation[axis]
+        margins = layer._reversed_padding_repeated_twice[2 - 2 * axis :][:2]
+        lines = inputs.shape[axis - 2] + sum(margins) - dilation * (taps - 1)
+        pays = layer.stride[axis] == 1 and lines * (taps - 2) > 2 * taps * dilation
+        if pays and (best is None or taps > layer.kernel_size[best]):
+            best = axis
+    return best
 
 
 def output_rows(layer: MatrixLayer, outputs: Tensor) -> Tensor:
@@ -133,8 +189,7 @@ def output_rows(layer: MatrixLayer, outputs: Tensor) -> Tensor:
     Returns:
         ``(rows, out)``, in the order of ``input_rows``.
     """
-    values = outputs.detach()
-    values = values.to(kept_dtype(values))
+    values = _kept(outputs)
     if isinstance(layer, nn.Linear):
         return values.reshape(-1, layer.out_features)
     return values.movedim(-3, -1).reshape(-1, layer.out_channels)

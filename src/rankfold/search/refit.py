@@ -16,6 +16,7 @@ would also fit what is particular to the calibration examples (docs/theory.md, 1
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -53,6 +54,9 @@ DAMPING = 0.001
 # largest output of a layer takes (measured on SmolLM2: 85 windows of 512 tokens took 3.3 GiB).
 MEMORY = 7 * 2**29
 HELD = 7
+# Rows for each output of a layer that its fit is known well enough from: small images have a
+# thousand rows each, and more of them hardly change what few features explain.
+ENOUGH_ROWS = 128
 # Examples of the pass in which residual connections are looked for: it holds all that modules get.
 LOOKED_AT = 4
 
@@ -179,7 +183,8 @@ def fitted_again(
         factorized: Its factorized twin, which comes back as it was.
         names: Layers.
         task: Runs a model.
-        part: Calibration examples; as many are used as ``MEMORY`` allows.
+        part: Calibration examples; as many are used as give each layer ``ENOUGH_ROWS``, and as
+            ``MEMORY`` allows.
         batch_size: Examples a batch.
         progress: Shows the layers.
     """
@@ -187,10 +192,10 @@ def fitted_again(
     modules = _with_own_bias(factorized, names)
     first = part.batches(batch_size)[0]
     batch = on_device(part.collate(first), factorized)
-    sizes = _outputs_of_one(factorized, modules, task, batch)
-    if not sizes:
+    seen = _outputs_of_one(factorized, modules, task, batch)
+    if not seen:
         return Fitted({}, [], 0)
-    modules = {name: modules[name] for name in sizes}
+    modules = {name: modules[name] for name in seen}
     few = on_device(part.collate(first[:LOOKED_AT]), factorized)
     with evaluation_mode(factorized):
         residuals = residual_connections(
@@ -199,8 +204,7 @@ def fitted_again(
             {name for name, _ in original.named_modules()},
             partial(_forward, task, factorized, few),
         )
-    held = HELD * 2 * max(sizes.values()) / len(first)
-    part = part.spread(max(1, min(len(part.examples), int(MEMORY / held))))
+    part = part.spread(min(len(part.examples), _examples(seen, modules, len(first))))
     batches = [
         on_device(part.collate(examples), factorized) for examples in part.batches(batch_size)
     ]
@@ -368,15 +372,15 @@ def _change(module: FactorizedLayer, rows: Sequence[_Rows]) -> OutputChange:
 
 def _outputs_of_one(
     model: nn.Module, modules: Mapping[str, nn.Module], task: Task, batch: Batch
-) -> dict[str, int]:
-    """Bytes of the output of each layer that one pass calls once, in the order of the calls."""
-    sizes: dict[str, int] = {}
+) -> dict[str, Tensor]:
+    """The output of each layer that one pass calls once, without its values, in order of calls."""
+    seen: dict[str, Tensor] = {}
     often: set[str] = set()
 
     def saw(name: str, module: nn.Module, args: object, output: Tensor) -> None:
-        if name in sizes:
+        if name in seen:
             often.add(name)
-        sizes[name] = output.numel() * output.element_size()
+        seen[name] = output.to("meta")
 
     with ExitStack() as stack:
         for name, module in modules.items():
@@ -384,7 +388,23 @@ def _outputs_of_one(
             stack.callback(handle.remove)
         stack.enter_context(evaluation_mode(model))
         _forward(task, model, batch)
-    return {name: size for name, size in sizes.items() if name not in often}
+    return {name: output for name, output in seen.items() if name not in often}
+
+
+def _examples(
+    outputs: Mapping[str, Tensor], modules: Mapping[str, FactorizedLayer], batch: int
+) -> int:
+    """How many examples layers are fitted to: as many as are needed, and as memory holds.
+
+    Args:
+        outputs: Of each layer for one batch.
+        modules: The layers.
+        batch: Number of examples of that batch.
+    """
+    held = HELD * 2 * max(y.numel() * y.element_size() for y in outputs.values()) / batch
+    sides = {name: y.shape[_channel_axis(modules[name])] for name, y in outputs.items()}
+    needed = max(ENOUGH_ROWS * sides[name] ** 2 * batch / y.numel() for name, y in outputs.items())
+    return max(1, min(math.ceil(needed), int(MEMORY / held)))
 
 
 def refits(round_: Round) -> bool:

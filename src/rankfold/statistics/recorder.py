@@ -34,6 +34,7 @@ from rankfold.model.evaluation_mode import evaluation_mode
 from rankfold.model.find_layers import LARGEST_SIDE
 from rankfold.model.layer_matrix import (
     MatrixLayer,
+    add_input_gram,
     call_input,
     matrix_shape,
     output_rows,
@@ -45,7 +46,7 @@ from rankfold.statistics.labels import (
     sampled_losses,
 )
 from rankfold.statistics.layer_statistics import LayerStatistics, Whole
-from rankfold.statistics.sums import Sums, add_inputs
+from rankfold.statistics.sums import Sums
 from rankfold.tasks.evaluation import on_device, running
 from rankfold.tasks.losses import TEXT, Task
 
@@ -387,7 +388,7 @@ class _Recorder:
         gram = self.offload.kept(self.sums[leader].input_gram.clone())
         for name, inputs in self._inputs.values():
             if name == leader:
-                add_inputs(gram, self.layers[leader], inputs, sign=-1)
+                add_input_gram(gram, self.layers[leader], inputs, sign=-1)
         sums.input_gram, sums.leader = gram, None
         early = self.sums[leader].first_half
         if sums.first_half is not None and early is not None:

@@ -25,7 +25,7 @@ from rankfold.maths.linalg import (
 from rankfold.maths.shrinkage import damping_behind, damping_of_half
 from rankfold.model.layer_matrix import (
     MatrixLayer,
-    input_rows,
+    add_input_gram,
     input_squares,
     kept_dtype,
     matrix_shape,
@@ -114,7 +114,7 @@ class Sums:
         if self.whole == "output":
             self.input_gram += input_squares(self.layer, inputs)
         else:
-            add_inputs(self.input_gram, self.layer, inputs)
+            add_input_gram(self.input_gram, self.layer, inputs)
 
     def add_outputs(self, outputs: Tensor) -> None:
         """Count what the layer gave, its bias taken off."""
@@ -210,9 +210,3 @@ class Sums:
             self.dominant = DominantRows(inputs / math.sqrt(total), squares / total)
         for half, gradient in enumerate(self.gradients):
             gradient /= terms[half]
-
-
-def add_inputs(gram: Tensor, layer: MatrixLayer, inputs: Tensor, sign: int = 1) -> None:
-    """Add the Gram of a layer's inputs to a running one, ``(in, in)``; -1 subtracts it."""
-    for block in input_rows(layer, inputs):
-        add_gram(gram, block, sign)
