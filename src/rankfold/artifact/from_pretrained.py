@@ -27,6 +27,7 @@ from rankfold.artifact.load import (
 from rankfold.artifact.manifest import check_digest, check_structure
 from rankfold.errors import InputError, listed, opening_an_artifact
 from rankfold.files.tensors import read_tensors
+from rankfold.integrations.allowed import check_keys
 from rankfold.integrations.transformers import QUANT_METHOD, is_transformers_model
 from rankfold.model.memory_layout import lay_out
 from rankfold.model.replace import put_modules
@@ -63,11 +64,18 @@ class RankfoldQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
 
     requires_calibration = True  # rankfold makes the factors, not from_pretrained
 
+    @opening_an_artifact()
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """Let the weights be found: called before transformers looks for them.
 
         The configuration names no file of weights but tells whoever has no rankfold to install it.
+
+        Raises:
+            ArtifactError: It asks for what is downloaded and run.
         """
+        for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+            for name in ("_attn_implementation", "_experts_implementation"):
+                check_keys({name: getattr(part, name, None)}, "config.json")
         # save_pretrained drops the field: what it has saved again may be trained further.
         self.as_saved = hasattr(config, "transformers_weights")
         if self.as_saved:

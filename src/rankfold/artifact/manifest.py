@@ -16,8 +16,10 @@ from rankfold.data.input_settings import InputSettings
 from rankfold.errors import InputError, opening_an_artifact
 from rankfold.files.digests import file_digest, json_digest, tensors_digest
 from rankfold.files.json_file import read_json
+from rankfold.files.own_files import check_own_files
 from rankfold.forms.registry import form_named, form_names
 from rankfold.forms.storage import STORAGES
+from rankfold.integrations.allowed import check_configuration
 from rankfold.integrations.vision import NamedModel
 
 FORMAT_VERSION = 1
@@ -103,7 +105,9 @@ def read_manifest(folder: Path) -> Manifest:
     """The checked content of ``rankfold.json``.
 
     Raises:
-        ArtifactError: Missing, not JSON, of a newer format, or with fields of the wrong type.
+        ArtifactError: Missing, not JSON, of a newer format, or with fields of the wrong type; the
+            folder holds what is no file of its own, or its configuration asks for what isn't
+            allowed.
     """
     file = folder / MANIFEST_FILE
     if not file.is_file():
@@ -111,6 +115,8 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} is no rankfold artifact: it has no {MANIFEST_FILE}. What transformers has "
             "saved again is opened by its from_pretrained."
         )
+    check_own_files(folder)
+    check_configuration(folder)
     manifest = read_json(file)
     if not isinstance(manifest, dict):
         raise InputError(f"{file} holds a {type(manifest).__name__}; expected a JSON object.")

@@ -21,6 +21,7 @@ from torch import Tensor
 from rankfold.errors import InputError, listed, require, visible
 from rankfold.files.json_file import read_json
 from rankfold.files.tensors import read_names, read_tensors, without_wrappers
+from rankfold.integrations.allowed import sealed
 
 GENERATION_FILE = "generation_config.json"
 MOST_QUOTED = 400  # characters of a message of transformers
@@ -49,7 +50,8 @@ class _Kept(logging.Handler):
 def as_asked(where: object) -> Iterator[None]:
     """While transformers opens ``where``: a warning that it does otherwise is an error.
 
-    Its other warnings are shown afterwards, its progress bars are not.
+    It neither asks a hub nor opens a pickle. Its other warnings are shown afterwards, its progress
+    bars are not.
 
     Raises:
         InputError: There was such a warning; it is quoted.
@@ -57,7 +59,7 @@ def as_asked(where: object) -> Iterator[None]:
     logger, kept = logging.getLogger("transformers"), _Kept()
     said_once: Any = require("transformers.utils.logging", "transformers").warning_once
     said_once.cache_clear()  # of another folder, or of this one before
-    with without_bars():
+    with sealed(), without_bars():
         handlers, level, passes = logger.handlers, logger.level, logger.propagate
         logger.handlers, logger.propagate = [kept], False
         logger.setLevel(min(logger.getEffectiveLevel(), logging.WARNING))

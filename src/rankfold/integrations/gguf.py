@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from rankfold.errors import InputError, require
+from rankfold.integrations.allowed import check_configuration
 from rankfold.integrations.as_asked import as_asked, check_loaded, opening
 
 
@@ -26,7 +27,9 @@ def load_gguf(file: Path) -> tuple[nn.Module, Any]:
     require("gguf", "transformers")
     if not file.is_file():
         raise InputError(f"no such GGUF file: {file}")
+    check_configuration(file.parent)  # what lies beside it is asked, too
     arguments: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    arguments |= {"trust_remote_code": False}
     with opening(file), as_asked(file), _read_once():
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), **arguments)
         model, found = transformers.AutoModelForCausalLM.from_pretrained(

@@ -8,16 +8,18 @@ from typing import Any
 
 from rankfold.errors import InputError, listed, require, visible
 from rankfold.files.json_file import read_json
+from rankfold.files.own_files import is_plain_name
+from rankfold.integrations.allowed import check_configuration
 
 SHARDS = "model.safetensors.index.json"
 
 
 def refuse_other_folders(folder: Path) -> None:
-    """Refuse what is no folder of one model, or needs code that stands in it.
+    """Refuse what is no folder of one model, or asks for code, downloads or files elsewhere.
 
     Raises:
         InputError: It is an adapter, a hub's cache, a checkpoint of training or the like, or a
-            model of code in the folder.
+            model of code in the folder; or its configuration asks for what isn't allowed.
     """
     if (folder / "adapter_config.json").is_file():
         raise InputError(_adapter(folder))
@@ -35,6 +37,7 @@ def refuse_other_folders(folder: Path) -> None:
     written = read_json(folder / "config.json", constants=True)
     if isinstance(written, dict) and _needs_code(written):
         raise InputError(_remote_code(folder, written))
+    check_configuration(folder)
     if missing := _missing_shards(folder):
         raise InputError(
             f"{visible(folder)} lacks files of weights that {SHARDS} names: "
@@ -44,16 +47,28 @@ def refuse_other_folders(folder: Path) -> None:
 
 def _missing_shards(folder: Path) -> list[str]:
     """Files that an index of weights names and the folder lacks."""
-    if not (folder / SHARDS).is_file():
-        return []
-    index = read_json(folder / SHARDS)
+    named = {name for file in folder.glob("*.safetensors.index.json") for name in _shards(file)}
+    return [name for name in sorted(named) if not (folder / name).is_file()]
+
+
+def _shards(index_file: Path) -> set[str]:
+    """The files that an index of weights names."""
+    index = read_json(index_file)
     places = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(places, dict):
         raise InputError(
-            f"{visible(folder / SHARDS)} is no index of weights; expected an object with a "
+            f"{visible(index_file)} is no index of weights; expected an object with a "
             "weight_map. Download or copy the folder again."
         )
-    return [name for name in sorted({*map(str, places.values())}) if not (folder / name).is_file()]
+    named = {*map(str, places.values())}
+    if elsewhere := [repr(name) for name in sorted(named) if not is_plain_name(name)]:
+        raise InputError(
+            f"{visible(index_file)} names files that don't lie beside it:\n  "
+            f"{listed([*map(visible, elsewhere)])}\n"
+            "Nothing outside of a folder is read. Put the files into it, and their names into the "
+            "index."
+        )
+    return named
 
 
 def _adapter(folder: Path) -> str:

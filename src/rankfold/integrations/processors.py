@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rankfold.data.sources import ImagePreparation, SoundPreparation
 from rankfold.errors import InputError, require
+from rankfold.integrations.allowed import sealed
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -58,9 +59,10 @@ def sound_preparation(folder: Path) -> SoundPreparation:
 def _opened(kind: str, folder: Path, instead: str) -> Any:
     transformers = require("transformers", "transformers")
     try:
-        return getattr(transformers, kind).from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
+        with sealed():
+            return getattr(transformers, kind).from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:  # a damaged file makes transformers fail in any way
         raise InputError(
             f"{folder} says how its model's inputs are prepared ({' or '.join(PROCESSOR_FILES)}), "

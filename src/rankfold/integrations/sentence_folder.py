@@ -19,6 +19,7 @@ from torch import Tensor
 from rankfold.data.tokens import Wording
 from rankfold.errors import InputError, visible
 from rankfold.files.json_file import read_bytes, read_json
+from rankfold.files.own_files import check_own_files, is_artifact
 from rankfold.files.tensors import read_tensors
 from rankfold.tasks.pooling import ACTIVATIONS, MODES, DenseStep, Normalized, Pooling, Step
 
@@ -142,7 +143,9 @@ class SentenceFolder:
         first = {**self.modules[0], "path": ""}
         listed = json.dumps([first, *self.modules[1:]], indent=2, ensure_ascii=False)
         (target / MODULES_FILE).write_text(listed + "\n", encoding="utf-8")
-        for file, name in self._files():
+        files = [*self._files()]
+        check_own_files(self.root, [file for file, _ in files])
+        for file, name in files:
             copied = target / name
             copied.parent.mkdir(exist_ok=True)
             if file.suffix == ".json":
@@ -164,7 +167,8 @@ class SentenceFolder:
 def sentence_folder(folder: Path) -> SentenceFolder | None:
     """What sentence-transformers keeps with a transformers folder; None where it keeps nothing.
 
-    The transformer may lie in the folder of ``modules.json`` or in one that this names.
+    The transformer may lie in the folder of ``modules.json`` or in one that this names; of an
+    artifact, nothing around it is looked at.
 
     Raises:
         InputError: ``modules.json`` names what rankfold doesn't know, or a path out of the folder.
@@ -174,7 +178,7 @@ def sentence_folder(folder: Path) -> SentenceFolder | None:
         if modules[0]["path"] == "":
             return SentenceFolder(folder, folder, modules)
     parent = folder.absolute().parent
-    if _names_first(parent / MODULES_FILE, folder.name):
+    if not is_artifact(folder) and _names_first(parent / MODULES_FILE, folder.name):
         return SentenceFolder(parent, folder, _modules(parent / MODULES_FILE))
     return None
 

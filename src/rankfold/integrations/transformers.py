@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from rankfold.errors import InputError, require
 from rankfold.files.json_file import read_json
+from rankfold.files.own_files import check_own_files
 from rankfold.files.size_limits import check_modest
 from rankfold.files.tensors import read_names
+from rankfold.integrations.allowed import sealed
 from rankfold.integrations.as_asked import (
     GENERATION_FILE,
     as_asked,
@@ -148,6 +150,7 @@ def load_folder(folder: Path) -> nn.Module:
         InputError: No such folder, no configuration, no safetensors, or a rankfold artifact.
     """
     refuse_other_folders(folder)
+    check_own_files(folder, _processing_files(folder))  # they are copied at the end
     config = _config(folder)
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
@@ -203,10 +206,11 @@ def skeleton(folder: Path, tensors: Mapping[str, Tensor] | None = None) -> nn.Mo
             if hasattr(config, name):
                 delattr(config, name)
         model_class = _model_class(config, folder)
-        if tensors is not None:
-            where = f"the config.json in {folder}"
-            check_modest(lambda: model_class(copy.deepcopy(config)), tensors, where)
-        model = model_class(config).eval()
+        with sealed():
+            if tensors is not None:
+                where = f"the config.json in {folder}"
+                check_modest(lambda: model_class(copy.deepcopy(config)), tensors, where)
+            model = model_class(config).eval()
         settings = folder / GENERATION_FILE
         if model.can_generate() and settings.is_file():
             read_json(settings)  # which names the file where it is damaged
@@ -403,19 +407,25 @@ def copy_processing_files(source: Path, target: Path) -> None:
     And what sentence-transformers keeps there: pooling, normalisation, lengths, prompts.
 
     Raises:
-        InputError: A file of sentence-transformers isn't what it should be.
+        InputError: A file of sentence-transformers isn't what it should be, or one is a link to
+            elsewhere.
     """
     if not (source / "config.json").is_file():  # of a GGUF file, say
         return
     sentences = sentence_folder(source)
     if sentences is not None:
         sentences.copy_to(target)
-    for pattern in _PROCESSING_FILES:
-        for file in source.glob(pattern):
-            copied = target / file.relative_to(source)
-            if file.is_file() and not copied.exists():
-                copied.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, copied)
+    files = _processing_files(source)
+    check_own_files(source, files)
+    for file in files:
+        copied = target / file.relative_to(source)
+        if file.is_file() and not copied.exists():
+            copied.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copied)
+
+
+def _processing_files(source: Path) -> list[Path]:
+    return [file for pattern in _PROCESSING_FILES for file in source.glob(pattern)]
 
 
 def _without_head(folder: Path, model_class: Any) -> Any:
@@ -436,9 +446,11 @@ def _config(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is no transformers folder: it has no config.json.")
     with opening(folder / "config.json"), as_asked(folder / "config.json"):
-        return transformers.AutoConfig.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
+        config.name_or_path = str(folder)  # the file may name another, whose files would be copied
+    return config
 
 
 def _model_class(config: Any, folder: Path) -> Any:
