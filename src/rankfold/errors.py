@@ -15,8 +15,12 @@ MODEL = "an instance of an nn.Module, with its weights"
 class InputError(ValueError):
     """Something that the user gave can't be used.
 
-    The message names the input, says what was expected, and what to do.
+    The message names the input, says what was expected, and what to do. Names in it are shown as
+    ``visible`` shows them.
     """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(visible(message, lines=True))
 
 
 class ArtifactError(InputError):
@@ -74,10 +78,27 @@ def opening_an_artifact() -> Iterator[None]:
 
 
 # What a terminal or a page interprets in place of showing it: control characters, marks that turn
-# the direction of writing, separators of lines, and bytes of file names that are no text.
+# the direction of writing, separators of lines, characters without ink or width, tags, and bytes of
+# file names that are no text.
 UNSEEN = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+    "[\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+    "\u2028-\u202e\u2060-\u206f\u3164\ud800-\udfff\ufeff\uffa0\ufff9-\ufffb"
+    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
+
+
+MOST_NOTED, LONGEST_NOTED = 10_000, 1000
+_noted: dict[str, None] = {}  # names with line feeds, the first ones
+
+
+def note(*names: object) -> None:
+    """Remember names that a user or a file gave: line feeds in them are none of a message."""
+    for name in names:
+        text = str(name)
+        if "\n" in text and len(text) <= LONGEST_NOTED and text.strip():
+            _noted[text] = None
+            if len(_noted) > MOST_NOTED:
+                del _noted[next(iter(_noted))]
 
 
 def visible(text: object, *, lines: bool = False) -> str:
@@ -85,13 +106,20 @@ def visible(text: object, *, lines: bool = False) -> str:
 
     Args:
         text: A name of a layer, a file or a label, or a message with such names.
-        lines: Whether line feeds stay: those of a message are its own.
+        lines: Whether line feeds stay: those of a message are its own, but for those of names that
+            are noted.
     """
+    text = str(text)
+    if not lines:
+        return UNSEEN.sub(_escaped, text)
+    if "\n" in text:
+        for name in [name for name in _noted if name in text]:
+            text = text.replace(name, UNSEEN.sub(_escaped, name))
+    return "\n".join(UNSEEN.sub(_escaped, line) for line in text.split("\n"))
 
-    def shown(found: re.Match[str]) -> str:
-        return found[0] if lines and found[0] == "\n" else repr(found[0])[1:-1]
 
-    return UNSEEN.sub(shown, str(text))
+def _escaped(found: re.Match[str]) -> str:
+    return ascii(found[0])[1:-1]
 
 
 MOST_LISTED = 20

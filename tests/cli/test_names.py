@@ -32,6 +32,7 @@ ODD = [
     "\x1b[31mred", "bell\x07", "line\nfeed", "tab\t", "\u202egnp.exe", "\u2066x\u2069", "\u2028",
     "\ufeffx", "\x9b5m", "back\x08space", "seed=3", "*", "?", "[!a]", "{a,b}", "<script>", "&amp;",
     "`code`", "|", "\\n", "%s", "{0}", "日本", "\u200d", "\udcff",
+    "\u200b", "\u2060", "\u3164", "\xad", "\U000e0041", "e\u0301", "\u2764\ufe0f",
 ]  # fmt: skip
 NAMES = strategies.one_of(
     strategies.sampled_from(ODD),
@@ -53,7 +54,7 @@ def test_what_is_shown_says_which_characters_there_are(text: str) -> None:
     shown.encode()
     assert visible(shown) == shown
     assert (shown == text) == (not UNSEEN.search(text))
-    undone = UNSEEN.sub(lambda found: repr(found[0])[1:-1], text)
+    undone = UNSEEN.sub(lambda found: ascii(found[0])[1:-1], text)
     assert shown == undone
     assert visible(f"{text}\n", lines=True).endswith("\n")
 

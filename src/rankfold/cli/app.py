@@ -21,7 +21,7 @@ import typer
 from typer.main import get_command
 
 from rankfold.cli.options import gathered, in_panels, spread
-from rankfold.errors import InputError, visible
+from rankfold.errors import InputError, note, visible
 from rankfold.machine.device import OUT_OF_MEMORY
 
 DONE, BAD_INPUT, NOT_FOUND, DIFFERS, INTERRUPTED = 0, 2, 3, 4, 130
@@ -66,6 +66,7 @@ def command(function: Callable[..., int]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(**values: Any) -> None:
+        note(*(one for value in values.values() for one in _items(value)))
         _given[:] = [text for value in values.values() for text in _texts(value)]
         try:
             for name in groups:
@@ -143,8 +144,13 @@ def _as_options(text: str) -> str:
 
 def _texts(value: object) -> list[str]:
     """The texts and paths of an argument that hold what looks like an argument of Python."""
+    return [text for text in _items(value) if "=" in text]
+
+
+def _items(value: object) -> list[str]:
+    """The texts and paths of an argument."""
     items = value if isinstance(value, list | tuple) else [value]
-    return [str(item) for item in items if isinstance(item, str | Path) and "=" in str(item)]
+    return [str(item) for item in items if isinstance(item, str | Path)]
 
 
 @functools.cache

@@ -470,7 +470,7 @@ def main() -> None:
 
 def _print_json(value: dict[str, Any]) -> None:
     def escaped(found: re.Match[str]) -> str:
-        return found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}"
+        return found[0] if found[0] == "\n" else dumps(found[0])[1:-1]
 
     # What a terminal would interpret stands within texts alone, but for the line feeds between.
     text = dumps(value, indent=1, allow_nan=False, ensure_ascii=False)

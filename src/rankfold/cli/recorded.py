@@ -38,7 +38,7 @@ def as_recorded(folder: Path, options: DataOptions, *, original: bool = False) -
     refuse_other(recorded, asked, folder)
     if recorded.decided():
         line = f"data is read as the model's own was: {settings_line(recorded)}"
-        print(line, file=sys.stderr)
+        print(visible(line), file=sys.stderr)
     found = recorded.with_others(asked)
     return replace(
         options,

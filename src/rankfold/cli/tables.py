@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as AnyTable
 from rich.text import Text
 
 from rankfold.certificate.in_words import about, guard_words, lacking
@@ -30,6 +30,14 @@ def plain_console(file: TextIO, width: int = 120) -> Console:
         file=file, width=None if file.isatty() else width, markup=False, emoji=False,
         highlight=False,
     )  # fmt: skip
+
+
+class Table(AnyTable):
+    """A table whose cells show a text as it is."""
+
+    def add_row(self, *cells: object, **options: Any) -> None:
+        """Add one."""
+        super().add_row(*(Text(visible(getattr(cell, "plain", cell))) for cell in cells), **options)
 
 
 def evaluation_lines(found: dict[str, Any]) -> list[str]:
@@ -143,7 +151,7 @@ def _verdict_lines(report: dict[str, Any]) -> list[str | Text]:
         "tuned on)"
     )
     verdict = certificate["verdict"]
-    found = [Text.assemble("verdict: ", (verdict, VERDICT_STYLE[verdict]), said)]
+    found = [Text.assemble("verdict: ", (verdict, VERDICT_STYLE[verdict]), visible(said))]
     if guard is None:
         return [*found]
     words = as_options(guard_words(guard), [guard["source"]] if guard.get("source") else [])

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rankfold.errors import InputError
+from rankfold.errors import InputError, note
 
 LARGEST = 200_000_000  # bytes; what rankfold writes of a model with 100,000 layers is below this
 
@@ -52,6 +52,7 @@ def read_bytes(file: Path) -> bytes:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
+        note(name, *[value] if isinstance(value, str) else ())
         if name in found:
             raise ValueError(f"the name {name!r} stands twice in one object")
         found[name] = value

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from rankfold.errors import InputError
+from rankfold.errors import InputError, note
 from rankfold.model.sizes import model_parameters, stored_tensors
 
 
@@ -41,6 +41,7 @@ def _reading(file: Path) -> Iterator[Any]:
         raise InputError(f"{file} can't be read: there is no such file.")
     try:
         with safe_open(file, framework="pt") as opened:
+            note(*opened.keys())
             yield opened
     except (OSError, MemoryError, SafetensorError) as error:
         raise InputError(f"{file} can't be read: {error}") from error

@@ -72,12 +72,14 @@ def as_asked(where: object) -> Iterator[None]:
     records = [record for record in kept.records if "LOAD REPORT" not in record.getMessage()]
     for record in records:
         if _NOT_AS_ASKED.search(record.getMessage()):
+            said = visible(record.getMessage().strip())
             raise InputError(
-                f"transformers doesn't open {where} as it is: {record.getMessage().strip()} "
+                f"transformers doesn't open {where} as it is: {said} "
                 "Correct the file that this speaks of."
             )
     for record in records:
         if logger.isEnabledFor(record.levelno):
+            record.msg, record.args = visible(record.getMessage(), lines=True), None
             logger.handle(record)
 
 
@@ -193,7 +195,7 @@ def opening(what: object) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # damaged files make transformers fail in any way
-        reason = str(error) or type(error).__name__
+        reason = visible(str(error)) or type(error).__name__
         if "trust_remote_code" in reason:
             reason = "it needs code of its own, and rankfold runs no code from a folder."
         raise InputError(f"transformers can't open {what}: {reason}") from error
@@ -250,7 +252,8 @@ def _unwrapped_tensors(folder: Path) -> dict[str, Tensor] | None:
     inner = without_wrappers(names, str(folder))
     if all(name == own for name, own in inner.items()):
         return None
-    print(f"names of {folder} are those of a wrapped model; they were put right", file=sys.stderr)
+    said = f"names of {visible(folder)} are those of a wrapped model; they were put right"
+    print(said, file=sys.stderr)
     return {inner[name]: t for file in files for name, t in read_tensors(file).items()}
 
 

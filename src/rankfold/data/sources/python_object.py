@@ -11,7 +11,7 @@ from types import ModuleType
 
 from rankfold.errors import InputError
 
-_FILE = re.compile(r"^(?P<place>.+\.py):(?P<name>[A-Za-z_]\w*)$")
+_FILE = re.compile(r"(?s)^(?P<place>.+\.py):(?P<name>[A-Za-z_]\w*)$")
 _MODULE = re.compile(r"^(?P<place>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_]\w*)$")
 
 
