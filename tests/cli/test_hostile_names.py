@@ -107,7 +107,7 @@ def test_every_command_on_a_folder_of_hostile_names(own: Path) -> None:
         "export", own / "out", "--to", "pairs", "--out", own / "pairs", *data[2:], "--json"
     )
     assert json.loads(exported.stdout)["folder"] == str(own / "pairs")
-    for file in own.rglob("*.md"):
+    for file in (*own.rglob("*.md"), *own.rglob("*.txt")):
         watched(file.read_text(encoding="utf-8"))
         assert "<b>" not in file.read_text(encoding="utf-8")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 from torch.nn import Linear
 from transformers import LlamaForCausalLM
 
@@ -81,3 +82,77 @@ def test_the_lines_of_an_own_class_open_it(tmp_path: Path) -> None:
     found: dict[str, Any] = {"SmallCNN": SmallCNN}
     exec(code.replace("FOLDER", str(folder)).replace("(...)", "()"), found)
     assert isinstance(found["model"], SmallCNN)
+
+
+FORGERIES = [
+    "x\n# forged", "x\n\n# forged", "x\n===", "[forged](https://evil.example)",
+    "https://evil.example", "1. x", "12) x", "+ x", "    x", " # x",
+    "www.evil.example", "me@evil.example", "<b>forged</b>", "<!-- forged", "![forged](x)",
+    "x\r# forged",
+    "```\n# forged", "`x` [forged](y)", "|forged|", "x</code><h1>", "[x]: https://evil.example",
+    "\\[forged](x)", "&lt;b&gt;", "x\u2028# forged", "- # forged", "$x$", "---\nforged: 1",
+    "HTTPS://evil.example/`a`|b", "*[forged][1]*", "<https://evil.example>", "`", "``", "\\`",
+]  # fmt: skip
+
+
+def texts(value: Any, path: tuple[Any, ...] = ()) -> Any:
+    items = value.items() if isinstance(value, dict) else enumerate(value[:2])
+    for key, one in items:
+        if isinstance(one, dict | list | tuple):
+            yield from texts(one, (*path, key))
+        elif isinstance(one, str) and key not in ("verdict", "algorithm", "digest"):
+            yield (*path, key)
+
+
+def put(value: Any, path: tuple[Any, ...], text: str) -> Any:
+    if not path:
+        return text
+    inner = put(value[path[0]], path[1:], text)
+    if isinstance(value, dict):
+        return {**value, path[0]: inner}
+    return [*value[: path[0]], inner, *value[path[0] + 1 :]]
+
+
+def structure(text: str) -> list[str]:
+    """What a page makes of it, but for texts."""
+    page = MarkdownIt("commonmark").enable("table").parse(text.split("---", 2)[2])
+    blocks = [f"{t.type} {t.tag}" for t in page if t.type != "inline"]
+    inline = {c.type for t in page if t.children for c in t.children}
+    return [
+        *blocks,
+        *sorted(
+            inline
+            - {
+                "text",
+                "code_inline",
+                "softbreak",
+                "strong_open",
+                "strong_close",
+                "em_open",
+                "em_close",
+                "text_special",
+            }
+        ),
+    ]
+
+
+def bare(text: str) -> str:
+    """Without what stands as code."""
+    page = MarkdownIt("commonmark").enable("table").parse(text.split("---", 2)[2])
+    return " ".join(c.content for t in page for c in t.children or () if c.type == "text")
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_no_name_makes_a_heading_a_link_or_html(result: rankfold.Result, forgery: str) -> None:
+    plain = structure(card(result))
+    for path in [*texts(result.report), ("layers", 0, "name")]:
+        report = put(result.report, path, forgery)
+        text = model_card(report, VERSIONS, "LlamaForCausalLM", of_transformers=True)
+        assert structure(text) == plain, path
+        assert not re.search(r"://|www\\.|@evil", bare(text), re.IGNORECASE), path
+        assert "forged" not in front_matter(text)
+    for options in ({"original": forgery}, {"source": forgery}):
+        text = card(result, **options)
+        assert structure(text) == plain and "forged" not in front_matter(text)
+        assert not re.search(r"://|www\\.|@evil", bare(text), re.IGNORECASE)
+    assert structure(card(result)) == plain

@@ -22,7 +22,7 @@ from rankfold.certificate.other_kinds import OtherKinds, is_row
 from rankfold.certificate.statement import Statement
 from rankfold.data.example import content_digest
 from rankfold.data.parts import Part
-from rankfold.errors import InputError
+from rankfold.errors import InputError, visible
 from rankfold.files.digests import json_digest
 from rankfold.files.json_file import read_json
 from rankfold.tasks.evaluation import Evaluation
@@ -181,7 +181,7 @@ def evidence_digest(plain: Mapping[str, Any]) -> str:
 def files(document: Document) -> dict[str, str]:
     """The files of a certificate, by name."""
     text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
-    return {JSON_FILE: text + "\n", TEXT_FILE: "\n".join(text_lines(document)) + "\n"}
+    return {JSON_FILE: text + "\n", TEXT_FILE: "\n".join(map(visible, text_lines(document))) + "\n"}
 
 
 def read_document(folder: Path) -> Document:

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from rankfold.errors import InputError
+from rankfold.errors import InputError, visible
 from rankfold.export.targets import (
     OpenedArtifact,
     Written,
@@ -70,7 +70,7 @@ class Pairs:
         tensors, shared = stored_tensors(model)
         stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         save_file(stored, draft / PAIRS_FILE, metadata=METADATA)
-        kind = str(opened.manifest["model"]["class"]).rpartition(".")[2]
+        kind = visible(opened.manifest["model"]["class"]).rpartition(".")[2]
         opening = _OPEN_TRANSFORMERS if opened.of_transformers else _OPEN_OWN
         text = _README + opening.format(kind=kind) + "```\n"
         (draft / "README.md").write_text(text, encoding="utf-8")

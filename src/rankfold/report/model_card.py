@@ -14,7 +14,9 @@ from rankfold.report.data_lines import data_lines, source_lines
 from rankfold.settings import Settings
 
 CARD_FILE = "README.md"
-_ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
+_ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)  # owner/name
+# What pages make a link of where it stands bare, or as an address of mail; and formulas.
+_LINKED = re.compile(r"://|www\.|@|\$", re.IGNORECASE)
 _PIPELINES = {
     "causal-lm": "text-generation",
     "masked-lm": "fill-mask",
@@ -54,7 +56,7 @@ def model_card(
         _front_matter(report, of_transformers, original),
         f"# {as_shown(name or class_name)}, factorized to low rank",
         f"{report['ratio']:.1%} of the original's parameters. Made without fine-tuning by "
-        f"rankfold {versions.get('rankfold', '')} and tested on held-out data.",
+        f"rankfold {as_shown(versions.get('rankfold', ''))} and tested on held-out data.",
         "## Sizes",
         _sizes(report),
         "## Certificate",
@@ -69,8 +71,12 @@ def model_card(
 
 def as_shown(text: str) -> str:
     """Markdown that shows a text as it is: no tags, links, emphasis, tables or line ends."""
+    if _LINKED.search(text):  # which no backslash keeps from being a link
+        return as_code(text)
     marked = re.sub(r"([\\`*\[\]|#~])", r"\\\1", visible(text))
-    return html.escape(marked, quote=False)
+    marked = html.escape(marked, quote=False)
+    marked = re.sub(r"^(\d*)([-+.)])", r"\1\\\2", marked)  # a list, where it begins a paragraph
+    return re.sub(r"^ ", "&#32;", marked)
 
 
 def as_code(text: str) -> str:
@@ -114,8 +120,8 @@ def _certificate(report: Mapping[str, Any]) -> str:
     text = (
         f"On {c['examples']} held-out examples that nothing was tuned on, the mean loss went from "
         f"{loss['original']:.4f} to {loss['factorized']:.4f}, a change of {c['change']:+.4f} ± "
-        f"{c['standard_error']:.4f} (standard error) {c['unit']}. With {sure} confidence the "
-        f"change is at most {c['upper_bound']:+.4f}; the margin was {c['margin']:g}.\n\n"
+        f"{c['standard_error']:.4f} (standard error) {as_shown(c['unit'])}. With {sure} confidence "
+        f"the change is at most {c['upper_bound']:+.4f}; the margin was {c['margin']:g}.\n\n"
         f"Verdict: **{c['verdict']}**: on {_about(report)} {_VERDICTS[c['verdict']]}."
     )
     if loss["control_change"] is not None:
@@ -129,7 +135,7 @@ def _certificate(report: Mapping[str, Any]) -> str:
             "the verdict speaks of agreement with the original, not of being right."
         )
     if (guard := report.get("guard")) is not None:
-        text += f"\n\n{guard['name'].capitalize()}: {as_shown(guard_words(guard))}."
+        text += f"\n\n{as_shown(guard['name'].capitalize())}: {as_shown(guard_words(guard))}."
     return text + (
         "\n\nThe verdict speaks of no other data. `certificate.txt` says all of it; "
         "`rankfold verify FOLDER --data HELDOUT` computes it again."
@@ -142,7 +148,7 @@ def _about(report: Mapping[str, Any]) -> str:
     name = as_shown(about(report["task"], report["data"], guard))
     if guard is None or guard.get("margin") is None:
         return name
-    return f"{name} and on {guard['name']}, both of which must hold,"
+    return f"{name} and on {as_shown(guard['name'])}, both of which must hold,"
 
 
 def _how(report: Mapping[str, Any], versions: Mapping[str, str]) -> str:
@@ -154,7 +160,7 @@ def _how(report: Mapping[str, Any], versions: Mapping[str, str]) -> str:
     low_rank = [layer for layer in report["layers"] if layer["rank"] is not None]
     lines = [
         f"- call: {as_code(call)}; `rankfold.json` has every setting",
-        f"- task: {report['task']}; seed {report['settings']['seed']}",
+        f"- task: {as_shown(report['task'])}; seed {report['settings']['seed']}",
         f"- layers: {len(low_rank)} factorized, {len(report['layers']) - len(low_rank)} left dense "
         f"by the plan, {len(report['not_factorized'])} that can't be factorized",
         *(
@@ -163,7 +169,8 @@ def _how(report: Mapping[str, Any], versions: Mapping[str, str]) -> str:
             for name, part in report["data"].items()
         ),
         *(f"- {as_shown(line)}" for line in (*source_lines(report), *data_lines(report))),
-        "- versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()),
+        "- versions: "
+        + as_shown(", ".join(f"{name} {number}" for name, number in versions.items())),
     ]
     return "\n".join(lines)
 
@@ -173,6 +180,7 @@ def _plain(value: object) -> object:
 
 
 def _opening(class_name: str, of_transformers: bool, source: str | None) -> str:
+    class_name = visible(class_name)
     if of_transformers:
         install, lines = "pip install 'rankfold[transformers]'", [
             "import rankfold  # tells transformers how",
