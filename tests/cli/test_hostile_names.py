@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 import rankfold
+from rankfold import InputError
 from rankfold.cli.app import app
+from rankfold.data.sources import read_image_folder, read_npz, read_wav_folder
+from rankfold.data.sources.records import read_records
 from tests.small_models import tiny_llama, token_data
 
 NASTY = "n\x1b[31m\x07\x9b5m\u202e\u2066\u200b\r\u2028[bold]<b>\nFORGED: yes"
@@ -209,6 +212,31 @@ def test_names_of_tensors(language: Path, own: Path, tmp_path: Path) -> None:
     spec = own / "net.py"
     ran("lossless", f"{spec}:make", "--weights", tmp_path / "w.safetensors", "--data",
         f"{spec}:data", "--size", "0.9", "--out", tmp_path / "out", code=(2,))  # fmt: skip
+
+
+def test_errors_of_readers_hold_no_line_of_a_name(tmp_path: Path) -> None:
+    odd = NASTY.replace("/", "")
+    lines = [json.dumps({odd: 1}), json.dumps({f"{odd}2": 1})]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.csv").write_text(f"{_quoted(odd)},{_quoted(odd)}\n1,2\n")
+    (tmp_path / "c.csv").write_text(f"a,b\n{_quoted(odd)}\n")
+    np.savez(tmp_path / "d.npz", **{odd: np.zeros(3)})
+    np.savez(tmp_path / "e.npz", **{odd: np.zeros(3), "x": np.zeros(3), "y": np.zeros(3)})
+    for name in (odd, f"{odd}2"):
+        (tmp_path / "f" / name).mkdir(parents=True)
+        (tmp_path / "f" / name / f"{odd}.png").write_text("no image")
+        (tmp_path / "g" / name).mkdir(parents=True)
+        (tmp_path / "g" / name / f"{odd}.wav").write_text("no sound")
+    readers: list[tuple[Callable[[Path], Any], str]] = [
+        (read_records, "a.jsonl"), (read_records, "b.csv"), (read_records, "c.csv"),
+        (read_npz, "d.npz"), (read_npz, "e.npz"),
+        (lambda folder: read_image_folder(folder, size=8)[0], "f"),
+        (lambda folder: read_wav_folder(folder, prepare=None)[0], "g"),
+    ]  # fmt: skip
+    for read, name in readers:
+        with pytest.raises(InputError) as caught:
+            read(tmp_path / name)
+        watched(str(caught.value))
 
 
 def _quoted(text: str) -> str:

@@ -19,7 +19,7 @@ from rankfold.data.labels import class_numbers
 from rankfold.data.sources.class_folders import labelled
 from rankfold.data.sources.images import ImagePreparation
 from rankfold.data.sources.normalize import channel_values, normalize_images
-from rankfold.errors import InputError, require
+from rankfold.errors import InputError, note, require
 
 MOST_CHANNELS = 4
 
@@ -134,6 +134,7 @@ def _arrays(file: Path) -> tuple[np.ndarray, np.ndarray]:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise InputError(f"{file} is a single array; expected an .npz with x and y.")
             names = archive.files
+            note(*names)
             if "x" not in names or "y" not in names:
                 raise InputError(
                     f"{file} holds {', '.join(names) or 'nothing'}; expected the arrays x and y "

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from rankfold.data.account import Account, ClassCount
 from rankfold.data.labels import class_named
-from rankfold.errors import InputError
+from rankfold.errors import InputError, note
 
 # What systems leave beside a user's files: archives of a Mac, thumbnails of a NAS, rubbish bins.
 SYSTEM = (
@@ -228,6 +228,7 @@ def files_of(folder: Path, hidden: list[Path] | None = None) -> Iterator[Path]:
     """
     seen: set[str] = set()
     for place, below, names in os.walk(folder, onerror=_unreadable, followlinks=True):
+        note(*below, *names)
         every = [Path(place, name) for name in (*below, *names)]
         if hidden is not None:
             hidden += [path for path in every if not _is_data(path)]

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from rankfold.data.sources.arrow import SUFFIXES as ARROW_SUFFIXES
 from rankfold.data.sources.arrow import read_arrow
-from rankfold.errors import InputError
+from rankfold.errors import InputError, note
 
 Record: TypeAlias = dict[str, Any]
 SUFFIXES = (".jsonl", ".csv", ".tsv", *ARROW_SUFFIXES)
@@ -77,6 +77,7 @@ def _json_lines(file: Path, text: str) -> Records:
                 'such as {"text": "..."}.'
             )
         if records and record.keys() != records[0].keys():
+            note(*record, *records[0])
             raise InputError(
                 f"line {number} of {file} has the columns {', '.join(record)}; the first line has "
                 f"{', '.join(records[0])}. Expected the same in every line."
