@@ -142,7 +142,7 @@ GENERATION: list[dict[str, Any]] = [
 
 
 def _adapter(folder: Path, outside: Path) -> None:
-    wanted = {"peft_type": "LORA", "base_model_name_or_path": str(outside)}
+    wanted: dict[str, Any] = {"peft_type": "LORA", "base_model_name_or_path": str(outside)}
     wanted |= {"auto_mapping": {"base_model_class": "X", "parent_library": "run"}}
     (folder / "adapter_config.json").write_text(json.dumps(wanted))
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Canary(canary_of(outside))))
