@@ -1,4 +1,4 @@
-"""Tokenizers of twenty families of transformers, each with its own class and a small vocabulary."""
+"""Tokenizers of thirty families of transformers, each with its own class and a small vocabulary."""
 
 from __future__ import annotations
 
@@ -38,7 +38,12 @@ def _characters(*special: str) -> dict[str, Any]:
     return {"vocab": _numbered([*special, "▁", *LETTERS, "."]), "merges": []}
 
 
-# Two of these have a side for targets that writes other language codes.
+def _word_ends() -> dict[str, int]:
+    ends = (f"{letter}</w>" for letter in (*LETTERS, "."))
+    return _numbered([*LETTERS, ".", *ends, "<|startoftext|>", "<|endoftext|>"])
+
+
+# Three of these have a side for targets that writes other language codes.
 FAMILIES: dict[str, Callable[[], Any]] = {
     "bert": lambda: tf.BertTokenizer(vocab=_pieces()),
     "electra": lambda: tf.ElectraTokenizer(vocab=_pieces()),
@@ -74,5 +79,17 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "llama with padding": lambda: tf.LlamaTokenizer(
         **_characters("<unk>", "<s>", "</s>", "<pad>"), pad_token="<pad>"
     ),
+    "distilbert": lambda: tf.DistilBertTokenizer(vocab=_pieces()),
+    "xlm-roberta": lambda: tf.XLMRobertaTokenizer(**_unigrams(*BART)),
+    "bigbird": lambda: tf.BigBirdTokenizer(
+        **_unigrams("<pad>", "</s>", "<s>", "<unk>", "[MASK]", "[CLS]", "[SEP]")
+    ),
+    "fnet": lambda: tf.FNetTokenizer(**_unigrams("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]")),
+    "qwen2": lambda: tf.Qwen2Tokenizer(**_bytes("<|endoftext|>")),
+    "gemma": lambda: tf.GemmaTokenizer(**_characters("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")),
+    "gpt-neox": lambda: tf.GPTNeoXTokenizer(**_bytes("<|endoftext|>", "<|padding|>")),
+    "clip": lambda: tf.CLIPTokenizer(vocab=_word_ends(), merges=[]),
 }
+# It doesn't say which word a token belongs to.
+SLOW: dict[str, Callable[[], Any]] = {"byt5": lambda: tf.ByT5Tokenizer(extra_ids=0)}
 TWO_SIDED = ("mbart", "mbart50", "nllb")

@@ -65,6 +65,11 @@ def window_examples(file: Path, tokens: Tokens) -> ReadExamples:
     windows = token_windows(ids, length)
     rest = len(ids) - length * len(windows)
     notes = [f"the last {rest} tokens are left out: they are less than a window"] if rest else []
+    if tokens.marks:
+        notes.append(
+            "windows are cut from the whole text: what the tokenizer writes around a single text "
+            f"({tokens.marks}) is not in them"
+        )
     lengths = spread_of([length] * len(windows))
     account = Account(
         str(file), "window", len(windows), len(windows), lengths=lengths, notes=notes,

@@ -77,6 +77,12 @@ class Tokens:
         except InputError:
             self._nothing = None
 
+    @property
+    def marks(self) -> str:
+        """The special tokens that the tokenizer writes around each text, for a message."""
+        ids = self._nothing or []
+        return " ".join(map(str, self.tokenizer.convert_ids_to_tokens(ids))) if ids else ""
+
     def source(self, text: str, what: str) -> dict[str, Tensor]:
         """The model's inputs of a text, by name, ``(length,)`` each.
 
