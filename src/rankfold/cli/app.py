@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -127,7 +128,7 @@ def tell(message: str) -> None:
 
 def say(message: str, *, err: bool = False) -> None:
     """Print a message, by default on stdout; what a terminal would interpret is written out."""
-    typer.echo(visible(message, lines=True), err=err)
+    typer.echo(visible(message, lines=True), file=sys.stderr if err else sys.stdout)
 
 
 def as_options(text: str, names: Collection[str] = ()) -> str:

@@ -485,4 +485,6 @@ def _print_json(value: dict[str, Any]) -> None:
 
     # What a terminal would interpret stands within texts alone, but for the line feeds between.
     text = dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
-    typer.echo(UNSEEN.sub(escaped, text))
+    if not (sys.stdout.encoding or "ascii").lower().startswith("utf"):
+        text = dumps(value, indent=1, allow_nan=False)
+    typer.echo(UNSEEN.sub(escaped, text), file=sys.stdout)

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from rankfold.errors import visible
@@ -96,13 +97,13 @@ class _Streams:
 
 @contextmanager
 def unbreakable_streams() -> Iterator[_Streams]:
-    """Within, nothing that is printed raises an error."""
+    """Within, nothing that is printed raises an error; what the shell has closed goes nowhere."""
     before = sys.stdout, sys.stderr
-    streams = _Streams()
-    try:
-        # None: opened nowhere, as Python has it, and print knows that.
-        sys.stdout = sys.stdout and streams.out
-        sys.stderr = sys.stderr and streams.err
-        yield streams
-    finally:
-        sys.stdout, sys.stderr = before
+    with Path(os.devnull).open("w") as nowhere:
+        sys.stdout, sys.stderr = (stream or nowhere for stream in before)
+        streams = _Streams()
+        sys.stdout, sys.stderr = streams.out, streams.err
+        try:
+            yield streams
+        finally:
+            sys.stdout, sys.stderr = before

@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import current_thread, main_thread
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
+UNWINDING = 2.0  # seconds from a signal until the next one is raised, too
 INTERRUPTED = "interrupted; nothing was saved"
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is none of Windows
 SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
@@ -41,11 +43,16 @@ def exit_code(interruption: KeyboardInterrupt) -> int:
 def raising() -> Iterator[None]:
     """Within, the signals that end a command raise ``Interruption``; outside, what was set before.
 
-    What ignores a signal (``nohup``) goes on ignoring it.
+    What ignores a signal (``nohup``) goes on ignoring it. One that comes while the first is being
+    seen to (Ctrl-C twice, a hangup and a kill) changes nothing.
     """
+    last = -UNWINDING
 
-    def interrupt(number: int, _: FrameType | None) -> NoReturn:
-        raise Interruption(number)
+    def interrupt(number: int, _: FrameType | None) -> None:
+        nonlocal last
+        if time.monotonic() - last >= UNWINDING:
+            last = time.monotonic()
+            raise Interruption(number)
 
     with _handled(interrupt):
         yield
