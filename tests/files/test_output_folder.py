@@ -347,6 +347,40 @@ def test_readers_see_one_whole_artifact_while_it_is_overwritten(tmp_path: Path) 
     assert other.returncode == 0 and seen == {0.0, 1.0}
 
 
+def test_transformers_sees_one_whole_artifact_or_is_told(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    out = tmp_path / "out"
+    code = """
+    import time
+    from tests.small_models import tiny_llama
+    from torch import nn
+    from rankfold.artifact.save import save_artifact
+    models = [tiny_llama() for _ in range(2)]
+    for number, model in enumerate(models):
+        for weight in model.parameters():
+            nn.init.constant_(weight, number)
+    save_artifact(out, models[0], {"layers": []})
+    print("ready", flush=True)
+    end = time.monotonic() + 4
+    while time.monotonic() < end:
+        for model in models:
+            save_artifact(out, model, {"layers": []}, overwrite=True)
+    """
+    seen = 0
+    with python(code, out) as other:
+        assert other.stdout is not None and other.stdout.readline() == "ready\n"
+        while other.poll() is None:
+            try:
+                model = transformers.AutoModelForCausalLM.from_pretrained(out)
+            except rankfold.ArtifactError as error:
+                assert "was replaced by another run" in str(error)
+                continue
+            assert len({float(weight.detach().mean()) for weight in model.parameters()}) == 1
+            seen += 1
+        assert other.stderr is not None and other.returncode == 0, other.stderr.read()
+    assert seen
+
+
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
 def test_all_is_on_the_disk_before_a_name_is_changed(tmp_path: Path) -> None:
     out, trace = tmp_path / "out", tmp_path / "trace"

@@ -46,7 +46,7 @@ def read_whole(folder: Path, read: Callable[[], Read]) -> Read:
             if before == identity(folder):
                 return found
         if time.monotonic() > until:
-            raise InputError(_REPLACED.format(visible(folder)))
+            raise InputError(REPLACED.format(visible(folder)))
         time.sleep(_PAUSE)
 
 
@@ -63,17 +63,17 @@ def not_replaced(folder: Path) -> Iterator[None]:
         yield
     except InputError:
         if before is not None and before != identity(folder):
-            raise InputError(_REPLACED.format(visible(folder))) from None
+            raise InputError(REPLACED.format(visible(folder))) from None
         raise
     if before != identity(folder):
-        raise InputError(_REPLACED.format(visible(folder)))
+        raise InputError(REPLACED.format(visible(folder)))
 
 
-_REPLACED = "{} was replaced by another run while it was read: run this again."
+REPLACED = "{} was replaced by another run while it was read: run this again."
 
 
 def identity(folder: Path) -> tuple[int, ...] | None:
-    """What tells a folder from another that takes its name; None where there is none."""
+    """What tells a folder or file from another that takes its name; None where there is none."""
     try:
         found = os.stat(folder)  # noqa: PTH116
     except OSError:
