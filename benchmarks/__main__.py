@@ -6,6 +6,7 @@
     python -m benchmarks run memory --models resnet20 --sizes 0.5
     python -m benchmarks run stages --models minilm --sizes 0.8 0.6 --set effort=fast
     python -m benchmarks stages
+    python -m benchmarks faults
     python -m benchmarks table
     python -m benchmarks plot
 
@@ -14,17 +15,19 @@ there already. ``quality`` measures loss, accuracy and sizes, ``vision`` the sam
 models, ``speed`` latencies beside the dense model's in one run, ``memory`` the peak of a process
 that compresses, ``stages`` where the time of a run goes and what came of it; ``all`` is quality,
 speed and memory. The command ``stages`` sets what different states of the code took side by side.
+``faults`` injects faults for real and prints how many were survived, ``--times`` of each.
 ``table`` writes the tables between the markers of docs/field.md and docs/results.md, ``plot`` the
 figures of docs/figures, from those lines and nothing else.
 """
 
 from __future__ import annotations
 
-from argparse import Namespace
+import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import figures
+from benchmarks import faults, figures
 from benchmarks.command_line import commands, parsed
 from benchmarks.documents import write_tables
 from benchmarks.field import RESULTS, Row, Runner
@@ -57,6 +60,9 @@ def main() -> None:
     run.add_argument("--test", type=int, help="held-out examples, for a quick look")
     run.add_argument("--dtype", default="float32", choices=DTYPES, help="that speed is measured in")
     run.add_argument("--set", nargs="+", default=[], help="of stages: settings, name=value")
+    if sys.argv[1:2] == ["faults"]:
+        _faults(sys.argv[2:])
+        return
     options = parsed(parser)
     if options.command == "run":
         _run(options)
@@ -77,6 +83,16 @@ def main() -> None:
     else:
         for file in [*draw(rows, figures.FOLDER), *draw_ranks(rows, figures.FOLDER)]:
             print(file)
+
+
+def _faults(words: Sequence[str]) -> None:
+    parser = ArgumentParser(prog="python -m benchmarks faults", description=faults.__doc__)
+    parser.add_argument("--times", type=int, help="of each, in place of its own number")
+    options = parser.parse_args(words)
+    lines, survived = faults.table(options.times)
+    print("\n".join(lines))
+    print("all survived" if survived else "NOT all survived")
+    sys.exit(not survived)
 
 
 def _run(options: Namespace) -> None:

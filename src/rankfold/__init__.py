@@ -2,6 +2,9 @@
 
 from importlib.metadata import version
 
+import rankfold.machine.interruption  # noqa: F401  (the first: what follows takes seconds)
+
+# isort: split
 from rankfold.artifact.load import load
 from rankfold.artifact.recorded import recorded_inputs
 from rankfold.artifact.registration import register_with_transformers

@@ -8,6 +8,7 @@ transformers is.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,10 @@ from rankfold.artifact.load import (
     empty_modules,
     restore_computed_buffers,
 )
-from rankfold.artifact.manifest import check_digest, check_structure
+from rankfold.artifact.manifest import CONFIG_FILE, check_digest, check_structure
 from rankfold.errors import InputError, listed, opening_an_artifact
+from rankfold.files.json_file import read_json
+from rankfold.files.reading import REPLACED, identity
 from rankfold.files.tensors import read_tensors
 from rankfold.integrations.allowed import check_keys
 from rankfold.integrations.transformers import QUANT_METHOD, is_transformers_model
@@ -122,12 +125,33 @@ class RankfoldQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         for alias, name in structure["model"]["shared_tensors"].items():
             if {alias, name} <= names and alias not in tied and tied.get(name) != alias:
                 tied[alias] = name
+        self.files = [Path(file) for file in checkpoint_files or ()]
+        self.opened = [identity(file) for file in self.files]
         if checkpoint_files:
-            _check_stored(model, None if same else modules, checkpoint_files)
-            if self.as_saved:
-                files = [read_tensors(Path(file)) for file in checkpoint_files]
-                tensors = {name: tensor for file in files for name, tensor in file.items()}
-                check_digest(structure, tensors, str(Path(checkpoint_files[0]).parent))
+            try:
+                _check_stored(model, None if same else modules, checkpoint_files)
+                if self.as_saved:
+                    read = [read_tensors(file) for file in self.files]
+                    tensors = {name: tensor for file in read for name, tensor in file.items()}
+                    check_digest(structure, tensors, str(self.files[0].parent))
+            except InputError:
+                self._refuse_replaced()
+                raise
+
+    def _refuse_replaced(self) -> None:
+        """Refuse weights of another folder than the configuration, which has taken its place.
+
+        Raises:
+            InputError: The files are others by now, or the configuration is.
+        """
+        same = self.opened == [identity(file) for file in self.files]
+        for folder in {file.parent for file in self.files} if self.as_saved and same else ():
+            with suppress(InputError, KeyError, TypeError):
+                told = read_json(folder / CONFIG_FILE, constants=True)
+                stated = told["quantization_config"] if isinstance(told, dict) else {}
+                same = stated["digest"] == self.quantization_config.__dict__.get("digest")
+        if not same:
+            raise InputError(REPLACED.format(self.files[0].parent))
 
     @opening_an_artifact()
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
@@ -144,6 +168,7 @@ class RankfoldQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         orders = {found: axes for name, axes in orders.items() if (found := here.of(name))}
         check_orders(orders, model.state_dict(), _WHERE)
         lay_out(model, orders)
+        self._refuse_replaced()
         _mark_as_ordinary(model)
 
     def is_serializable(self) -> bool:

@@ -23,6 +23,7 @@ from rankfold.artifact.manifest import (
     read_manifest,
 )
 from rankfold.errors import MODEL, InputError, check_kind, listed, opening_an_artifact, path_of
+from rankfold.files.reading import read_whole
 from rankfold.files.tensors import read_tensors
 from rankfold.forms.embedding.fit import empty_uses
 from rankfold.forms.registry import form_named
@@ -59,15 +60,17 @@ def load(folder: str | Path, model: nn.Module | None = None, *, as_saved: bool =
     if model is not None:
         check_kind("the model", model, nn.Module, MODEL)
     path = path_of("the folder", folder)
-    manifest = read_manifest(path)
-    of_transformers = manifest["model"]["kind"] == "transformers"
-    if as_saved and of_transformers:
-        check_config_digest(path, manifest)
-    tensors = read_tensors(path / WEIGHTS_FILE)
-    if model is None:
-        model = skeleton(path, manifest, tensors)
-    model = unwrapped(model)
-    return fill(model, manifest, tensors, where=str(path), as_saved=as_saved).eval()
+
+    def read() -> tuple[nn.Module, Manifest, dict[str, Tensor]]:
+        manifest = read_manifest(path)
+        if as_saved and manifest["model"]["kind"] == "transformers":
+            check_config_digest(path, manifest)
+        tensors = read_tensors(path / WEIGHTS_FILE)
+        made = skeleton(path, manifest, tensors) if model is None else model
+        return made, manifest, tensors
+
+    opened, manifest, tensors = read_whole(path, read)
+    return fill(unwrapped(opened), manifest, tensors, where=str(path), as_saved=as_saved).eval()
 
 
 def skeleton(

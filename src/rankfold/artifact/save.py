@@ -25,7 +25,9 @@ from rankfold.artifact.manifest import (
 )
 from rankfold.errors import InputError, path_of, visible
 from rankfold.files.digests import file_digest
+from rankfold.files.durable import synced_meanwhile
 from rankfold.files.folder import check_output, check_space, folder_in_one_step, trial_folder
+from rankfold.files.listed import file_names
 from rankfold.files.tensors import METADATA, safetensors_bytes
 from rankfold.integrations import transformers as hf
 from rankfold.integrations.vision import NamedModel
@@ -63,10 +65,11 @@ def save_artifact(
     target = path_of("the folder", folder)
     check_output(target, overwrite, MANIFEST_FILE, reads=_opened_from(model))
     tensors, complete = _described(model, manifest, source)
-    with folder_in_one_step(target) as draft:
+    with folder_in_one_step(target, overwrite) as draft:
         stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         save_file(stored, draft / WEIGHTS_FILE, metadata=METADATA)
-        complete["digest"] = artifact_digest(complete, stored)
+        with synced_meanwhile(draft / WEIGHTS_FILE):
+            complete["digest"] = artifact_digest(complete, stored)
         _write(draft, model, complete, tokenizer, files or {})
     return target
 
@@ -161,6 +164,7 @@ def _write(
     if hf.is_transformers_model(model):
         hf.write_configuration(model, draft, structure(complete), tokenizer)
         complete["config_digest"] = file_digest(draft / CONFIG_FILE)
+    complete["files"] = file_names(draft, MANIFEST_FILE)
     text = json.dumps(complete, indent=1, allow_nan=False, ensure_ascii=False)
     _write_text(draft / MANIFEST_FILE, text + "\n")
 

@@ -2,7 +2,8 @@
 
 Results go to stdout, everything else to stderr, also what a user's own model prints. Exit codes:
 0 done, 2 bad input, 3 no model that satisfies what was asked, 4 a certificate that does not agree,
-130 interrupted.
+5 done, and stdout could not be written, 128 and the signal's number where one ended it: 130 after
+Ctrl-C.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-import signal
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -21,11 +22,13 @@ import typer
 from typer.main import get_command
 
 from rankfold.cli.options import gathered, in_panels, spread
+from rankfold.cli.streams import unbreakable_streams
 from rankfold.errors import InputError, note, visible
+from rankfold.files.folder import written
 from rankfold.machine.device import OUT_OF_MEMORY
+from rankfold.machine.interruption import INTERRUPTED, exit_code, raising
 
-DONE, BAD_INPUT, NOT_FOUND, DIFFERS, INTERRUPTED = 0, 2, 3, 4, 130
-TERMINATED = 128 + signal.SIGTERM
+DONE, BAD_INPUT, NOT_FOUND, DIFFERS, NOT_PRINTED = 0, 2, 3, 4, 5
 
 app = typer.Typer(
     name="rankfold",
@@ -68,28 +71,16 @@ def command(function: Callable[..., int]) -> Callable[..., None]:
     def run(**values: Any) -> None:
         note(*(one for value in values.values() for one in _items(value)))
         _given[:] = [text for value in values.values() for text in _texts(value)]
-        try:
+        before = len(written())
+
+        def done() -> int:
             for name in groups:
                 values[name] = gathered(hints[name], values)
-            code = function(**values)
-        except InputError as error:
-            say(f"error: {as_options(str(error))}", err=True)
-            code = BAD_INPUT
-        except torch.cuda.OutOfMemoryError:
-            tell(f"error: {OUT_OF_MEMORY}")
-            code = BAD_INPUT
-        except SystemExit as error:
-            if error.code == TERMINATED:
-                raise
-            tell(
-                "error: the model's or the data's own code ended the program (SystemExit: "
-                f"{error.code}); expected code that gives a model or data. Take its call of exit() "
-                "out."
-            )
-            code = BAD_INPUT
-        except KeyboardInterrupt:
-            tell("interrupted; nothing was written")
-            code = INTERRUPTED
+            return function(**values)
+
+        with unbreakable_streams() as streams:
+            code = _ended(done, before)
+            code = streams.code(code, NOT_PRINTED, _standing(before))
         raise typer.Exit(code)
 
     ordered = in_panels(flat)
@@ -99,6 +90,38 @@ def command(function: Callable[..., int]) -> Callable[..., None]:
     return run
 
 
+def _ended(done: Callable[[], int], before: int) -> int:
+    """The exit code of a command, however it ends; what it has to say of that is said.
+
+    Args:
+        done: The command.
+        before: How many outputs were written before it began.
+    """
+    try:
+        with raising():
+            return done()
+    except InputError as error:
+        say(f"error: {as_options(str(error))}", err=True)
+    except torch.cuda.OutOfMemoryError:
+        tell(f"error: {OUT_OF_MEMORY}")
+    except SystemExit as error:
+        tell(
+            "error: the model's or the data's own code ended the program (SystemExit: "
+            f"{error.code}); expected code that gives a model or data. Take its call of exit() out."
+        )
+    except KeyboardInterrupt as error:
+        standing = _standing(before)
+        tell(f"interrupted; {standing}" if standing else INTERRUPTED)
+        return exit_code(error)
+    return BAD_INPUT
+
+
+def _standing(before: int) -> str:
+    """Which outputs a command has written wholly, whatever became of it then."""
+    named = ", ".join(visible(folder) for folder in written()[before:])
+    return f"the result is whole, in {named}" if named else ""
+
+
 def tell(message: str) -> None:
     """Say something on stderr, arguments of Python written as options."""
     say(as_options(message), err=True)
@@ -106,7 +129,7 @@ def tell(message: str) -> None:
 
 def say(message: str, *, err: bool = False) -> None:
     """Print a message, by default on stdout; what a terminal would interpret is written out."""
-    typer.echo(visible(message, lines=True), err=err)
+    typer.echo(visible(message, lines=True), file=sys.stderr if err else sys.stdout)
 
 
 def as_options(text: str, names: Collection[str] = ()) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import signal
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -22,8 +21,10 @@ from rankfold.artifact.save import try_saving
 from rankfold.certificate.document import read_document
 from rankfold.certificate.statement import DEFAULT_MARGIN, check_margin
 from rankfold.cli.app import DIFFERS, DONE, NOT_FOUND, app, as_options, command, say, tell
+from rankfold.cli.clean import clean as clean
 from rankfold.cli.demo import run_demo
 from rankfold.cli.export_inputs import open_inputs
+from rankfold.cli.kept import save_somewhere
 from rankfold.cli.named_paths import named_paths
 from rankfold.cli.open import (
     DataOptions,
@@ -66,9 +67,12 @@ from rankfold.export.export import DTYPES, TARGETS, Exported
 from rankfold.export.export import export as export_artifact
 from rankfold.export.traced import PROGRAMS
 from rankfold.files.digests import model_digest
+from rankfold.files.folder import owned_output
+from rankfold.files.reading import not_replaced, read_whole
 from rankfold.integrations.vision import parse_named
 from rankfold.machine.device import check_device, unused_gpu
 from rankfold.machine.freed_memory import give_back_freed_memory
+from rankfold.machine.interruption import ignore_from_here
 from rankfold.machine.offload import Offload, advice
 from rankfold.machine.progress import TerminalProgress
 from rankfold.model.sizes import model_parameters
@@ -165,8 +169,8 @@ def _compress(
 ) -> Result:
     """Open model and data, run the algorithm, save what it found and print it."""
     folders = options.folders
-    out = folders.output()
-    with redirect_stdout(sys.stderr):
+    out = folders.output(named_paths(model, folders.weights, *vars(options.parts).values()))
+    with owned_output(out), redirect_stdout(sys.stderr):
         tell(f"opening {visible(model)}")
         opened, data, guard = _opened(model, options, out, size)
         result = algorithm(
@@ -177,11 +181,17 @@ def _compress(
             offload_folder=folders.offload_folder,
             **cast("SettingKeywords", vars(options.settings)),
         )
-    keep = saved(result)
-    if keep:
-        result.save(
-            out, tokenizer=opened.tokenizer, overwrite=folders.overwrite, source=opened.source
-        )
+        keep = saved(result)
+        if keep:
+            save_somewhere(
+                partial(
+                    result.save,
+                    tokenizer=opened.tokenizer,
+                    overwrite=folders.overwrite,
+                    source=opened.source,
+                ),
+                out,
+            )
     if options.reading.json:
         _print_json({**result.report, "saved": str(out) if keep else None})
         return result
@@ -250,7 +260,7 @@ def evaluate(
     """Loss of a factorized model on data, all of it."""
     if limit is not None and limit < 1:
         raise InputError(f"--limit is {limit}; expected 1 example or more.")
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr), not_replaced(folder):
         device = check_device(options.device)
         opened = open_artifact(folder, model)
         opened.model.to(device)
@@ -295,7 +305,7 @@ def verify(
     options: Reading,
 ) -> int:
     """Recompute an artifact's certificate from its weights and the held-out data."""
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr), not_replaced(folder):
         device = check_device(options.device)
         # A class of the user's own is needed to open the artifact at all.
         own = model if model is not None and gives_module(model) else None
@@ -340,7 +350,7 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print rankfold.json.")] = False,
 ) -> int:
     """What an artifact says of itself: sizes, losses, certificate, layers."""
-    report = read_report(folder)
+    report = read_whole(folder, lambda: read_report(folder))
     if json:
         _print_json(report)
         return DONE
@@ -462,10 +472,11 @@ def _root(
 
 def main() -> None:
     """Entry point of ``rankfold``."""
-    # A polite kill leaves as little behind as Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     give_back_freed_memory()
-    app()
+    try:
+        app()
+    finally:
+        ignore_from_here()
 
 
 def _print_json(value: dict[str, Any]) -> None:
@@ -474,4 +485,6 @@ def _print_json(value: dict[str, Any]) -> None:
 
     # What a terminal would interpret stands within texts alone, but for the line feeds between.
     text = dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
-    typer.echo(UNSEEN.sub(escaped, text))
+    if not (sys.stdout.encoding or "ascii").lower().startswith("utf"):
+        text = dumps(value, indent=1, allow_nan=False)
+    typer.echo(UNSEEN.sub(escaped, text), file=sys.stdout)

@@ -255,15 +255,18 @@ class Folders:
     ] = None
     weights: Weights = None
 
-    def output(self) -> Path:
+    def output(self, reads: Sequence[Path] = ()) -> Path:
         """The folder to write to, checked before any work is done.
+
+        Args:
+            reads: Files and folders that the run reads.
 
         Raises:
             InputError: None is given, or it can't be written.
         """
         if self.out is None:
             raise InputError("--out is missing; expected a folder to save the model in.")
-        check_output(self.out, self.overwrite, MANIFEST_FILE)
+        check_output(self.out, self.overwrite, MANIFEST_FILE, reads=reads)
         return self.out
 
 

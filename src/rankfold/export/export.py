@@ -31,6 +31,7 @@ from rankfold.export.targets import TARGETS as TARGETS  # also looked for here
 from rankfold.export.targets import register_target as register_target
 from rankfold.export.traced import TracedProgram
 from rankfold.files.folder import check_output, folder_in_one_step
+from rankfold.files.listed import file_names
 from rankfold.integrations import transformers as hf
 from rankfold.model.sizes import model_parameters
 from rankfold.model.unpack import unwrapped
@@ -104,8 +105,10 @@ def export(
     inputs = _shaped(source, inputs) if "inputs" in target.options else None
     opened = _opened(source, model, inputs, dtype)
     parameters = model_parameters(opened.model)  # before it may be changed
-    with folder_in_one_step(out) as draft:
+    with folder_in_one_step(out, overwrite) as draft:
         written = target.write(opened, draft)
+        if opened.of_transformers:
+            hf.copy_processing_files(source, draft)
         about = {
             "made_by": "rankfold",
             "versions": library_versions(),
@@ -113,11 +116,9 @@ def export(
             "class": opened.manifest["model"]["class"],
             "input_settings": recorded_inputs(source).as_dict(),
             **written.told,
+            "files": file_names(draft, EXPORT_FILE),
         }
-        text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
-        (draft / EXPORT_FILE).write_text(text, encoding="utf-8")
-        if opened.of_transformers:
-            hf.copy_processing_files(source, draft)
+        _write_about(draft / EXPORT_FILE, about)
     return Exported(
         folder=out,
         to=to,
@@ -128,6 +129,12 @@ def export(
         difference=written.difference,
         dynamic=written.dynamic,
     )
+
+
+def _write_about(file: Path, about: Mapping[str, object]) -> None:
+    text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+    # Names of files that are no text have lone surrogates, which JSON escapes alike.
+    file.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _shaped(folder: Path, inputs: Given | None) -> Given | None:

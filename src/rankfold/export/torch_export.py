@@ -5,13 +5,14 @@ The batch is of any size. Sequences of tokens are of any length where the model'
 
 from __future__ import annotations
 
+import io
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -151,9 +152,59 @@ def largest_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> f
 
 
 def write_pt2(traced: Traced, file: Path) -> None:
-    """Write the program; ``torch.export.load(file).module()`` opens it."""
-    with _quiet():
-        torch.export.save(traced.program, file)
+    """Write the program; ``torch.export.load(file).module()`` opens it.
+
+    Raises:
+        OSError: The disk is full, or the like.
+    """
+    with file.open("wb") as opened, _quiet():
+        noting = _NotingFile(opened)
+        try:
+            torch.export.save(traced.program, cast("Any", noting))
+        except Exception:
+            if noting.error is None:
+                raise
+        if noting.error is not None:
+            raise noting.error
+
+
+class _NotingFile(io.RawIOBase):
+    """A file for torch's writer, in C++, which ends the process where a write raises an error.
+
+    Attributes:
+        error: The first one; what is written after it is dropped.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__()
+        self._file = file
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        """As a file does."""
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """As a file does."""
+        return self._file.tell()
+
+    def write(self, content: Any) -> int:
+        """Write, or note why not."""
+        if self.error is None:
+            try:
+                self._file.write(content)
+                self._file.flush()
+            except OSError as error:
+                self.error = error
+        return len(memoryview(content).cast("B"))
 
 
 def run_pt2(file: Path, batches: Sequence[ExampleInputs]) -> list[list[Tensor]]:

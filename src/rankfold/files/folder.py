@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from rankfold.errors import InputError, visible
+from rankfold.errors import InputError, listed, visible
+from rankfold.files.durable import sync_tree
+from rankfold.files.listed import MARKS, unlisted
+from rankfold.files.owned import Owned, owned, real_path, stands
+from rankfold.machine.interruption import shielded
 
-_PREFIX = ".rankfold-"  # of drafts, beside the folder that is written
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+_written: list[Path] = []  # outputs that this process has put in place, in order
+
+
+def written() -> tuple[Path, ...]:
+    """The outputs that this process has put in place, whole, in order."""
+    return tuple(_written)
+
+
+@contextmanager
+def owned_output(folder: Path) -> Iterator[None]:
+    """A run is to write this folder: until the end, no other may.
+
+    Raises:
+        InputError: Another run owns it, or nothing can be written there.
+    """
+    _check_name(folder)
+    with _naming(folder):
+        _refuse_links_to_nothing(folder)
+        _refuse_files(folder)
+    with ExitStack() as stack:
+        with _naming(folder):
+            stack.enter_context(owned(folder))
+        yield
 
 
 def check_output(folder: Path, overwrite: bool, mark: str, *, reads: Iterable[Path] = ()) -> None:
@@ -27,16 +56,21 @@ def check_output(folder: Path, overwrite: bool, mark: str, *, reads: Iterable[Pa
             none of them is overwritten.
 
     Raises:
-        InputError: It exists and is not empty (without ``overwrite``), is a file, a mount point, a
-            link to nothing, the current folder or one that is read from, or nothing can be written
-            where it shall stand.
+        InputError: It exists and is not empty (without ``overwrite``), holds what is not
+            rankfold's, is a file, a mount point, a link to nothing, the current folder or one that
+            is read from, another run writes it, or nothing can be written where it shall stand.
     """
     _check_name(folder)
     with _naming(folder):
-        _refuse_what_stands_there(folder, overwrite, mark)
-        _refuse_what_is_read(folder, reads)
-        with trial_folder(folder):
-            pass
+        _refuse_links_to_nothing(folder)
+        _refuse_files(folder)
+        _refuse_unmovable(folder)
+        with owned(folder):
+            _refuse_what_stands_there(folder, overwrite, mark)
+            _refuse_what_is_read(folder, reads)
+            _refuse_what_is_not_ours(folder)
+            with trial_folder(folder):
+                pass
 
 
 @contextmanager
@@ -46,16 +80,14 @@ def trial_folder(folder: Path) -> Iterator[Path]:
     Raises:
         InputError: The system refuses it, or what is written into it.
     """
-    with _naming(folder):
-        real = _real(folder)
-        beside = next(one for one in real.parents if one.exists())
-        inner = Path() if real.exists() else real.relative_to(beside)
-        trial = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=beside))
+    with _naming(folder), owned(folder) as one:
+        draft = one.fresh_draft()
         try:
-            (trial / inner).mkdir(parents=True, exist_ok=True)
-            yield trial / inner
+            (trial := draft / one.output.name).mkdir()
+            yield trial
         finally:
-            shutil.rmtree(trial, ignore_errors=True)
+            with shielded():
+                shutil.rmtree(draft, ignore_errors=True)
 
 
 def check_space(trial: Path, needed: int, folder: Path) -> None:
@@ -80,9 +112,69 @@ def check_space(trial: Path, needed: int, folder: Path) -> None:
     (trial / "size").unlink()
 
 
-def _real(folder: Path) -> Path:
-    """Where a folder stands, with links followed: what stands there is replaced, not the link."""
-    return Path(os.path.realpath(folder))
+@contextmanager
+def folder_in_one_step(target: Path, overwrite: bool = True) -> Iterator[Path]:
+    """A draft folder that becomes ``target`` at the end, or vanishes.
+
+    Readers find what stood there before or the new folder, and the new one is on the disk before
+    the old one goes.
+
+    Args:
+        target: Where to.
+        overwrite: Whether a folder that stands there may be replaced.
+
+    Raises:
+        InputError: The system refuses something, another run writes there, or something else
+            stands there by now. What is complete then is kept, and its place is named.
+    """
+    with ExitStack() as stack:
+        with _naming(target, "Nothing was left there."):
+            one = stack.enter_context(owned(target))
+            draft = one.fresh_draft()
+            yield draft
+            _set_modes(one, draft)
+            sync_tree(draft)
+        with shielded():
+            _put_in_place(one, target, overwrite)
+
+
+def _put_in_place(one: Owned, target: Path, overwrite: bool) -> None:
+    """What is complete becomes the output, or is kept under another name."""
+    try:
+        one.complete()
+        if stands(one.output) and not overwrite:
+            raise FileExistsError(errno.EEXIST, "something was put there meanwhile")
+        if stands(one.output) and not any((one.output / mark).is_file() for mark in MARKS):
+            raise FileExistsError(errno.EEXIST, "something else was put there meanwhile")
+        one.replace_output()
+    except OSError as error:
+        kept = one.keep_in_sight()
+        if kept is None:
+            raise InputError(_refused(target, error, "Nothing was left there.")) from error
+        _written.append(kept)
+        raise InputError(
+            f"the output folder {visible(target)} can't be replaced: {visible(error)}. What is "
+            f"finished was saved in {visible(kept)}; move it where you want it."
+        ) from error
+    _written.append(one.output)
+    with suppress(OSError):  # what stays is found later
+        one.clear()
+
+
+def _set_modes(one: Owned, draft: Path) -> None:
+    """Modes as a new folder has them here; what replaces something has that one's mode."""
+    mode = one.file_mode()  # safetensors writes files that only their owner can read
+    for file in draft.rglob("*"):
+        earlier = one.output / file.relative_to(draft)
+        if not file.is_dir():
+            replaces = earlier.is_file() and not earlier.is_symlink()
+            file.chmod(stat.S_IMODE(earlier.stat().st_mode) if replaces else mode)
+    if one.output.is_dir():
+        before = one.output.stat()
+        if hasattr(os, "chown"):
+            with suppress(OSError):  # a group that the user is not in
+                os.chown(draft, -1, before.st_gid)
+        draft.chmod(stat.S_IMODE(before.st_mode))
 
 
 @contextmanager
@@ -93,9 +185,17 @@ def _naming(
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"the output folder {visible(folder)} can't be written: {visible(error)}. {advice}"
-        ) from error
+        raise InputError(_refused(folder, error, advice)) from error
+
+
+def _refused(folder: Path, error: Exception, advice: str) -> str:
+    text = visible(error).rstrip(".")
+    if getattr(error, "errno", None) in _FULL or "os error 28" in text or "code: 28" in text:
+        with suppress(OSError):
+            free = shutil.disk_usage(next(p for p in folder.parents if p.exists())).free
+            text = f"{text}; {free:,} bytes are free there"
+        advice = f"{advice} Make room, or choose a folder on another disk."
+    return f"the output folder {visible(folder)} can't be written: {text}. {advice}"
 
 
 def _check_name(folder: Path) -> None:
@@ -111,8 +211,7 @@ def _check_name(folder: Path) -> None:
     )
 
 
-def _refuse_what_stands_there(folder: Path, overwrite: bool, mark: str) -> None:
-    named = f"the output folder {visible(folder)}"
+def _refuse_links_to_nothing(folder: Path) -> None:
     for one in (folder, *folder.absolute().parents):
         if one.is_symlink() and not one.exists():
             raise InputError(
@@ -120,13 +219,22 @@ def _refuse_what_stands_there(folder: Path, overwrite: bool, mark: str) -> None:
                 f"{visible(one.readlink())}, which does not exist. Make that folder, or choose "
                 "another one."
             )
-    real, here = _real(folder), Path.cwd()
-    if not real.exists():
-        return
-    if not real.is_dir():
+
+
+def _refuse_files(folder: Path) -> None:
+    real = real_path(folder)
+    if real.exists() and not real.is_dir():
         raise InputError(
             f"the output {visible(folder)} is a file; expected a folder that is new or empty."
         )
+
+
+def _refuse_unmovable(folder: Path) -> None:
+    """Refuse a folder that no other can take the place of."""
+    real, here = real_path(folder), Path.cwd()
+    named = f"the output folder {visible(folder)}"
+    if not real.exists():
+        return
     if os.path.ismount(real):
         raise InputError(
             f"{named} is a mount point, which can't be replaced; choose a new folder in it."
@@ -136,6 +244,20 @@ def _refuse_what_stands_there(folder: Path, overwrite: bool, mark: str) -> None:
             f"{named} is the current folder or holds it, so it can't be replaced; choose a new "
             "folder in it, such as out."
         )
+    above = real.parent.stat()
+    if hasattr(os, "geteuid") and above.st_mode & stat.S_ISVTX:
+        owners = {0, above.st_uid, real.stat().st_uid}
+        if os.geteuid() not in owners:
+            raise InputError(
+                f"{named} can't be replaced: it is another user's, in a folder where each may "
+                "replace their own alone. Choose another one."
+            )
+
+
+def _refuse_what_stands_there(folder: Path, overwrite: bool, mark: str) -> None:
+    real, named = real_path(folder), f"the output folder {visible(folder)}"
+    if not real.exists():
+        return
     if not any(real.iterdir()):
         pass
     elif not overwrite:
@@ -154,10 +276,21 @@ def _refuse_what_stands_there(folder: Path, overwrite: bool, mark: str) -> None:
         )
 
 
+def _refuse_what_is_not_ours(folder: Path) -> None:
+    """Refuse to overwrite what the earlier result does not list."""
+    real = real_path(folder)
+    if real.exists() and (foreign := unlisted(real)):
+        names = listed([visible(name) for name in foreign])
+        raise InputError(
+            f"the output folder {visible(folder)} holds what rankfold did not write there:\n  "
+            f"{names}\nIt is not overwritten: move that elsewhere, or choose another folder."
+        )
+
+
 def _refuse_what_is_read(folder: Path, reads: Iterable[Path]) -> None:
-    real = _real(folder)
+    real = real_path(folder)
     for one in reads:
-        read = _real(one)
+        read = real_path(one)
         if real == read or (real in read.parents and real.is_dir()):
             raise InputError(
                 f"the output folder {visible(folder)} is or holds {visible(one)}, which is read "
@@ -168,34 +301,3 @@ def _refuse_what_is_read(folder: Path, reads: Iterable[Path]) -> None:
                 f"the output folder {visible(folder)} lies in {visible(one)}, which is read here; "
                 "choose one outside it."
             )
-
-
-@contextmanager
-def folder_in_one_step(target: Path) -> Iterator[Path]:
-    """A draft folder that becomes ``target`` at the end, or vanishes."""
-    real = _real(target)
-    made = [one for one in real.parents if not one.exists()]  # the deepest first
-    draft = backup = None
-    try:
-        with _naming(target, "Nothing was left there."):
-            real.parent.mkdir(parents=True, exist_ok=True)
-            draft = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=real.parent))
-            draft.chmod(0o755)
-            yield draft
-            for file in draft.rglob("*"):  # safetensors writes files that only their owner can read
-                file.chmod(0o755 if file.is_dir() else 0o644)
-            if real.exists():
-                backup = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=real.parent))
-                real.replace(backup / "old")
-            draft.replace(real)
-    except BaseException:
-        if backup is not None and (backup / "old").exists() and not real.exists():
-            (backup / "old").replace(real)
-        raise
-    finally:
-        for leftover in (draft, backup):
-            if leftover is not None:
-                shutil.rmtree(leftover, ignore_errors=True)
-        for parent in made:
-            with suppress(OSError):  # it isn't there, or holds what was written
-                parent.rmdir()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import sys
 from collections.abc import Collection, Iterator
@@ -98,12 +99,16 @@ def without_bars() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
+_OF_SYSTEM = re.compile(r"\(os error (\d+)\)")
+
+
 @contextmanager
 def saving(what: object, advice: str) -> Iterator[None]:
     """While transformers writes a file: what it refuses names the file and what to do.
 
     Raises:
         InputError: It raised anything but that the file can't be written.
+        OSError: The system refuses the file.
     """
     try:
         yield
@@ -111,6 +116,8 @@ def saving(what: object, advice: str) -> Iterator[None]:
         raise
     except Exception as error:  # transformers refuses what it opens itself in any way
         reason = " ".join(str(error).split()) or type(error).__name__
+        if refused := _OF_SYSTEM.search(reason):  # tokenizers raise what the disk refuses so
+            raise OSError(int(refused[1]), os.strerror(int(refused[1]))) from error
         raise InputError(
             f"transformers can't save {what}: {visible(reason)[:MOST_QUOTED]}. {advice}"
         ) from error
