@@ -24,6 +24,7 @@ from rankfold.certificate.statement import DEFAULT_MARGIN, check_margin
 from rankfold.cli.app import DIFFERS, DONE, NOT_FOUND, app, as_options, command, say, tell
 from rankfold.cli.demo import run_demo
 from rankfold.cli.export_inputs import open_inputs
+from rankfold.cli.inputs import unchanged
 from rankfold.cli.named_paths import named_paths
 from rankfold.cli.open import (
     DataOptions,
@@ -168,7 +169,11 @@ def _compress(
     out = folders.output()
     with redirect_stdout(sys.stderr):
         tell(f"opening {visible(model)}")
+        given = unchanged(
+            models=[model], weights=folders.weights, data=vars(options.parts).values()
+        )
         opened, data, guard = _opened(model, options, out, size)
+        given.check_read()
         result = algorithm(
             opened.model,
             data,
@@ -177,6 +182,7 @@ def _compress(
             offload_folder=folders.offload_folder,
             **cast("SettingKeywords", vars(options.settings)),
         )
+        given.check()
     keep = saved(result)
     if keep:
         result.save(
@@ -252,6 +258,7 @@ def evaluate(
         raise InputError(f"--limit is {limit}; expected 1 example or more.")
     with redirect_stdout(sys.stderr):
         device = check_device(options.device)
+        given = unchanged(artifact=folder, models=[model], data=[data])
         opened = open_artifact(folder, model)
         opened.model.to(device)
         reading = as_recorded(folder, options.data_options(task))
@@ -265,6 +272,7 @@ def evaluate(
             batch_size=batch_size,
             progress=TerminalProgress(),
         )
+        given.check()
     if options.json:
         _print_json({"model": str(folder), "data": data, **found})
     else:
@@ -301,6 +309,7 @@ def verify(
         own = model if model is not None and gives_module(model) else None
         if model is None and weights is not None:
             raise InputError("--weights goes with --model; give both, or none of them.")
+        given = unchanged(artifact=folder, models=[model], weights=weights, data=[data, guard])
         # Other weights than the certified ones are what it is to find and name.
         opened = open_artifact(folder, own, as_saved=False)
         original = None if model is None else open_model(model, weights, to_be_filled=True).model
@@ -321,6 +330,7 @@ def verify(
             batch_size=batch_size,
             progress=TerminalProgress(),
         )
+        given.check()
     checks = tuple(replace(one, detail=as_options(one.detail)) for one in found.checks)
     found = replace(found, checks=checks)
     if options.json:
