@@ -1,8 +1,8 @@
 """The app: how a function becomes a command, and how a command ends.
 
 Results go to stdout, everything else to stderr, also what a user's own model prints. Exit codes:
-0 done, 2 bad input, 3 no model that satisfies what was asked, 4 a certificate that does not agree,
-130 interrupted.
+0 done, 2 bad input or too little memory, 3 no model that satisfies what was asked, 4 a certificate
+that does not agree, 6 an exception of the user's own code, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import typer
 from typer.main import get_command
 
 from rankfold.cli.options import gathered, in_panels, spread
-from rankfold.errors import InputError, visible
+from rankfold.cli.raised import ending
+from rankfold.errors import visible
 from rankfold.machine.device import OUT_OF_MEMORY
 
 DONE, BAD_INPUT, NOT_FOUND, DIFFERS, INTERRUPTED = 0, 2, 3, 4, 130
@@ -71,12 +72,14 @@ def command(function: Callable[..., int]) -> Callable[..., None]:
             for name in groups:
                 values[name] = gathered(hints[name], values)
             code = function(**values)
-        except InputError as error:
-            say(f"error: {as_options(str(error))}", err=True)
-            code = BAD_INPUT
         except torch.cuda.OutOfMemoryError:
             tell(f"error: {OUT_OF_MEMORY}")
             code = BAD_INPUT
+        except Exception as error:
+            if (found := ending(error)) is None:
+                raise
+            code, message, own = found
+            say(f"error: {as_options(message)}" + (f"\n{own}" if own else ""), err=True)
         except SystemExit as error:
             if error.code == TERMINATED:
                 raise
