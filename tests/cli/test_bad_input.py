@@ -12,7 +12,11 @@ from tests.cli.bad_files import MINE, write_bad_files
 from tests.cli.bad_inputs import BAD
 from tests.command_line import make_project, rankfold
 
-OF_OWN_CODE = {"raising data", "raises"}  # rows in which the user's code raises something
+# Rows in which the user's code raises something, or what it calls.
+OF_OWN_CODE = {
+    "raising data", "raises", "channels", "ragged data", "syntax below", "forward raises",
+    "imports",
+}  # fmt: skip
 BOX = re.compile("[╭╮╰╯─│]")  # around the messages of typer
 
 
