@@ -28,6 +28,7 @@ from rankfold.compress import Preparation
 from rankfold.data.copies import refuse_copies
 from rankfold.data.parts import Data, Part, as_part
 from rankfold.held_out import HeldOut
+from rankfold.model.kept import KeptModel
 from rankfold.search.build import control
 from rankfold.search.damping import choose_damping
 from rankfold.search.round import Round, start_round
@@ -255,7 +256,8 @@ class Runner(Recorder[Row]):
             if settings.damping == "auto":
                 study, settings = choose_damping(study, settings, progress=self.progress)
             started = start_round(study, settings, progress=self.progress)
-            prepared = Preparation(started, HeldOut(settings, (), collected.parts["held_out"]))
+            held_out = HeldOut(settings, (), collected.parts["held_out"])
+            prepared = Preparation(started, held_out, KeptModel(model, study.offload.kept))
             ready = spent + time.perf_counter() - start
             # With rounds the control takes a step a round, which only the result's own stage knows.
             moved = control(started) if settings.rounds == 1 else None

@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rankfold.cli.raised import OWN_CODE
+
 TIMEOUT = 200  # seconds
 # What most runs would import for themselves; what isn't installed is passed over.
 IMPORTED_BEFORE = [
@@ -173,7 +175,7 @@ def rankfold(
             env=environment() | dict(settings or {}),
         )  # fmt: skip
     assert done.returncode == expect, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+    assert ("Traceback" in done.stderr) == (expect == OWN_CODE)
     return done
 
 

@@ -12,6 +12,7 @@ from rankfold.certificate.statement import DEFAULT_MARGIN, check_margin
 from rankfold.held_out import HeldOut, enough_held_out
 from rankfold.keywords import Options, read_options
 from rankfold.machine.device import device_of
+from rankfold.model.kept import KeptModel
 from rankfold.report.report import inspection
 from rankfold.result import Result, result_of
 from rankfold.search.damping import choose_damping
@@ -75,13 +76,16 @@ def prepare(model: nn.Module, data: object, **options: Unpack[Options]) -> Prepa
 def _ready(model: nn.Module, data: object, margin: float | None, given: Options) -> Preparation:
     settings, loss, metrics, guard, progress, offload = read_options(given, device_of(model))
     data = enough_held_out(data, settings, metrics, margin)
-    inputs = open_inputs(model, data, settings, loss=loss, metrics=metrics)
-    guarded = open_guard(inputs, data, guard, settings, progress)
-    held_out = HeldOut.sealed(inputs.held_out, settings, metrics, margin, guarded)
-    study = study_of(inputs, settings, progress=progress, offload=offload)
-    if settings.damping == "auto":
-        study, settings = choose_damping(study, settings, progress=progress)
-    return Preparation(start_round(study, settings, progress=progress, release=True), held_out)
+    kept = KeptModel(model, offload.kept)
+    with kept.as_it_was():
+        inputs = open_inputs(model, data, settings, loss=loss, metrics=metrics)
+        guarded = open_guard(inputs, data, guard, settings, progress)
+        held_out = HeldOut.sealed(inputs.held_out, settings, metrics, margin, guarded)
+        study = study_of(inputs, settings, progress=progress, offload=offload)
+        if settings.damping == "auto":
+            study, settings = choose_damping(study, settings, progress=progress)
+        begun = start_round(study, settings, progress=progress, release=True)
+    return Preparation(begun, held_out, kept)
 
 
 @dataclass(frozen=True, repr=False)
@@ -90,6 +94,7 @@ class Preparation:
 
     _round: Round
     _held_out: HeldOut
+    _kept: KeptModel
 
     def lossless(
         self, size: float, *, size_of: SizeOf = "model", margin: float = DEFAULT_MARGIN
@@ -97,16 +102,18 @@ class Preparation:
         """The best model of a size; see ``rankfold.lossless``."""
         check_size(size, size_of)
         self._held_out.check(margin)
-        tried = of_size(self._round, self._round.budget(size, size_of))
-        opened = self._held_out.test([chosen := lowest(tried)], margin)
+        with self._kept.as_it_was():
+            tried = of_size(self._round, self._round.budget(size, size_of))
+            opened = self._held_out.test([chosen := lowest(tried)], margin)
         return result_of("lossless", chosen, opened, {"size": size, "size_of": size_of}, tried)
 
     def compact(self, *, margin: float = DEFAULT_MARGIN, certified: bool = False) -> Result:
         """The smallest model within a margin; see ``rankfold.compact``."""
         self._held_out.check(margin)
-        tried = within_margin(self._round, margin)
-        order = mild_to_strong(tried) if certified else [favoured(tried, margin)]
-        opened = self._held_out.test(order, margin)
+        with self._kept.as_it_was():
+            tried = within_margin(self._round, margin)
+            order = mild_to_strong(tried) if certified else [favoured(tried, margin)]
+            opened = self._held_out.test(order, margin)
         target = {"certified": True} if certified else {}
         return result_of("compact", order[opened.place], opened, target, tried, order)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from rankfold.data.example import example_digest, plain_example
-from rankfold.data.parts import as_part, refuse_overlap, split
+from rankfold.data.parts import PARTS, as_part, refuse_overlap, split
 from rankfold.errors import InputError
 
 Image = pytest.importorskip("PIL.Image")
@@ -273,17 +273,74 @@ def test_texts_for_a_collate_function_are_compared_by_their_letters() -> None:
     assert [len(batch) for batch in first.batches(2)] == [2, 1]
 
 
-def test_a_data_set_that_draws_its_examples_is_told() -> None:
-    class Crops(torch.utils.data.Dataset):
-        def __len__(self) -> int:
-            return 5
+class _Each(torch.utils.data.Dataset):
+    """Examples that a function makes of their number."""
 
-        def __getitem__(self, place: int) -> Any:
-            return INPUTS[place] + torch.randn(5), int(LABELS[place])
+    def __init__(self, make: Any) -> None:
+        self.make = make
 
-    assert as_part("calibration", Crops()).usage()["drawn_anew"] is True
-    fixed = torch.utils.data.TensorDataset(INPUTS, LABELS)
-    assert as_part("calibration", fixed).usage()["drawn_anew"] is False
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, place: int) -> Any:
+        return self.make(place)
+
+
+class _Streamed(torch.utils.data.IterableDataset):
+    def __init__(self, make: Any) -> None:
+        self.make = make
+
+    def __iter__(self) -> Any:
+        return map(self.make, range(40))
+
+
+MEMORY = torch.zeros(5)
+DRAWS: dict[str, Any] = {
+    "inputs": lambda place: (torch.randn(5) + place, place % 3),
+    "labels": lambda place: (torch.ones(5) * place, int(torch.randint(1000, ()))),
+    "now and then": lambda place: (torch.full((5,), place) + (torch.rand(()) < 0.3), place % 3),
+    "numpy's": lambda place: {"x": np.random.rand(5) + place, "labels": place % 3},
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize("how", ["part", "split", "loader", "stream"])
+def test_data_that_draw_their_examples_anew_are_refused(name: str, how: str) -> None:
+    data: Any = _Each(DRAWS[name])
+    if how == "loader":
+        data = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True)
+    if how == "stream":
+        data = _Streamed(DRAWS[name])
+    with pytest.raises(InputError, match="gives other examples each time that it is read"):
+        if how == "part":
+            as_part("calibration", data)
+        else:
+            found = split(data, 0)
+            for part in PARTS:
+                as_part(part, getattr(found, part))
+
+
+def test_data_that_give_the_same_or_can_be_read_once_are_taken() -> None:
+    def same(place: int) -> Any:
+        return torch.full((5,), float(place)), place % 3
+
+    shuffled = torch.utils.data.DataLoader(_Streamed(same), batch_size=4)
+    assert len(as_part("calibration", shuffled).examples) == 40
+    for data in (_Each(same), _Streamed(same), map(DRAWS["inputs"], range(40))):
+        found = split(data, 0)
+        assert sum(len(as_part(part, getattr(found, part)).examples) for part in PARTS) == 40
+    drawn = [DRAWS["inputs"](place) for place in range(40)]
+    assert as_part("calibration", drawn).usage()["drawn_anew"] is False
+
+
+def test_examples_in_one_and_the_same_memory_are_refused() -> None:
+    def shared(place: int) -> Any:
+        return MEMORY.fill_(place), place % 3
+
+    with pytest.raises(InputError, match="writes every example into the memory"):
+        as_part("calibration", _Each(shared))
+    with pytest.raises(InputError, match="writes every example into the memory"):
+        as_part("held_out", split(_Each(shared), 0).held_out)
 
 
 def test_an_example_is_named_by_its_number_in_the_users_data() -> None:

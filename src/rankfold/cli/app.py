@@ -1,9 +1,9 @@
 """The app: how a function becomes a command, and how a command ends.
 
 Results go to stdout, everything else to stderr, also what a user's own model prints. Exit codes:
-0 done, 2 bad input, 3 no model that satisfies what was asked, 4 a certificate that does not agree,
-5 done, and stdout could not be written, 128 and the signal's number where one ended it: 130 after
-Ctrl-C.
+0 done, 2 bad input or too little memory, 3 no model that satisfies what was asked, 4 a certificate
+that does not agree, 5 done, and stdout could not be written, 6 an exception of the user's own code,
+128 and the signal's number where one ended it: 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ import typer
 from typer.main import get_command
 
 from rankfold.cli.options import gathered, in_panels, spread
+from rankfold.cli.raised import BAD_INPUT, ending
 from rankfold.cli.streams import unbreakable_streams
-from rankfold.errors import InputError, note, visible
+from rankfold.errors import note, visible
 from rankfold.files.folder import written
 from rankfold.machine.device import OUT_OF_MEMORY
 from rankfold.machine.interruption import INTERRUPTED, exit_code, raising
 
-DONE, BAD_INPUT, NOT_FOUND, DIFFERS, NOT_PRINTED = 0, 2, 3, 4, 5
+DONE, NOT_FOUND, DIFFERS, NOT_PRINTED = 0, 3, 4, 5
 
 app = typer.Typer(
     name="rankfold",
@@ -100,10 +101,14 @@ def _ended(done: Callable[[], int], before: int) -> int:
     try:
         with raising():
             return done()
-    except InputError as error:
-        say(f"error: {as_options(str(error))}", err=True)
     except torch.cuda.OutOfMemoryError:
         tell(f"error: {OUT_OF_MEMORY}")
+    except Exception as error:
+        if (found := ending(error)) is None:
+            raise
+        code, message, own = found
+        say(f"error: {as_options(message)}" + (f"\n{own}" if own else ""), err=True)
+        return code
     except SystemExit as error:
         tell(
             "error: the model's or the data's own code ended the program (SystemExit: "

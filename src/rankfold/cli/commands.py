@@ -24,6 +24,7 @@ from rankfold.cli.app import DIFFERS, DONE, NOT_FOUND, app, as_options, command,
 from rankfold.cli.clean import clean as clean
 from rankfold.cli.demo import run_demo
 from rankfold.cli.export_inputs import open_inputs
+from rankfold.cli.inputs import unchanged
 from rankfold.cli.kept import save_somewhere
 from rankfold.cli.named_paths import named_paths
 from rankfold.cli.open import (
@@ -172,7 +173,11 @@ def _compress(
     out = folders.output(named_paths(model, folders.weights, *vars(options.parts).values()))
     with owned_output(out), redirect_stdout(sys.stderr):
         tell(f"opening {visible(model)}")
+        given = unchanged(
+            models=[model], weights=folders.weights, data=vars(options.parts).values()
+        )
         opened, data, guard = _opened(model, options, out, size)
+        given.check_read()
         result = algorithm(
             opened.model,
             data,
@@ -181,6 +186,7 @@ def _compress(
             offload_folder=folders.offload_folder,
             **cast("SettingKeywords", vars(options.settings)),
         )
+        given.check()
         keep = saved(result)
         if keep:
             save_somewhere(
@@ -262,6 +268,7 @@ def evaluate(
         raise InputError(f"--limit is {limit}; expected 1 example or more.")
     with redirect_stdout(sys.stderr), not_replaced(folder):
         device = check_device(options.device)
+        given = unchanged(artifact=folder, models=[model], data=[data])
         opened = open_artifact(folder, model)
         opened.model.to(device)
         reading = as_recorded(folder, options.data_options(task))
@@ -275,6 +282,7 @@ def evaluate(
             batch_size=batch_size,
             progress=TerminalProgress(),
         )
+        given.check()
     if options.json:
         _print_json({"model": str(folder), "data": data, **found})
     else:
@@ -311,6 +319,7 @@ def verify(
         own = model if model is not None and gives_module(model) else None
         if model is None and weights is not None:
             raise InputError("--weights goes with --model; give both, or none of them.")
+        given = unchanged(artifact=folder, models=[model], weights=weights, data=[data, guard])
         # Other weights than the certified ones are what it is to find and name.
         opened = open_artifact(folder, own, as_saved=False)
         original = None if model is None else open_model(model, weights, to_be_filled=True).model
@@ -331,6 +340,7 @@ def verify(
             batch_size=batch_size,
             progress=TerminalProgress(),
         )
+        given.check()
     checks = tuple(replace(one, detail=as_options(one.detail)) for one in found.checks)
     found = replace(found, checks=checks)
     if options.json:

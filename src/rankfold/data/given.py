@@ -27,7 +27,7 @@ from torch.utils.data import (
 )
 
 from rankfold.data.account import Account, ReadExamples
-from rankfold.data.example import describe
+from rankfold.data.example import content_digest, describe
 from rankfold.errors import InputError
 
 # How many examples are left out, by the reason; None where nobody knows how many there are.
@@ -38,7 +38,27 @@ EXPECTED = (
     "expected a data set, a data loader, a sequence of examples, or "
     "rankfold.Data(calibration=, selection=, held_out=)"
 )
+READ_TWICE = 16  # examples of a part, from all over it
 _END = object()
+
+
+def drawn_anew(what: str) -> InputError:
+    """The error for examples that are others each time that they are read."""
+    return InputError(
+        f"{what} gives other examples each time that it is read: it draws at random, as "
+        "augmentation does, or is written meanwhile. Nobody could verify a verdict on them, and no "
+        "copies would be seen. "
+        "Give data without augmentation, as for an evaluation; or draw once, and give the list: "
+        "[data[i] for i in range(len(data))]."
+    )
+
+
+def _digest_of(item: Any) -> str | None:
+    """Of an example as it is; None of one that holds other things than tensors and numbers."""
+    try:
+        return content_digest(item)
+    except InputError:
+        return None
 
 
 class GivenExamples(Sequence[Any]):
@@ -68,6 +88,7 @@ class GivenExamples(Sequence[Any]):
         self.account = account
         self.places = range(len(items)) if places is None else places
         self.left_out: LeftOut = dict(left_out or {})
+        self.read_before: list[str] | None = None  # digests of what was read at each place
 
     def __len__(self) -> int:
         return len(self.places)
@@ -98,7 +119,10 @@ class GivenExamples(Sequence[Any]):
         """Those with these numbers; ``left_out`` says why the others are left out."""
         places = [self.places[number] for number in numbers]
         kept = {"collate": self.collate, "columns": self.columns, "account": self.account}
-        return GivenExamples(self.items, places, left_out=left_out, **cast("Any", kept))
+        taken = GivenExamples(self.items, places, left_out=left_out, **cast("Any", kept))
+        if self.read_before is not None:
+            taken.read_before = [self.read_before[number] for number in numbers]
+        return taken
 
 
 class Stream(Sequence[Any]):
@@ -117,12 +141,26 @@ class Stream(Sequence[Any]):
         self._left: Iterator[Any] | None = None  # opened when it is needed: it may start workers
         self._read: list[Any] = []
         self._bytes = 0
+        self._looked_at = False
 
     def first(self, count: int) -> GivenExamples:
         """The first ``count`` examples, or all; it says so where there are more."""
         more = self._reaches(count + 1)
+        if not more and not self._looked_at:
+            self._looked_at = True
+            self._refuse_random()
         left_out = {f"not read: the stream goes on after {count} examples": None} if more else {}
         return GivenExamples(self._read[:count], collate=self.collate, left_out=left_out)
+
+    def _refuse_random(self) -> None:
+        """Refuse what gives other examples, not only in another order, where it is read again."""
+        again = iter(self._items)
+        if again is self._left:  # a generator: it can be read once, and is drawn by that
+            return
+        known = {digest for item in self._read if (digest := _digest_of(item)) is not None}
+        digests = map(_digest_of, islice(again, READ_TWICE))
+        if any(digest is not None and digest not in known for digest in digests):
+            raise drawn_anew(f"the data ({type(self._items).__name__})")
 
     def _reaches(self, count: int) -> bool:
         """Whether there are so many; they are read."""

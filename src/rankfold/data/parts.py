@@ -21,6 +21,7 @@ from rankfold.data.account import Account, refuse_two_meanings
 from rankfold.data.example import (
     Example,
     collated,
+    content_digest,
     default_batch_size,
     describe,
     example_digest,
@@ -28,7 +29,14 @@ from rankfold.data.example import (
     plain_example,
     shape,
 )
-from rankfold.data.given import GivenExamples, LeftOut, as_examples, up_to
+from rankfold.data.given import (
+    READ_TWICE,
+    GivenExamples,
+    LeftOut,
+    as_examples,
+    drawn_anew,
+    up_to,
+)
 from rankfold.data.input_settings import joined
 from rankfold.data.padding import Padding
 from rankfold.errors import InputError, check_kind
@@ -248,14 +256,20 @@ def split(
     """
     examples = up_to(data, None if limits is None else enough_for(limits))
     collate = collate or examples.collate
-    unique = _different(examples, collate)
+    digests = _read(examples, collate)
+    first: dict[str, int] = {}
+    for number, digest in enumerate(digests):
+        first.setdefault(digest, number)
+    unique = [*first.values()]
+    if not examples.is_kept:
+        examples.read_before = digests
     again = len(examples) - len(unique)
     blocks = [unique[start : start + block] for start in range(0, len(unique), block)]
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed)).tolist()
     shuffled = [index for b in order for index in blocks[b]]
-    first = round(SHARES[0] * len(blocks))
-    second = first + round(SHARES[1] * len(blocks))
-    ends = [sum(len(blocks[b]) for b in order[:end]) for end in (first, second)]
+    half = round(SHARES[0] * len(blocks))
+    more = half + round(SHARES[1] * len(blocks))
+    ends = [sum(len(blocks[b]) for b in order[:end]) for end in (half, more)]
     parts = [shuffled[: ends[0]], shuffled[ends[0] : ends[1]], shuffled[ends[1] :]]
     if min(len(part) for part in parts) < FEWEST:
         raise InputError(
@@ -278,15 +292,15 @@ def enough_for(limits: Limits) -> int:
     return max(math.ceil(limit / share) for limit, share in zip(limits, SHARES, strict=True)) + 1
 
 
-def _different(examples: GivenExamples, collate: Collate | None) -> list[int]:
-    """Numbers of the examples whose input is no earlier one's."""
-    first: dict[str, int] = {}
-    for index in range(len(examples)):
-        example = examples[index]
-        if collate is None:
-            example, _ = plain_example(example, f"example {index} of the data")
-        first.setdefault(example_digest(example), index)
-    return [*first.values()]
+def _read(examples: GivenExamples, collate: Collate | None) -> list[str]:
+    """The digest of each example's input."""
+
+    def read(index: int) -> Example:
+        if collate is not None:
+            return examples[index]
+        return plain_example(examples[index], f"example {index} of the data")[0]
+
+    return [example_digest(read(index)) for index in range(len(examples))]
 
 
 def select_part(data: Data, name: str, limit: int | None, seed: int) -> Part:
@@ -341,8 +355,7 @@ def as_part(name: str, examples: object, collate: Collate | None = None) -> Part
         return example
 
     found = [read(place) for place in range(len(given))]
-    again = {} if given.is_kept else {p: read(p) for p in {0, len(found) // 2} if p < len(found)}
-    drawn_anew = any(example_digest(found[p]) != example_digest(e) for p, e in again.items())
+    _refuse_random(given, found, read)
     found = _alike(found, named) if collate is None else found
     return Part(
         name,
@@ -351,10 +364,43 @@ def as_part(name: str, examples: object, collate: Collate | None = None) -> Part
         [example_digest(example) for example in found],
         left_out=given.left_out,
         columns=tuple(dict.fromkeys(columns)),
-        drawn_anew=drawn_anew,
         places=given.places,
         source=None if given.account is None else Path(given.account.source).name,
     )
+
+
+def _refuse_random(
+    given: GivenExamples, found: Sequence[Example], read: Callable[[int], Example]
+) -> None:
+    """Refuse a data set that gives other examples each time, or all of them in one memory.
+
+    Raises:
+        InputError: As said.
+    """
+    what = f"the data set ({type(given.items).__name__})"
+    if given.is_kept or not found:
+        return
+    first = read(0)
+    before = _digests(first)
+    read(len(found) - 1)
+    if _digests(first) != before:
+        raise InputError(
+            f"{what} writes every example into the memory of the one before; expected one of its "
+            "own for each: return a copy (x.clone(), x.copy())."
+        )
+    again = {place * len(found) // READ_TWICE for place in range(READ_TWICE)}
+    same = all(_digests(read(place)) == _digests(found[place]) for place in again)
+    known = given.read_before
+    if not same or (known is not None and [*map(example_digest, found)] != known):
+        raise drawn_anew(what)
+
+
+def _digests(example: Example) -> tuple[str, str | None]:
+    """Of the input, and of all of an example; None where that holds other things than tensors."""
+    try:
+        return example_digest(example), content_digest(example)
+    except InputError:
+        return example_digest(example), None
 
 
 def _sparing(collate: Collate) -> Collate:

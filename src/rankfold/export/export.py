@@ -32,6 +32,7 @@ from rankfold.export.targets import register_target as register_target
 from rankfold.export.traced import TracedProgram
 from rankfold.files.folder import check_output, folder_in_one_step
 from rankfold.files.listed import file_names
+from rankfold.files.unchanged import Unchanged
 from rankfold.integrations import transformers as hf
 from rankfold.model.sizes import model_parameters
 from rankfold.model.unpack import unwrapped
@@ -102,6 +103,7 @@ def export(
         raise InputError(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}.")
     source, out = path_of("the folder", folder), path_of("out", out)
     check_output(out, overwrite, EXPORT_FILE, reads=[source])
+    unchanged = Unchanged({"the artifact": lambda: hf.files_read(source)})
     inputs = _shaped(source, inputs) if "inputs" in target.options else None
     opened = _opened(source, model, inputs, dtype)
     parameters = model_parameters(opened.model)  # before it may be changed
@@ -119,6 +121,7 @@ def export(
             "files": file_names(draft, EXPORT_FILE),
         }
         _write_about(draft / EXPORT_FILE, about)
+        unchanged.check()
     return Exported(
         folder=out,
         to=to,

@@ -40,7 +40,9 @@ def _reading(file: Path) -> Iterator[Any]:
     if not file.is_file():  # a pipe or device would never end
         raise InputError(f"{file} can't be read: there is no such file.")
     try:
-        with safe_open(file, framework="pt") as opened:
+        # Read, not mapped: a mapped file that another process writes changes the tensors, and one
+        # that is cut ends this process.
+        with safe_open(file, framework="pt", backend="pread") as opened:
             note(*opened.keys())
             yield opened
     except (OSError, MemoryError, SafetensorError) as error:

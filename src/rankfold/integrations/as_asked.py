@@ -6,6 +6,7 @@ and only warns. A warning that says so is an error here; all others are shown.
 
 from __future__ import annotations
 
+import importlib
 import io
 import logging
 import os
@@ -141,7 +142,7 @@ def load_weights_of(folder: Path, model_class: Any, config: Any) -> Any:
     # raises an error that names none.
     options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
     tensors = _unwrapped_tensors(folder)
-    with opening(folder), as_asked(folder):
+    with opening(folder), as_asked(folder), _not_mapped():
         if tensors is None:
             model, found = model_class.from_pretrained(
                 str(folder), config=config, use_safetensors=True, trust_remote_code=False, **options
@@ -154,6 +155,26 @@ def load_weights_of(folder: Path, model_class: Any, config: Any) -> Any:
         found["unexpected_keys"] = _not_computed(model, found["unexpected_keys"], folder)
         check_loaded(model, found, folder)
     return model
+
+
+@contextmanager
+def _not_mapped() -> Iterator[None]:
+    """While transformers opens safetensors files: it reads them, and keeps none mapped.
+
+    The weights of a mapped file change when another process writes it, and a process that reads on
+    where one was cut is ended by the system.
+    """
+    loading: Any = importlib.import_module("transformers.modeling_utils")
+    mapped = loading.safe_open
+
+    def read(*arguments: Any, **options: Any) -> Any:
+        return mapped(*arguments, **{**options, "backend": "pread"})
+
+    loading.safe_open = read
+    try:
+        yield
+    finally:
+        loading.safe_open = mapped
 
 
 def _not_computed(model: Any, names: Collection[str], folder: Path) -> list[str]:

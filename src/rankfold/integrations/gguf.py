@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -47,9 +48,21 @@ def load_gguf(file: Path) -> tuple[nn.Module, Any]:
     return model.eval(), tokenizer
 
 
+class _WithoutMaps:
+    """NumPy for gguf's reader, whose maps would end the process where the file is cut meanwhile."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    @staticmethod
+    def memmap(file: Path, mode: str) -> Any:
+        """The bytes of the file."""
+        return np.fromfile(file, dtype=np.uint8)
+
+
 @contextmanager
 def _read_once() -> Iterator[None]:
-    """Keep what is read of a GGUF file.
+    """Keep what is read of a GGUF file, which is read and not mapped.
 
     transformers reads all of it for the configuration, the tokenizer and the weights each, and
     makes the map of its tensors' names once for each module: half of the time of opening it.
@@ -58,8 +71,11 @@ def _read_once() -> Iterator[None]:
     known = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
     for name, function in known.items():
         setattr(gguf, name, functools.cache(function))
+    reader: Any = importlib.import_module("gguf.gguf_reader")
+    reader.np = _WithoutMaps()
     try:
         yield
     finally:
+        reader.np = np
         for name, function in known.items():
             setattr(gguf, name, function)

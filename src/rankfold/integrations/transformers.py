@@ -61,6 +61,8 @@ _PROCESSING_FILES = (
     "additional_chat_templates/*.jinja", "*processor_config.json", "spm*.model", "*.spm",
     "vocab-*.json", "bpe.codes", "tekken.json", "entity_vocab.json", "*.tiktoken",
 )  # fmt: skip
+# All that is read of a folder, those and what sentence-transformers keeps in folders of its own.
+_READ = ("*.json", "*.safetensors", "*.txt", *_PROCESSING_FILES, "[0-9]*_*/*")
 OWN_TEXTS_AT_ONCE = 16  # windows sampled in one batch
 
 
@@ -141,6 +143,11 @@ def task_hint(model: nn.Module) -> str | None:
     if purpose is None and name.endswith("Model"):
         return "embedding"
     return purpose
+
+
+def files_read(folder: Path) -> list[Path]:
+    """The files that a model, its tokenizer and its processor are read from, sorted."""
+    return sorted({file for pattern in _READ for file in folder.glob(pattern) if file.is_file()})
 
 
 def load_folder(folder: Path) -> nn.Module:

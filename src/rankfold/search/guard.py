@@ -24,6 +24,7 @@ from rankfold.data.given import up_to
 from rankfold.data.parts import FEWEST, USUAL_LIMITS, Data, Part, as_part, drawn, refuse_unlike
 from rankfold.errors import InputError
 from rankfold.integrations.transformers import own_text, task_hint, writes_text
+from rankfold.machine.memory import memory_ran_out
 from rankfold.machine.progress import Progress
 from rankfold.search.study import DEFAULT_LIMITS, Inputs, limits_of
 from rankfold.search.trial import Trial
@@ -230,6 +231,8 @@ def _written(inputs: Inputs, settings: Settings, progress: Progress | None) -> G
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # a model of the user's raises what it likes
+        if memory_ran_out(error):
+            raise
         said = " ".join(str(error).split())
         return without(f"the model can't write: {type(error).__name__}: {said}")
     first = calibration.examples[0]

@@ -54,7 +54,7 @@ from rankfold.statistics.trace import trace
 from rankfold.tasks.evaluation import Metric, check_fast_path, evaluate, metric_values
 from rankfold.tasks.losses import TEXT, Task
 from rankfold.tasks.recognise import recognise_task
-from rankfold.tasks.repeated import refuse_random
+from rankfold.tasks.repeated import one_batch, refuse_random
 from rankfold.tasks.supervised import LossFunction
 
 OWN_TEXT = "own_text"  # the part that the model writes itself, beside the user's calibration part
@@ -194,6 +194,8 @@ def open_inputs(
     parts = _choose_parts(data, task, settings)
     seen = trace(model, task, parts["calibration"], unpacked.given)
     refuse_random(model, task, parts["calibration"])
+    for part in parts.values():  # each may have a collate function of its own
+        one_batch(part)
     _try_metrics(model, task, parts["calibration"].take([0]), metrics, settings)
     check_fast_path(unpacked.given, task, parts["calibration"])
     subject = Subject(unpacked, model, model, layers, embeddings, tuple(skipped), seen)

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from rankfold.data.example import describe
 from rankfold.data.parts import Batch, Part
 from rankfold.errors import InputError, check_kind, of_another_kind
+from rankfold.machine.memory import memory_ran_out
 from rankfold.machine.progress import Progress, SilentProgress
 from rankfold.model.evaluation_mode import evaluation_mode
 from rankfold.tasks.losses import BatchLoss, Task
@@ -238,6 +239,8 @@ def running(
     except (InputError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:
+        if memory_ran_out(error):
+            raise
         what = f"{what}, {describe(batch)}, gave {_raised(error)}"
         if as_given is not None and _runs(as_given):
             raise InputError(

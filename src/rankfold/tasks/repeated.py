@@ -17,6 +17,7 @@ from rankfold.tasks.evaluation import on_device, running
 from rankfold.tasks.losses import Task, output_of, without_labels
 
 LOOKED_AT = 8  # examples
+RUNS = 3  # of the same batch
 ROUNDING, ROUNDING_HALF = 1e-5, 1e-2  # relative differences that sums in another order have
 
 
@@ -31,26 +32,38 @@ def refuse_random(model: nn.Module, task: Task, part: Part) -> None:
     Raises:
         InputError: Names what draws: the collate function, a module, or the loss.
     """
-    examples = max(part.spread(LOOKED_AT).batches(), key=len)
-    batches = [part.collate(examples) for _ in range(2)]
-    if _digest(batches[0]) != _digest(batches[1]):
-        raise InputError(
-            "the collate function makes another batch of the same examples each time: it draws at "
-            "random, as one that hides words or augments images. Original and factorized model "
-            "are compared on the same: draw once, before, and give examples that are drawn already."
-        )
-    batch = on_device(batches[0], model)
+    examples, given = one_batch(part)
+    batch = on_device(given, model)
     looked_at = f"a batch of {len(examples)} examples of the {part.name.replace('_', '-')} part"
     whose = getattr(task, "what", None)
     with evaluation_mode(model), running(batch, what=looked_at, whose=whose):
-        first, second = (_values(model, task, batch) for _ in range(2))
+        first, *others = (_values(model, task, batch) for _ in range(RUNS))
         rounding = _rounding(model)
-        if _same(first, second, rounding):
+        second = next((one for one in others if not _same(first, one, rounding)), None)
+        if second is None:
             return
         name = _that_draws(model, batch, rounding)
     if name is None and _same(first, second, rounding, rounding):
         return  # losses near 0 are differences of large numbers
     raise InputError(_message(task, name))
+
+
+def one_batch(part: Part) -> tuple[list[Any], Batch]:
+    """Some examples from all over a part, and the batch that is made of them.
+
+    Raises:
+        InputError: The collate function makes another one each time.
+    """
+    examples = max(part.spread(LOOKED_AT).batches(), key=len)
+    batches = [part.collate(examples) for _ in range(RUNS)]
+    if len({*map(_digest, batches)}) > 1:
+        raise InputError(
+            f"the collate function makes another batch of the same examples of the "
+            f"{part.name.replace('_', '-')} part each time: it draws at "
+            "random, as one that hides words or augments images. Original and factorized model "
+            "are compared on the same: draw once, before, and give examples that are drawn already."
+        )
+    return examples, batches[0]
 
 
 def _digest(batch: Batch) -> str | None:

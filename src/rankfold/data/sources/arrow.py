@@ -94,7 +94,7 @@ def _json(file: Path) -> dict[str, Any]:
 def _table(pyarrow: Any, file: Path) -> Any:
     if file.suffix.lower() == ".parquet":
         return require("pyarrow.parquet", "arrow").read_table(file)
-    with pyarrow.memory_map(str(file)) as mapped, pyarrow.ipc.open_stream(mapped) as stream:
+    with pyarrow.OSFile(str(file)) as opened, pyarrow.ipc.open_stream(opened) as stream:
         return stream.read_all()
 
 
