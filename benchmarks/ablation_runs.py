@@ -256,8 +256,8 @@ class Runner(Recorder[Row]):
             if settings.damping == "auto":
                 study, settings = choose_damping(study, settings, progress=self.progress)
             started = start_round(study, settings, progress=self.progress)
-            held_out = HeldOut(settings, (), collected.parts["held_out"])
-            prepared = Preparation(started, held_out, KeptModel(model, study.offload.kept))
+            sealed = HeldOut(settings, (), collected.parts["held_out"])
+            prepared = Preparation(started, sealed, KeptModel(model, study.offload.kept))
             ready = spent + time.perf_counter() - start
             # With rounds the control takes a step a round, which only the result's own stage knows.
             moved = control(started) if settings.rounds == 1 else None

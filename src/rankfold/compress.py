@@ -43,8 +43,7 @@ def lossless(
         margin: Change of the mean loss, in nats, up to which the verdict is ``lossless``.
         **options: See ``rankfold.keywords.Options``, and the fields of ``Settings``.
 
-    Raises:
-        InputError: Names the input, what was expected, and what to do.
+    Raises ``InputError``, which names the input, what was expected, and what to do.
     """
     check_size(size, size_of)
     ready = _ready(model, data, check_margin(margin), options)

@@ -45,8 +45,8 @@ def _of_user(error: BaseException) -> str:
 def _is_own(file: str) -> bool:
     """Whether code is of no library, nor Python's or rankfold's own."""
     path = Path(file)
-    python = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib")]
-    libraries = (Path(__file__).parents[1], *python)
+    python = [Path(str(sysconfig.get_path(name))) for name in ("stdlib", "platstdlib")]
+    libraries = [Path(__file__).parents[1], *python]
     return (
         not file.startswith("<")
         and not any(part in _LIBRARIES for part in path.parts)

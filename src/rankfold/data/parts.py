@@ -18,10 +18,10 @@ from typing import Any, TypeAlias
 import torch
 
 from rankfold.data.account import Account, refuse_two_meanings
+from rankfold.data.drawn_anew import refuse_drawn_anew
 from rankfold.data.example import (
     Example,
     collated,
-    content_digest,
     default_batch_size,
     describe,
     example_digest,
@@ -30,11 +30,9 @@ from rankfold.data.example import (
     shape,
 )
 from rankfold.data.given import (
-    READ_TWICE,
     GivenExamples,
     LeftOut,
     as_examples,
-    drawn_anew,
     up_to,
 )
 from rankfold.data.input_settings import joined
@@ -355,7 +353,7 @@ def as_part(name: str, examples: object, collate: Collate | None = None) -> Part
         return example
 
     found = [read(place) for place in range(len(given))]
-    _refuse_random(given, found, read)
+    refuse_drawn_anew(given, found, read)
     found = _alike(found, named) if collate is None else found
     return Part(
         name,
@@ -367,40 +365,6 @@ def as_part(name: str, examples: object, collate: Collate | None = None) -> Part
         places=given.places,
         source=None if given.account is None else Path(given.account.source).name,
     )
-
-
-def _refuse_random(
-    given: GivenExamples, found: Sequence[Example], read: Callable[[int], Example]
-) -> None:
-    """Refuse a data set that gives other examples each time, or all of them in one memory.
-
-    Raises:
-        InputError: As said.
-    """
-    what = f"the data set ({type(given.items).__name__})"
-    if given.is_kept or not found:
-        return
-    first = read(0)
-    before = _digests(first)
-    read(len(found) - 1)
-    if _digests(first) != before:
-        raise InputError(
-            f"{what} writes every example into the memory of the one before; expected one of its "
-            "own for each: return a copy (x.clone(), x.copy())."
-        )
-    again = {place * len(found) // READ_TWICE for place in range(READ_TWICE)}
-    same = all(_digests(read(place)) == _digests(found[place]) for place in again)
-    known = given.read_before
-    if not same or (known is not None and [*map(example_digest, found)] != known):
-        raise drawn_anew(what)
-
-
-def _digests(example: Example) -> tuple[str, str | None]:
-    """Of the input, and of all of an example; None where that holds other things than tensors."""
-    try:
-        return example_digest(example), content_digest(example)
-    except InputError:
-        return example_digest(example), None
 
 
 def _sparing(collate: Collate) -> Collate:

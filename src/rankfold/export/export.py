@@ -97,8 +97,7 @@ def export(
         InputError: Not an artifact, or not of this model; it has no such form or program; ``out``
             can't be written.
     """
-    target = target_of(to)
-    check_options(target, {"inputs": inputs, "dtype": dtype})
+    check_options(target := target_of(to), {"inputs": inputs, "dtype": dtype})
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}.")
     source, out = path_of("the folder", folder), path_of("out", out)
@@ -112,8 +111,7 @@ def export(
         if opened.of_transformers:
             hf.copy_processing_files(source, draft)
         about = {
-            "made_by": "rankfold",
-            "versions": library_versions(),
+            **{"made_by": "rankfold", "versions": library_versions()},
             "to": to,
             "class": opened.manifest["model"]["class"],
             "input_settings": recorded_inputs(source).as_dict(),
