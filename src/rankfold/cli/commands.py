@@ -177,6 +177,8 @@ def _compress(
             offload_folder=folders.offload_folder,
             **cast("SettingKeywords", vars(options.settings)),
         )
+    if (trouble := result.document["data"]["history"]["trouble"]) is not None:
+        tell(f"warning: {trouble}")
     keep = saved(result)
     if keep:
         result.save(
