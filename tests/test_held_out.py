@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 import rankfold
 from rankfold import Data, InputError
 from rankfold.certificate.earlier_uses import record_file
+from rankfold.certificate.openings_file import Opening, read
 from rankfold.held_out import HeldOut
 from rankfold.search.round import Round
 from tests.command_line import make_project
@@ -72,10 +72,10 @@ def _half(model: nn.Module, batch: Any) -> Tensor:
     return torch.full((len(model(batch[0])),), 0.5)
 
 
-def openings() -> list[dict[str, Any]]:
+def openings() -> list[Opening]:
     file = record_file()
     assert file is not None
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return read(file).openings
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -83,8 +83,8 @@ def test_nothing_but_the_held_out_object_opens_it_and_every_way_leaves_a_record(
     result = WAYS[way](watched(), marked_data())
     assert Watched.passes and all(Watched.passes)
     (opening,) = openings()
-    assert opening["verdict"] == result.certificate.verdict
-    assert result.document["models"]["factorized"] in opening["models"]
+    assert opening.verdict == result.certificate.verdict
+    assert result.document["models"]["factorized"] in opening.models
 
 
 def test_what_prepares_a_run_opens_nothing() -> None:
@@ -188,8 +188,8 @@ def test_an_opening_that_ends_early_is_on_record(
         rankfold.lossless(watched(), marked_data(), size=0.7, **options)
     assert Watched.passes
     (opening,) = openings()
-    assert opening["verdict"] == "interrupted"
-    assert len(opening["examples"]) == 60 and len(opening["models"]) == 1
+    assert opening.verdict == "interrupted"
+    assert len(opening.examples) == 60 and len(opening.models) == 1
     later = rankfold.lossless(watched(), marked_data(), size=0.5)
     assert later.document["data"]["history"]["others"] == 1
 
@@ -198,7 +198,7 @@ def test_the_whole_part_is_on_record_also_where_a_test_stopped_early() -> None:
     data = marked_data(120)
     result = rankfold.compact(watched(), data, margin=0.05, certified=True, test="betting")
     (opening,) = openings()
-    assert len(opening["examples"]) == 120 >= result.certificate.examples
+    assert len(opening.examples) == 120 >= result.certificate.examples
 
 
 def test_one_group_that_is_left_by_a_limit_is_refused_before_any_work() -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from rankfold.certificate.certify import examples_seen
 from rankfold.certificate.document import Evidence, example_digests
-from rankfold.certificate.earlier_uses import SHORT, History, Opening, history, record
+from rankfold.certificate.earlier_uses import History, record
 from rankfold.certificate.opened import Opened, Tested
+from rankfold.certificate.openings_file import SHORT, Opening
 from rankfold.certificate.statement import (
     ACCURACY,
     Statement,
@@ -141,9 +142,9 @@ class HeldOut:
             verdict=verdict,
             seed=self.settings.seed,
         )
-        past = history(opening, self._openings)
+        past = record(opening, self._openings)
         self._openings.append(opening)
-        return replace(past, kept=record(opening))
+        return past
 
     def _digests(self) -> list[str]:
         """Of all examples that a verdict is made of."""

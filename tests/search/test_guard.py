@@ -26,12 +26,15 @@ from rankfold.certificate.certify import FROM_BEST, Certificate
 from rankfold.certificate.document import files, read_guard
 from rankfold.certificate.earlier_uses import record_file
 from rankfold.certificate.in_words import guard_words
-from rankfold.certificate.other_kinds import OTHER_DATA, OTHER_TEXT, OtherKinds, is_row
+from rankfold.certificate.openings_file import read
+from rankfold.certificate.other_kinds import OTHER_DATA, OTHER_TEXT, OtherKinds
+from rankfold.certificate.schema import GuardFields
 from rankfold.cli.options import Parts
 from rankfold.cli.tables import plain_console, print_result
 from rankfold.data.account import WRITTEN, Account, ReadExamples
 from rankfold.data.copies import ELSEWHERE
 from rankfold.data.parts import SAME
+from rankfold.files.checked import check
 from rankfold.integrations.transformers import own_text
 from rankfold.report.data_lines import source_lines
 from rankfold.result import Result
@@ -232,7 +235,7 @@ def test_examples_of_a_margin_are_recorded_as_opened_and_others_are_not() -> Non
         _run(guard=_other(), guard_margin=margin)
         file = record_file()
         assert file is not None
-        assert len(json.loads(file.read_text().splitlines()[-1])["examples"]) == recorded
+        assert len(read(file).openings[-1].examples) == recorded
 
 
 def test_few_examples_and_a_large_change_are_refused_before_any_work() -> None:
@@ -285,6 +288,14 @@ def _self() -> Data:
     account = Account(f"{WRITTEN} for the held-out part", "window", 12, 12)
     data = token_data()
     return Data(data.calibration, data.selection, ReadExamples(list(data.held_out), account))
+
+
+def is_row(value: object) -> bool:
+    try:
+        check(value, GuardFields, "the row")
+    except InputError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from rankfold.certificate.certify import Verdict
-from rankfold.certificate.other_kinds import is_row
+from rankfold.artifact.schema import ReportFields
 from rankfold.data.input_settings import InputSettings
-from rankfold.errors import InputError, opening_an_artifact
+from rankfold.errors import InputError, opening_an_artifact, visible
+from rankfold.files.checked import check
 from rankfold.files.digests import file_digest, json_digest, tensors_digest
 from rankfold.files.json_file import read_json
 from rankfold.files.own_files import check_own_files
@@ -125,19 +125,6 @@ def read_manifest(folder: Path) -> Manifest:
     return cast("Manifest", manifest)
 
 
-# What every artifact that rankfold itself has made says, beside its layers.
-REPORT_NUMBERS = {
-    "original": ("parameters", "factorizable_parameters", "bytes", "flops"),
-    "factorized": ("parameters", "factorizable_parameters", "bytes", "flops"),
-    "loss": ("original", "factorized", "change", "standard_error"),
-    "certificate": ("change", "standard_error", "upper_bound", "margin", "confidence", "examples"),
-}
-
-REPORT_TEXTS = {"loss": ("unit",), "certificate": ("unit", "verdict"), "model": ("class",)}
-
-LAYER_NUMBERS = ("full_rank", "parameters", "factorized_parameters")
-
-
 @opening_an_artifact()
 def read_report(folder: Path) -> Manifest:
     """The manifest, with everything that a table of it shows.
@@ -146,47 +133,8 @@ def read_report(folder: Path) -> Manifest:
         ArtifactError: As ``read_manifest``, or a field is missing.
     """
     manifest = read_manifest(folder)
-    problems = [
-        f"{group}.{key}"
-        for group, keys in REPORT_NUMBERS.items()
-        for key in keys
-        if not _is_number(_field(manifest.get(group), key))
-    ]
-    problems += [
-        f"{group}.{key}"
-        for group, keys in REPORT_TEXTS.items()
-        for key in keys
-        if not isinstance(_field(manifest.get(group), key), str)
-    ]
-    problems += [
-        f"layers[{index}].{key}"
-        for index, layer in enumerate(manifest["layers"])
-        for key in LAYER_NUMBERS
-        if not _is_number(layer.get(key))
-    ]
-    listed = manifest.get("not_factorized")
-    if not (isinstance(listed, list) and all(isinstance(_field(e, "reason"), str) for e in listed)):
-        problems.append("not_factorized")
-    if not isinstance(manifest.get("accuracy"), dict):
-        problems.append("accuracy")
-    if _field(manifest.get("certificate"), "verdict") not in get_args(Verdict):
-        problems.append("certificate.verdict")
-    if manifest.get("guard") is not None and not is_row(manifest["guard"]):
-        problems.append("guard")
-    if problems:
-        raise InputError(
-            f"{folder / MANIFEST_FILE} is damaged: {', '.join(problems[:10])} missing or of the "
-            "wrong type."
-        )
+    check(manifest, ReportFields, folder / MANIFEST_FILE)
     return manifest
-
-
-def _field(value: object, key: str) -> object:
-    return value.get(key) if isinstance(value, dict) else None
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_rank(value: object) -> bool:
@@ -207,7 +155,10 @@ def check_structure(manifest: Mapping[str, Any], where: str) -> None:
     """
     found = manifest.get("format_version")
     if not _is_rank(found):
-        raise InputError(f"{where} has the format_version {found!r}; expected a positive integer.")
+        raise InputError(
+            f"{where} has the format_version {visible(repr(found))[:60]}; expected a positive "
+            "integer."
+        )
     if cast("int", found) > FORMAT_VERSION:
         raise InputError(
             f"{where} has format_version {found}; this rankfold reads up to {FORMAT_VERSION}. "

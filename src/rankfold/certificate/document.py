@@ -18,11 +18,13 @@ from torch import Tensor
 
 from rankfold.certificate.certify import Certificate, certify
 from rankfold.certificate.in_words import HELD_OUT, about, guard_words, lacking
-from rankfold.certificate.other_kinds import OtherKinds, is_row
+from rankfold.certificate.other_kinds import OtherKinds
+from rankfold.certificate.schema import DocumentFields
 from rankfold.certificate.statement import Statement
 from rankfold.data.example import content_digest
 from rankfold.data.parts import Part
 from rankfold.errors import InputError, visible
+from rankfold.files.checked import check
 from rankfold.files.digests import json_digest
 from rankfold.files.json_file import read_json
 from rankfold.tasks.evaluation import Evaluation
@@ -198,31 +200,13 @@ def read_document(folder: Path) -> Document:
         )
     document = read_json(file)
     version = document.get("format_version") if isinstance(document, dict) else None
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise InputError(
-            f"{file} has the format_version {version!r}; this rankfold reads {FORMAT_VERSION}."
+            f"{visible(file)} has the format_version {visible(repr(version))[:60]}; this rankfold "
+            f"reads {FORMAT_VERSION}."
         )
-    problems = [
-        name
-        for name in ("certificate", "statement", "models", "data", "run")
-        if not isinstance(document.get(name), dict)
-    ]
-    if document.get("guard") is not None and not is_row(document["guard"]):
-        problems.append("guard")
-    try:
-        read_statement(document)
-        read_guard(document)
-        if document["evidence"] is not None:
-            Evidence.from_dict(document["evidence"], document)
-        for key in ("held_out_examples", "held_out_answers"):
-            if not all(isinstance(v, str) for v in document["data"][key]):
-                problems.append(f"data.{key}")
-    except InputError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        problems.append(f"{type(error).__name__} {error}")
-    if problems:
-        raise InputError(f"{file} is damaged: {', '.join(problems)}.")
+    check(document, DocumentFields, file)
+    read_statement(document)
     return cast("Document", document)
 
 
@@ -402,6 +386,11 @@ def overlap_line(data: Mapping[str, Any]) -> str:
 
 def history_line(history: Mapping[str, Any], confidence: float) -> str:
     """What is known of earlier openings of the held-out examples."""
+    if history.get("trouble") is not None:
+        more = "how many others were certified before is not known"
+        if history["others"]:
+            more = "at least " + history_line({**history, "trouble": None}, confidence)
+        return f"{visible(history['trouble'])}; {more}"
     if history["others"] == 0:
         kept = "no earlier opening for another model is on record"
         return kept if history["kept"] else kept + " (no record is kept on this machine)"

@@ -1,39 +1,24 @@
 """A record of which held-out examples were opened, for which models.
 
 Choosing among openings makes a false "lossless" more likely: each certificate says what came
-before it. One JSON line an opening, in the user's state folder. ``RANKFOLD_OPENINGS`` names another
-file, or is ``off``; the certificate then says that no record was kept.
+before it. The record is a file in the user's state folder. ``RANKFOLD_OPENINGS`` names another
+file, or is ``off``; the certificate then says that no record was kept. A record that can't be read
+or written never counts as one that says nothing: the certificate says what is wrong with it.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
+from rankfold.certificate.openings_file import Found, Opening, append, locked, read
+from rankfold.errors import visible
+
 VARIABLE = "RANKFOLD_OPENINGS"
-SHORT = 16  # hexadecimal digits of an example's digest that are kept
-
-
-@dataclass(frozen=True)
-class Opening:
-    """One certificate that held-out examples were used for.
-
-    Attributes:
-        original: Digest of the original model's weights.
-        models: Digests of the models that were tested, in order.
-        examples: Short digests of the held-out examples.
-        verdict: Of the last one that counts.
-        seed: Of the run.
-    """
-
-    original: str
-    models: tuple[str, ...]
-    examples: tuple[str, ...]
-    verdict: str
-    seed: int
+NAMED = 5  # damaged lines that a message names
 
 
 @dataclass(frozen=True)
@@ -41,79 +26,120 @@ class History:
     """Earlier openings of the same examples with other models.
 
     Attributes:
-        kept: Whether openings are recorded on this machine.
+        kept: Whether this opening is on a record on this machine.
         others: Certificates of other models of the same original on some of these examples.
         lossless: How many of them were shown better or lossless.
         shared: Examples of this part that at least one of them has used.
+        trouble: Why the record couldn't be read or written; there may then be more than are told.
     """
 
     kept: bool
     others: int
     lossless: int
     shared: int
+    trouble: str | None = None
 
 
 def record_file() -> Path | None:
-    """Where openings are recorded, None where the user turned that off."""
+    """Where openings are recorded, None where the user turned that off.
+
+    Raises:
+        OSError: There is no place for them: nobody's home is known.
+    """
     named = os.environ.get(VARIABLE)
     if named is not None:
         return None if named in ("off", "") else Path(named)
-    state = os.environ.get("XDG_STATE_HOME")
-    return (Path(state) if state else Path.home() / ".local" / "state") / "rankfold" / "openings"
+    state = Path(os.environ.get("XDG_STATE_HOME", ""))
+    if not state.is_absolute():
+        try:
+            home = Path.home()
+        except RuntimeError:
+            home = Path()
+        if not home.is_absolute() or os.environ.get("HOME") == "":
+            raise OSError(f"no home folder is known; set {VARIABLE} to a file, or to off")
+        state = home / ".local" / "state"
+    return state / "rankfold" / "openings"
 
 
-def history(opening: Opening, known: Sequence[Opening] = ()) -> History:
-    """What was opened before, by this process (``known``) and by others on this machine.
+def record(opening: Opening, known: Sequence[Opening] = ()) -> History:
+    """Put an opening on record; what came before, in this process (``known``) and in others.
 
-    The same models on the same examples are a repetition, not another try.
+    No other process writes between what is read and what is written, so of several at once each
+    sees those before it. The same models on the same examples are a repetition, not another try.
+    """
+    try:
+        file = record_file()
+    except OSError as error:
+        return _history(opening, known, False, f"the record of openings could not be kept: {error}")
+    if file is None:
+        return _history(opening, known, False, None)
+    told: list[str] = []
+    found, kept, alone = Found(), False, True
+    with ExitStack() as lock:
+        try:
+            lock.enter_context(locked(file))
+        except (OSError, ValueError) as error:
+            alone = False
+            told.append(f"could not be locked: {_reason(error)}")
+        try:
+            found = read(file, opening.original)
+            told += _damaged(found)
+            if opening not in found.openings:
+                append(file, opening, found, alone=alone)
+            kept = True
+        except (OSError, ValueError) as error:
+            done = "written" if found.lines else "read or written"
+            told.append(f"could not be {done}: {_reason(error)}")
+    where = f"the record of openings at {visible(file)} "
+    trouble = where + ", and ".join(told) if told else None
+    return _history(opening, [*known, *found.openings], kept, trouble)
+
+
+def recorded_before(original: str, model: str) -> list[History]:
+    """What came before each opening for a model that this machine has on record.
+
+    Args:
+        original: Digest of the original's weights.
+        model: Digest of the model's.
+
+    Raises:
+        OSError: The record can't be read, or a line of it.
     """
     file = record_file()
-    earlier = [*known, *([] if file is None else _read(file))]
+    found = Found() if file is None else read(file, original)
+    if found.damaged:
+        raise OSError(_damaged(found)[0])
+    return [
+        _history(one, found.openings[:place], True, None)
+        for place, one in enumerate(found.openings)
+        if model in one.models
+    ]
+
+
+def _history(
+    opening: Opening, earlier: Sequence[Opening], kept: bool, trouble: str | None
+) -> History:
     mine = set(opening.examples)
     others: dict[tuple[str, ...], Opening] = {}
     used: set[str] = set()
     for past in earlier:
-        common = mine.intersection(past.examples)
-        if past.original == opening.original and past.models != opening.models and common:
+        if past.original != opening.original or past.models == opening.models:
+            continue
+        if common := mine.intersection(past.examples):
             others[past.models] = past
             used |= common
     shown = sum(past.verdict in ("better", "lossless") for past in others.values())
-    return History(file is not None, len(others), shown, len(used))
+    return History(kept, len(others), shown, len(used), trouble)
 
 
-def record(opening: Opening) -> bool:
-    """Append an opening; False where that is turned off or the file can't be written."""
-    file = record_file()
-    if file is None:
-        return False
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(asdict(opening)) + "\n")
-    except OSError:
-        return False
-    return True
-
-
-def _read(file: Path) -> list[Opening]:
-    """The openings on record; lines that are damaged are left out."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+def _damaged(found: Found) -> list[str]:
+    if not found.damaged:
         return []
-    found = []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-            found.append(
-                Opening(
-                    original=str(entry["original"]),
-                    models=tuple(entry["models"]),
-                    examples=tuple(entry["examples"]),
-                    verdict=str(entry["verdict"]),
-                    seed=int(entry["seed"]),
-                )
-            )
-        except (ValueError, KeyError, TypeError):
-            continue
-    return found
+    numbers = ", ".join(map(str, found.damaged[:NAMED])) + ", ..." * (len(found.damaged) > NAMED)
+    count = f"{len(found.damaged)} of {found.lines} lines"
+    return [f"could not be read: {count} are damaged (numbers, from 1: {numbers})"]
+
+
+def _reason(error: Exception) -> str:
+    reason = error.strerror if isinstance(error, OSError) else None
+    return visible(reason or error)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from rankfold.certificate.earlier_uses import SHORT
+from rankfold.certificate.openings_file import SHORT
 from rankfold.certificate.other_kinds import OtherKinds
 from rankfold.data.given import up_to
 from rankfold.data.parts import Collate, Part, as_part

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from types import NoneType
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
 
-from rankfold.certificate.certify import FROM_BEST, Certificate, certify
+from rankfold.certificate.certify import Certificate, certify
 from rankfold.certificate.change import paired_change
 from rankfold.certificate.statement import Statement
 from rankfold.errors import InputError
@@ -153,33 +152,6 @@ class OtherKinds:
 USAGE = (
     "examples", "digest", "given", "left_out", "columns_left_out", "drawn_anew", "source",
 )  # fmt: skip
-
-
-def is_row(value: object) -> bool:
-    """Whether plain values of a file are a row of a report."""
-    if not isinstance(value, Mapping) or value.get("name") not in NAMES:
-        return False
-    if value.get("kind") is None:
-        return _of(str, value, "missing", "unit")
-    left_out = value.get("left_out")
-    if value["kind"] not in KINDS or not isinstance(left_out, Mapping):
-        return False
-    stated = value.get("margin") is None or (
-        _of((int, float), value, "margin", "confidence", "upper_bound")
-        and value.get("verdict") in FROM_BEST
-    )
-    return (
-        stated
-        and all(count is None or isinstance(count, int) for count in left_out.values())
-        and _of(int, value, "examples", "terms", "seed")
-        and _of((str, NoneType), value, "source")
-        and _of(str, value, "unit")
-        and _of((int, float, NoneType), value, "original", "factorized", "change", "standard_error")
-    )
-
-
-def _of(kinds: type | tuple[type, ...], value: Mapping[str, Any], *names: str) -> bool:
-    return all(isinstance(value.get(name), kinds) for name in names)
 
 
 def _listed(found: Evaluation | None, name: str) -> list[float | None]:

@@ -187,6 +187,8 @@ def _compress(
             **cast("SettingKeywords", vars(options.settings)),
         )
         given.check()
+        if (trouble := result.document["data"]["history"]["trouble"]) is not None:
+            tell(f"warning: {trouble}")
         keep = saved(result)
         if keep:
             save_somewhere(

@@ -116,10 +116,11 @@ def result_lines(report: dict[str, Any]) -> list[str | Text]:
         )
     refit = report.get("refit")
     if refit is not None:
+        gain = "no finite change" if refit["gain"] is None else f"{refit['gain']:+.4f}"
         lines.append(
             f"fitted again to what the others changed: {len(refit['layers'])} layers "
             f"({len(refit['residual'])} of them to the sums that they are part of), by "
-            f"{refit['examples']} calibration examples; {refit['gain']:+.4f} on selection data"
+            f"{refit['examples']} calibration examples; {gain} on selection data"
         )
     lines += _verdict_lines(report)
     lines += certificate_lines(certificate)

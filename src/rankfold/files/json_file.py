@@ -7,9 +7,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rankfold.errors import InputError, note
+from rankfold.errors import InputError, note, visible
 
 LARGEST = 200_000_000  # bytes; what rankfold writes of a model with 100,000 layers is below this
+DEEPEST = 100  # objects and lists within each other; what rankfold writes has ten
 
 
 def read_json(file: Path, *, constants: bool = False) -> Any:
@@ -21,15 +22,19 @@ def read_json(file: Path, *, constants: bool = False) -> Any:
 
     Raises:
         InputError: It is missing, no UTF-8, no JSON, nested too deeply, too long, says one thing
-            twice, or holds a number that is too long to read.
+            twice, or holds a number that is too long or too large to read.
     """
     content = read_bytes(file)
-    refuse = None if constants else _refuse_constant
+    refuse, number = (None, None) if constants else (_refuse_constant, _finite)
     try:
         text = content.decode("utf-8")
-        return json.loads(text, object_pairs_hook=_object, parse_constant=refuse)
+        found = json.loads(
+            text, object_pairs_hook=_object, parse_constant=refuse, parse_float=number
+        )
+        _check_depth(found)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not valid JSON: {error}") from error
+        raise InputError(f"{visible(file)} is not valid JSON: {visible(error)}") from error
+    return found
 
 
 def read_bytes(file: Path) -> bytes:
@@ -61,6 +66,29 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {text[:60]} is too large")
+    return value
+
+
+def _check_depth(value: object) -> None:
+    """Refuse what functions that call themselves would run out of room for."""
+    level = [value]
+    for _ in range(DEEPEST):
+        inner: list[object] = []
+        for one in level:
+            if isinstance(one, dict):
+                inner += [v for v in one.values() if isinstance(v, dict | list)]
+            elif isinstance(one, list):
+                inner += [v for v in one if isinstance(v, dict | list)]
+        if not inner:
+            return
+        level = inner
+    raise ValueError(f"more than {DEEPEST} objects and lists stand within each other")
 
 
 def finite(value: float) -> float | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.certificate.change import paired_change
-from rankfold.certificate.earlier_uses import SHORT
+from rankfold.certificate.openings_file import SHORT
 from rankfold.certificate.other_kinds import OTHER_DATA, OTHER_TEXT, Kind, Origin, OtherKinds
 from rankfold.certificate.statement import Statement, order_seed, state
 from rankfold.data.account import WRITTEN
