@@ -150,9 +150,11 @@ def test_an_artifact_is_replaced_only_when_asked(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"not empty.*overwrite"):
         cnn_result("pivoted").save(folder)
     assert read_manifest(folder)["settings"]["form"] == "pair"
+    with pytest.raises(InputError, match=r"did not write there:\n  old\.txt"):
+        cnn_result("pivoted").save(folder, overwrite=True)
+    (folder / "old.txt").unlink()
     cnn_result("pivoted").save(folder, overwrite=True)
     assert read_manifest(folder)["settings"]["form"] == "pivoted"
-    assert not (folder / "old.txt").exists()
     assert list(tmp_path.iterdir()) == [folder]
 
 
