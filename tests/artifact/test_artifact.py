@@ -221,19 +221,17 @@ def test_the_old_artifact_returns_when_the_last_rename_fails(
 ) -> None:
     result = cnn_result()
     folder = result.save(tmp_path / "a")
-    rename = Path.replace
 
-    def failing(self: Path, target: Path) -> Path:
-        if self.parent == tmp_path and self != folder:  # the draft
-            raise OSError(5, "Input/output error")
-        return rename(self, target)
+    def failing(one: Path, other: Path) -> bool:
+        raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(Path, "replace", failing)
-    with pytest.raises(InputError, match="Input/output error"):
+    monkeypatch.setattr("rankfold.files.owned.exchange", failing)
+    with pytest.raises(InputError, match=r"Input/output error.*was saved in .*a-saved-1"):
         result.save(folder, overwrite=True)
     monkeypatch.undo()
-    assert list(tmp_path.iterdir()) == [folder]
+    assert {one.name for one in tmp_path.iterdir()} == {"a", "a-saved-1"}
     rankfold.load(folder, SmallCNN())
+    rankfold.load(tmp_path / "a-saved-1", SmallCNN())
 
 
 def test_a_report_that_is_no_json_leaves_nothing_behind(tmp_path: Path) -> None:
