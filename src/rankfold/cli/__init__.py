@@ -2,5 +2,6 @@
 
 from rankfold.cli.app import app
 from rankfold.cli.commands import main
+from rankfold.cli.report import report
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "report"]

@@ -1,0 +1,158 @@
+"""``report.html``: what came of a run, to look at; one file that needs no network.
+
+It is made of the two JSON files of a saved model, and of what only the run could see, if that was
+kept (``seen.json``). Names from these files are shown, never interpreted: jinja2 escapes them, and
+what figures and the table read is JSON in which no tag can end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from rankfold.certificate.in_words import about, guard_words
+from rankfold.errors import visible
+from rankfold.report.data_lines import data_lines, source_lines
+from rankfold.report.figures import figures
+
+PAGE_FILE = "report.html"
+_ASSETS = files("rankfold.report") / "assets"
+_VERDICTS = {
+    "better": "better than the original",
+    "lossless": "no worse than the original",
+    "worse": "worse than the original",
+    "not shown": "not shown to be within the margin",
+}
+_SIZES = {
+    "parameters": "parameters",
+    "bytes": "bytes of the file",
+    "flops": "FLOPs of one example",
+}
+
+
+def page(
+    manifest: Mapping[str, Any],
+    certificate: Mapping[str, Any] | None,
+    seen: Mapping[str, Any] | None = None,
+) -> str:
+    """The whole page.
+
+    Args:
+        manifest: The content of ``rankfold.json``.
+        certificate: The content of ``certificate.json``, None where there is none.
+        seen: The content of ``seen.json``: seconds and memory of each stage, latencies, and the
+            held-out examples that changed most.
+    """
+    layers = [_layer(place, layer) for place, layer in enumerate(manifest["layers"], 1)]
+    text: str = _template().render(
+        manifest=manifest,
+        certificate=manifest["certificate"],
+        loss=manifest["loss"],
+        title=f"{_class_name(manifest)} at {manifest['ratio']:.1%} of its parameters",
+        verdict=_VERDICTS[manifest["certificate"]["verdict"]],
+        about=about(manifest["task"], manifest["data"], manifest.get("guard")),
+        guard=None if manifest.get("guard") is None else guard_words(manifest["guard"]),
+        sizes=_sizes(manifest),
+        lines=[*source_lines(manifest), *data_lines(manifest)],
+        layers=layers,
+        shape=_shape_of(layers),
+        call=_call(manifest),
+        opening=_opening(manifest),
+        seen={"examples": [], "latency": None, "stages": [], **(seen or {})},
+        figures=_as_json(figures(manifest, certificate)),
+        rows=_as_json(layers),
+        style=_asset("page.css"),
+        script=_asset("page.js"),
+        vega=_asset("vega.min.js"),
+    )
+    return text
+
+
+@cache
+def _template() -> Any:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters["shown"] = visible
+    environment.filters["signed"] = lambda value: "none" if value is None else f"{value:+.4f}"
+    environment.filters["share"] = lambda value: f"{value:.1%}"
+    environment.filters["count"] = lambda value: f"{value:,}"
+    return environment.from_string((_ASSETS / "page.html").read_text("utf-8"))
+
+
+def _asset(name: str) -> Markup:
+    """A file of this package: our own, and in nobody's hands."""
+    return Markup((_ASSETS / name).read_text("utf-8"))
+
+
+def _as_json(value: object) -> Markup:
+    """JSON that may stand inside a script element: no character of it begins a tag."""
+    text = json.dumps(value, allow_nan=False)
+    for sign in "<>&":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return Markup(text)
+
+
+def _class_name(manifest: Mapping[str, Any]) -> str:
+    return visible(str(manifest["model"].get("class", "model")).rpartition(".")[2])
+
+
+def _sizes(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    before, after = manifest["original"], manifest["factorized"]
+    return [
+        {
+            "what": label,
+            "before": before[key],
+            "after": after[key],
+            "share": after[key] / before[key] if before[key] else 1.0,
+        }
+        for key, label in _SIZES.items()
+    ]
+
+
+def _layer(place: int, layer: Mapping[str, Any]) -> dict[str, Any]:
+    """One row of the table of layers."""
+    before, after = layer["parameters"], layer["factorized_parameters"]
+    return {
+        "place": place,
+        "layer": visible(layer["name"]),
+        "kind": layer["kind"],
+        "shape": " x ".join(map(str, layer["shape"])),
+        "rank": layer["rank"],
+        "full": layer["full_rank"],
+        "form": layer["form"] or ("dense" if layer["rank"] is None else "low rank"),
+        "before": before,
+        "after": after,
+        "kept": after / before if before else 1.0,
+        "predicted": layer["predicted_change"],
+        "factor": layer["interaction_factor"],
+        "why": visible(layer["reason_dense"] or ""),
+    }
+
+
+def _shape_of(layers: list[dict[str, Any]]) -> dict[str, int]:
+    """How many layers are smaller, and how many stayed."""
+    smaller = sum(layer["rank"] is not None for layer in layers)
+    return {"smaller": smaller, "dense": len(layers) - smaller}
+
+
+def _call(manifest: Mapping[str, Any]) -> str:
+    asked = ", ".join(f"{name}={value!r}" for name, value in manifest["target"].items())
+    return visible(f"rankfold.{manifest['algorithm']}(model, data, {asked})")
+
+
+def _opening(manifest: Mapping[str, Any]) -> str:
+    name = _class_name(manifest)
+    if manifest["model"]["kind"] == "transformers":
+        return (
+            "import rankfold  # tells transformers how\n"
+            f"from transformers import {name}\n\n"
+            f'model = {name}.from_pretrained("FOLDER")'
+        )
+    if manifest["model"]["kind"] == "module":
+        return f'import rankfold\n\nmodel = rankfold.load("FOLDER", model={name}(...))'
+    return 'import rankfold\n\nmodel = rankfold.load("FOLDER")'
