@@ -208,6 +208,11 @@ SETTINGS: dict[str, Row] = {
     "rounds": _of_keyword("rounds", 0, "0", "1 or more"),
     "rounds in parts": _of_keyword("rounds", 1.5, "1.5", "whole number"),
     "seed": _of_keyword("seed", "x", "'x'", "whole number"),
+    "seed below 0": _of_keyword("seed", -1, "-1", "whole number, 0 to"),
+    "seed too large": _of_keyword("seed", 1 << 63, "9223372036854775808", "whole number, 0 to"),
+    "certified a text": _call(
+        lambda m, _: compact(m, GOOD, certified=cast("Any", "no")), "certified", "True or False"
+    ),
     "limit": _of_keyword("limit", 3, "3", "at least 4"),
     "limit True": _of_keyword("limit", True, "True", "whole number"),
     "include a text": _of_keyword("include", "first", "'first'", "list of patterns"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import fields, replace
-from typing import Any, get_args, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
+import numpy as np
 import pytest
 
 import rankfold
@@ -77,3 +79,13 @@ def test_an_unknown_keyword_is_named_with_the_known_ones() -> None:
         TypeError, match="no keyword loud; expected some of task, effort, objective"
     ):
         rankfold.lossless(trained_cnn(), image_data(20), size=0.9, **wrong)
+
+
+def test_numbers_of_numpy_become_pythons_own() -> None:
+    names = ("seed", "confidence", "limit")
+    given = dict(zip(names, (np.int64(3), np.float32(0.9), np.int64(50)), strict=True))
+    found = Settings(**cast("Any", given))
+    assert found == Settings(seed=3, confidence=float(np.float32(0.9)), limit=50)
+    values = [getattr(found, name) for name in names]
+    assert [type(value) for value in values] == [int, float, int]
+    json.dumps(values)

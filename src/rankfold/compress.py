@@ -9,6 +9,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from rankfold.certificate.statement import DEFAULT_MARGIN, check_margin
+from rankfold.errors import check_flag
 from rankfold.held_out import HeldOut, enough_held_out
 from rankfold.keywords import Options, read_options
 from rankfold.machine.device import device_of
@@ -99,7 +100,7 @@ class Preparation:
         self, size: float, *, size_of: SizeOf = "model", margin: float = DEFAULT_MARGIN
     ) -> Result:
         """The best model of a size; see ``rankfold.lossless``."""
-        check_size(size, size_of)
+        size = float(check_size(size, size_of))
         self._held_out.check(margin)
         with self._kept.as_it_was():
             tried = of_size(self._round, self._round.budget(size, size_of))
@@ -109,6 +110,7 @@ class Preparation:
     def compact(self, *, margin: float = DEFAULT_MARGIN, certified: bool = False) -> Result:
         """The smallest model within a margin; see ``rankfold.compact``."""
         self._held_out.check(margin)
+        check_flag("certified", certified)
         with self._kept.as_it_was():
             tried = within_margin(self._round, margin)
             order = mild_to_strong(tried) if certified else [favoured(tried, margin)]

@@ -106,6 +106,7 @@ class HeldOut:
             margin: Change of the mean loss up to which the verdict is ``lossless``.
         """
         self.check(margin)
+        margin = float(margin)  # of NumPy, too: it is written down
         statements = [self._statement(trial, margin) for trial in order]
         tested: list[Tested | None] = [None] * len(order)
         digests: list[str] = []

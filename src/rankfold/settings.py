@@ -29,6 +29,7 @@ from rankfold.certificate.statement import (
 )
 from rankfold.effort import DECIDED, EFFORTS, Effort, EffortName
 from rankfold.errors import InputError, check_kind
+from rankfold.files.json_file import plain
 from rankfold.forms.storage import Storage
 from rankfold.maths.gradient import StepEstimator
 from rankfold.maths.linalg import Damping
@@ -43,6 +44,7 @@ SizeOf: TypeAlias = Literal["model", "factorizable"]
 Panel: TypeAlias = Literal["Options", "Data", "Certificate", "Search", "Advanced", "Research"]
 EVERYDAY: Panel = "Options"
 RESEARCH: Panel = "Research"
+SEEDS = 1 << 63  # that torch takes
 
 
 @dataclass(frozen=True)
@@ -307,7 +309,8 @@ class Settings:
     def __post_init__(self) -> None:
         """Refuse values outside their ranges, by name; what the effort decides is decided."""
         for name, option in setting_options().items():
-            _check_kind(name, getattr(self, name), option)
+            _check_kind(name, given := getattr(self, name), option)
+            object.__setattr__(self, name, plain(given))
         for name in DECIDED:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(EFFORTS[self.effort], name))
@@ -420,6 +423,8 @@ def _check_ranges(settings: Settings) -> None:
             f"guard_margin is {settings.guard_margin}; expected 0 or more, in nats of mean loss on "
             "text of other kinds."
         )
+    if not 0 <= settings.seed < SEEDS:
+        raise InputError(f"seed is {settings.seed}; expected a whole number, 0 to {SEEDS - 1}.")
     for name in ("limit", "selection_limit", "held_out_limit"):
         value = getattr(settings, name)
         if value is not None and value < 4:
@@ -474,8 +479,8 @@ def _check_damping(name: str, value: object, otherwise: str | None) -> None:
         raise InputError(f"{name} is {value}; expected a finite number, 0 or more{or_auto}.")
 
 
-def check_size(size: float, size_of: SizeOf = "model") -> None:
-    """Refuse a size outside (0, 1], or one that is a share of something unknown.
+def check_size(size: float, size_of: SizeOf = "model") -> float:
+    """The size; one is refused that is outside (0, 1], or one that is a share of something unknown.
 
     Raises:
         InputError: As said.
@@ -487,3 +492,4 @@ def check_size(size: float, size_of: SizeOf = "model") -> None:
     check_kind("the size", size, Real, expected)
     if not 0 < size <= 1:
         raise InputError(f"the size is {size}; expected {expected}.")
+    return size

@@ -117,10 +117,22 @@ def test_labels_each_apart_are_refused(name: str | None) -> None:
 def test_several_0s_and_1s_an_example_are_asked_about() -> None:
     examples = [(torch.rand(6), torch.tensor([0.0, 1.0, 1.0])) for _ in range(4)]
     part = as_part("held_out", examples)
-    with pytest.raises(InputError, match="0s and 1s, several an example"):
+    with pytest.raises(InputError, match="0s and 1s in floating point, several an example"):
         recognise_task(part, None)
     assert isinstance(recognise_task(part, None, "regression"), Regression)
     values = as_part("held_out", [(torch.rand(6), torch.tensor([0.5, 1.0]))])
+    one = as_part("held_out", [(torch.rand(6), torch.tensor(float(n % 2))) for n in range(4)])
+    with pytest.raises(InputError, match="0s and 1s in floating point, one an example"):
+        recognise_task(one, None)
+    shares = as_part("held_out", [(torch.rand(6), torch.tensor([0.25, 0.75]))] * 4)
+    with pytest.raises(InputError, match=r"add up to 1.*regression.*cross_entropy"):
+        recognise_task(shares, None)
+    assert isinstance(recognise_task(shares, None, "regression"), Regression)
+    tags = [{"input_ids": torch.arange(5), "labels": torch.arange(5) % 3} for _ in range(4)]
+    with pytest.raises(InputError, match=r"not the token itself.*token-classification"):
+        recognise_task(as_part("held_out", tags), None)
+    own = [{"input_ids": torch.arange(5), "labels": torch.tensor([-100, 1, 2, 3, 4])}] * 4
+    assert recognise_task(as_part("held_out", own), None).name == "causal-lm"
     assert isinstance(recognise_task(values, None), Regression)
     classes = as_part("held_out", [(torch.rand(6), 1)] * 3)
     assert isinstance(recognise_task(classes, None), Classification)

@@ -191,15 +191,8 @@ def _compress(
             tell(f"warning: {trouble}")
         keep = saved(result)
         if keep:
-            save_somewhere(
-                partial(
-                    result.save,
-                    tokenizer=opened.tokenizer,
-                    overwrite=folders.overwrite,
-                    source=opened.source,
-                ),
-                out,
-            )
+            how = {"overwrite": folders.overwrite, "source": opened.source}
+            save_somewhere(partial(result.save, tokenizer=opened.tokenizer, **how), out)
     if options.reading.json:
         _print_json({**result.report, "saved": str(out) if keep else None})
         return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,12 @@ def _check_depth(value: object) -> None:
 def finite(value: float) -> float | None:
     """The value, None where JSON has no number for it."""
     return value if math.isfinite(value) else None
+
+
+def plain(value: object) -> object:
+    """A number as Python's own: NumPy's can't be written to JSON."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value

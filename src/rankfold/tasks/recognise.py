@@ -21,6 +21,7 @@ from rankfold.tasks.evaluation import (
     running,
 )
 from rankfold.tasks.losses import (
+    IGNORED,
     TASKS,
     Task,
     labels_of,
@@ -126,13 +127,8 @@ def _refuse_multi_label(hint: str | None, name: str | None) -> None:
 def _recognised(batch: Batch, hint: str | None) -> str | None:
     """The task that a batch's labels and the model's purpose allow; labels decide where they do."""
     labels = labels_of(batch)
-    if labels is not None and hint is None and _one_of_two_each(labels):
-        raise InputError(
-            "the labels are 0s and 1s, several an example: probabilities of labels, or values? For "
-            "the squared error name the task regression; for labels pass loss=, a function of the "
-            "model and a batch such as binary_cross_entropy_with_logits(..., "
-            "reduction='none').mean(1)."
-        )
+    if labels is not None and hint is None:
+        _refuse_ambiguous(batch, labels)
     if hint == "embedding" or (labels is None and hint in ("embedding", "causal-lm")):
         return hint
     if labels is not None and labels.dim() == 1 and not labels.is_floating_point():
@@ -151,7 +147,34 @@ def _recognised(batch: Batch, hint: str | None) -> str | None:
     return None
 
 
-def _one_of_two_each(labels: Tensor) -> bool:
-    """Whether labels are several 0s and 1s an example, in floating point."""
-    several = labels.is_floating_point() and labels.dim() == 2 and labels.shape[1] > 1
-    return several and bool(((labels == 0) | (labels == 1)).all())
+def _refuse_ambiguous(batch: Batch, labels: Tensor) -> None:
+    """Refuse labels that two tasks have, where nothing says which of them the model is for.
+
+    Raises:
+        InputError: As said.
+    """
+    several = labels.dim() == 2 and labels.shape[1] > 1
+    if labels.is_floating_point():
+        which = "several an example" if several else "one an example"
+        if bool(((labels == 0) | (labels == 1)).all()):
+            raise InputError(
+                f"the labels are 0s and 1s in floating point, {which}: probabilities of labels, or "
+                "values? For the squared error name the task regression; for labels pass loss=, a "
+                "function of the model and a batch such as binary_cross_entropy_with_logits(..., "
+                "reduction='none').mean(1)."
+            )
+        shares = several and bool((labels >= 0).all() and (labels.sum(1) - 1).abs().max() < 1e-3)
+        if shares:
+            raise InputError(
+                "the labels of each example are 0 or more and add up to 1: shares of classes, or "
+                "values? For the squared error name the task regression; for shares pass loss=, a "
+                "function of the model and a batch such as cross_entropy(..., reduction='none')."
+            )
+    elif labels.dim() == 2 and isinstance(batch, Mapping) and "input_ids" in batch:
+        ids = batch["input_ids"]
+        if ids.shape != labels.shape or bool(((labels != ids) & (labels != IGNORED)).any()):
+            raise InputError(
+                "each token has a label that is not the token itself, and nothing says what the "
+                "model is for: the class of each token, or a text to be generated? Name the task: "
+                "token-classification, masked-lm, seq2seq or causal-lm."
+            )
