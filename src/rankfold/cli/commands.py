@@ -191,8 +191,8 @@ def _compress(
             tell(f"warning: {trouble}")
         keep = saved(result)
         if keep:
-            how = {"overwrite": folders.overwrite, "source": opened.source}
-            save_somewhere(partial(result.save, tokenizer=opened.tokenizer, **how), out)
+            save = partial(result.save, tokenizer=opened.tokenizer, source=opened.source)
+            save_somewhere(partial(save, overwrite=folders.overwrite), out)
     if options.reading.json:
         _print_json({**result.report, "saved": str(out) if keep else None})
         return result
