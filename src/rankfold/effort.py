@@ -56,7 +56,7 @@ _STANDARD = Effort(
     refit=True,
     rounds=1,
     corrections=2,
-    most_corrections=2,
+    most_corrections=6,
     correction_power=0.5,
     compared_on=0.5,
     plans=7,
@@ -81,5 +81,5 @@ EFFORTS: dict[EffortName, Effort] = {
         guard=16,
     ),
     "standard": _STANDARD,
-    "thorough": replace(_STANDARD, rounds=2, most_corrections=6, compared_on=1.0, guard=64),
+    "thorough": replace(_STANDARD, rounds=2, compared_on=1.0, guard=64),
 }
