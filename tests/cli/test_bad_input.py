@@ -15,7 +15,7 @@ from tests.command_line import make_project, rankfold
 # Rows in which the user's code raises something, or what it calls.
 OF_OWN_CODE = {
     "raising data", "raises", "channels", "ragged data", "syntax below", "forward raises",
-    "imports",
+    "imports", "a stream that fails",
 }  # fmt: skip
 BOX = re.compile("[╭╮╰╯─│]")  # around the messages of typer
 

@@ -48,7 +48,7 @@ def test_freed_memory_is_given_back_between_steps_and_at_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     times: list[int] = []
-    clock = iter([0, 0.5, 1.1, 1.1, 2.0, 2.2, 2.2])
+    clock = iter([0, 1.5, 3.3, 3.3, 6.0, 6.6, 6.6])
     monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
     seen: list[str] = []
     monkeypatch.setattr(module, "trim_freed_memory", lambda: times.append(len(seen)))

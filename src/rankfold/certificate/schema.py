@@ -15,6 +15,7 @@ from rankfold.files.checked import (
     Digest,
     Fields,
     Number,
+    OtherDigest,
     Rank,
     ShortDigest,
     Whole,
@@ -318,7 +319,7 @@ class GuardEvidence(Fields):
 class StatedGuard(GuardFields):
     """What a certificate says of examples of other kinds."""
 
-    digests: list[ShortDigest] | None = None
+    digests: list[OtherDigest] | None = None
     texts: list[list[Count]] | None = None
     statement: StatementFields | None = None
     evidence: GuardEvidence | None = None

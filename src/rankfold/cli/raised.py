@@ -48,7 +48,7 @@ def _is_own(file: str) -> bool:
     python = [Path(str(sysconfig.get_path(name))) for name in ("stdlib", "platstdlib")]
     libraries = [Path(__file__).parents[1], *python]
     return (
-        not file.startswith("<")
+        path.is_file()  # not a library's compiled part, nor what was never a file
         and not any(part in _LIBRARIES for part in path.parts)
         and not any(path.is_relative_to(library) for library in libraries)
     )

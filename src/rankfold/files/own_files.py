@@ -49,7 +49,7 @@ def check_own_files(folder: Path, files: Iterable[Path] | None = None) -> None:
         raise InputError(
             f"{visible(folder)} holds what is no file of its own:\n  {listed(problems)}\n"
             "Nothing outside of a folder is read or copied. Put the files themselves in their "
-            "place, or take them out; of a hub, hf download NAME --local-dir DIR writes files."
+            "place, or take them out; of a hub, hf download into a folder of your own writes files."
         )
 
 
