@@ -343,4 +343,4 @@ class DocumentFields(Fields):
     evidence_digest: Digest
     digest: Digest
     guard: StatedGuard | None = None
-    beside: dict[str, Digest] = msgspec.field(default_factory=dict)
+    report: dict[str, Digest] = msgspec.field(default_factory=dict)
