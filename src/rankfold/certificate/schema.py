@@ -26,6 +26,7 @@ Test = Literal["bounded", "t", "betting"]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0, le=1.7e308)]
 Confidence = Annotated[float, msgspec.Meta(gt=0.5, lt=1)]
+GuardDigest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1.7e308)]
 
 
@@ -318,7 +319,7 @@ class GuardEvidence(Fields):
 class StatedGuard(GuardFields):
     """What a certificate says of examples of other kinds."""
 
-    digests: list[ShortDigest] | None = None
+    digests: list[GuardDigest] | None = None
     texts: list[list[Count]] | None = None
     statement: StatementFields | None = None
     evidence: GuardEvidence | None = None

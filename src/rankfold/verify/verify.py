@@ -48,6 +48,8 @@ from rankfold.verify.report import loss_check, original_check, report_checks
 FLOAT32 = 1e-4  # relative to 1 + |loss|: another processor, number of threads or batch size
 HALF = 2e-2  # likewise in 16-bit types
 FRESH = "certificate from fresh losses"
+GIVE_ORIGINAL = "single losses are private: give the original: original="
+FACTORIZED = "losses of the factorized model"
 
 
 def verify(
@@ -85,13 +87,7 @@ def verify(
     read_manifest(path)  # what is no artifact has no certificate either
     check_read_alike(path, data)
     document = read_document(path)
-    manifest = read_report(path)
-    check_kind("the model", model, nn.Module, MODEL)
-    checks = [*file_checks(path, document, manifest), *_numbers(document, manifest)]
-    checks += report_checks(path, manifest, document, model)
-    if original is not None:
-        check_kind("the original", original, nn.Module, MODEL)
-        checks.append(original_check(manifest, original))
+    checks = _without_data(path, document, manifest := read_report(path), model, original)
     part, more = _find(document, data, collate)
     checks += more
     if part is None:
@@ -102,13 +98,11 @@ def verify(
     tolerance = _tolerance(model)
     after = afresh.losses(model, "factorized on held-out data")
     if stored is not None:
-        what = "losses of the factorized model"
-        checks.append(_losses(what, stored.factorized, after, tolerance))
+        checks.append(_losses(FACTORIZED, stored.factorized, after, tolerance))
     before, more = _original_losses(afresh, stored, tolerance)
     checks += more
     if before is None:
-        detail = "single losses are private: give the original: original="
-        return Verification((*checks, Check(FRESH, "not checked", detail)), None)
+        return Verification((*checks, Check(FRESH, "not checked", GIVE_ORIGINAL)), None)
     values, more = _metric_values(afresh, model, stored)
     checks += more
     found, more = _guard(afresh, model, guard, collate, tolerance)
@@ -116,9 +110,25 @@ def verify(
     evidence = Evidence(part.digests, [], before, after, groups, values, found)
     checks += more
     if private:
-        scale = tolerance * (1 + abs(after.mean))
-        checks.append(loss_check(manifest, evidence, scale))
+        checks.append(loss_check(manifest, evidence, tolerance * (1 + abs(after.mean))))
     return _concluded(document, part, evidence, checks, tolerance)
+
+
+def _without_data(
+    folder: Path,
+    document: Document,
+    manifest: Manifest,
+    model: nn.Module,
+    original: nn.Module | None,
+) -> list[Check]:
+    """What is checked before any example is looked at."""
+    check_kind("the model", model, nn.Module, MODEL)
+    checks = [*file_checks(folder, document, manifest), *_numbers(document, manifest)]
+    checks += report_checks(folder, manifest, document, model)
+    if original is not None:
+        check_kind("the original", original, nn.Module, MODEL)
+        checks.append(original_check(manifest, original))
+    return checks
 
 
 def _concluded(
