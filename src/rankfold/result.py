@@ -12,14 +12,14 @@ from torch import nn
 from rankfold.artifact.manifest import library_versions
 from rankfold.artifact.save import save_artifact
 from rankfold.certificate.certify import Certificate
-from rankfold.certificate.document import Document, files, make_document
+from rankfold.certificate.document import Document, files, make_document, with_report
 from rankfold.certificate.opened import Opened
 from rankfold.data.input_settings import InputSettings, joined
 from rankfold.errors import InputError
 from rankfold.integrations import transformers as hf
 from rankfold.integrations.vision import NamedModel, make_named, parse_named
 from rankfold.model.sizes import model_parameters
-from rankfold.report.model_card import CARD_FILE, model_card
+from rankfold.report.model_card import CARD_FILE, model_card, public_name
 from rankfold.report.report import report_of
 from rankfold.search.trial import Trial
 
@@ -79,19 +79,20 @@ class Result:
         named = None if source is None else parse_named(source)
         if named is not None:
             self._check_made_by(named)
-        report = self.report
+        report, document = self.report, self.document
         if input_settings is not None:
             found = InputSettings.from_dict(report["input_settings"])
             sources = ("the data that was read", found), ("input_settings=", input_settings)
             together = joined(sources)
             report = {**report, "input_settings": together.as_dict()}
+            document = with_report(document, report)
         return save_artifact(
             folder,
             self.model,
             report,
             tokenizer=tokenizer,
             overwrite=overwrite,
-            files={**files(self.document), CARD_FILE: self._card(named)},
+            files={**files(document), CARD_FILE: self._card(named)},
             source=named,
         )
 
@@ -147,6 +148,7 @@ def result_of(
             "class": f"{type(tested.model).__module__}.{type(tested.model).__qualname__}",
             "original": opened.original,
             "factorized": tested.digest,
+            **_opened_as(tested.model),
         },
         data={
             "parts": report["data"],
@@ -165,8 +167,14 @@ def result_of(
             "settings": report["settings"],
             "versions": library_versions(),
         },
+        report=report,
     )
     return Result(tested.model, tested.certificate, report, document)
+
+
+def _opened_as(model: nn.Module) -> dict[str, str]:
+    """What the model card calls a model of transformers."""
+    return {"name": public_name(hf.opened_as(model))} if hf.is_transformers_model(model) else {}
 
 
 def _order_report(order: Sequence[Trial], opened: Opened) -> list[dict[str, Any]]:

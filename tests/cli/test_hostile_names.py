@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 import rankfold
 from rankfold import InputError
 from rankfold.cli.app import app
+from rankfold.cli.raised import OWN_CODE
 from rankfold.data.sources import read_image_folder, read_npz, read_wav_folder
 from rankfold.data.sources.records import read_records
 from tests.small_models import tiny_llama, token_data
@@ -54,14 +55,14 @@ def failing():
 """
 
 
-def ran(*arguments: object, code: tuple[int, ...] = (0, 2, 3, 4)) -> Result:
+def ran(*arguments: object, code: tuple[int, ...] = (0, 2, 3, 4, 6)) -> Result:
     """What a command does, with everything that it writes watched."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
     assert result.exit_code in code
     for text in (result.stdout, result.stderr):
         watched(text)
-    assert "Traceback" not in result.output
+    assert ("Traceback" in result.output) == (result.exit_code == OWN_CODE)
     return result
 
 

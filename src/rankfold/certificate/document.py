@@ -137,6 +137,7 @@ def make_document(
     models: Mapping[str, str],
     data: Mapping[str, Any],
     run: Mapping[str, Any],
+    report: Mapping[str, Any],
 ) -> Document:
     """The content of ``certificate.json``.
 
@@ -148,6 +149,7 @@ def make_document(
         models: ``original``, ``factorized``: digests of weights; ``class``.
         data: Digests of the parts, what is known of overlap and of earlier openings.
         run: Plan, order of tests, task, settings, seed, versions.
+        report: What ``rankfold.json`` says beside the fields of its format.
     """
     plain = evidence.as_dict()
     document: Document = {
@@ -166,8 +168,13 @@ def make_document(
         "evidence": None if private else plain,
         "evidence_digest": evidence_digest(plain),
     }
-    document["digest"] = document_digest(document)
-    return document
+    return with_report(document, report)
+
+
+def with_report(document: Document, report: Mapping[str, Any]) -> Document:
+    """The same with a digest of each field of ``rankfold.json``."""
+    found = {**document, "report": {name: json_digest(value) for name, value in report.items()}}
+    return {**found, "digest": document_digest(found)}
 
 
 def document_digest(document: Mapping[str, Any]) -> str:

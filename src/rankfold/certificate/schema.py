@@ -15,7 +15,6 @@ from rankfold.files.checked import (
     Digest,
     Fields,
     Number,
-    OtherDigest,
     Rank,
     ShortDigest,
     Whole,
@@ -27,6 +26,7 @@ Test = Literal["bounded", "t", "betting"]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0, le=1.7e308)]
 Confidence = Annotated[float, msgspec.Meta(gt=0.5, lt=1)]
+GuardDigest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1.7e308)]
 
 
@@ -319,7 +319,7 @@ class GuardEvidence(Fields):
 class StatedGuard(GuardFields):
     """What a certificate says of examples of other kinds."""
 
-    digests: list[OtherDigest] | None = None
+    digests: list[GuardDigest] | None = None
     texts: list[list[Count]] | None = None
     statement: StatementFields | None = None
     evidence: GuardEvidence | None = None
@@ -344,4 +344,4 @@ class DocumentFields(Fields):
     evidence_digest: Digest
     digest: Digest
     guard: StatedGuard | None = None
-    beside: dict[str, Digest] = msgspec.field(default_factory=dict)
+    report: dict[str, Digest] = msgspec.field(default_factory=dict)

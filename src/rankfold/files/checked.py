@@ -17,9 +17,6 @@ Rank = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
 Word = Annotated[str, msgspec.Meta(pattern="^[^\x00-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]*$")]
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 ShortDigest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
-OtherDigest = Annotated[
-    str, msgspec.Meta(pattern="^[0-9a-f]{16}$")
-]  # of an example of another kind
 
 _PLACE = re.compile(r" - at `\$\.?(?P<place>.*)`$", re.DOTALL)
 _LISTED = re.compile(r"[A-Za-z_]\w*|\[\d+\]|\[\.\.\.\]")

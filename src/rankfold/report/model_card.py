@@ -69,6 +69,11 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
+def public_name(original: str) -> str:
+    """What a card tells of where a model was opened from: its name on a hub, or a last part."""
+    return original if _ON_HUB.fullmatch(original) else original.rstrip("/").rpartition("/")[2]
+
+
 def as_shown(text: str) -> str:
     """Markdown that shows a text as it is: no tags, links, emphasis, tables or line ends."""
     if _LINKED.search(text):  # which no backslash keeps from being a link

@@ -7,30 +7,26 @@ Every check ends in one of three ways: it agrees, it differs (and says what), or
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rankfold.artifact.manifest import MANIFEST_FILE, WEIGHTS_FILE, read_manifest
+from rankfold.artifact.manifest import Manifest, read_manifest, read_report
 from rankfold.artifact.recorded import check_read_alike, recorded_pooling
 from rankfold.certificate.certify import Certificate
 from rankfold.certificate.differences import differences
 from rankfold.certificate.document import (
-    JSON_FILE,
     SHORT,
-    TEXT_FILE,
     Document,
     Evidence,
-    document_digest,
     evidence_digest,
     read_document,
     read_guard,
     read_statement,
-    text_lines,
 )
 from rankfold.certificate.guard_afresh import guard_afresh
 from rankfold.certificate.other_kinds import OtherKinds
@@ -39,61 +35,21 @@ from rankfold.data.example import content_digest
 from rankfold.data.given import up_to
 from rankfold.data.parts import LIMIT_NAMES, USUAL_LIMITS, Collate, Part, as_part, enough_for
 from rankfold.errors import MODEL, InputError, check_kind, path_of
-from rankfold.files.digests import model_digest, tensors_digest
-from rankfold.files.tensors import read_tensors
+from rankfold.files.digests import model_digest
 from rankfold.machine.progress import Progress
 from rankfold.tasks.evaluation import Evaluation, Metric, check_functions, evaluate, metric_values
 from rankfold.tasks.losses import TASKS
 from rankfold.tasks.recognise import recognise_task
 from rankfold.tasks.supervised import LossFunction
-
-Outcome: TypeAlias = Literal["agrees", "differs", "not checked"]
+from rankfold.verify.checks import NAMED, Check, Verification, outcome
+from rankfold.verify.files import file_checks
+from rankfold.verify.report import loss_check, original_check, report_checks
 
 FLOAT32 = 1e-4  # relative to 1 + |loss|: another processor, number of threads or batch size
 HALF = 2e-2  # likewise in 16-bit types
-NAMED = 5  # examples or fields that a message names
 FRESH = "certificate from fresh losses"
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was compared.
-
-    Attributes:
-        what: What it is.
-        outcome: ``agrees``, ``differs`` or ``not checked``.
-        detail: What differs, or what to give for the check.
-    """
-
-    what: str
-    outcome: Outcome
-    detail: str = ""
-
-
-@dataclass(frozen=True)
-class Verification:
-    """All checks of one artifact.
-
-    Attributes:
-        checks: In the order in which they were made.
-        certificate: Recomputed from fresh losses, or None where that could not be done.
-    """
-
-    checks: tuple[Check, ...]
-    certificate: Certificate | None
-
-    @property
-    def holds(self) -> bool:
-        """Whether nothing differs."""
-        return all(check.outcome != "differs" for check in self.checks)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "agrees": self.holds,
-            "checks": [asdict(check) for check in self.checks],
-            "certificate": None if self.certificate is None else self.certificate.as_dict(),
-        }
+GIVE_ORIGINAL = "single losses are private: give the original: original="
+FACTORIZED = "losses of the factorized model"
 
 
 def verify(
@@ -131,7 +87,7 @@ def verify(
     read_manifest(path)  # what is no artifact has no certificate either
     check_read_alike(path, data)
     document = read_document(path)
-    checks = [*_files(path, document), *_numbers(document)]
+    checks = _without_data(path, document, manifest := read_report(path), model, original)
     part, more = _find(document, data, collate)
     checks += more
     if part is None:
@@ -142,19 +98,37 @@ def verify(
     tolerance = _tolerance(model)
     after = afresh.losses(model, "factorized on held-out data")
     if stored is not None:
-        what = "losses of the factorized model"
-        checks.append(_losses(what, stored.factorized, after, tolerance))
+        checks.append(_losses(FACTORIZED, stored.factorized, after, tolerance))
     before, more = _original_losses(afresh, stored, tolerance)
     checks += more
     if before is None:
-        detail = "single losses are private: give the original: original="
-        return Verification((*checks, Check(FRESH, "not checked", detail)), None)
+        return Verification((*checks, Check(FRESH, "not checked", GIVE_ORIGINAL)), None)
     values, more = _metric_values(afresh, model, stored)
     checks += more
     found, more = _guard(afresh, model, guard, collate, tolerance)
     groups = document["data"]["held_out_groups"]
     evidence = Evidence(part.digests, [], before, after, groups, values, found)
-    return _concluded(document, part, evidence, [*checks, *more], tolerance)
+    checks += more
+    if private:
+        checks.append(loss_check(manifest, evidence, tolerance * (1 + abs(after.mean))))
+    return _concluded(document, part, evidence, checks, tolerance)
+
+
+def _without_data(
+    folder: Path,
+    document: Document,
+    manifest: Manifest,
+    model: nn.Module,
+    original: nn.Module | None,
+) -> list[Check]:
+    """What is checked before any example is looked at."""
+    check_kind("the model", model, nn.Module, MODEL)
+    checks = [*file_checks(folder, document, manifest), *_numbers(document, manifest)]
+    checks += report_checks(folder, manifest, document, model)
+    if original is not None:
+        check_kind("the original", original, nn.Module, MODEL)
+        checks.append(original_check(manifest, original))
+    return checks
 
 
 def _concluded(
@@ -292,50 +266,7 @@ def _metric_values(
     return {name: (before[name], v) for name, v in afresh.metric_values(model).items()}, []
 
 
-def _files(folder: Path, document: Document) -> list[Check]:
-    """What the folder's files say of each other."""
-    checks = []
-    same = document_digest(document) == document.get("digest")
-    detail = "" if same else "its content is not what its digest was made of: it was edited"
-    checks.append(Check(f"digest of {JSON_FILE}", _outcome(same), detail))
-    text = folder / TEXT_FILE
-    written = text.read_text(encoding="utf-8").splitlines() if text.is_file() else None
-    detail = ""
-    if written is None:
-        detail = "the file is missing"
-    elif written != text_lines(document):
-        lines = zip(written, text_lines(document), strict=False)
-        number = next((n for n, (a, b) in enumerate(lines, 1) if a != b), 1)
-        detail = f"line {number} is not what {JSON_FILE} says"
-    checks.append(Check(TEXT_FILE, _outcome(not detail), detail))
-    manifest = read_manifest(folder)
-    checks.append(_fields(f"certificate in {MANIFEST_FILE}", manifest.get("certificate"), document))
-    if document.get("guard") is not None:
-        row = manifest.get("guard") or {}
-        wrong = [key for key in row if row[key] != document["guard"].get(key)]
-        detail = f"{', '.join(wrong) or 'it'} is not what {JSON_FILE} says"
-        same = bool(row) and not wrong
-        what = f"other kinds in {MANIFEST_FILE}"
-        checks.append(Check(what, _outcome(same), "" if same else detail))
-    plan = {
-        layer["name"]: {key: layer.get(key) for key in ("rank", "second_rank")}
-        for layer in manifest["layers"]
-    }
-    stated = {
-        name: {key: choice.get(key) for key in ("rank", "second_rank")}
-        for name, choice in document["run"]["plan"].items()
-    }
-    wrong = sorted(n for n in {*plan, *stated} if plan.get(n) != stated.get(n))
-    detail = f"the ranks of {', '.join(wrong[:NAMED])} are others" if wrong else ""
-    checks.append(Check("plan", _outcome(not wrong), detail))
-    weights = tensors_digest(read_tensors(folder / WEIGHTS_FILE))
-    same = weights == document["models"].get("factorized")
-    detail = "" if same else f"{WEIGHTS_FILE} does not hold the weights that were certified"
-    checks.append(Check("weights of the factorized model", _outcome(same), detail))
-    return checks
-
-
-def _numbers(document: Document) -> list[Check]:
+def _numbers(document: Document, manifest: Manifest) -> list[Check]:
     """Whether the certificate follows from its own evidence."""
     if document["evidence"] is None:
         what = "certificate from its own losses"
@@ -343,7 +274,7 @@ def _numbers(document: Document) -> list[Check]:
     evidence = Evidence.from_dict(document["evidence"], document)
     same = evidence_digest(document["evidence"]) == document["evidence_digest"]
     detail = "" if same else "they are not what their digest was made of"
-    checks = [Check("stored losses", _outcome(same), detail)]
+    checks = [Check("stored losses", outcome(same), detail), loss_check(manifest, evidence, 0)]
     stated = document["evidence"]["differences"]
     computed = (evidence.factorized.losses - evidence.original.losses).tolist()
     wrong = [i for i, (a, b) in enumerate(zip(stated, computed, strict=False)) if a != b]
@@ -410,7 +341,7 @@ def _find(
     ]
     listed = ", ".join(map(str, changed[:NAMED]))
     detail = f"those of {len(changed)} examples were changed (numbers, from 0: {listed})"
-    checks.append(Check("labels", _outcome(not changed), detail if changed else ""))
+    checks.append(Check("labels", outcome(not changed), detail if changed else ""))
     return part, checks
 
 
@@ -418,7 +349,7 @@ def _original(original: nn.Module, document: Document) -> Check:
     check_kind("the original", original, nn.Module, MODEL)
     same = model_digest(original) == document["models"].get("original")
     detail = "" if same else "the model given is not the one that the certificate compares with"
-    return Check("weights of the original", _outcome(same), detail)
+    return Check("weights of the original", outcome(same), detail)
 
 
 def _tolerance(model: nn.Module) -> float:
@@ -445,44 +376,8 @@ def _losses(what: str, stated: Evaluation, found: Evaluation, tolerance: float) 
     )
 
 
-def _fields(what: str, stated: object, document: Document) -> Check:
-    expected = document["certificate"]
-    if not isinstance(stated, Mapping):
-        return Check(what, "differs", "it is missing")
-    keys = [*dict.fromkeys([*expected, *stated])]
-    wrong = [key for key in keys if stated.get(key) != expected.get(key)]
-    detail = "; ".join(
-        f"{key}: {stated.get(key)!r} there, {expected.get(key)!r} in {JSON_FILE}"
-        for key in wrong[:NAMED]
-    )
-    return Check(what, _outcome(not wrong), detail)
-
-
 def _certificates(
     what: str, stated: Mapping[str, Any], found: Certificate, tolerance: float
 ) -> Check:
     problems = differences(stated, found, tolerance)
-    return Check(what, _outcome(not problems), "; ".join(problems[:NAMED]))
-
-
-def _outcome(same: bool) -> Outcome:
-    return "agrees" if same else "differs"
-
-
-def verification_lines(found: Verification, print_line: Callable[[str], None]) -> None:
-    """One line a check, and what follows."""
-    for check in found.checks:
-        print_line(
-            f"{check.outcome:<12} {check.what}" + (f": {check.detail}" if check.detail else "")
-        )
-    if found.certificate is not None:
-        c = found.certificate
-        print_line(
-            f"recomputed: {c.verdict}; change {c.change:+.6f}, at most {c.upper_bound:+.6f} with "
-            f"{c.confidence:.0%} confidence (margin {c.margin:g} {c.unit}, {c.examples} examples)"
-        )
-    print_line(
-        "the certificate agrees with all that was checked"
-        if found.holds
-        else "the certificate does NOT agree"
-    )
+    return Check(what, outcome(not problems), "; ".join(problems[:NAMED]))
