@@ -49,7 +49,7 @@ reveal_type(prepared.lossless(0.7))  # is rankfold.result.Result
 reveal_type(prepared.compact(margin=0.1))  # is rankfold.result.Result
 reveal_type(rankfold.load("out"))  # is torch.nn.modules.module.Module
 checked = rankfold.verify("out", rankfold.load("out"), data, original=model, batch_size=8)
-reveal_type(checked)  # is rankfold.verify.Verification
+reveal_type(checked)  # is rankfold.verify.checks.Verification
 reveal_type(checked.holds)  # is bool
 reveal_type(rankfold.Settings().confidence)  # is float
 reveal_type(rankfold.export("out", "dense", to="dense"))  # is rankfold.export.export.Exported

