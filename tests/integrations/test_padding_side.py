@@ -94,6 +94,14 @@ def test_a_language_model_is_padded_behind_and_others_are_tried() -> None:
     assert known["pads"] is False
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_outputs_that_are_not_finite_show_no_side(value: float) -> None:
+    model = _model(BertForSequenceClassification, BertConfig(**BERT, vocab_size=80))
+    with torch.no_grad():
+        model.classifier.bias[0] = value
+    assert harmless_side(model, FAMILIES["bert"](), None) is None
+
+
 def test_a_model_that_needs_more_than_text_is_believed() -> None:
     text = {**BERT, "vocab_size": 80, "projection_dim": 8}
     model = _model(CLIPModel, CLIPConfig(text_config=text, vision_config={"image_size": 16}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any, Literal, TypeAlias
 
@@ -78,4 +79,5 @@ def _shown(output: Tensor, mask: Tensor) -> Tensor:
 def _same(alone: Tensor, padded: Tensor) -> bool:
     rounding = ROUNDING_HALF if alone.dtype in (torch.bfloat16, torch.float16) else ROUNDING
     within = rounding * float(alone.abs().max())
-    return alone.shape == padded.shape and torch.allclose(alone, padded, rtol=0, atol=within)
+    known = alone.shape == padded.shape and math.isfinite(within)  # else the loss is refused
+    return known and torch.allclose(alone, padded, rtol=0, atol=within)
