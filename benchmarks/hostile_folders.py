@@ -296,7 +296,7 @@ def _of_files() -> Iterator[Case]:
             yield Case(f"header {said}", kind, _header(said))
         for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
             yield Case(f"escapes in {name}", kind, _renamed(name))
-        yield Case("folder is a link", kind, _whole_folder)
+    yield Case("folder is a link", "artifact", _whole_folder)
     pooling = [{"path": "1_Pooling", "type": OWN + "Pooling"}]
     yield Case("modules.json around", "artifact", _modules(pooling, around=True))
     for name in ("certificate.json", "certificate.txt", "README.md", "config.json",

@@ -180,9 +180,11 @@ def test_a_models_folder_may_link_its_weights_but_no_file_that_is_copied(
     (tmp_path / "it" / "model.safetensors").rename(tmp_path / "weights")
     (tmp_path / "it" / "model.safetensors").symlink_to(tmp_path / "weights")
     open_model(str(tmp_path / "it"))
-    (tmp_path / "it" / "tokenizer_x.txt").symlink_to("/etc/passwd")
-    with pytest.raises(InputError, match=r"tokenizer_x\.txt: a link to /etc/passwd"):
-        open_model(str(tmp_path / "it"))
+    for name in ("tokenizer_x.txt", "special_tokens_map.json", "preprocessor_config.json"):
+        (tmp_path / "it" / name).symlink_to("/etc/passwd")
+        with pytest.raises(InputError, match=f"{name}: a link to /etc/passwd"):
+            open_model(str(tmp_path / "it"))
+        (tmp_path / "it" / name).unlink()
 
 
 @pytest.mark.parametrize(

@@ -156,8 +156,8 @@ def load_folder(folder: Path) -> nn.Module:
     Raises:
         InputError: No such folder, no configuration, no safetensors, or a rankfold artifact.
     """
-    refuse_other_folders(folder)
     check_own_files(folder, _processing_files(folder))  # they are copied at the end
+    refuse_other_folders(folder)
     config = _config(folder)
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
