@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rankfold.errors import visible
 from rankfold.tasks.losses import TEXT
 
 HELD_OUT, OTHER = "held-out examples", "examples of other kinds"
+VERDICTS = {
+    "better": "it is better than the original",
+    "lossless": "it is no worse than the original by more than the margin",
+    "worse": "it is worse than the original by more than the margin",
+    "not shown": "it is not shown to be within the margin; more held-out examples would decide it",
+}
 
 
 def about(task: object, parts: Mapping[str, Any], guard: Mapping[str, Any] | None) -> str:
@@ -23,6 +29,20 @@ def about(task: object, parts: Mapping[str, Any], guard: Mapping[str, Any] | Non
     name = visible(source) if isinstance(source, str) else "the held-out part"
     of_text = task in TEXT or (guard is not None and guard["name"].startswith("text"))
     return f"{'text' if of_text else 'data'} like {name}"
+
+
+def subject(report: Mapping[str, Any], shown: Callable[[str], str] = str) -> str:
+    """Which data the verdict of a run is about, as a sentence goes on from it.
+
+    Args:
+        report: The content of ``rankfold.json``.
+        shown: What a name becomes where the sentence stands.
+    """
+    guard = report.get("guard")
+    name = shown(about(report["task"], report["data"], guard))
+    if guard is None or guard.get("margin") is None:
+        return name
+    return f"{name} and on {shown(guard['name'])}, both of which must hold,"
 
 
 def guard_words(guard: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from rankfold.certificate.in_words import about, guard_words
+from rankfold.certificate.in_words import VERDICTS, guard_words, subject
 from rankfold.errors import visible
 from rankfold.report.data_lines import data_lines, source_lines
 from rankfold.settings import Settings
@@ -22,12 +22,6 @@ _PIPELINES = {
     "masked-lm": "fill-mask",
     "token-classification": "token-classification",
     "embedding": "feature-extraction",
-}
-_VERDICTS = {
-    "better": "it is better than the original",
-    "lossless": "it is no worse than the original by more than the margin",
-    "worse": "it is worse than the original by more than the margin",
-    "not shown": "it is not shown to be within the margin; more held-out examples would decide it",
 }
 
 
@@ -127,7 +121,7 @@ def _certificate(report: Mapping[str, Any]) -> str:
         f"{loss['original']:.4f} to {loss['factorized']:.4f}, a change of {c['change']:+.4f} ± "
         f"{c['standard_error']:.4f} (standard error) {as_shown(c['unit'])}. With {sure} confidence "
         f"the change is at most {c['upper_bound']:+.4f}; the margin was {c['margin']:g}.\n\n"
-        f"Verdict: **{c['verdict']}**: on {_about(report)} {_VERDICTS[c['verdict']]}."
+        f"Verdict: **{c['verdict']}**: on {subject(report, as_shown)} {VERDICTS[c['verdict']]}."
     )
     if loss["control_change"] is not None:
         text += (
@@ -147,24 +141,10 @@ def _certificate(report: Mapping[str, Any]) -> str:
     )
 
 
-def _about(report: Mapping[str, Any]) -> str:
-    """Which data the verdict speaks of."""
-    guard = report.get("guard")
-    name = as_shown(about(report["task"], report["data"], guard))
-    if guard is None or guard.get("margin") is None:
-        return name
-    return f"{name} and on {as_shown(guard['name'])}, both of which must hold,"
-
-
 def _how(report: Mapping[str, Any], versions: Mapping[str, str]) -> str:
-    default = asdict(Settings())
-    asked = {**report["target"]}
-    asked |= {k: v for k, v in report["settings"].items() if v != _plain(default[k])}
-    arguments = ", ".join(f"{name}={value!r}" for name, value in asked.items())
-    call = f"rankfold.{report['algorithm']}(model, data, {arguments})"
     low_rank = [layer for layer in report["layers"] if layer["rank"] is not None]
     lines = [
-        f"- call: {as_code(call)}; `rankfold.json` has every setting",
+        f"- call: {as_code(call_of(report))}; `rankfold.json` has every setting",
         f"- task: {as_shown(report['task'])}; seed {report['settings']['seed']}",
         f"- layers: {len(low_rank)} factorized, {len(report['layers']) - len(low_rank)} left dense "
         f"by the plan, {len(report['not_factorized'])} that can't be factorized",
@@ -180,30 +160,43 @@ def _how(report: Mapping[str, Any], versions: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
+def call_of(report: Mapping[str, Any]) -> str:
+    """The call that made a model: what was asked for, and settings that are not the defaults."""
+    default = asdict(Settings())
+    asked = {**report["target"]}
+    asked |= {k: v for k, v in report["settings"].items() if v != _plain(default[k])}
+    arguments = ", ".join(f"{name}={value!r}" for name, value in asked.items())
+    return f"rankfold.{report['algorithm']}(model, data, {arguments})"
+
+
 def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _opening(class_name: str, of_transformers: bool, source: str | None) -> str:
+def opening_lines(class_name: str, of_transformers: bool, source: str | None) -> list[str]:
+    """The Python that opens a saved model; arguments as of ``model_card``."""
     class_name = visible(class_name)
     if of_transformers:
-        install, lines = "pip install 'rankfold[transformers]'", [
+        return [
             "import rankfold  # tells transformers how",
             f"from transformers import {class_name}",
             "",
             f'model = {class_name}.from_pretrained("FOLDER")',
-        ]  # fmt: skip
-    elif source is not None:
-        install = "pip install 'rankfold[vision]'"
-        lines = ["import rankfold", "", 'model = rankfold.load("FOLDER")']
-    else:
-        install, lines = "pip install rankfold", [
-            "import rankfold",
-            "",
-            f'model = rankfold.load("FOLDER", model={class_name}(...))  # your own class',
-        ]  # fmt: skip
-    code = "\n".join(["```python", *lines, "```"])
+        ]
+    if source is not None:
+        return ["import rankfold", "", 'model = rankfold.load("FOLDER")']
+    return [
+        "import rankfold",
+        "",
+        f'model = rankfold.load("FOLDER", model={class_name}(...))  # your own class',
+    ]
+
+
+def _opening(class_name: str, of_transformers: bool, source: str | None) -> str:
+    extra = "transformers" if of_transformers else "vision" if source is not None else None
+    package = "rankfold" if extra is None else f"'rankfold[{extra}]'"
+    code = "\n".join(["```python", *opening_lines(class_name, of_transformers, source), "```"])
     return (
-        f"`{install}`, then\n\n{code}\n\nNo code of this folder is executed. `rankfold export "
-        "FOLDER --to dense` (or `pairs`) writes a form that needs no rankfold."
+        f"`pip install {package}`, then\n\n{code}\n\nNo code of this folder is executed. "
+        "`rankfold export FOLDER --to dense` (or `pairs`) writes a form that needs no rankfold."
     )

@@ -16,19 +16,14 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from rankfold.certificate.in_words import about, guard_words
+from rankfold.certificate.in_words import VERDICTS, about, guard_words, subject
 from rankfold.errors import visible
 from rankfold.report.data_lines import data_lines, source_lines
 from rankfold.report.figures import figures
+from rankfold.report.model_card import call_of, opening_lines
 
 PAGE_FILE = "report.html"
 _ASSETS = files("rankfold.report") / "assets"
-_VERDICTS = {
-    "better": "better than the original",
-    "lossless": "no worse than the original",
-    "worse": "worse than the original",
-    "not shown": "not shown to be within the margin",
-}
 _SIZES = {
     "parameters": "parameters",
     "bytes": "bytes of the file",
@@ -55,14 +50,15 @@ def page(
         certificate=manifest["certificate"],
         loss=manifest["loss"],
         title=f"{_class_name(manifest)} at {manifest['ratio']:.1%} of its parameters",
-        verdict=_VERDICTS[manifest["certificate"]["verdict"]],
+        verdict=VERDICTS[manifest["certificate"]["verdict"]],
+        subject=subject(manifest),
         about=about(manifest["task"], manifest["data"], manifest.get("guard")),
         guard=None if manifest.get("guard") is None else guard_words(manifest["guard"]),
         sizes=_sizes(manifest),
         lines=[*source_lines(manifest), *data_lines(manifest)],
         layers=layers,
         shape=_shape_of(layers),
-        call=_call(manifest),
+        call=visible(call_of(manifest)),
         opening=_opening(manifest),
         seen={"examples": [], "latency": None, "stages": [], **(seen or {})},
         figures=_as_json(figures(manifest, certificate)),
@@ -140,19 +136,7 @@ def _shape_of(layers: list[dict[str, Any]]) -> dict[str, int]:
     return {"smaller": smaller, "dense": len(layers) - smaller}
 
 
-def _call(manifest: Mapping[str, Any]) -> str:
-    asked = ", ".join(f"{name}={value!r}" for name, value in manifest["target"].items())
-    return visible(f"rankfold.{manifest['algorithm']}(model, data, {asked})")
-
-
 def _opening(manifest: Mapping[str, Any]) -> str:
-    name = _class_name(manifest)
-    if manifest["model"]["kind"] == "transformers":
-        return (
-            "import rankfold  # tells transformers how\n"
-            f"from transformers import {name}\n\n"
-            f'model = {name}.from_pretrained("FOLDER")'
-        )
-    if manifest["model"]["kind"] == "module":
-        return f'import rankfold\n\nmodel = rankfold.load("FOLDER", model={name}(...))'
-    return 'import rankfold\n\nmodel = rankfold.load("FOLDER")'
+    model = manifest["model"]
+    kind, source = model["kind"], model.get("source")
+    return "\n".join(opening_lines(_class_name(manifest), kind == "transformers", source))
