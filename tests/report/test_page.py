@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import rankfold
-from rankfold.cli.report import write_whole
+from rankfold.files.durable import write_whole
 from rankfold.report.figures import figures
 from rankfold.report.page import page
 from tests.command_line import rankfold as command
@@ -144,8 +144,8 @@ def test_the_command_writes_it(saved, tmp_path):
 
 def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path):
     file = tmp_path / "report.html"
-    write_whole(file, "old")
+    write_whole(file, [b"old"], 0o644)
     with pytest.raises(UnicodeEncodeError):
-        write_whole(file, "\ud800")
+        write_whole(file, (text.encode() for text in ("new", "\ud800")), 0o644)
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]

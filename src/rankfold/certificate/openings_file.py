@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from rankfold.files.durable import sync_folder, write_whole
 
 SHORT = 16  # hexadecimal digits of an example's digest that are kept
 _CHECK = 16  # hexadecimal digits of a line's digest that stand before it
@@ -153,7 +154,7 @@ def append(file: Path, opening: Opening, found: Found, *, alone: bool) -> None:
     finally:
         os.close(place)
     if new:
-        _sync_folder(file.parent)
+        sync_folder(file.parent)
 
 
 def _lines(file: Path) -> Iterator[bytes]:
@@ -233,18 +234,7 @@ def _write_anew(file: Path) -> None:
                 yield from _written([opening], known)
 
     real = file.resolve()
-    place, name = tempfile.mkstemp(prefix=f"{real.name}.", dir=real.parent)
-    try:
-        with os.fdopen(place, "wb") as out:
-            os.fchmod(out.fileno(), stat.S_IMODE(real.stat().st_mode))
-            out.writelines(lines())
-            out.flush()
-            os.fsync(out.fileno())
-        Path(name).replace(real)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    _sync_folder(real.parent)
+    write_whole(real, lines(), stat.S_IMODE(real.stat().st_mode))
 
 
 def _line(entry: dict[str, Any]) -> bytes:
@@ -273,11 +263,3 @@ def _write(place: int, data: bytes) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(place, rest) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    place = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(place)
-    finally:
-        os.close(place)

@@ -6,7 +6,8 @@ import ctypes
 import errno
 import os
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,32 @@ def sync_tree(folder: Path) -> None:
             if not (file := Path(here, name)).is_symlink():
                 sync_file(file)
         sync_folder(Path(here))
+
+
+def write_whole(file: Path, pieces: Iterable[bytes], mode: int) -> None:
+    """Write a file that is there whole and on the disk, or not at all: then what stood there stays.
+
+    Args:
+        file: Where to.
+        pieces: What, one after the other.
+        mode: Permissions.
+
+    Raises:
+        OSError: The system refuses it.
+    """
+    place, name = tempfile.mkstemp(prefix=".rankfold-", dir=file.parent)
+    draft = Path(name)
+    try:
+        with os.fdopen(place, "wb") as out:
+            out.writelines(pieces)
+            out.flush()
+            os.fsync(out.fileno())
+        draft.chmod(mode)
+        draft.replace(file)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    sync_folder(file.parent)
 
 
 @contextmanager
