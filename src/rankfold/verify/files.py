@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from rankfold.artifact.manifest import (
     CONFIG_FILE,
     MANIFEST_FILE,
@@ -24,7 +26,6 @@ from rankfold.certificate.document import (
 from rankfold.errors import InputError
 from rankfold.files.digests import tensors_digest
 from rankfold.files.json_file import read_bytes
-from rankfold.files.tensors import read_tensors
 from rankfold.integrations.vision import NamedModel
 from rankfold.report.model_card import CARD_FILE, model_card
 from rankfold.verify.checks import NAMED, Check, found_in, outcome
@@ -32,8 +33,10 @@ from rankfold.verify.checks import NAMED, Check, found_in, outcome
 _BESIDE = ("digests", "texts", "statement", "evidence")  # of a guard, in the certificate alone
 
 
-def file_checks(folder: Path, document: Document, manifest: Manifest) -> list[Check]:
-    """Digests and texts: which file is not what another one says."""
+def file_checks(
+    folder: Path, document: Document, manifest: Manifest, tensors: Mapping[str, Tensor]
+) -> list[Check]:
+    """Digests and texts: which file is not what another one says; ``tensors`` are its weights."""
     same = document_digest(document) == document["digest"]
     detail = "" if same else "its content is not what its digest was made of: it was edited"
     checks = [Check(f"digest of {JSON_FILE}", outcome(same), detail)]
@@ -46,7 +49,6 @@ def file_checks(folder: Path, document: Document, manifest: Manifest) -> list[Ch
         detail = f"{', '.join(wrong)} is not what {JSON_FILE} says" if wrong else ""
         checks.append(Check(f"other kinds in {MANIFEST_FILE}", outcome(not wrong), detail))
     checks.append(_plan(manifest, document))
-    tensors = read_tensors(folder / WEIGHTS_FILE)
     same = tensors_digest(tensors) == document["models"]["factorized"]
     detail = "" if same else f"{WEIGHTS_FILE} does not hold the weights that were certified"
     checks.append(Check("weights of the factorized model", outcome(same), detail))

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from rankfold.artifact.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
+from rankfold.artifact.manifest import MANIFEST_FILE, Manifest
 from rankfold.certificate.change import weighted_mean
 from rankfold.certificate.differences import EXACT
 from rankfold.certificate.document import JSON_FILE, Document, Evidence
 from rankfold.certificate.earlier_uses import recorded_before
 from rankfold.data.parts import FEWEST
 from rankfold.files.digests import json_digest
-from rankfold.files.tensors import METADATA, model_sizes, read_tensors, safetensors_bytes
+from rankfold.files.tensors import METADATA, model_sizes, safetensors_bytes
 from rankfold.forms.layer import FactorizedLayer
 from rankfold.model.sizes import model_parameters
 from rankfold.verify.checks import Check, found_in
@@ -41,13 +40,13 @@ STATED_BEFORE = (
 
 
 def report_checks(
-    folder: Path, manifest: Manifest, document: Document, model: nn.Module
+    manifest: Manifest, document: Document, model: nn.Module, tensors: Mapping[str, Tensor]
 ) -> list[Check]:
-    """All of these, but for what follows from losses."""
+    """All of these, but for what follows from losses; ``tensors`` are the artifact's weights."""
     return [
         _digests(manifest, document),
         found_in(f"{MANIFEST_FILE} and {JSON_FILE}", [*_shared(manifest, document)]),
-        found_in(f"sizes in {MANIFEST_FILE}", [*_sizes(folder, manifest, model)]),
+        found_in(f"sizes in {MANIFEST_FILE}", [*_sizes(manifest, model, tensors)]),
         found_in("numbers of examples", [*_counts(document)]),
         found_in("statement", [*_statement(manifest, document)]),
         _history(document),
@@ -156,7 +155,7 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def _sizes(folder: Path, manifest: Manifest, model: nn.Module) -> Iterator[str]:
+def _sizes(manifest: Manifest, model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[str]:
     before, after, layers = manifest["original"], manifest["factorized"], manifest["layers"]
     saved = {
         key: sum(layer[key] - layer[f"factorized_{key}"] for layer in layers)
@@ -166,7 +165,7 @@ def _sizes(folder: Path, manifest: Manifest, model: nn.Module) -> Iterator[str]:
         "factorized.parameters": (after["parameters"], model_parameters(model)),
         "factorized.bytes": (
             after["bytes"],
-            safetensors_bytes(read_tensors(folder / WEIGHTS_FILE), METADATA),
+            safetensors_bytes(tensors, METADATA),
         ),
         "original.flops - factorized.flops": (before["flops"] - after["flops"], saved["flops"]),
         "original.factorizable_parameters": (
