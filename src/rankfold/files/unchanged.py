@@ -35,7 +35,7 @@ class Unchanged:
 
     def __init__(self, inputs: Mapping[str, Listing]) -> None:
         self._inputs = dict(inputs)
-        self._seen = self._now()
+        self._seen = _now(self._listed())
 
     def check_read(self) -> None:
         """Call it when all is opened: what was written meanwhile may have been read half.
@@ -43,13 +43,13 @@ class Unchanged:
         Raises:
             InputError: Names the files that were written since the start.
         """
-        now = {file: _written(file) for file in self._listed()}
+        here = self._listed()
         found = [
             f"{visible(file)} ({whose}): written while it was read"
-            for file, whose in self._listed().items()
-            if file in self._seen and now[file] != self._seen[file].written
+            for file, whose in here.items()
+            if file in self._seen and _written(file) != self._seen[file].written
         ]
-        _refuse(found + self._come_and_gone(now))
+        _refuse(found + self._come_and_gone(here))
 
     def check(self) -> None:
         """Call it before a result is given. What was written again as it was is told on stderr.
@@ -57,8 +57,8 @@ class Unchanged:
         Raises:
             InputError: Names the files that are others than at the start, came, or are gone.
         """
-        now = self._now()
         whose = self._listed()
+        now = _now(whose)
         found = [
             f"{visible(file)} ({whose[file]}): holds other bytes than at the start"
             for file, seen in now.items()
@@ -84,8 +84,9 @@ class Unchanged:
                     found.setdefault(file, whose)
         return {file: whose for file, whose in found.items() if _is_file(file)}
 
-    def _now(self) -> dict[Path, _Seen]:
-        return {file: _Seen(_written(file), _digest(file)) for file in self._listed()}
+
+def _now(files: Iterable[Path]) -> dict[Path, _Seen]:
+    return {file: _Seen(_written(file), _digest(file)) for file in files}
 
 
 def _refuse(found: list[str]) -> None:
