@@ -97,7 +97,8 @@ def export(
         InputError: Not an artifact, or not of this model; it has no such form or program; ``out``
             can't be written.
     """
-    check_options(target := target_of(to), {"inputs": inputs, "dtype": dtype})
+    target = target_of(to)
+    check_options(target, {"inputs": inputs, "dtype": dtype})
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}.")
     source, out = path_of("the folder", folder), path_of("out", out)
@@ -110,15 +111,9 @@ def export(
         written = target.write(opened, draft)
         if opened.of_transformers:
             hf.copy_processing_files(source, draft)
-        about = {
-            **{"made_by": "rankfold", "versions": library_versions()},
-            "to": to,
-            "class": opened.manifest["model"]["class"],
-            "input_settings": recorded_inputs(source).as_dict(),
-            **written.told,
-            "files": file_names(draft, EXPORT_FILE),
-        }
-        _write_about(draft / EXPORT_FILE, about)
+        about = {"to": to, "class": opened.manifest["model"]["class"]}
+        about |= {"input_settings": recorded_inputs(source).as_dict(), **written.told}
+        _write_about(draft, about)
         unchanged.check()
     return Exported(
         folder=out,
@@ -132,10 +127,13 @@ def export(
     )
 
 
-def _write_about(file: Path, about: Mapping[str, object]) -> None:
-    text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+def _write_about(draft: Path, about: Mapping[str, object]) -> None:
+    """Write down what an export is, who made it, and which files are its own."""
+    made = {"made_by": "rankfold", "versions": library_versions()}
+    whole = {**made, **about, "files": file_names(draft, EXPORT_FILE)}
+    text = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
     # Names of files that are no text have lone surrogates, which JSON escapes alike.
-    file.write_text(text, encoding="utf-8", errors="backslashreplace")
+    (draft / EXPORT_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _shaped(folder: Path, inputs: Given | None) -> Given | None:
