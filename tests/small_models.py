@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import rankfold
 from rankfold.data.parts import Data, Part, as_part
 
 CLASSES = 5
@@ -133,6 +135,15 @@ def token_windows(count: int, seed: int = 0, length: int = 12) -> list[Tensor]:
 
 def token_data(count: int = 12) -> Data:
     return Data(*(token_windows(count, seed) for seed in (21, 22, 23)))
+
+
+def model_and_artifact(top: Path) -> dict[str, Path]:
+    """Folders of a small language model, and of an artifact of it."""
+    model = tiny_llama()
+    model.save_pretrained(top / "model")
+    result = rankfold.lossless(model, token_data(), size=0.9, effort="fast")
+    result.save(top / "artifact")
+    return {"model": top / "model", "artifact": top / "artifact"}
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

@@ -22,19 +22,14 @@ from rankfold.cli.app import app
 from rankfold.cli.open import open_model
 from rankfold.files.own_files import check_own_files, is_plain_name
 from rankfold.integrations.transformers import copy_processing_files
-from tests.small_models import tiny_llama, token_data
+from tests.small_models import model_and_artifact
 
 SECRET = "nobody may read this"
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    top = tmp_path_factory.mktemp("folders")
-    model = tiny_llama()
-    model.save_pretrained(top / "model")
-    result = rankfold.lossless(model, token_data(), size=0.9, effort="fast")
-    result.save(top / "artifact")
-    return {"model": top / "model", "artifact": top / "artifact"}
+    return model_and_artifact(tmp_path_factory.mktemp("folders"))
 
 
 def _link(place: Path, outside: Path) -> None:

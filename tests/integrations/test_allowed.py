@@ -19,7 +19,7 @@ from rankfold import ArtifactError, InputError
 from rankfold.artifact.manifest import read_manifest
 from rankfold.cli.open import open_model
 from rankfold.integrations.allowed import ATTENTION, FILES, RULES, check_keys, sealed
-from tests.small_models import tiny_llama, token_data
+from tests.small_models import model_and_artifact
 
 HOSTILE: list[tuple[str, dict[str, Any]]] = [
     *[
@@ -112,12 +112,7 @@ USUAL: list[tuple[str, dict[str, Any]]] = [
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder of a model, and an artifact of it."""
-    top = tmp_path_factory.mktemp("folders")
-    model = tiny_llama()
-    model.save_pretrained(top / "model")
-    result = rankfold.lossless(model, token_data(), size=0.9, effort="fast")
-    result.save(top / "artifact")
-    return {"model": top / "model", "artifact": top / "artifact"}
+    return model_and_artifact(tmp_path_factory.mktemp("folders"))
 
 
 def put(folder: Path, name: str, keys: dict[str, Any]) -> None:

@@ -29,12 +29,7 @@ from rankfold.data.example import (
     plain_example,
     shape,
 )
-from rankfold.data.given import (
-    GivenExamples,
-    LeftOut,
-    as_examples,
-    up_to,
-)
+from rankfold.data.given import GivenExamples, LeftOut, as_examples, up_to
 from rankfold.data.input_settings import joined
 from rankfold.data.padding import Padding
 from rankfold.errors import InputError, check_kind
@@ -133,7 +128,6 @@ class Part:
         groups: What each example belongs to, or None where they are independent.
         left_out: Examples that the user gave and a run does not use, by the reason.
         columns: Names of columns that are left out of every example: texts.
-        drawn_anew: Whether the data set gives other examples each time that it is read.
         places: Where each example stands in what the user gave; as here if None.
         source: Name of the file or folder that they were read from, where one is known.
     """
@@ -145,7 +139,6 @@ class Part:
     groups: list[str] | None = field(default=None, repr=False)
     left_out: LeftOut = field(default_factory=dict)
     columns: tuple[str, ...] = ()
-    drawn_anew: bool = False
     places: Sequence[Any] | None = field(default=None, repr=False)
     source: str | None = None
 
@@ -172,7 +165,6 @@ class Part:
             None if self.groups is None else [self.groups[i] for i in indices],
             self.left_out,
             self.columns,
-            self.drawn_anew,
             [self.number(i) for i in indices],
             self.source,
         )
@@ -197,7 +189,7 @@ class Part:
             "given": len(self.examples) + sum(known),
             "left_out": dict(self.left_out),
             "columns_left_out": [*self.columns],
-            "drawn_anew": self.drawn_anew,
+            "drawn_anew": False,  # of the format: data that draw anew are refused
             "source": self.source,
         }
 
