@@ -13,6 +13,7 @@ from rankfold.maths.linalg import (
     condition_number,
     damped,
     descending_eigh,
+    inner,
     inverse_factor,
     keep_below,
     kept_below,
@@ -367,3 +368,13 @@ def test_eigenvalues_without_divide_and_conquer(monkeypatch):
 def test_a_matrix_that_is_not_finite_has_no_eigenvalues():
     with pytest.raises(ValueError, match="NaN or infinite"):
         symmetric_eigh(torch.tensor([[1.0, torch.nan], [torch.nan, 1.0]]))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_inner_is_the_same_in_pieces(rows, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    first, second, less = torch.randn(3, 7, 5, 2, generator=generator).double()
+    monkeypatch.setattr("rankfold.maths.linalg.LARGEST_PRODUCT", 10 * rows)
+    assert inner(first, second) == pytest.approx(float((first * second).sum()), rel=1e-12)
+    expected = float((first * (second - less)).sum())
+    assert inner(first, second, less) == pytest.approx(expected, rel=1e-12)

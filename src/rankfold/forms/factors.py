@@ -63,7 +63,7 @@ def pivoted(left: Tensor, right: Tensor) -> Factors:
     rank = right.shape[0]
     # The product's rows in an orthonormal basis of its row space: pivots found there are the
     # product's own, at the price of (out x k) instead of (out x in).
-    _, triangular = torch.linalg.qr(right.T)  # (k, k)
+    _, triangular = torch.linalg.qr(right.T, mode="r")  # (k, k)
     basis = pivot_rows(left @ triangular.T)  # of (out, k)
     order = torch.empty_like(basis.order)
     order[basis.order] = torch.arange(len(order), device=order.device)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from rankfold.maths.linalg import singular_directions, thin_svd, whitening
+from rankfold.maths.linalg import inner, singular_directions, thin_svd, whitening
 from rankfold.maths.spectrum import (
     lossless_rank,
 )
@@ -39,7 +40,7 @@ class GradientStep:
 
 
 def gradient_step(
-    gradients: tuple[Tensor, Tensor],
+    gradients: Iterable[Tensor],
     input_gram: Tensor,
     output_gram: Tensor,
     estimator: StepEstimator = "cross-validated",
@@ -54,27 +55,29 @@ def gradient_step(
     signal however large it is and whatever its distribution.
 
     Args:
-        gradients: Mean gradients ``(out, in)`` of the two halves.
+        gradients: Mean gradients ``(out, in)`` of the two halves, asked for one by one: neither
+            is kept here once it is whitened.
         input_gram: A, ``(in, in)`` float64, damped.
         output_gram: B, ``(out, out)`` float64, damped.
         estimator: How S is estimated.
     """
-    dtype = gradients[0].dtype
+    halves = iter(gradients)
+    first = next(halves)
+    dtype = first.dtype
     outputs, inputs = whitening(output_gram, dtype), whitening(input_gram, dtype)
-    first, second = (inputs.down(outputs.down(half).T).T for half in gradients)
-    noise = float((first - second).square().sum(dtype=torch.float64)) / 4
+    first = inputs.down(outputs.down(first).T).T
+    second = inputs.down(outputs.down(next(halves)).T).T
+    noise = float((first - second).square_().sum(dtype=torch.float64)) / 4
     if estimator == "raw":
-        whitened = (first + second) / 2
+        whitened = (first + second).div_(2)
     elif estimator == "denoised":
-        whitened = _shrunk((first + second) / 2, noise)
+        whitened = _shrunk((first + second).div_(2), noise)
     else:
-        whitened = (_confirmed(first, second) + _confirmed(second, first)) / 2
-    return GradientStep(
-        direction=outputs.up(inputs.up(whitened.T).T),
-        norm=float(whitened.norm()),
-        signal=float((first * second).sum(dtype=torch.float64)),
-        noise=noise,
-    )
+        whitened = _confirmed(first, second).add_(_confirmed(second, first)).div_(2)
+    signal = inner(first, second)
+    del first, second
+    norm = float(whitened.norm())
+    return GradientStep(outputs.up(inputs.up(whitened.T).T), norm, signal, noise)
 
 
 def _confirmed(half: Tensor, other: Tensor) -> Tensor:

@@ -38,6 +38,9 @@ CONDITION_POWERS = 4
 # Side of a Gram up to which it is multiplied whole: smaller products are no faster.
 GRAM_SIDE = 256
 
+# Numbers of two matrices that are multiplied at once where only their sum is wanted.
+LARGEST_PRODUCT = 1 << 22
+
 _Array: TypeAlias = npt.NDArray[np.float64]
 
 
@@ -221,6 +224,21 @@ def marginal_product(terms: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Te
     return d, m
 
 
+def inner(first: Tensor, second: Tensor, less: Tensor | None = None) -> float:
+    """``<first, second - less>`` of arrays of one shape, summed in float64.
+
+    Of large ones a few rows at a time: differences, products and their float64 copies are as large
+    as what they are of.
+    """
+    rows = max(1, LARGEST_PRODUCT // max(1, first[:1].numel()))
+    found = 0.0
+    for start in range(0, len(first), rows):
+        of = slice(start, start + rows)
+        factor = second[of] if less is None else second[of] - less[of]
+        found += float((first[of] * factor).sum(dtype=torch.float64))
+    return found
+
+
 def trace(gram: Tensor) -> Tensor:
     """The trace of a Gram ``(n, n)``, or of one given by its diagonal ``(n,)``; 0-dimensional."""
     return gram.sum() if gram.dim() == 1 else gram.trace()
@@ -321,8 +339,12 @@ def condition_number(gram: Tensor, triangle: Tensor) -> float:
 
 
 def _of_norm_1(matrix: Tensor, dim: int) -> Tensor:
+    return matrix / _norms(matrix, dim)
+
+
+def _norms(matrix: Tensor, dim: int) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(matrix, dim=dim, keepdim=True)
-    return matrix / norms.clamp(min=torch.finfo(matrix.dtype).tiny)
+    return norms.clamp(min=torch.finfo(matrix.dtype).tiny)
 
 
 def random_signs(rows: int, columns: int) -> Tensor:
@@ -378,7 +400,8 @@ def singular_directions(matrix: Tensor) -> tuple[Tensor, Tensor]:
         right, left = singular_directions(matrix.T)
         return left, right
     _, v = descending_eigh(matrix.T @ matrix)
-    return _of_norm_1(matrix @ v, 0), v
+    u = matrix @ v
+    return torch.div(u, _norms(u, 0), out=u), v
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ class Step:
 
     Attributes:
         eta: Length, 0 where no step was shown to help.
-        directions: The directions.
+        directions: The directions; of a step of 0 their norms alone, they are as large as the model.
         trials: ``(eta, measured change)`` of every length tried, on some of the selection examples.
         gain: Measured change of the chosen step on selection data, 0 or negative.
         fit: What the trials taught, None where they show no parabola.
@@ -152,6 +152,8 @@ class Step:
     def moved(self, name: str, layer: MatrixLayer) -> Tensor:
         """The layer's weight after the step, ``(out, in)``."""
         eta = self.eta * self.scales.get(name, 1.0)
+        if eta == 0:
+            return weight_matrix(layer)
         return moved_weight(layer, self.directions.by_layer[name], eta)
 
 
@@ -184,16 +186,17 @@ def step_directions(
         stats = statistics[name]
         if stats.gradients is None:
             raise ValueError("the gradient step needs statistics with gradients")
-        step = gradient_step(stats.gradients, *damped_grams(stats, damping), estimator)
-        return replace(step, direction=step.direction.to(stats.gradients[0].dtype))
+        halves = list(stats.gradients)
+        if release:
+            statistics[name] = stats = replace(stats, gradients=None)
+        gradients = (halves.pop(0) for _ in range(2))
+        return gradient_step(gradients, *damped_grams(stats, damping), estimator)
 
     made = at_once(layers, of_layer, lambda name: is_small(layers[name].weight))
     shown = progress.track(made, "gradient step per layer", len(layers))
     steps: dict[str, GradientStep] = {}
     for name, step in zip(layers, shown, strict=True):
         steps[name] = replace(step, direction=offload.kept(step.direction))
-        if release:
-            statistics[name] = replace(statistics[name], gradients=None)
     return Directions(
         by_layer={name: step.direction for name, step in steps.items()},
         norms={name: step.norm for name, step in steps.items()},
@@ -250,7 +253,7 @@ def search_step(
     step = Step(best, found, lengths.trials, 0.0, fit)
     change = selection.with_rest(few, step, lengths.evaluations[best])
     if not change.upper_bound(GAIN_CONFIDENCE) < 0:
-        return replace(step, eta=0.0)
+        return replace(step, eta=0.0, directions=replace(found, by_layer={}))
     step = replace(step, gain=change.mean)
     return step if groups == 1 else _by_group(selection, step, groups)
 

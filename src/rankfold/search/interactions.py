@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from rankfold.data.parts import Batch, Part
 from rankfold.forms.curve import Curve
 from rankfold.machine.progress import Progress, SilentProgress
+from rankfold.maths.linalg import inner
 from rankfold.model.backward import each_gradient
 from rankfold.model.evaluation_mode import evaluation_mode
 from rankfold.model.layer_matrix import MatrixLayer
@@ -149,8 +150,7 @@ def _slopes(
 
     @torch.no_grad()
     def add(place: int, gradient: Tensor) -> None:
-        delta = after[place] - before[place]
-        slopes[place] += (gradient * delta).sum(dtype=torch.float64).cpu()
+        slopes[place] += inner(gradient, after[place], before[place])
 
     each_gradient(loss, weights, add)
     return slopes
