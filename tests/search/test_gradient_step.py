@@ -106,6 +106,7 @@ def test_labels_without_meaning_give_no_step() -> None:
     ]
     step = search(parts[0], parts[1])[3]
     assert step.eta == 0
+    assert not step.directions.by_layer
     assert step.gain == 0
 
 

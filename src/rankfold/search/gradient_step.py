@@ -133,7 +133,7 @@ class Step:
 
     Attributes:
         eta: Length, 0 where no step was shown to help.
-        directions: The directions; of a step of 0 their norms alone, they are as large as the model.
+        directions: The directions; of a step of 0 their norms alone: they are large as the model.
         trials: ``(eta, measured change)`` of every length tried, on some of the selection examples.
         gain: Measured change of the chosen step on selection data, 0 or negative.
         fit: What the trials taught, None where they show no parabola.
