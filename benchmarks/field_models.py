@@ -43,7 +43,7 @@ def limits_of(data: Data) -> dict[str, Any]:
 def smollm2(
     seed: int, calibration: int, selection: int = 12, held_out: int = 32
 ) -> tuple[nn.Module, Data]:
-    """64 x 512 tokens of train, 12 x 512 of valid, 32 x 512 of test.
+    """128 x 512 tokens of train, 12 x 512 of valid, 32 x 512 of test.
 
     More windows are the first ones and others.
     """
@@ -189,7 +189,7 @@ def _ours(name: str) -> tuple[Build, int]:
 
 # By name: how a model is built, the calibration examples that it gets, its task if not recognised.
 FIELD_MODELS: dict[str, tuple[Build, int]] = {
-    "smollm2": (smollm2, 64),
+    "smollm2": (smollm2, 128),
     "resnet20": _cifar("akamaster_resnet20"),
     "resnet32": _cifar("akamaster_resnet32"),
     "resnet44": _cifar("akamaster_resnet44"),
