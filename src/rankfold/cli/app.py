@@ -14,26 +14,26 @@ import re
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import is_dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeAlias, get_type_hints, overload
 
-import torch
 import typer
 from typer.main import get_command
 
+from rankfold.cli.lazy import LazyGroup
 from rankfold.cli.options import gathered, in_panels, spread
 from rankfold.cli.raised import BAD_INPUT, ending
 from rankfold.cli.streams import unbreakable_streams
 from rankfold.errors import note, visible
 from rankfold.files.folder import written
-from rankfold.machine.device import OUT_OF_MEMORY
 from rankfold.machine.interruption import INTERRUPTED, exit_code, raising
 
 DONE, NOT_FOUND, DIFFERS, NOT_PRINTED = 0, 3, 4, 5
 
 app = typer.Typer(
     name="rankfold",
-    add_completion=False,
+    cls=LazyGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Make a trained network smaller by low-rank factorization, without fine-tuning, and "
@@ -49,16 +49,40 @@ OTHER_NAMES = {
 _VALUE = r"""(?:"(?P<quoted>[^"]*)"|(?P<bare>\w+(?:[./:-]+\w+)*))"""
 _ARGUMENT = re.compile(rf"(?<![\w.])(?P<name>[a-z]\w*)=(?:{_VALUE}|(?![\w\"'(\[{{=]))")
 
+Function: TypeAlias = Callable[..., int]
+Command: TypeAlias = Callable[..., None]
+
 _given: list[str] = []  # what the user has given to the command that runs
 _SUBJECT = re.compile(r"(?P<name>[a-z]\w*)(?= (?:is|goes with|has no part) )")
 
 
-def command(function: Callable[..., int]) -> Callable[..., None]:
+@overload
+def command(function: Function, *, needs: str = "") -> Command: ...
+
+
+@overload
+def command(*, needs: str = "") -> Callable[[Function], Command]: ...
+
+
+def command(
+    function: Function | None = None, *, needs: str = ""
+) -> Command | Callable[[Function], Command]:
     """Register a command.
 
     A parameter annotated with a dataclass of options is spread into the options that the
     dataclass lists. Bad input and interruptions end in one message and an exit code.
+
+    Args:
+        function: The command; its name is the command's.
+        needs: A module that is imported before it runs. The help is shown without it, and while it
+            is imported a signal ends the command at once.
     """
+    if function is None:
+        return functools.partial(_registered, needs=needs)
+    return _registered(function, needs=needs)
+
+
+def _registered(function: Function, *, needs: str) -> Command:
     hints = get_type_hints(function, include_extras=True)
     groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     flat: list[inspect.Parameter] = []
@@ -70,6 +94,8 @@ def command(function: Callable[..., int]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(**values: Any) -> None:
+        if needs:
+            import_module(needs)
         note(*(one for value in values.values() for one in _items(value)))
         _given[:] = [text for value in values.values() for text in _texts(value)]
         before = len(written())
@@ -101,8 +127,6 @@ def _ended(done: Callable[[], int], before: int) -> int:
     try:
         with raising():
             return done()
-    except torch.cuda.OutOfMemoryError:
-        tell(f"error: {OUT_OF_MEMORY}")
     except Exception as error:
         if (found := ending(error)) is None:
             raise
@@ -181,9 +205,15 @@ def _items(value: object) -> list[str]:
     return [str(item) for item in items if isinstance(item, str | Path)]
 
 
+def all_commands() -> dict[str, Any]:
+    """All commands by name, imported."""
+    group: Any = get_command(app)
+    context = typer.Context(group)
+    return {name: group.get_command(context, name) for name in group.list_commands(context)}
+
+
 @functools.cache
 def _option_names() -> frozenset[str]:
     """As Python writes them, of all commands."""
-    commands: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
-    parameters = [one for made in commands.values() for one in made.params]
+    parameters = [one for made in all_commands().values() for one in made.params]
     return frozenset(str(one.name) for one in parameters if one.param_type_name == "option")

@@ -10,17 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_type_hints
 
 import typer
 from typer.models import OptionInfo
 
-from rankfold.artifact.manifest import MANIFEST_FILE
-from rankfold.cli.open import SELF, DataOptions
 from rankfold.cli.setting_options import chosen_settings, setting_parameters
 from rankfold.errors import InputError
 from rankfold.files.folder import check_output
 from rankfold.settings import EVERYDAY, RESEARCH, Settings
+
+if TYPE_CHECKING:  # it imports torch, which takes seconds
+    from rankfold.cli.open import DataOptions
+
+SELF = "self"  # DATA that the language model writes itself; a file of this name is ./self
 
 # In the order in which the help shows them; the last is hidden.
 PANELS = (
@@ -153,6 +156,8 @@ class Reading:
 
     def data_options(self, task: str | None, seed: int = 0) -> DataOptions:
         """The same for ``rankfold.cli.open``."""
+        from rankfold.cli.open import DataOptions
+
         return DataOptions(
             mean=_numbers("--mean", self.mean),
             std=_numbers("--std", self.std),
@@ -264,6 +269,8 @@ class Folders:
         Raises:
             InputError: None is given, or it can't be written.
         """
+        from rankfold.artifact.manifest import MANIFEST_FILE
+
         if self.out is None:
             raise InputError("--out is missing; expected a folder to save the model in.")
         check_output(self.out, self.overwrite, MANIFEST_FILE, reads=reads)
