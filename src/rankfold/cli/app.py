@@ -21,11 +21,15 @@ from typing import Any, TypeAlias, get_type_hints, overload
 import typer
 from typer.main import get_command
 
+from rankfold.cli.config import remember
 from rankfold.cli.lazy import LazyGroup
-from rankfold.cli.options import gathered, in_panels, spread
+from rankfold.cli.logs import loud_stderr, told
+from rankfold.cli.options import OF_ALL, gathered, in_panels, of_all_commands, spread
+from rankfold.cli.printed import error_json, print_json
 from rankfold.cli.raised import BAD_INPUT, ending
+from rankfold.cli.short_help import ShortHelp
 from rankfold.cli.streams import unbreakable_streams
-from rankfold.errors import note, visible
+from rankfold.errors import InputError, note, visible
 from rankfold.files.folder import written
 from rankfold.machine.interruption import INTERRUPTED, exit_code, raising
 
@@ -57,15 +61,15 @@ _SUBJECT = re.compile(r"(?P<name>[a-z]\w*)(?= (?:is|goes with|has no part) )")
 
 
 @overload
-def command(function: Function, *, needs: str = "") -> Command: ...
+def command(function: Function, *, needs: str = "", repeats: bool = False) -> Command: ...
 
 
 @overload
-def command(*, needs: str = "") -> Callable[[Function], Command]: ...
+def command(*, needs: str = "", repeats: bool = False) -> Callable[[Function], Command]: ...
 
 
 def command(
-    function: Function | None = None, *, needs: str = ""
+    function: Function | None = None, *, needs: str = "", repeats: bool = False
 ) -> Command | Callable[[Function], Command]:
     """Register a command.
 
@@ -76,13 +80,15 @@ def command(
         function: The command; its name is the command's.
         needs: A module that is imported before it runs. The help is shown without it, and while it
             is imported a signal ends the command at once.
+        repeats: Whether it takes its options from a file, too: ``--config``. It then writes
+            ``run_files()`` beside its result.
     """
     if function is None:
-        return functools.partial(_registered, needs=needs)
-    return _registered(function, needs=needs)
+        return functools.partial(_registered, needs=needs, repeats=repeats)
+    return _registered(function, needs=needs, repeats=repeats)
 
 
-def _registered(function: Function, *, needs: str) -> Command:
+def _registered(function: Function, *, needs: str, repeats: bool) -> Command:
     hints = get_type_hints(function, include_extras=True)
     groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     flat: list[inspect.Parameter] = []
@@ -91,6 +97,7 @@ def _registered(function: Function, *, needs: str) -> Command:
             flat += spread(hints[name])
         else:
             flat.append(parameter.replace(annotation=hints[name]))
+    flat += of_all_commands(repeats)
 
     @functools.wraps(function)
     def run(**values: Any) -> None:
@@ -99,31 +106,42 @@ def _registered(function: Function, *, needs: str) -> Command:
         note(*(one for value in values.values() for one in _items(value)))
         _given[:] = [text for value in values.values() for text in _texts(value)]
         before = len(written())
+        of_all = {name: values.pop(name) for name in OF_ALL if name in values}
+        levels = {name: of_all[name] for name in ("quiet", "verbose")}
+        as_json = bool(values.get("json"))
 
         def done() -> int:
-            for name in groups:
-                values[name] = gathered(hints[name], values)
-            return function(**values)
+            if all(levels.values()):
+                raise InputError("--quiet and --verbose contradict each other; give one of them.")
+            with told(function.__name__, values, **levels):
+                if repeats:
+                    remember(function.__name__, values)
+                own = dict(values)
+                for name in groups:
+                    own[name] = gathered(hints[name], own)
+                return function(**own)
 
         with unbreakable_streams() as streams:
-            code = _ended(done, before)
+            code = _ended(done, before, as_json=as_json)
             code = streams.code(code, NOT_PRINTED, _standing(before))
         raise typer.Exit(code)
 
     ordered = in_panels(flat)
     run.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in ordered}
-    app.command()(run)
+    app.command(cls=ShortHelp)(run)
     return run
 
 
-def _ended(done: Callable[[], int], before: int) -> int:
+def _ended(done: Callable[[], int], before: int, *, as_json: bool) -> int:
     """The exit code of a command, however it ends; what it has to say of that is said.
 
     Args:
         done: The command.
         before: How many outputs were written before it began.
+        as_json: Whether stdout holds one JSON object, also of an error.
     """
+    own = ""
     try:
         with raising():
             return done()
@@ -131,18 +149,22 @@ def _ended(done: Callable[[], int], before: int) -> int:
         if (found := ending(error)) is None:
             raise
         code, message, own = found
-        say(f"error: {as_options(message)}" + (f"\n{own}" if own else ""), err=True)
-        return code
+        message = as_options(message)
+        say(f"error: {message}" + (f"\n{own}" if own else ""), err=True)
     except SystemExit as error:
-        tell(
-            "error: the model's or the data's own code ended the program (SystemExit: "
+        code = BAD_INPUT
+        message = (
+            "the model's or the data's own code ended the program (SystemExit: "
             f"{error.code}); expected code that gives a model or data. Take its call of exit() out."
         )
+        tell(f"error: {message}")
     except KeyboardInterrupt as error:
         standing = _standing(before)
-        tell(f"interrupted; {standing}" if standing else INTERRUPTED)
-        return exit_code(error)
-    return BAD_INPUT
+        code, message = exit_code(error), f"interrupted; {standing}" if standing else INTERRUPTED
+        tell(message)
+    if as_json:
+        print_json(error_json(code, message, own))
+    return code
 
 
 def _standing(before: int) -> str:
@@ -158,7 +180,13 @@ def tell(message: str) -> None:
 
 def say(message: str, *, err: bool = False) -> None:
     """Print a message, by default on stdout; what a terminal would interpret is written out."""
-    typer.echo(visible(message, lines=True), file=sys.stderr if err else sys.stdout)
+    typer.echo(visible(message, lines=True), file=loud_stderr() if err else sys.stdout)
+
+
+def mention(message: str) -> None:
+    """Say on stderr what is no warning: ``--quiet`` leaves it out."""
+    if loud_stderr() is sys.stderr:
+        tell(message)
 
 
 def as_options(text: str, names: Collection[str] = ()) -> str:

@@ -12,7 +12,7 @@ from rankfold.cli.app import DONE, NOT_FOUND, command, tell
 from rankfold.cli.options import Compressing, ModelArgument, margin_option
 
 
-@command(needs="rankfold.cli.compressing")
+@command(needs="rankfold.cli.compressing", repeats=True)
 def compact(
     model: ModelArgument,
     *,

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import cast
 
 from rankfold.artifact.save import try_saving
-from rankfold.cli.app import say, tell
+from rankfold.cli.app import mention, say, tell
+from rankfold.cli.config import run_files
 from rankfold.cli.inputs import unchanged
 from rankfold.cli.kept import save_somewhere
 from rankfold.cli.named_paths import named_paths
@@ -50,7 +51,7 @@ def compress(
     folders = options.folders
     out = folders.output(named_paths(model, folders.weights, *vars(options.parts).values()))
     with owned_output(out), redirect_stdout(sys.stderr):
-        tell(f"opening {visible(model)}")
+        mention(f"opening {visible(model)}")
         given = unchanged(
             models=[model], weights=folders.weights, data=vars(options.parts).values()
         )
@@ -69,7 +70,9 @@ def compress(
             tell(f"warning: {trouble}")
         keep = saved(result)
         if keep:
-            save = partial(result.save, tokenizer=opened.tokenizer, source=opened.source)
+            save = partial(
+                result.save, tokenizer=opened.tokenizer, source=opened.source, texts=run_files()
+            )
             save_somewhere(partial(save, overwrite=folders.overwrite), out)
     if options.reading.json:
         print_json({**result.report, "saved": str(out) if keep else None})
@@ -93,7 +96,7 @@ def _opened(
     parts.check()
     device = check_device(options.reading.device)
     if (hint := unused_gpu(device)) is not None:
-        tell(hint)
+        mention(hint)
     opened = open_model(model, options.folders.weights)
     try_saving(
         out,
@@ -107,7 +110,7 @@ def _opened(
     opened.model.to(device)
     parameters, offload = model_parameters(opened.model), Offload(options.folders.offload_folder)
     if device.type == "cpu" and (hint := advice(parameters, offload)) is not None:
-        tell(hint)
+        mention(hint)
     limits = (settings.limit, settings.selection_limit, settings.held_out_limit)
     asked = zip(limits, DataOptions.own_windows, strict=True)
     first, second, third = (limit or default for limit, default in asked)

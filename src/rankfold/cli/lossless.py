@@ -14,7 +14,7 @@ from rankfold.errors import InputError
 from rankfold.settings import SizeOf, check_size
 
 
-@command(needs="rankfold.cli.compressing")
+@command(needs="rankfold.cli.compressing", repeats=True)
 def lossless(
     model: ModelArgument,
     *,

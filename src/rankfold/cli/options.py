@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_type_hints
 import typer
 from typer.models import OptionInfo
 
+from rankfold.cli.config import Config
 from rankfold.cli.setting_options import chosen_settings, setting_parameters
+from rankfold.cli.short_help import HelpAll
 from rankfold.errors import InputError
 from rankfold.files.folder import check_output
 from rankfold.settings import EVERYDAY, RESEARCH, Settings
@@ -29,6 +31,8 @@ SELF = "self"  # DATA that the language model writes itself; a file of this name
 PANELS = (
     EVERYDAY, "Output", "Data", "Reading files", "Certificate", "Search", "Advanced", RESEARCH,
 )  # fmt: skip
+
+FIRST = ("data", "out")  # options that the help begins with
 
 MODEL_HELP = (
     "A transformers folder, a .gguf file, timm:NAME or torchvision:NAME (options after commas: "
@@ -53,6 +57,22 @@ Weights: TypeAlias = Annotated[
     typer.Option(
         help="A .safetensors file for a model given as file.py:function.",
         rich_help_panel="Advanced",
+    ),
+]
+Quiet: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        help="Print nothing on stderr but errors and warnings.",
+        rich_help_panel="Output",
+    ),
+]
+Verbose: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--verbose",
+        help="Log on stderr what a report of a fault needs: versions, options, time and memory.",
+        rich_help_panel="Output",
     ),
 ]
 Json: TypeAlias = Annotated[
@@ -287,6 +307,21 @@ class Compressing:
     reading: Reading
 
 
+OF_ALL = ("config", "quiet", "verbose", "help_all")
+
+
+def of_all_commands(repeats: bool) -> list[Parameter]:
+    """The options that every command has.
+
+    Args:
+        repeats: Whether it takes options from a file.
+    """
+    hints = {"quiet": Quiet, "verbose": Verbose, "help_all": HelpAll}
+    kind = Parameter.KEYWORD_ONLY
+    found = [Parameter(name, kind, default=False, annotation=hint) for name, hint in hints.items()]
+    return [Parameter("config", kind, default=None, annotation=Config)] * repeats + found
+
+
 def spread(group: Any) -> list[Parameter]:
     """The options of a group: those of its fields, and of the groups among them."""
     if group is Settings:
@@ -321,12 +356,13 @@ def gathered(group: Any, values: dict[str, Any]) -> Any:
 
 
 def in_panels(parameters: Sequence[Parameter]) -> list[Parameter]:
-    """Arguments first, then options by their panels; within one they keep their order."""
+    """Arguments, then options by their panels; within one the first ones, then as they stand."""
 
-    def place(parameter: Parameter) -> int:
+    def place(parameter: Parameter) -> tuple[int, bool]:
         info = getattr(parameter.annotation, "__metadata__", (None,))[0]
         panel = getattr(info, "rich_help_panel", None) or EVERYDAY
-        return PANELS.index(panel) if isinstance(info, OptionInfo) else -1
+        number = PANELS.index(panel) if isinstance(info, OptionInfo) else -1
+        return number, parameter.name not in FIRST
 
     return sorted(parameters, key=place)
 

@@ -12,6 +12,18 @@ import typer
 from rankfold.errors import UNSEEN
 
 
+def error_json(code: int, message: str, traceback: str = "") -> dict[str, Any]:
+    """What stdout holds in place of a result.
+
+    Args:
+        code: The exit code.
+        message: As stderr says it.
+        traceback: Of the user's own code, where that raised it.
+    """
+    kind = "interrupted" if code > 128 else {2: "bad input", 6: "own code"}[code]
+    return {"error": {"code": code, "kind": kind, "message": message, "traceback": traceback}}
+
+
 def print_json(value: dict[str, Any]) -> None:
     """Print one object; what a terminal would interpret is written as escapes."""
 
