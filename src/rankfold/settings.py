@@ -102,7 +102,7 @@ class Settings:
     task: TaskName | None = field(
         default=None,
         metadata=_shown(
-            "What the model is for. teacher and embedding need no labels.",
+            "What the model is for; teacher and embedding need no labels.",
             "Options",
             unset="as the model and the data show",
         ),

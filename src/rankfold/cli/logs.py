@@ -77,8 +77,8 @@ def _logged(command: str, values: Mapping[str, Any]) -> Iterator[None]:
     LOG.info("%s, Python %s, %s", libraries, platform.python_version(), platform.platform())
     if (torch := sys.modules.get("torch")) is not None:
         LOG.info("%d threads", torch.get_num_threads())
-    for name, value in values.items():
-        LOG.debug("%s %s = %s", command, name.replace("_", "-"), visible(value))
+    given = {name.replace("_", "-"): visible(value) for name, value in values.items() if value}
+    LOG.debug("%s: %s", command, ", ".join(f"{name} = {text}" for name, text in given.items()))
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ import typer
 from rankfold.certificate.asked import DEFAULT_MARGIN, check_margin
 from rankfold.cli.app import DONE, NOT_FOUND, command
 from rankfold.cli.options import Compressing, ModelArgument, margin_option
+from rankfold.cli.setting_options import completing
 from rankfold.errors import InputError
 from rankfold.settings import SizeOf, check_size
 
@@ -28,12 +29,16 @@ def lossless(
             help="What the size is a share of: model, or factorizable, the layers that can be "
             "factorized.",
             rich_help_panel="Search",
+            autocompletion=completing(get_args(SizeOf)),
         ),
     ] = "model",
     require: Annotated[
         str | None,
         typer.Option(
-            help="lossless: exit 3 where the certificate doesn't hold.", rich_help_panel="Output"
+            help="lossless ends with exit code 3 where the certificate doesn't hold.",
+            show_default="exit code 0 then, too",
+            rich_help_panel="Output",
+            autocompletion=completing(["lossless"]),
         ),
     ] = None,
     margin: Annotated[float, margin_option("Certificate")] = DEFAULT_MARGIN,

@@ -35,14 +35,13 @@ PANELS = (
 FIRST = ("data", "out")  # options that the help begins with
 
 MODEL_HELP = (
-    "A transformers folder, a .gguf file, timm:NAME or torchvision:NAME (options after commas: "
-    "timm:resnet18,num_classes=10), or file.py:function (package.module:function) giving an "
-    "nn.Module."
+    "A transformers folder, a .gguf file, or, with --weights, timm:NAME, torchvision:NAME or "
+    "file.py:function giving an nn.Module."
 )
 DATA_HELP = (
-    "A UTF-8 text file, a .jsonl, .csv, .tsv or .parquet, an .npz with x and y, a folder of class "
-    "folders of images or wav files, a folder that datasets saved (save_to_disk), file.py:function "
-    "giving a data set, or self: text that a language model writes itself."
+    "A text, .jsonl, .csv, .tsv, .parquet or .npz file (x and y), a folder of class folders of "
+    "images or wav files or of datasets (save_to_disk), file.py:function, or self: text that the "
+    "model writes."
 )
 
 ModelArgument: TypeAlias = Annotated[str, typer.Argument(help=MODEL_HELP)]
@@ -96,7 +95,7 @@ class Reading:
     length: Annotated[
         int | None,
         typer.Option(
-            help="Tokens a window of text.",
+            help="Length of a window of text, in tokens.",
             show_default="512, or what the model takes",
             rich_help_panel="Data",
         ),
@@ -104,7 +103,7 @@ class Reading:
     mean: Annotated[
         str | None,
         typer.Option(
-            help="Subtracted from images, per channel: .485,.456,.406.",
+            help="Subtracted from images, a number a channel, of values 0 to 1: .485,.456,.406.",
             show_default="as the model's preprocessor_config.json or timm says, else nothing",
             rich_help_panel="Reading files",
         ),
@@ -112,8 +111,8 @@ class Reading:
     std: Annotated[
         str | None,
         typer.Option(
-            help="What images are divided by, per channel.",
-            show_default="as for --mean",
+            help="What images are divided by then, a number a channel: .229,.224,.225.",
+            show_default="as the model's preprocessor_config.json or timm says, else 1",
             rich_help_panel="Reading files",
         ),
     ] = None
@@ -121,7 +120,7 @@ class Reading:
         int | None,
         typer.Option(
             help="Side of the images of a folder, in pixels.",
-            show_default="as for --mean, else 224",
+            show_default="as the model's preprocessor_config.json or timm says, else 224",
             rich_help_panel="Reading files",
         ),
     ] = None
@@ -144,7 +143,9 @@ class Reading:
     label_column: Annotated[
         str | None,
         typer.Option(
-            help="Column of the label.", show_default="label", rich_help_panel="Reading files"
+            help="Column of the label in such a file.",
+            show_default="label",
+            rich_help_panel="Reading files",
         ),
     ] = None
     target_column: Annotated[
@@ -201,24 +202,27 @@ class Parts:
     data: Annotated[
         str | None,
         typer.Option(
-            help=DATA_HELP + " Split into the parts. Needed, where the three parts are not given "
-            "apart."
+            help=DATA_HELP + " It is split into the three parts. Needed, unless these are given."
         ),
     ] = None
     calibration: Annotated[
         str | None,
-        typer.Option(help="Data for the statistics, in place of --data.", rich_help_panel="Data"),
+        typer.Option(
+            help="Data for the statistics, like --data and in its place.", rich_help_panel="Data"
+        ),
     ] = None
     selection: Annotated[
         str | None,
         typer.Option(
-            help="Data for choosing the step and the ranks, in place of --data.",
+            help="Data for choosing the step and the ranks, like --data and in its place.",
             rich_help_panel="Data",
         ),
     ] = None
     held_out: Annotated[
         str | None,
-        typer.Option(help="Data for the certificate, in place of --data.", rich_help_panel="Data"),
+        typer.Option(
+            help="Data for the certificate, like --data and in its place.", rich_help_panel="Data"
+        ),
     ] = None
     guard: Annotated[
         str | None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import Parameter
 from types import NoneType
 from typing import Annotated, Any, Literal, get_origin
@@ -53,8 +53,15 @@ def setting_option(name: str) -> OptionInfo:
         rich_help_panel=None if one.panel == EVERYDAY else one.panel,
         show_default=_default_text(one) or not _repeatable(one),
         hidden=one.panel == RESEARCH,
+        metavar="PATTERN" if _repeatable(one) else None,
+        autocompletion=completing(one.choices) if one.choices else None,
     )
     return found
+
+
+def completing(words: Iterable[str]) -> Callable[[str], list[str]]:
+    """What a shell completes the value of an option to."""
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
 
 def help_text(one: Option) -> str:
