@@ -40,8 +40,9 @@ from benchmarks.documents import markdown
 from benchmarks.rows import append_row, read_rows
 from rankfold.data.parts import Data
 from rankfold.export.export import TARGETS
+from rankfold.export.names import PROGRAMS
 from rankfold.export.torch_export import largest_difference
-from rankfold.export.traced import PROGRAMS, write_program
+from rankfold.export.traced import write_program
 from rankfold.files.tensors import safetensors_bytes
 from rankfold.model.sizes import stored_tensors
 

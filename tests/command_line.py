@@ -24,6 +24,11 @@ TIMEOUT = 200  # seconds
 # What most runs would import for themselves; what isn't installed is passed over.
 IMPORTED_BEFORE = [
     "rankfold.cli",
+    "rankfold.cli.compressing",
+    "rankfold.cli.recorded",
+    "rankfold.cli.verifying",
+    "rankfold.cli.export_inputs",
+    "rankfold.report.page",
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
     "transformers.models.bert.modeling_bert",

@@ -27,7 +27,7 @@ class Hidden:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Hidden())
 
-import torch, rankfold, rankfold.cli
+import torch, rankfold, rankfold.cli.open, rankfold.data.sources
 from torch import nn
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from typing_extensions import Unpack
 
-from rankfold.certificate.statement import DEFAULT_MARGIN, check_margin
+from rankfold.certificate.asked import DEFAULT_MARGIN, check_margin
 from rankfold.errors import check_flag
 from rankfold.held_out import HeldOut, enough_held_out
 from rankfold.keywords import Options, read_options

@@ -8,19 +8,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from rankfold.certificate.asked import ACCURACY, check_margin, check_metric_margin
 from rankfold.certificate.certify import examples_seen
 from rankfold.certificate.document import Evidence, example_digests
 from rankfold.certificate.earlier_uses import History, record
 from rankfold.certificate.opened import Opened, Tested
 from rankfold.certificate.openings_file import SHORT, Opening
-from rankfold.certificate.statement import (
-    ACCURACY,
-    Statement,
-    check_margin,
-    check_metric_margin,
-    fewest_units,
-    state,
-)
+from rankfold.certificate.statement import Statement, fewest_units, state
 from rankfold.data.copies import look_alikes
 from rankfold.data.given import up_to
 from rankfold.data.parts import FEWEST, PARTS, USUAL_LIMITS, Data, Part

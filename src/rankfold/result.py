@@ -60,6 +60,7 @@ class Result:
         overwrite: bool = False,
         source: str | None = None,
         input_settings: InputSettings | None = None,
+        texts: Mapping[str, str] | None = None,
     ) -> Path:
         """Write the artifact; ``rankfold.load(folder)`` opens it.
 
@@ -71,6 +72,7 @@ class Result:
                 with: ``timm:resnet18,num_classes=10``. Then it opens without ``model=``.
             input_settings: How you made the model's inputs, where rankfold didn't: the commands
                 then read data so.
+            texts: Written beside, by file name.
 
         Raises:
             InputError: The folder can't be written, ``source`` makes another model, or
@@ -92,7 +94,7 @@ class Result:
             report,
             tokenizer=tokenizer,
             overwrite=overwrite,
-            files={**files(document), CARD_FILE: self._card(named)},
+            files={**(texts or {}), **files(document), CARD_FILE: self._card(named)},
             source=named,
         )
 

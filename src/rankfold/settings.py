@@ -9,6 +9,7 @@ from functools import cache
 from numbers import Integral, Real
 from types import UnionType
 from typing import (
+    TYPE_CHECKING,
     Any,
     Literal,
     TypeAlias,
@@ -21,7 +22,7 @@ from typing import (
 
 from typing_extensions import TypedDict
 
-from rankfold.certificate.statement import (
+from rankfold.certificate.asked import (
     ACCURACY,
     DEFAULT_CONFIDENCE,
     TestName,
@@ -30,12 +31,14 @@ from rankfold.certificate.statement import (
 from rankfold.effort import DECIDED, EFFORTS, Effort, EffortName
 from rankfold.errors import InputError, check_kind
 from rankfold.files.json_file import plain
-from rankfold.forms.storage import Storage
-from rankfold.maths.gradient import StepEstimator
-from rankfold.maths.linalg import Damping
+from rankfold.forms.names import Storage
+from rankfold.maths.names import StepEstimator
 from rankfold.objective import OBJECTIVES, Cost, ObjectiveName
-from rankfold.statistics.labels import Curvature
-from rankfold.tasks.losses import TaskName
+from rankfold.statistics.names import Curvature
+from rankfold.tasks.names import TaskName
+
+if TYPE_CHECKING:  # it imports torch, which takes seconds
+    from rankfold.maths.linalg import Damping
 
 SizeOf: TypeAlias = Literal["model", "factorizable"]
 
@@ -99,7 +102,7 @@ class Settings:
     task: TaskName | None = field(
         default=None,
         metadata=_shown(
-            "What the model is for. teacher and embedding need no labels.",
+            "What the model is for; teacher and embedding need no labels.",
             "Options",
             unset="as the model and the data show",
         ),
@@ -330,6 +333,8 @@ class Settings:
         """
         if self.damping == "auto":
             raise ValueError("the damping is chosen on selection data first; see prepare")
+        from rankfold.maths.linalg import Damping
+
         output = self.damping if self.output_damping is None else self.output_damping
         return Damping(self.damping, output)
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.main import get_command
 from typer.testing import CliRunner
 
 from rankfold.cli import app
-from rankfold.cli.app import as_options
+from rankfold.cli.app import all_commands, as_options
 from rankfold.cli.options import PANELS, Reading
 from rankfold.cli.setting_options import SET, chosen_settings, help_text, setting_parameters
 from rankfold.errors import InputError
@@ -25,8 +24,8 @@ COMPRESSING = ("lossless", "compact")
 
 def parameters(command: str) -> dict[str, Any]:
     """Options of a command by Python's name."""
-    commands: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
-    return {one.name: one for one in commands[command].params if one.param_type_name == "option"}
+    made = all_commands()[command]
+    return {one.name: one for one in made.params if one.param_type_name == "option"}
 
 
 def written(one: Any) -> str:

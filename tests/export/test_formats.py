@@ -18,8 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, pipeline
 
 import rankfold
 from rankfold.export.export import TARGETS
+from rankfold.export.names import PROGRAMS
 from rankfold.export.torch_export import largest_difference
-from rankfold.export.traced import PROGRAMS, write_program
+from rankfold.export.traced import write_program
 from tests.command_line import environment
 from tests.export.test_export import CNN, HIDDEN, outputs, snippet
 from tests.small_models import SmallCNN, image_data, images, seeded, token_data

@@ -121,11 +121,9 @@ class ModelFields(Fields):
     class_: str = msgspec.field(name="class")
 
 
-class ReportFields(Fields):
-    """The whole of ``rankfold.json`` that a person reads."""
+class RunFields(Fields):
+    """What a run says of its result."""
 
-    versions: dict[str, str]
-    model: ModelFields
     algorithm: Word
     target: dict[str, Any]
     task: Word
@@ -145,3 +143,10 @@ class ReportFields(Fields):
     guard: GuardFields | None = None
     left_out: dict[str, Count | None] = msgspec.field(default_factory=dict)
     columns_left_out: list[str] = msgspec.field(default_factory=list)
+
+
+class ReportFields(RunFields, kw_only=True):
+    """The whole of ``rankfold.json`` that a person reads."""
+
+    versions: dict[str, str]
+    model: ModelFields

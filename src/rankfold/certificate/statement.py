@@ -6,25 +6,23 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Real
-from typing import Literal, TypeAlias, cast, get_args
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from rankfold.certificate.asked import ACCURACY as ACCURACY
+from rankfold.certificate.asked import (
+    DEFAULT_CONFIDENCE,
+    TESTS,
+    check_margin,
+    check_metric_margin,
+)
+from rankfold.certificate.asked import DEFAULT_MARGIN as DEFAULT_MARGIN
+from rankfold.certificate.asked import TestName as TestName
 from rankfold.certificate.change import Change
 from rankfold.certificate.quantiles import student_quantile
-from rankfold.errors import InputError, check_kind
-
-TestName: TypeAlias = Literal["bounded", "t", "betting"]
-
-TESTS: tuple[TestName, ...] = get_args(TestName)
-
-DEFAULT_MARGIN = 0.01  # nats of mean loss: a perplexity 1 % higher
-
-DEFAULT_CONFIDENCE = 0.95
-
-ACCURACY = "accuracy"
+from rankfold.errors import InputError
 
 # The range of the bounded tests is the selection examples' mean +- REACH * n^(1/3) standard
 # deviations, n held-out units: at 16 to 128 units the bound is then 1.2 times the t interval
@@ -187,29 +185,3 @@ def fewest_units(margin: float, largest_change: float, confidence: float) -> int
 def order_seed(digest: str) -> int:
     """A seed that only the data decides, for the order of the betting test."""
     return int.from_bytes(hashlib.sha256(digest.encode()).digest()[:8], "big") >> 1
-
-
-def check_margin(margin: float) -> float:
-    """The margin; one that is negative, not finite or no number is refused.
-
-    Raises:
-        InputError: As said.
-    """
-    expected = "a number, 0 or more, in nats of mean loss (default 0.01)"
-    check_kind("the margin", margin, Real, expected)
-    if not (math.isfinite(margin) and margin >= 0):
-        raise InputError(f"the margin is {margin}; expected {expected}.")
-    return margin
-
-
-def check_metric_margin(name: str, margin: float) -> None:
-    """Refuse a metric's margin outside [0, 1).
-
-    Raises:
-        InputError: As said.
-    """
-    if not 0 <= margin < 1:
-        raise InputError(
-            f"the margin of {name} is {margin}; expected a share from 0 to below 1 (0.01 lets 1 "
-            "percentage point be lost)."
-        )

@@ -14,26 +14,30 @@ import re
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import is_dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeAlias, get_type_hints, overload
 
-import torch
 import typer
 from typer.main import get_command
 
-from rankfold.cli.options import gathered, in_panels, spread
+from rankfold.cli.config import remember
+from rankfold.cli.lazy import LazyGroup
+from rankfold.cli.logs import loud_stderr, told
+from rankfold.cli.options import OF_ALL, gathered, in_panels, of_all_commands, spread
+from rankfold.cli.printed import error_json, print_json
 from rankfold.cli.raised import BAD_INPUT, ending
+from rankfold.cli.short_help import ShortHelp
 from rankfold.cli.streams import unbreakable_streams
-from rankfold.errors import note, visible
+from rankfold.errors import InputError, note, visible
 from rankfold.files.folder import written
-from rankfold.machine.device import OUT_OF_MEMORY
 from rankfold.machine.interruption import INTERRUPTED, exit_code, raising
 
 DONE, NOT_FOUND, DIFFERS, NOT_PRINTED = 0, 3, 4, 5
 
 app = typer.Typer(
     name="rankfold",
-    add_completion=False,
+    cls=LazyGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Make a trained network smaller by low-rank factorization, without fine-tuning, and "
@@ -49,16 +53,42 @@ OTHER_NAMES = {
 _VALUE = r"""(?:"(?P<quoted>[^"]*)"|(?P<bare>\w+(?:[./:-]+\w+)*))"""
 _ARGUMENT = re.compile(rf"(?<![\w.])(?P<name>[a-z]\w*)=(?:{_VALUE}|(?![\w\"'(\[{{=]))")
 
+Function: TypeAlias = Callable[..., int]
+Command: TypeAlias = Callable[..., None]
+
 _given: list[str] = []  # what the user has given to the command that runs
 _SUBJECT = re.compile(r"(?P<name>[a-z]\w*)(?= (?:is|goes with|has no part) )")
 
 
-def command(function: Callable[..., int]) -> Callable[..., None]:
+@overload
+def command(function: Function, *, needs: str = "", repeats: bool = False) -> Command: ...
+
+
+@overload
+def command(*, needs: str = "", repeats: bool = False) -> Callable[[Function], Command]: ...
+
+
+def command(
+    function: Function | None = None, *, needs: str = "", repeats: bool = False
+) -> Command | Callable[[Function], Command]:
     """Register a command.
 
     A parameter annotated with a dataclass of options is spread into the options that the
     dataclass lists. Bad input and interruptions end in one message and an exit code.
+
+    Args:
+        function: The command; its name is the command's.
+        needs: A module that is imported before it runs. The help is shown without it, and while it
+            is imported a signal ends the command at once.
+        repeats: Whether it takes its options from a file, too: ``--config``. It then writes
+            ``run_files()`` beside its result.
     """
+    if function is None:
+        return functools.partial(_registered, needs=needs, repeats=repeats)
+    return _registered(function, needs=needs, repeats=repeats)
+
+
+def _registered(function: Function, *, needs: str, repeats: bool) -> Command:
     hints = get_type_hints(function, include_extras=True)
     groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     flat: list[inspect.Parameter] = []
@@ -67,58 +97,74 @@ def command(function: Callable[..., int]) -> Callable[..., None]:
             flat += spread(hints[name])
         else:
             flat.append(parameter.replace(annotation=hints[name]))
+    flat += of_all_commands(repeats)
 
     @functools.wraps(function)
     def run(**values: Any) -> None:
+        if needs:
+            import_module(needs)
         note(*(one for value in values.values() for one in _items(value)))
         _given[:] = [text for value in values.values() for text in _texts(value)]
         before = len(written())
+        of_all = {name: values.pop(name) for name in OF_ALL if name in values}
+        levels = {name: of_all[name] for name in ("quiet", "verbose")}
+        as_json = bool(values.get("json"))
 
         def done() -> int:
-            for name in groups:
-                values[name] = gathered(hints[name], values)
-            return function(**values)
+            if all(levels.values()):
+                raise InputError("--quiet and --verbose contradict each other; give one of them.")
+            with told(function.__name__, values, **levels):
+                if repeats:
+                    remember(function.__name__, values)
+                own = dict(values)
+                for name in groups:
+                    own[name] = gathered(hints[name], own)
+                return function(**own)
 
         with unbreakable_streams() as streams:
-            code = _ended(done, before)
+            code = _ended(done, before, as_json=as_json)
             code = streams.code(code, NOT_PRINTED, _standing(before))
         raise typer.Exit(code)
 
     ordered = in_panels(flat)
     run.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in ordered}
-    app.command()(run)
+    app.command(cls=ShortHelp)(run)
     return run
 
 
-def _ended(done: Callable[[], int], before: int) -> int:
+def _ended(done: Callable[[], int], before: int, *, as_json: bool) -> int:
     """The exit code of a command, however it ends; what it has to say of that is said.
 
     Args:
         done: The command.
         before: How many outputs were written before it began.
+        as_json: Whether stdout holds one JSON object, also of an error.
     """
+    own = ""
     try:
         with raising():
             return done()
-    except torch.cuda.OutOfMemoryError:
-        tell(f"error: {OUT_OF_MEMORY}")
     except Exception as error:
         if (found := ending(error)) is None:
             raise
         code, message, own = found
-        say(f"error: {as_options(message)}" + (f"\n{own}" if own else ""), err=True)
-        return code
+        message = as_options(message)
+        say(f"error: {message}" + (f"\n{own}" if own else ""), err=True)
     except SystemExit as error:
-        tell(
-            "error: the model's or the data's own code ended the program (SystemExit: "
+        code = BAD_INPUT
+        message = (
+            "the model's or the data's own code ended the program (SystemExit: "
             f"{error.code}); expected code that gives a model or data. Take its call of exit() out."
         )
+        tell(f"error: {message}")
     except KeyboardInterrupt as error:
         standing = _standing(before)
-        tell(f"interrupted; {standing}" if standing else INTERRUPTED)
-        return exit_code(error)
-    return BAD_INPUT
+        code, message = exit_code(error), f"interrupted; {standing}" if standing else INTERRUPTED
+        tell(message)
+    if as_json:
+        print_json(error_json(code, message, own))
+    return code
 
 
 def _standing(before: int) -> str:
@@ -134,7 +180,13 @@ def tell(message: str) -> None:
 
 def say(message: str, *, err: bool = False) -> None:
     """Print a message, by default on stdout; what a terminal would interpret is written out."""
-    typer.echo(visible(message, lines=True), file=sys.stderr if err else sys.stdout)
+    typer.echo(visible(message, lines=True), file=loud_stderr() if err else sys.stdout)
+
+
+def mention(message: str) -> None:
+    """Say on stderr what is no warning: ``--quiet`` leaves it out."""
+    if loud_stderr() is sys.stderr:
+        tell(message)
 
 
 def as_options(text: str, names: Collection[str] = ()) -> str:
@@ -181,9 +233,15 @@ def _items(value: object) -> list[str]:
     return [str(item) for item in items if isinstance(item, str | Path)]
 
 
+def all_commands() -> dict[str, Any]:
+    """All commands by name, imported."""
+    group: Any = get_command(app)
+    context = typer.Context(group)
+    return {name: group.get_command(context, name) for name in group.list_commands(context)}
+
+
 @functools.cache
 def _option_names() -> frozenset[str]:
     """As Python writes them, of all commands."""
-    commands: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
-    parameters = [one for made in commands.values() for one in made.params]
+    parameters = [one for made in all_commands().values() for one in made.params]
     return frozenset(str(one.name) for one in parameters if one.param_type_name == "option")

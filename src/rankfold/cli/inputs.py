@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from rankfold.cli.open import SELF
+from rankfold.cli.options import SELF
 from rankfold.data.sources import is_spec, source_kind
 from rankfold.data.sources.class_folders import files_below, files_of
 from rankfold.data.sources.images import SUFFIXES as IMAGES

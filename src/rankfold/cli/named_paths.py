@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from rankfold.cli.open import SELF
+from rankfold.cli.options import SELF
 from rankfold.data.sources import is_spec
 
 

@@ -14,6 +14,7 @@ from rankfold.artifact.load import load
 from rankfold.artifact.manifest import MANIFEST_FILE
 from rankfold.artifact.weights_file import load_weights
 from rankfold.certificate.change import weighted_mean
+from rankfold.cli.options import SELF
 from rankfold.cli.told import told
 from rankfold.data.account import WRITTEN, Account, ReadExamples, spread_of
 from rankfold.data.given import as_examples, up_to
@@ -63,7 +64,6 @@ from rankfold.tasks.repeated import refuse_random
 TEXT_BLOCKS = 40
 FOLDERS = ("images", "sounds")  # kinds of source that are class folders of files
 OWN = ("python", "registered")  # kinds that a function of the user's reads
-SELF = "self"  # DATA that the language model writes itself; a file of this name is ./self
 
 
 @dataclass(frozen=True)

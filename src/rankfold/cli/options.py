@@ -10,32 +10,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_type_hints
 
 import typer
 from typer.models import OptionInfo
 
-from rankfold.artifact.manifest import MANIFEST_FILE
-from rankfold.cli.open import SELF, DataOptions
+from rankfold.cli.config import Config
 from rankfold.cli.setting_options import chosen_settings, setting_parameters
+from rankfold.cli.short_help import HelpAll
 from rankfold.errors import InputError
 from rankfold.files.folder import check_output
 from rankfold.settings import EVERYDAY, RESEARCH, Settings
+
+if TYPE_CHECKING:  # it imports torch, which takes seconds
+    from rankfold.cli.open import DataOptions
+
+SELF = "self"  # DATA that the language model writes itself; a file of this name is ./self
 
 # In the order in which the help shows them; the last is hidden.
 PANELS = (
     EVERYDAY, "Output", "Data", "Reading files", "Certificate", "Search", "Advanced", RESEARCH,
 )  # fmt: skip
 
+FIRST = ("data", "out")  # options that the help begins with
+
 MODEL_HELP = (
-    "A transformers folder, a .gguf file, timm:NAME or torchvision:NAME (options after commas: "
-    "timm:resnet18,num_classes=10), or file.py:function (package.module:function) giving an "
-    "nn.Module."
+    "A transformers folder, a .gguf file, or, with --weights, timm:NAME, torchvision:NAME or "
+    "file.py:function giving an nn.Module."
 )
 DATA_HELP = (
-    "A UTF-8 text file, a .jsonl, .csv, .tsv or .parquet, an .npz with x and y, a folder of class "
-    "folders of images or wav files, a folder that datasets saved (save_to_disk), file.py:function "
-    "giving a data set, or self: text that a language model writes itself."
+    "A text, .jsonl, .csv, .tsv, .parquet or .npz file (x and y), a folder of class folders of "
+    "images or wav files or of datasets (save_to_disk), file.py:function, or self: text that the "
+    "model writes."
 )
 
 ModelArgument: TypeAlias = Annotated[str, typer.Argument(help=MODEL_HELP)]
@@ -50,6 +56,22 @@ Weights: TypeAlias = Annotated[
     typer.Option(
         help="A .safetensors file for a model given as file.py:function.",
         rich_help_panel="Advanced",
+    ),
+]
+Quiet: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        help="Print nothing on stderr but errors and warnings.",
+        rich_help_panel="Output",
+    ),
+]
+Verbose: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--verbose",
+        help="Log on stderr what a report of a fault needs: versions, options, time and memory.",
+        rich_help_panel="Output",
     ),
 ]
 Json: TypeAlias = Annotated[
@@ -73,7 +95,7 @@ class Reading:
     length: Annotated[
         int | None,
         typer.Option(
-            help="Tokens a window of text.",
+            help="Length of a window of text, in tokens.",
             show_default="512, or what the model takes",
             rich_help_panel="Data",
         ),
@@ -81,7 +103,7 @@ class Reading:
     mean: Annotated[
         str | None,
         typer.Option(
-            help="Subtracted from images, per channel: .485,.456,.406.",
+            help="Subtracted from images, a number a channel, of values 0 to 1: .485,.456,.406.",
             show_default="as the model's preprocessor_config.json or timm says, else nothing",
             rich_help_panel="Reading files",
         ),
@@ -89,8 +111,8 @@ class Reading:
     std: Annotated[
         str | None,
         typer.Option(
-            help="What images are divided by, per channel.",
-            show_default="as for --mean",
+            help="What images are divided by then, a number a channel: .229,.224,.225.",
+            show_default="as the model's preprocessor_config.json or timm says, else 1",
             rich_help_panel="Reading files",
         ),
     ] = None
@@ -98,7 +120,7 @@ class Reading:
         int | None,
         typer.Option(
             help="Side of the images of a folder, in pixels.",
-            show_default="as for --mean, else 224",
+            show_default="as the model's preprocessor_config.json or timm says, else 224",
             rich_help_panel="Reading files",
         ),
     ] = None
@@ -121,7 +143,9 @@ class Reading:
     label_column: Annotated[
         str | None,
         typer.Option(
-            help="Column of the label.", show_default="label", rich_help_panel="Reading files"
+            help="Column of the label in such a file.",
+            show_default="label",
+            rich_help_panel="Reading files",
         ),
     ] = None
     target_column: Annotated[
@@ -153,6 +177,8 @@ class Reading:
 
     def data_options(self, task: str | None, seed: int = 0) -> DataOptions:
         """The same for ``rankfold.cli.open``."""
+        from rankfold.cli.open import DataOptions
+
         return DataOptions(
             mean=_numbers("--mean", self.mean),
             std=_numbers("--std", self.std),
@@ -176,24 +202,27 @@ class Parts:
     data: Annotated[
         str | None,
         typer.Option(
-            help=DATA_HELP + " Split into the parts. Needed, where the three parts are not given "
-            "apart."
+            help=DATA_HELP + " It is split into the three parts. Needed, unless these are given."
         ),
     ] = None
     calibration: Annotated[
         str | None,
-        typer.Option(help="Data for the statistics, in place of --data.", rich_help_panel="Data"),
+        typer.Option(
+            help="Data for the statistics, like --data and in its place.", rich_help_panel="Data"
+        ),
     ] = None
     selection: Annotated[
         str | None,
         typer.Option(
-            help="Data for choosing the step and the ranks, in place of --data.",
+            help="Data for choosing the step and the ranks, like --data and in its place.",
             rich_help_panel="Data",
         ),
     ] = None
     held_out: Annotated[
         str | None,
-        typer.Option(help="Data for the certificate, in place of --data.", rich_help_panel="Data"),
+        typer.Option(
+            help="Data for the certificate, like --data and in its place.", rich_help_panel="Data"
+        ),
     ] = None
     guard: Annotated[
         str | None,
@@ -264,6 +293,8 @@ class Folders:
         Raises:
             InputError: None is given, or it can't be written.
         """
+        from rankfold.artifact.manifest import MANIFEST_FILE
+
         if self.out is None:
             raise InputError("--out is missing; expected a folder to save the model in.")
         check_output(self.out, self.overwrite, MANIFEST_FILE, reads=reads)
@@ -278,6 +309,21 @@ class Compressing:
     folders: Folders
     settings: Settings
     reading: Reading
+
+
+OF_ALL = ("config", "quiet", "verbose", "help_all")
+
+
+def of_all_commands(repeats: bool) -> list[Parameter]:
+    """The options that every command has.
+
+    Args:
+        repeats: Whether it takes options from a file.
+    """
+    hints = {"quiet": Quiet, "verbose": Verbose, "help_all": HelpAll}
+    kind = Parameter.KEYWORD_ONLY
+    found = [Parameter(name, kind, default=False, annotation=hint) for name, hint in hints.items()]
+    return [Parameter("config", kind, default=None, annotation=Config)] * repeats + found
 
 
 def spread(group: Any) -> list[Parameter]:
@@ -314,12 +360,13 @@ def gathered(group: Any, values: dict[str, Any]) -> Any:
 
 
 def in_panels(parameters: Sequence[Parameter]) -> list[Parameter]:
-    """Arguments first, then options by their panels; within one they keep their order."""
+    """Arguments, then options by their panels; within one the first ones, then as they stand."""
 
-    def place(parameter: Parameter) -> int:
+    def place(parameter: Parameter) -> tuple[int, bool]:
         info = getattr(parameter.annotation, "__metadata__", (None,))[0]
         panel = getattr(info, "rich_help_panel", None) or EVERYDAY
-        return PANELS.index(panel) if isinstance(info, OptionInfo) else -1
+        number = PANELS.index(panel) if isinstance(info, OptionInfo) else -1
+        return number, parameter.name not in FIRST
 
     return sorted(parameters, key=place)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import sysconfig
 import traceback
 from pathlib import Path
@@ -18,6 +19,10 @@ def ending(error: Exception) -> tuple[int, str, str] | None:
 
     None for what is neither bad input, nor an error of the user's, nor of memory: a fault of ours.
     """
+    if _is_of_a_gpu(error):
+        from rankfold.machine.device import OUT_OF_MEMORY
+
+        return BAD_INPUT, OUT_OF_MEMORY, ""
     memory = memory_message(error)
     if memory is not None:
         return BAD_INPUT, memory, ""
@@ -29,6 +34,12 @@ def ending(error: Exception) -> tuple[int, str, str] | None:
         return None
     message = f"code of your own raised {type(error).__name__}: {error}"
     return OWN_CODE, message, shown
+
+
+def _is_of_a_gpu(error: Exception) -> bool:
+    """Whether a GPU's memory ran out; where torch isn't imported, none was used."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.cuda.OutOfMemoryError)
 
 
 def _of_user(error: BaseException) -> str:

@@ -7,18 +7,15 @@ from typing import Annotated
 
 import typer
 
-from rankfold.artifact.manifest import read_report
-from rankfold.certificate.document import JSON_FILE, read_document
 from rankfold.cli.app import DONE, command, say
 from rankfold.cli.options import FolderArgument
 from rankfold.errors import InputError
 from rankfold.files.durable import write_whole
-from rankfold.report.page import PAGE_FILE, page
 
 MODE = 0o644  # of the page
 
 
-@command
+@command(needs="rankfold.report.page")
 def report(
     folder: FolderArgument,
     *,
@@ -27,6 +24,10 @@ def report(
     ] = None,
 ) -> int:
     """Make the page that shows a saved model: verdict, sizes, layers, examples."""
+    from rankfold.artifact.manifest import read_report
+    from rankfold.certificate.document import JSON_FILE, read_document
+    from rankfold.report.page import PAGE_FILE, page
+
     manifest = read_report(folder)
     document = read_document(folder) if (folder / JSON_FILE).is_file() else None
     file = folder / PAGE_FILE if out is None else out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import Parameter
 from types import NoneType
 from typing import Annotated, Any, Literal, get_origin
@@ -53,8 +53,15 @@ def setting_option(name: str) -> OptionInfo:
         rich_help_panel=None if one.panel == EVERYDAY else one.panel,
         show_default=_default_text(one) or not _repeatable(one),
         hidden=one.panel == RESEARCH,
+        metavar="PATTERN" if _repeatable(one) else None,
+        autocompletion=completing(one.choices) if one.choices else None,
     )
     return found
+
+
+def completing(words: Iterable[str]) -> Callable[[str], list[str]]:
+    """What a shell completes the value of an option to."""
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
 
 def help_text(one: Option) -> str:
@@ -71,15 +78,26 @@ def chosen_settings(values: dict[str, Any]) -> Settings:
     Raises:
         InputError: A value is out of its range, or ``--set`` names no setting.
     """
+    chosen = given_settings(values)
+    for name in (SET, *chosen):
+        del values[name]
+    return Settings(**chosen)
+
+
+def given_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by name, of values of their options; ``--set`` goes before the setting's own option.
+
+    Raises:
+        InputError: A value means nothing, or ``--set`` names no setting.
+    """
     known = setting_options()
-    chosen = {name: values.pop(name) for name in known}
-    given = values.pop(SET) or ()
+    chosen = {name: values[name] for name in known}
     for name, one in known.items():
         if _repeatable(one):
             chosen[name] = tuple(chosen[name] or ())
         elif isinstance(chosen[name], str):
             chosen[name] = parsed(one, chosen[name])
-    for assignment in given:
+    for assignment in values[SET] or ():
         name, equals, text = assignment.partition("=")
         if not equals or name not in known:
             what = f"there is no setting {name!r}" if equals else f"{assignment!r} has no ="
@@ -87,7 +105,7 @@ def chosen_settings(values: dict[str, Any]) -> Settings:
                 f"--{SET}: {what}; expected name=value with one of {', '.join(known)}."
             )
         chosen[name] = parsed(known[name], text)
-    return Settings(**chosen)
+    return chosen
 
 
 def parsed(one: Option, text: str) -> Any:

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from rankfold.artifact.load import load_tensors
 from rankfold.artifact.manifest import WEIGHTS_FILE
 from rankfold.errors import InputError
+from rankfold.export.names import SUMMARIES
 from rankfold.export.targets import OpenedArtifact, Written, factorized_modules
 from rankfold.files.tensors import METADATA
 from rankfold.integrations import transformers as hf
@@ -42,7 +43,7 @@ class Dense:
     """The export target ``dense``."""
 
     name = "dense"
-    summary = "the original architecture, factors multiplied out"
+    summary = SUMMARIES["dense"]
     options = ()
     files = "*.safetensors"
 

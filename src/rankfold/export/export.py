@@ -25,6 +25,7 @@ from rankfold.data.input_settings import InputSettings, refuse_other
 from rankfold.errors import MODEL, InputError, check_kind, path_of
 from rankfold.export.dense import Dense
 from rankfold.export.example_inputs import Given
+from rankfold.export.names import DTYPES
 from rankfold.export.pairs import Pairs
 from rankfold.export.targets import EXPORT_FILE, OpenedArtifact, check_options, target_of
 from rankfold.export.targets import TARGETS as TARGETS  # also looked for here
@@ -39,8 +40,6 @@ from rankfold.model.unpack import unwrapped
 
 for _target in (Dense(), Pairs(), TracedProgram("onnx"), TracedProgram("pt2")):
     register_target(_target)
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -162,5 +161,5 @@ def _opened(
     own = None if model is None else unwrapped(model)
     factorized = load(folder, model=copy.deepcopy(own))
     if dtype is not None:
-        factorized = factorized.to(DTYPES[dtype])
+        factorized = factorized.to(getattr(torch, dtype))
     return OpenedArtifact(folder, manifest, factorized, own, inputs)

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rankfold.errors import InputError, visible
+from rankfold.export.names import SUMMARIES
 from rankfold.export.targets import (
     OpenedArtifact,
     Written,
@@ -51,7 +52,7 @@ class Pairs:
     """The export target ``pairs``."""
 
     name = "pairs"
-    summary = "two stock layers for each factorized one"
+    summary = SUMMARIES["pairs"]
     options = ()
     files = "*.safetensors"
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
 from rankfold.errors import InputError
 from rankfold.export.example_inputs import BATCH, Given, example_inputs
+from rankfold.export.names import SUMMARIES, ProgramKind
 from rankfold.export.onnx import check_onnx, has_onnxruntime, run_onnx, write_onnx
 from rankfold.export.targets import OpenedArtifact, Option, Written
 from rankfold.export.torch_export import (
@@ -25,8 +26,6 @@ from rankfold.export.torch_export import (
 )
 from rankfold.integrations import transformers as hf
 
-ProgramKind: TypeAlias = Literal["onnx", "pt2"]
-PROGRAMS: tuple[ProgramKind, ...] = get_args(ProgramKind)
 # Largest difference of outputs, as a share of the largest one, that counts as equal: other
 # libraries sum in another order, and in half precision round after each step.
 EQUAL = 1e-4
@@ -75,7 +74,7 @@ class TracedProgram:
     @property
     def summary(self) -> str:
         """See ``Target``."""
-        return {"onnx": "for onnxruntime", "pt2": "a program of torch.export"}[self.name]
+        return SUMMARIES[self.name]
 
     @property
     def options(self) -> tuple[Option, ...]:

@@ -13,14 +13,11 @@ Both hold a rank-k matrix W':
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
-
 import torch
 from torch import Tensor
 
-Storage: TypeAlias = Literal["pair", "pivoted"]
-
-STORAGES: tuple[Storage, ...] = ("pair", "pivoted")
+from rankfold.forms.names import STORAGES as STORAGES
+from rankfold.forms.names import Storage as Storage
 
 
 def left_rows(out: int, rank: int, storage: Storage) -> int:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from rankfold.maths.linalg import inner, singular_directions, thin_svd, whitening
+from rankfold.maths.names import StepEstimator as StepEstimator
 from rankfold.maths.spectrum import (
     lossless_rank,
 )
-
-StepEstimator: TypeAlias = Literal["cross-validated", "denoised", "raw"]
 
 STEP_ESTIMATORS: tuple[StepEstimator, ...] = ("cross-validated", "denoised", "raw")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +13,10 @@ from rankfold.data.parts import FEWEST as FEWEST_OF_A_PART
 from rankfold.data.parts import Batch, Part
 from rankfold.errors import InputError
 from rankfold.model.evaluation_mode import evaluation_mode
+from rankfold.statistics.names import Curvature as Curvature
 from rankfold.tasks.evaluation import on_device, running
 from rankfold.tasks.losses import IGNORED, TEXT, BatchLoss, Task, labels_of
 from rankfold.tasks.supervised import next_labels
-
-Curvature: TypeAlias = Literal["empirical", "sampled"]
 
 # A model whose calibration loss is below this share of the loss of guessing (log K) has nearly
 # memorised its labels: their gradients say little about the curvature around the model.

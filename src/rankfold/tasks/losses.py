@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias, get_args
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +16,11 @@ from rankfold.data.parts import Batch
 from rankfold.errors import InputError
 from rankfold.model.layer_matrix import kept_dtype
 from rankfold.tasks.last_token import last_token_output, reads_last_token
+from rankfold.tasks.names import TASKS as TASKS
+from rankfold.tasks.names import TEXT as TEXT
+from rankfold.tasks.names import TaskName as TaskName
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
-
-TaskName: TypeAlias = Literal[
-    "causal-lm", "masked-lm", "classification", "token-classification", "seq2seq", "embedding",
-    "regression", "teacher",
-]  # fmt: skip
-TASKS: tuple[TaskName, ...] = get_args(TaskName)
-TEXT: tuple[TaskName, ...] = ("causal-lm", "masked-lm", "seq2seq")  # examples are pieces of text
 
 
 @dataclass(frozen=True)

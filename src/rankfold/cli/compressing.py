@@ -1,0 +1,128 @@
+"""What ``lossless`` and ``compact`` share: open, compress, save, print."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+from rankfold.artifact.save import try_saving
+from rankfold.cli.app import mention, say, tell
+from rankfold.cli.config import run_files
+from rankfold.cli.inputs import unchanged
+from rankfold.cli.kept import save_somewhere
+from rankfold.cli.named_paths import named_paths
+from rankfold.cli.open import (
+    DataOptions,
+    OpenedModel,
+    open_data,
+    open_examples,
+    open_model,
+    open_parts,
+)
+from rankfold.cli.options import Compressing
+from rankfold.cli.printed import print_json
+from rankfold.cli.tables import plain_console, print_result
+from rankfold.data.parts import Data
+from rankfold.errors import visible
+from rankfold.files.folder import owned_output
+from rankfold.integrations.vision import parse_named
+from rankfold.machine.device import check_device, unused_gpu
+from rankfold.machine.offload import Offload, advice
+from rankfold.machine.progress import TerminalProgress
+from rankfold.model.sizes import model_parameters
+from rankfold.result import Result
+from rankfold.search.study import limits_of
+from rankfold.settings import SettingKeywords
+
+
+def compress(
+    algorithm: Callable[..., Result],
+    model: str,
+    options: Compressing,
+    saved: Callable[[Result], bool] = lambda _: True,
+    size: float = 1,
+) -> Result:
+    """Open model and data, run the algorithm, save what it found and print it."""
+    folders = options.folders
+    out = folders.output(named_paths(model, folders.weights, *vars(options.parts).values()))
+    with owned_output(out), redirect_stdout(sys.stderr):
+        mention(f"opening {visible(model)}")
+        given = unchanged(
+            models=[model], weights=folders.weights, data=vars(options.parts).values()
+        )
+        opened, data, guard = _opened(model, options, out, size)
+        given.check_read()
+        result = algorithm(
+            opened.model,
+            data,
+            guard=guard,
+            progress=TerminalProgress(),
+            offload_folder=folders.offload_folder,
+            **cast("SettingKeywords", vars(options.settings)),
+        )
+        given.check()
+        if (trouble := result.document["data"]["history"]["trouble"]) is not None:
+            tell(f"warning: {trouble}")
+        keep = saved(result)
+        if keep:
+            save = partial(
+                result.save, tokenizer=opened.tokenizer, source=opened.source, texts=run_files()
+            )
+            save_somewhere(partial(save, overwrite=folders.overwrite), out)
+    if options.reading.json:
+        print_json({**result.report, "saved": str(out) if keep else None})
+        return result
+    console = plain_console(sys.stdout)
+    print_result(console, result.report, f"{model}: {result.report['algorithm']}")
+    if keep:
+        say(f"saved: {visible(out)}")
+    return result
+
+
+def _opened(
+    model: str, options: Compressing, out: Path, size: float
+) -> tuple[OpenedModel, Data, object]:
+    """Model, data, and examples of another kind, where a model of this size can be saved.
+
+    Raises:
+        InputError: Names what is wrong with one of them.
+    """
+    parts, settings = options.parts, options.settings
+    parts.check()
+    device = check_device(options.reading.device)
+    if (hint := unused_gpu(device)) is not None:
+        mention(hint)
+    opened = open_model(model, options.folders.weights)
+    try_saving(
+        out,
+        opened.model,
+        tokenizer=opened.tokenizer,
+        overwrite=options.folders.overwrite,
+        source=None if opened.source is None else parse_named(opened.source),
+        size=size,
+        reads=named_paths(model, options.folders.weights, *vars(parts).values()),
+    )
+    opened.model.to(device)
+    parameters, offload = model_parameters(opened.model), Offload(options.folders.offload_folder)
+    if device.type == "cpu" and (hint := advice(parameters, offload)) is not None:
+        mention(hint)
+    limits = (settings.limit, settings.selection_limit, settings.held_out_limit)
+    asked = zip(limits, DataOptions.own_windows, strict=True)
+    first, second, third = (limit or default for limit, default in asked)
+    reading = replace(
+        options.reading.data_options(settings.task, settings.seed),
+        own_windows=(first, second, third),
+        limits=limits_of(settings),
+    )
+    if parts.data is not None:
+        data = open_data(parts.data, opened, reading)
+    else:
+        named = (parts.calibration or "", parts.selection or "", parts.held_out or "")
+        data = open_parts(*named, opened, reading)
+    guard = None if parts.guard is None else open_examples(parts.guard, opened, reading)
+    return opened, data, guard
