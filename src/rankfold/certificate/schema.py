@@ -345,3 +345,20 @@ class DocumentFields(Fields):
     digest: Digest
     guard: StatedGuard | None = None
     report: dict[str, Digest] = msgspec.field(default_factory=dict)
+
+
+class SignedFile(Fields, forbid_unknown_fields=True):
+    """One file that is signed."""
+
+    bytes: Count
+    sha256: Digest
+
+
+class SignatureFields(Fields, forbid_unknown_fields=True):
+    """The whole of ``certificate.sig.json``."""
+
+    format_version: Rank
+    algorithm: Literal["Ed25519"]
+    key: Digest
+    files: dict[str, SignedFile]
+    signature: Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9+/]{86}==$")]
