@@ -15,10 +15,13 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+import rankfold
 from rankfold.certificate.document import JSON_FILE
 from rankfold.certificate.signature import PASSWORD, checked_signature, open_key, sign
 from rankfold.errors import InputError
 from rankfold.files.listed import SIGNATURE_FILE, unlisted
+from rankfold.verify import verify
+from tests.small_models import SmallCNN, image_data, trained_cnn
 
 PEM, PKCS8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
 SPKI = serialization.PublicFormat.SubjectPublicKeyInfo
@@ -231,3 +234,35 @@ def test_a_newer_signature_asks_for_a_newer_rankfold(folder: Path, keys: Path) -
     _edit_signature(folder, lambda d: d.update(format_version=2))
     with pytest.raises(InputError, match="Install a newer rankfold"):
         checked_signature(folder, keys / "own.pub.pem")
+
+
+def test_a_result_is_saved_signed_and_verified(keys: Path, tmp_path: Path) -> None:
+    made = rankfold.lossless(trained_cnn(), image_data(40), size=0.5)
+    data = image_data(40)
+    plain, signed = made.save(tmp_path / "plain"), tmp_path / "signed"
+    made.save(signed, sign=keys / "own.pem")
+    assert {one.name for one in signed.iterdir()} == {
+        SIGNATURE_FILE, *(one.name for one in plain.iterdir())
+    }  # fmt: skip
+    model = rankfold.load(signed, SmallCNN())
+
+    def outcome(key: Path | None, folder: Path = signed) -> tuple[bool, str | None, str]:
+        found = verify(folder, model, data.held_out, key=key)
+        one = next((c for c in found.checks if c.what == "signature"), None)
+        return found.holds, one and one.outcome, one.detail if one else ""
+
+    assert outcome(None) == (True, "not checked", "give the public key of whoever signed: key=")
+    assert outcome(None, plain) == (True, None, "")
+    assert outcome(keys / "own.pub.pem")[:2] == (True, "agrees")
+    assert outcome(keys / "own.pub.pem", plain)[1:] == (
+        "differs", "not signed: there is no certificate.sig.json"
+    )  # fmt: skip
+    (signed / "README.md").write_bytes((signed / "README.md").read_bytes() + b"more\n")
+    holds, came, detail = outcome(keys / "own.pub.pem")
+    assert (holds, came) == (False, "differs")
+    assert detail == "altered: README.md holds other bytes than were signed"
+    made.save(signed, overwrite=True)  # the signature is rankfold's own, and goes
+    assert not (signed / SIGNATURE_FILE).exists()
+    with pytest.raises(InputError, match="there is no such file"):
+        made.save(tmp_path / "never", sign=keys / "none.pem")
+    assert not (tmp_path / "never").exists()

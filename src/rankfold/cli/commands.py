@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from functools import partial
-from json import dumps
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, cast, get_args
 
 import typer
 
@@ -18,13 +16,13 @@ import rankfold
 from rankfold.artifact.manifest import read_report
 from rankfold.artifact.recorded import recorded_inputs
 from rankfold.artifact.save import try_saving
-from rankfold.certificate.document import read_document
 from rankfold.certificate.statement import DEFAULT_MARGIN, check_margin
-from rankfold.cli.app import DIFFERS, DONE, NOT_FOUND, app, as_options, command, say, tell
+from rankfold.cli.app import DONE, NOT_FOUND, app, command, say, tell
 from rankfold.cli.clean import clean as clean
 from rankfold.cli.demo import run_demo
 from rankfold.cli.export_inputs import open_inputs
 from rankfold.cli.inputs import unchanged
+from rankfold.cli.json_out import print_json
 from rankfold.cli.kept import save_somewhere
 from rankfold.cli.named_paths import named_paths
 from rankfold.cli.open import (
@@ -46,7 +44,6 @@ from rankfold.cli.options import (
     ModelArgument,
     OwnClass,
     Reading,
-    Weights,
     margin_option,
 )
 from rankfold.cli.recorded import as_recorded, check_read
@@ -62,12 +59,11 @@ from rankfold.cli.tables import (
 from rankfold.compress import compact as compact_model
 from rankfold.compress import lossless as lossless_model
 from rankfold.data.input_settings import settings_line
-from rankfold.data.parts import PARTS, Data
-from rankfold.errors import UNSEEN, InputError, visible
+from rankfold.data.parts import Data
+from rankfold.errors import InputError, visible
 from rankfold.export.export import DTYPES, TARGETS, Exported
 from rankfold.export.export import export as export_artifact
 from rankfold.export.traced import PROGRAMS
-from rankfold.files.digests import model_digest
 from rankfold.files.folder import owned_output
 from rankfold.files.reading import not_replaced, read_whole
 from rankfold.integrations.vision import parse_named
@@ -81,8 +77,6 @@ from rankfold.report.data_lines import source_lines
 from rankfold.result import Result
 from rankfold.search.study import limits_of
 from rankfold.settings import SettingKeywords, SizeOf, check_size
-from rankfold.verify import verification_lines
-from rankfold.verify import verify as verify_artifact
 
 LISTING_WIDTH = 160  # of tables with a line a layer, where the output is no terminal
 
@@ -170,6 +164,7 @@ def _compress(
 ) -> Result:
     """Open model and data, run the algorithm, save what it found and print it."""
     folders = options.folders
+    key = folders.key()
     out = folders.output(named_paths(model, folders.weights, *vars(options.parts).values()))
     with owned_output(out), redirect_stdout(sys.stderr):
         tell(f"opening {visible(model)}")
@@ -191,10 +186,10 @@ def _compress(
             tell(f"warning: {trouble}")
         keep = saved(result)
         if keep:
-            save = partial(result.save, tokenizer=opened.tokenizer, source=opened.source)
+            save = partial(result.save, tokenizer=opened.tokenizer, source=opened.source, sign=key)
             save_somewhere(partial(save, overwrite=folders.overwrite), out)
     if options.reading.json:
-        _print_json({**result.report, "saved": str(out) if keep else None})
+        print_json({**result.report, "saved": str(out) if keep else None})
         return result
     console = plain_console(sys.stdout)
     print_result(console, result.report, f"{model}: {result.report['algorithm']}")
@@ -279,70 +274,11 @@ def evaluate(
         )
         given.check()
     if options.json:
-        _print_json({"model": str(folder), "data": data, **found})
+        print_json({"model": str(folder), "data": data, **found})
     else:
         for line in evaluation_lines(found):
             say(line)
     return DONE
-
-
-@command
-def verify(
-    folder: FolderArgument,
-    *,
-    data: Annotated[str, typer.Option(help=DATA_HELP + " Holds the held-out examples.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="The original model, as of lossless, to compute its losses again too; a class of "
-            "your own is needed: file.py:function."
-        ),
-    ] = None,
-    weights: Weights = None,
-    guard: Annotated[
-        str | None,
-        typer.Option(help="Holds the examples of other kinds that --guard named."),
-    ] = None,
-    task: Annotated[str | None, setting_option("task")] = None,
-    batch_size: Annotated[int | None, setting_option("batch_size")] = None,
-    options: Reading,
-) -> int:
-    """Recompute an artifact's certificate from its weights and the held-out data."""
-    with redirect_stdout(sys.stderr), not_replaced(folder):
-        device = check_device(options.device)
-        # A class of the user's own is needed to open the artifact at all.
-        own = model if model is not None and gives_module(model) else None
-        if model is None and weights is not None:
-            raise InputError("--weights goes with --model; give both, or none of them.")
-        given = unchanged(artifact=folder, models=[model], weights=weights, data=[data, guard])
-        # Other weights than the certified ones are what it is to find and name.
-        opened = open_artifact(folder, own, as_saved=False)
-        original = None if model is None else open_model(model, weights, to_be_filled=True).model
-        if own is not None and weights is None and original is not None:
-            # Without its weights a function may give any: only certified ones are an original.
-            stated = read_document(folder)["models"].get("original")
-            original = original if model_digest(original) == stated else None
-        opened.model.to(device)
-        if original is not None:
-            original.to(device)
-        reading = as_recorded(folder, options.data_options(task), original=True)
-        found = verify_artifact(
-            folder,
-            opened.model,
-            open_examples(data, opened, reading, part=PARTS.index("held_out")),
-            original=original,
-            guard=None if guard is None else open_examples(guard, opened, reading),
-            batch_size=batch_size,
-            progress=TerminalProgress(),
-        )
-        given.check()
-    checks = tuple(replace(one, detail=as_options(one.detail)) for one in found.checks)
-    found = replace(found, checks=checks)
-    if options.json:
-        _print_json({"model": str(folder), "data": data, **found.as_dict()})
-    else:
-        verification_lines(found, say)
-    return DONE if found.holds else DIFFERS
 
 
 @command
@@ -357,7 +293,7 @@ def inspect(
     """What an artifact says of itself: sizes, losses, certificate, layers."""
     report = read_whole(folder, lambda: read_report(folder))
     if json:
-        _print_json(report)
+        print_json(report)
         return DONE
     console = plain_console(sys.stdout)
     if layer is not None:
@@ -428,7 +364,7 @@ def export(
             inputs=open_inputs(input_shape, inputs), dtype=dtype,
         )  # fmt: skip
     if json:
-        _print_json({**asdict(done), "folder": str(done.folder)})
+        print_json({**asdict(done), "folder": str(done.folder)})
     else:
         _print_exported(done, to, out)
     return DONE
@@ -482,14 +418,3 @@ def main() -> None:
         app()
     finally:
         ignore_from_here()
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    def escaped(found: re.Match[str]) -> str:
-        return found[0] if found[0] == "\n" else dumps(found[0])[1:-1]
-
-    # What a terminal would interpret stands within texts alone, but for the line feeds between.
-    text = dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
-    if not (sys.stdout.encoding or "ascii").lower().startswith("utf"):
-        text = dumps(value, indent=1, allow_nan=False)
-    typer.echo(UNSEEN.sub(escaped, text), file=sys.stdout)

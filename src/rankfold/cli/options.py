@@ -16,6 +16,7 @@ import typer
 from typer.models import OptionInfo
 
 from rankfold.artifact.manifest import MANIFEST_FILE
+from rankfold.certificate.signature import SigningKey, open_key
 from rankfold.cli.open import SELF, DataOptions
 from rankfold.cli.setting_options import chosen_settings, setting_parameters
 from rankfold.errors import InputError
@@ -254,6 +255,22 @@ class Folders:
         ),
     ] = None
     weights: Weights = None
+    sign: Annotated[
+        Path | None,
+        typer.Option(
+            help="Sign the result with this private Ed25519 key, a PEM file; rankfold verify --key "
+            "checks it.",
+            rich_help_panel="Certificate",
+        ),
+    ] = None
+
+    def key(self) -> SigningKey | None:
+        """The key that signs the result, opened before any work is done.
+
+        Raises:
+            InputError: It can't be used.
+        """
+        return None if self.sign is None else open_key(self.sign)
 
     def output(self, reads: Sequence[Path] = ()) -> Path:
         """The folder to write to, checked before any work is done.

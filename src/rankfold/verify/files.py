@@ -23,6 +23,7 @@ from rankfold.certificate.document import (
     document_digest,
     text_lines,
 )
+from rankfold.certificate.signature import checked_signature, is_signed
 from rankfold.errors import InputError
 from rankfold.files.digests import tensors_digest
 from rankfold.files.json_file import read_bytes
@@ -59,6 +60,20 @@ def file_checks(
     if manifest.get("config_digest") is not None or (folder / CONFIG_FILE).exists():
         checks.append(_config(folder, manifest))
     return [*checks, *_card(folder / CARD_FILE, manifest, document)]
+
+
+def signature_checks(folder: Path, key: str | Path | None) -> list[Check]:
+    """Whether the owner of a public key has signed the folder as it is.
+
+    Raises:
+        InputError: The key can't be used.
+    """
+    if key is None:
+        detail = "give the public key of whoever signed: key="
+        return [Check("signature", "not checked", detail)] if is_signed(folder) else []
+    found = checked_signature(folder, key)
+    said = f"{found.state}: {found.detail}"
+    return [Check("signature", outcome(found.holds), said)]
 
 
 def _text(file: Path, expected: str) -> Check:
