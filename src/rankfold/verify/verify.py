@@ -108,6 +108,9 @@ def verify(
     checks += more
     if before is None:
         return Verification((*checks, Check(FRESH, "not checked", GIVE_ORIGINAL)), None)
+    if not torch.equal(before.terms, after.terms):
+        checks.append(Check(FRESH, "differs", "the examples have other numbers of terms"))
+        return Verification(tuple(checks), None)
     values, more = _metric_values(afresh, model, stored)
     checks += more
     found, more = _guard(afresh, model, guard, collate, tolerance)
