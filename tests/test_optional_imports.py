@@ -17,6 +17,7 @@ OPTIONAL = (
     "onnx",
     "onnxscript",
     "onnxruntime",
+    "cryptography",
 )
 
 CORE = f"""

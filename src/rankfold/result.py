@@ -14,6 +14,7 @@ from rankfold.artifact.save import save_artifact
 from rankfold.certificate.certify import Certificate
 from rankfold.certificate.document import Document, files, make_document, with_report
 from rankfold.certificate.opened import Opened
+from rankfold.certificate.signature import SigningKey, open_key
 from rankfold.data.input_settings import InputSettings, joined
 from rankfold.errors import InputError
 from rankfold.integrations import transformers as hf
@@ -61,6 +62,7 @@ class Result:
         source: str | None = None,
         input_settings: InputSettings | None = None,
         texts: Mapping[str, str] | None = None,
+        sign: str | Path | SigningKey | None = None,
     ) -> Path:
         """Write the artifact; ``rankfold.load(folder)`` opens it.
 
@@ -73,11 +75,14 @@ class Result:
             input_settings: How you made the model's inputs, where rankfold didn't: the commands
                 then read data so.
             texts: Written beside, by file name.
+            sign: A private Ed25519 key that signs the folder: a PEM file, or what
+                ``rankfold.certificate.signature.open_key`` gives.
 
         Raises:
-            InputError: The folder can't be written, ``source`` makes another model, or
-                ``input_settings`` contradicts what rankfold has read.
+            InputError: The folder can't be written, ``source`` makes another model,
+                ``input_settings`` contradicts what rankfold has read, or the key can't be used.
         """
+        key = open_key(sign) if isinstance(sign, str | Path) else sign
         named = None if source is None else parse_named(source)
         if named is not None:
             self._check_made_by(named)
@@ -96,6 +101,7 @@ class Result:
             overwrite=overwrite,
             files={**(texts or {}), **files(document), CARD_FILE: self._card(named)},
             source=named,
+            key=key,
         )
 
     def _check_made_by(self, named: NamedModel) -> None:

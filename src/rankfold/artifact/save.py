@@ -23,6 +23,7 @@ from rankfold.artifact.manifest import (
     library_versions,
     structure,
 )
+from rankfold.certificate.signature import SigningKey, sign
 from rankfold.errors import InputError, path_of, visible
 from rankfold.files.digests import file_digest
 from rankfold.files.durable import synced_meanwhile
@@ -47,6 +48,7 @@ def save_artifact(
     overwrite: bool = False,
     files: Mapping[str, str] | None = None,
     source: NamedModel | None = None,
+    key: SigningKey | None = None,
 ) -> Path:
     """Write a factorized model; the folder appears complete or not at all.
 
@@ -58,6 +60,7 @@ def save_artifact(
         overwrite: Replace an artifact that stands there.
         files: Texts to write beside, by file name.
         source: What makes a model like the original, where a library does.
+        key: Signs the folder.
 
     Raises:
         InputError: The folder can't be written.
@@ -71,6 +74,8 @@ def save_artifact(
         with synced_meanwhile(draft / WEIGHTS_FILE):
             complete["digest"] = artifact_digest(complete, stored)
         _write(draft, model, complete, tokenizer, files or {})
+        if key is not None:
+            sign(draft, key)
     return target
 
 

@@ -16,6 +16,7 @@ from rankfold.certificate.schema import (
     PartFields,
     SettingFields,
     Share,
+    check_parts,
 )
 from rankfold.files.checked import Count, Fields, Number, Rank, Word
 
@@ -143,6 +144,12 @@ class RunFields(Fields):
     guard: GuardFields | None = None
     left_out: dict[str, Count | None] = msgspec.field(default_factory=dict)
     columns_left_out: list[str] = msgspec.field(default_factory=list)
+    selection: list[Any] = msgspec.field(default_factory=list)
+    files: list[str] = msgspec.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """The three parts are there."""
+        check_parts(self.data)
 
 
 class ReportFields(RunFields, kw_only=True):

@@ -5,6 +5,7 @@ Fields with a default are those that earlier versions did not write.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -147,6 +148,17 @@ class HistoryFields(Fields):
     trouble: str | None = None
 
 
+def check_parts(parts: Collection[str]) -> None:
+    """Refuse data without one of the three parts.
+
+    Raises:
+        ValueError: Names it.
+    """
+    for name in ("calibration", "selection", "held_out"):
+        if name not in parts:
+            raise ValueError(f"expected a part {name}")
+
+
 class DataFields(Fields):
     """The parts of the data and their held-out examples."""
 
@@ -159,9 +171,7 @@ class DataFields(Fields):
 
     def __post_init__(self) -> None:
         """The three parts are there."""
-        for name in ("calibration", "selection", "held_out"):
-            if name not in self.parts:
-                raise ValueError(f"expected a part {name} in parts")
+        check_parts(self.parts)
 
 
 class ModelsFields(Fields):
@@ -345,3 +355,20 @@ class DocumentFields(Fields):
     digest: Digest
     guard: StatedGuard | None = None
     report: dict[str, Digest] = msgspec.field(default_factory=dict)
+
+
+class SignedFile(Fields, forbid_unknown_fields=True):
+    """One file that is signed."""
+
+    bytes: Count
+    sha256: Digest
+
+
+class SignatureFields(Fields, forbid_unknown_fields=True):
+    """The whole of ``certificate.sig.json``."""
+
+    format_version: Rank
+    algorithm: Literal["Ed25519"]
+    key: Digest
+    files: dict[str, SignedFile]
+    signature: Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9+/]{86}==$")]

@@ -49,6 +49,7 @@ def compress(
 ) -> Result:
     """Open model and data, run the algorithm, save what it found and print it."""
     folders = options.folders
+    key = folders.key()
     out = folders.output(named_paths(model, folders.weights, *vars(options.parts).values()))
     with owned_output(out), redirect_stdout(sys.stderr):
         mention(f"opening {visible(model)}")
@@ -71,7 +72,11 @@ def compress(
         keep = saved(result)
         if keep:
             save = partial(
-                result.save, tokenizer=opened.tokenizer, source=opened.source, texts=run_files()
+                result.save,
+                tokenizer=opened.tokenizer,
+                source=opened.source,
+                texts=run_files(),
+                sign=key,
             )
             save_somewhere(partial(save, overwrite=folders.overwrite), out)
     if options.reading.json:

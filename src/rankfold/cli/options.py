@@ -23,6 +23,7 @@ from rankfold.files.folder import check_output
 from rankfold.settings import EVERYDAY, RESEARCH, Settings
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
+    from rankfold.certificate.signature import SigningKey
     from rankfold.cli.open import DataOptions
 
 SELF = "self"  # DATA that the language model writes itself; a file of this name is ./self
@@ -283,6 +284,24 @@ class Folders:
         ),
     ] = None
     weights: Weights = None
+    sign: Annotated[
+        Path | None,
+        typer.Option(
+            help="Sign the result with this private Ed25519 key, a PEM file; rankfold verify --key "
+            "checks it.",
+            rich_help_panel="Certificate",
+        ),
+    ] = None
+
+    def key(self) -> SigningKey | None:
+        """The key that signs the result, opened before any work is done.
+
+        Raises:
+            InputError: It can't be used.
+        """
+        from rankfold.certificate.signature import open_key
+
+        return None if self.sign is None else open_key(self.sign)
 
     def output(self, reads: Sequence[Path] = ()) -> Path:
         """The folder to write to, checked before any work is done.

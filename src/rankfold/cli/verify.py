@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -32,6 +33,10 @@ def verify(
         str | None,
         typer.Option(help="Holds the examples of other kinds that --guard named."),
     ] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(help="The public key of whoever signed it, a PEM file."),
+    ] = None,
     task: Annotated[str | None, setting_option("task")] = None,
     batch_size: Annotated[int | None, setting_option("batch_size")] = None,
     options: Reading,
@@ -41,8 +46,8 @@ def verify(
 
     with redirect_stdout(sys.stderr), not_replaced(folder):
         found = verified(
-            folder, data, options, model=model, weights=weights, guard=guard, task=task,
-            batch_size=batch_size,
+            folder, data, options, model=model, weights=weights, guard=guard, key=key,
+            task=task, batch_size=batch_size,
         )  # fmt: skip
     if options.json:
         print_json({"model": str(folder), "data": data, **found.as_dict()})

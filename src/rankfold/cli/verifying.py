@@ -29,6 +29,7 @@ def verified(
     model: str | None,
     weights: Path | None,
     guard: str | None,
+    key: Path | None,
     task: str | None,
     batch_size: int | None,
 ) -> Verification:
@@ -60,6 +61,7 @@ def verified(
         open_examples(data, opened, reading, part=PARTS.index("held_out")),
         original=original,
         guard=None if guard is None else open_examples(guard, opened, reading),
+        key=key,
         batch_size=batch_size,
         progress=TerminalProgress(),
     )

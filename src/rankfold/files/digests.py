@@ -13,10 +13,34 @@ from torch import Tensor, nn
 from rankfold.files.json_file import read_bytes
 from rankfold.model.sizes import stored_tensors
 
+CHUNK = 1 << 20  # bytes that are read at once
+
 
 def file_digest(file: Path) -> str:
-    """SHA-256 over the bytes of a file."""
-    return hashlib.sha256(read_bytes(file)).hexdigest()
+    """SHA-256 over the bytes of a file of limited size.
+
+    Raises:
+        InputError: It is too long, no file, or can't be read.
+    """
+    return digest_of_bytes(read_bytes(file))
+
+
+def stream_digest(file: Path) -> str:
+    """SHA-256 over the bytes of a file of any size, which is never whole in memory.
+
+    Raises:
+        OSError: It can't be read.
+    """
+    digest = hashlib.sha256()
+    with file.open("rb", buffering=0) as opened:
+        while chunk := opened.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def digest_of_bytes(content: bytes) -> str:
+    """SHA-256 over bytes."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:

@@ -17,6 +17,10 @@ from rankfold.files.json_file import read_json
 
 MARKS = ("rankfold.json", "export.json")  # of an artifact, of an export; each lists the files
 
+SIGNATURE_FILE, PAGE_FILE = "certificate.sig.json", "report.html"
+# What may be written into a folder once it is whole, so that its list can't have it.
+_LATER = (SIGNATURE_FILE, PAGE_FILE)
+
 # What rankfold wrote before its folders listed their files.
 _BEFORE = (
     *MARKS, "*.safetensors", "model.safetensors.index.json", "model.onnx", "model.onnx.data",
@@ -26,7 +30,7 @@ _BEFORE = (
     "chat_template.*", "additional_chat_templates/*.jinja", "*processor_config.json",
     "spm*.model", "*.spm", "vocab-*.json", "bpe.codes", "tekken.json", "entity_vocab.json",
     "*.tiktoken", "modules.json", "sentence_*_config.json", "config_sentence_transformers.json",
-    "[0-9]_*/*.json", "[0-9]_*/*.safetensors", "[0-9]_*/*.txt",
+    "[0-9]_*/*.json", "[0-9]_*/*.safetensors", "[0-9]_*/*.txt", *_LATER,
 )  # fmt: skip
 
 
@@ -78,7 +82,7 @@ def _listed(folder: Path) -> tuple[str, ...]:
                 told: Any = read_json(folder / mark)
                 names = told.get("files") if isinstance(told, dict) else None
                 if isinstance(names, list) and all(isinstance(name, str) for name in names):
-                    return (mark, *names)
+                    return (mark, *names, *_LATER)
     return _BEFORE
 
 

@@ -5,7 +5,6 @@ Digests of all of them are taken before anything is opened, and compared before 
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from rankfold.errors import InputError, listed, visible
+from rankfold.files.digests import stream_digest
 
-CHUNK = 1 << 20  # bytes
 Listing: TypeAlias = Callable[[], Iterable[Path]]
 
 
@@ -115,11 +114,7 @@ def _written(file: Path) -> tuple[int, int, int]:
 
 def _digest(file: Path) -> str:
     """SHA-256 of a file of any size; of one that can't be read, why."""
-    digest = hashlib.sha256()
     try:
-        with file.open("rb", buffering=0) as opened:
-            while chunk := opened.read(CHUNK):
-                digest.update(chunk)
+        return stream_digest(file)
     except OSError as error:
         return str(error)
-    return digest.hexdigest()

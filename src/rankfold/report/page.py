@@ -18,11 +18,11 @@ from markupsafe import Markup
 
 from rankfold.certificate.in_words import VERDICTS, about, guard_words, subject
 from rankfold.errors import visible
+from rankfold.files.listed import PAGE_FILE as PAGE_FILE
 from rankfold.report.data_lines import data_lines, source_lines
 from rankfold.report.figures import figures
 from rankfold.report.model_card import call_of, opening_lines
 
-PAGE_FILE = "report.html"
 _ASSETS = files("rankfold.report") / "assets"
 _SIZES = {
     "parameters": "parameters",

@@ -23,13 +23,17 @@ from rankfold.certificate.document import (
     document_digest,
     text_lines,
 )
-from rankfold.errors import InputError
+from rankfold.certificate.signature import checked_signature, is_signed
+from rankfold.errors import InputError, visible
 from rankfold.files.digests import tensors_digest
 from rankfold.files.json_file import read_bytes
+from rankfold.files.listed import PAGE_FILE, SIGNATURE_FILE, file_names
 from rankfold.integrations.vision import NamedModel
 from rankfold.report.model_card import CARD_FILE, model_card
+from rankfold.report.page import page
 from rankfold.verify.checks import NAMED, Check, found_in, outcome
 
+_WRITTEN = (MANIFEST_FILE, WEIGHTS_FILE, JSON_FILE, TEXT_FILE, CARD_FILE)  # of each artifact
 _BESIDE = ("digests", "texts", "statement", "evidence")  # of a guard, in the certificate alone
 
 
@@ -58,7 +62,22 @@ def file_checks(
         checks.append(Check("layers and weights", outcome(same), "" if same else detail))
     if manifest.get("config_digest") is not None or (folder / CONFIG_FILE).exists():
         checks.append(_config(folder, manifest))
+    checks += [*_listed(folder, manifest), *_page(folder / PAGE_FILE, manifest, document)]
     return [*checks, *_card(folder / CARD_FILE, manifest, document)]
+
+
+def signature_checks(folder: Path, key: str | Path | None) -> list[Check]:
+    """Whether the owner of a public key has signed the folder as it is.
+
+    Raises:
+        InputError: The key can't be used.
+    """
+    if key is None:
+        detail = "give the public key of whoever signed: key="
+        return [Check("signature", "not checked", detail)] if is_signed(folder) else []
+    found = checked_signature(folder, key)
+    said = f"{found.state}: {found.detail}"
+    return [Check("signature", outcome(found.holds), said)]
 
 
 def _text(file: Path, expected: str) -> Check:
@@ -81,6 +100,43 @@ def _config(folder: Path, manifest: Manifest) -> Check:
     if manifest.get("config_digest") is None:
         return Check(CONFIG_FILE, "not checked", f"{MANIFEST_FILE} has no digest of it")
     return Check(CONFIG_FILE, "agrees")
+
+
+def _listed(folder: Path, manifest: Manifest) -> list[Check]:
+    """Whether the folder holds the files that ``rankfold.json`` lists, and which others."""
+    what, stated = f"files that {MANIFEST_FILE} lists", manifest.get("files")
+    if stated is None and "files" not in manifest:
+        return [Check(what, "not checked", "earlier versions listed none")]
+    names = stated if isinstance(stated, list) else []
+    here = file_names(folder)
+    problems = [f"{visible(name)} is missing" for name in names if name not in here]
+    problems += [f"{name} is not listed" for name in _WRITTEN if name in here and name not in names]
+    if len({*map(str, names)}) != len(names):
+        problems.append("a name stands twice")
+    checks = [found_in(what, problems)]
+    if more := [
+        name for name in here if name not in (*names, *_WRITTEN, PAGE_FILE, SIGNATURE_FILE)
+    ]:
+        detail = f"rankfold did not write them with the rest: {', '.join(map(visible, more))}"
+        checks.append(Check("more files", "not checked", detail))
+    return checks
+
+
+def _page(file: Path, manifest: Manifest, document: Document) -> list[Check]:
+    """Whether the page, where there is one, is what both files make."""
+    if not file.is_file():
+        return []
+    what, written = f"page {file.name}", read_bytes(file)
+    try:
+        if page(manifest, document).encode() == written:
+            return [Check(what, "agrees")]
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        detail = f"it can't be made from {MANIFEST_FILE} again: {type(error).__name__} {error}"
+        return [Check(what, "differs", detail)]
+    detail = (
+        "it is not what this version makes of the folder: another one made it, or it was edited"
+    )
+    return [Check(what, "not checked", f"{detail}. Make it anew: rankfold report")]
 
 
 def _plan(manifest: Manifest, document: Document) -> Check:

@@ -13,11 +13,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankfold.artifact.manifest import MANIFEST_FILE, Manifest
+from rankfold.artifact.schema import LayerFields
 from rankfold.certificate.change import weighted_mean
 from rankfold.certificate.differences import EXACT
 from rankfold.certificate.document import JSON_FILE, Document, Evidence
 from rankfold.certificate.earlier_uses import recorded_before
 from rankfold.data.parts import FEWEST
+from rankfold.errors import visible
+from rankfold.files.checked import known_fields
 from rankfold.files.digests import json_digest
 from rankfold.files.tensors import METADATA, model_sizes, safetensors_bytes
 from rankfold.forms.layer import FactorizedLayer
@@ -26,17 +29,26 @@ from rankfold.verify.checks import Check, found_in
 
 FORMAT_FIELDS = ("format_version", "versions", "model", "digest", "config_digest", "files")
 LOOKS = 16  # times that the betting test looks whether it may stop
-# Only the run knows them: nothing in the folder, the data or the original gives them again.
-OF_THE_RUN = (
-    "target", "settings", "agreement", "allocation", "damping", "device", "curvature",
-    "calibration_loss", "step", "rounds", "refit", "selection", "sources", "input_settings",
-    "left_out", "not_factorized", "versions", "loss.predicted_change", "loss.control",
-    "layers (kind, flops, predictions, ranges)", "original.parameters, bytes and flops",
-)  # fmt: skip
-STATED_BEFORE = (
-    "statement (margin, confidence, test, range)", "data.parts of calibration and selection",
-    "data.look_alikes", "data.held_out_groups", "run.order", "run.settings", "run.versions",
-)  # fmt: skip
+# Only the run knows them: nothing in the folder, the data or the original gives them again. Each is
+# a place in a file, with all that stands under it; [] is any element of a list.
+NOT_TRACED = {
+    "rankfold": (
+        "algorithm", "target", "settings", "agreement", "allocation", "damping", "device",
+        "curvature", "calibration_loss", "step", "rounds", "refit", "selection", "sources",
+        "input_settings", "left_out", "not_factorized", "versions", "loss.predicted_change",
+        "loss.control", "loss.control_change", "loss.control_standard_error",
+        "loss.control_change_standard_error", "loss.unit", "certificate.margin",
+        "certificate.unit", "original", "layers[].kind", "layers[].flops",
+        "layers[].factorized_flops", "layers[].predicted_change", "layers[].predicted_by_rank",
+        "layers[].interaction_factor", "layers[].whole_grams", "layers[].grams_lack",
+        "layers[].harmless_range", "layers[].reason_dense", "model.class", "data",
+    ),
+    "certificate": (
+        "statement", "data.parts", "data.look_alikes", "data.held_out_groups", "run.order",
+        "run.settings", "run.versions", "run.task", "run.algorithm", "certificate.margin",
+        "certificate.unit", "models.class", "models.name",
+    ),
+}  # fmt: skip
 
 
 def report_checks(
@@ -54,8 +66,9 @@ def report_checks(
         Check(
             "what only the run knows",
             "not checked",
-            f"in {JSON_FILE}: {', '.join(STATED_BEFORE)}; in {MANIFEST_FILE}: "
-            f"{', '.join(OF_THE_RUN)}. A digest shows an edit only of who makes no new one",
+            f"in {JSON_FILE}: {', '.join(NOT_TRACED['certificate'])}; in {MANIFEST_FILE}: "
+            f"{', '.join(NOT_TRACED['rankfold'])}. A digest shows an edit only of who makes no "
+            "new one",
         ),
     ]
 
@@ -120,10 +133,14 @@ def _digests(manifest: Manifest, document: Document) -> Check:
 def _unknown(manifest: Manifest, document: Document) -> list[Check]:
     known = {*FORMAT_FIELDS, *document.get("report", {})}
     more = [name for name in manifest if name not in known]
+    of_layers = {*known_fields(LayerFields), "uses"}
+    inner = {name for layer in manifest["layers"] for name in layer if name not in of_layers}
+    more += [f"layers[].{name}" for name in sorted(inner)]
     if not more or "report" not in document:
         return []
     what = f"more fields of {MANIFEST_FILE}"
-    return [Check(what, "not checked", f"the certificate says nothing of {', '.join(more)}")]
+    shown = ", ".join(map(visible, more))
+    return [Check(what, "not checked", f"the certificate says nothing of {shown}")]
 
 
 def _shared(manifest: Manifest, document: Document) -> Iterator[str]:
@@ -252,6 +269,8 @@ def _statement(manifest: Manifest, document: Document) -> Iterator[str]:
     for name in ("confidence", "test"):
         if name in settings and settings[name] != stated[name]:
             yield f"{name}: {stated[name]!r} stated, {settings[name]!r} in run.settings"
+    if settings.get("private", False) != (document["evidence"] is None):
+        yield "the losses of single examples are there where run.settings says private, or not"
     accuracy = stated["metric_margins"].get("accuracy")
     if "accuracy_margin" in settings and settings["accuracy_margin"] != accuracy:
         yield f"accuracy's margin: {accuracy} stated, {settings['accuracy_margin']} in run.settings"

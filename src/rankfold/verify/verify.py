@@ -43,7 +43,7 @@ from rankfold.tasks.losses import TASKS
 from rankfold.tasks.recognise import recognise_task
 from rankfold.tasks.supervised import LossFunction
 from rankfold.verify.checks import NAMED, Check, Verification, outcome
-from rankfold.verify.files import file_checks
+from rankfold.verify.files import file_checks, signature_checks
 from rankfold.verify.report import loss_check, original_check, report_checks
 
 FLOAT32 = 1e-4  # relative to 1 + |loss|: another processor, number of threads or batch size
@@ -63,6 +63,7 @@ def verify(
     loss: LossFunction | None = None,
     metrics: Sequence[Metric] = (),
     collate: Collate | None = None,
+    key: str | Path | None = None,
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Verification:
@@ -77,18 +78,21 @@ def verify(
         loss: As it was given for the certificate, where it was.
         metrics: Likewise.
         collate: Likewise.
+        key: The public Ed25519 key of whoever signed the artifact, a PEM file.
         batch_size: Examples a batch.
         progress: Shows the stages.
 
     Raises:
-        InputError: The artifact has no certificate, or the data holds none of its examples.
+        InputError: The artifact has no certificate, the data holds none of its examples, or the key
+            can't be used.
     """
     check_functions(loss, metrics)
     path = path_of("the folder", folder)
     read_manifest(path)  # what is no artifact has no certificate either
     check_read_alike(path, data)
     document = read_document(path)
-    checks = _without_data(path, document, manifest := read_report(path), model, original)
+    checks = signature_checks(path, key)
+    checks += _without_data(path, document, manifest := read_report(path), model, original)
     part, more = _find(document, data, collate)
     checks += more
     if part is None:
@@ -104,6 +108,9 @@ def verify(
     checks += more
     if before is None:
         return Verification((*checks, Check(FRESH, "not checked", GIVE_ORIGINAL)), None)
+    if not torch.equal(before.terms, after.terms):
+        checks.append(Check(FRESH, "differs", "the examples have other numbers of terms"))
+        return Verification(tuple(checks), None)
     values, more = _metric_values(afresh, model, stored)
     checks += more
     found, more = _guard(afresh, model, guard, collate, tolerance)
