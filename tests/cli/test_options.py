@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from rankfold.cli import app
 from rankfold.cli.app import all_commands, as_options
-from rankfold.cli.options import PANELS, Reading
+from rankfold.cli.lazy import COMMANDS
+from rankfold.cli.options import OF_ALL, PANELS, Reading
 from rankfold.cli.setting_options import SET, chosen_settings, help_text, setting_parameters
 from rankfold.errors import InputError
 from rankfold.settings import RESEARCH, Option, Settings, setting_options
@@ -32,19 +34,79 @@ def written(one: Any) -> str:
     return ", ".join(f"`{name}`" for name in (*one.opts, *one.secondary_opts))
 
 
-def shown_help(command: str, width: int) -> str:
+def shown_help(command: str, width: int, option: str = "--help") -> str:
     environment = {"COLUMNS": str(width), "NO_COLOR": "1"}
-    done = CliRunner().invoke(app, [command, "--help"], env=environment)
+    done = CliRunner().invoke(app, [command, option], env=environment)
     assert done.exit_code == 0
     return done.stdout
 
 
+LINES = 40  # of a screen
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_fits_a_screen_and_help_all_has_the_rest(command: str) -> None:
+    short, whole = shown_help(command, 100), shown_help(command, 100, "--help-all")
+    assert len(short.splitlines()) <= LINES
+    assert "--quiet" in whole and "--quiet" not in short
+    for name, one in parameters(command).items():
+        option = f"{max(one.opts, key=len)} "
+        assert (option in short) == (one.rich_help_panel is None), name
+        assert (option in whole) == (not one.hidden), name
+    assert short == shown_help(command, 100)  # what is left out is hidden meanwhile alone
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_data_and_out_come_first(command: str) -> None:
+    names = [name for name, one in parameters(command).items() if not one.rich_help_panel]
+    first = [name for name in ("data", "out") if name in names]
+    assert names[: len(first)] == first
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_says_what_it_does(command: str) -> None:
+    for name, one in parameters(command).items():
+        if name == "help":
+            continue
+        assert one.help[0].isupper() or one.help.startswith(("bounded", "lossless")), name
+        assert one.help.rstrip()[-1] == ".", name
+        assert len(one.help.split()) >= 3, name
+        assert not re.search(r"[Ll]ikewise|Of that|[Aa]s for --", f"{one.help} {one.show_default}")
+
+
+WORDS = {  # what a shell completes, beside the choices of settings
+    ("lossless", "size_of"): ["model", "factorizable"],
+    ("lossless", "require"): ["lossless"],
+    ("export", "to"): ["dense", "pairs", "onnx", "pt2"],
+    ("export", "dtype"): ["float32", "float16", "bfloat16"],
+}
+WORDS |= {
+    (command, name): [*one.choices]
+    for command in COMPRESSING
+    for name, one in setting_options().items()
+    if one.choices
+}
+
+
+@pytest.mark.parametrize(("command", "name"), WORDS)
+def test_choices_complete(command: str, name: str) -> None:
+    words, one = WORDS[command, name], parameters(command)[name]
+    context = typer.Context(all_commands()[command])
+
+    def completed(begun: str) -> list[str]:
+        return [item.value for item in one.shell_complete(context, begun)]
+
+    assert completed("") == words
+    assert completed(words[-1][:3]) == [word for word in words if word.startswith(words[-1][:3])]
+    assert completed("?") == []
+
+
 @pytest.mark.parametrize("command", COMPRESSING)
-def test_at_most_ten_everyday_options(command: str) -> None:
+def test_few_options_are_everyday_ones(command: str) -> None:
     shown = shown_help(command, 100)
     everyday = shown.partition("─ Options ─")[2].partition("╰")[0]
     names = re.findall(r"^│[* ]+--([\w-]+)", everyday, re.MULTILINE)
-    assert 8 <= len(names) <= 10, names
+    assert 8 <= len(names) <= 12, names
     assert {"data", "out", "task", "limit", "include", "exclude", "device"} < {*names}
     assert ("size" if command == "lossless" else "margin") in names
 
@@ -52,15 +114,12 @@ def test_at_most_ten_everyday_options(command: str) -> None:
 @pytest.mark.parametrize("command", COMPRESSING)
 @pytest.mark.parametrize("width", [80, 120])
 def test_help_is_whole_at_every_width(command: str, width: int) -> None:
-    shown = shown_help(command, width)
+    shown = shown_help(command, width, "--help-all")
     assert "…" not in shown
     assert "ikewise" not in shown
     assert max(map(len, shown.splitlines())) <= width
     titles = re.findall(r"─ ([A-Z][\w ]+?) ─", shown)
     assert titles == ["Arguments", *PANELS[:-1]]
-    for name, one in parameters(command).items():
-        assert one.help, name
-        assert (f"--{name.replace('_', '-')} " in shown) != one.hidden
 
 
 @pytest.mark.parametrize("command", COMPRESSING)
@@ -199,8 +258,10 @@ def options_page() -> str:
     reading = {field.name for field in fields(Reading)}
     groups = [("`lossless` and `compact`, beside the settings", "lossless", shared)]
     groups += [(f"`{name}` alone", name, parameters(name).keys() - shared) for name in COMPRESSING]
-    others = ("evaluate", "verify", "inspect", "export", "demo")
-    groups += [(f"`{name}`", name, parameters(name).keys() - reading) for name in others]
+    others = [name for name in COMMANDS if name not in COMPRESSING]
+    of_all = {*OF_ALL, "help"} - {"config"}
+    groups += [(f"`{name}`", name, parameters(name).keys() - reading - of_all) for name in others]
+    groups = [group for group in groups if group[2]]
     for title, command, names in groups:
         lines += ["", f"## {title}", ""]
         if command in ("evaluate", "verify"):

@@ -22,7 +22,9 @@ def inspect(
     layer: Annotated[
         str | None, typer.Option(help="Print the predicted loss of this layer at its ranks.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print rankfold.json.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print rankfold.json as one JSON object.")
+    ] = False,
 ) -> int:
     """What an artifact says of itself: sizes, losses, certificate, layers."""
     from rankfold.artifact.manifest import read_report
