@@ -57,6 +57,7 @@ from rankfold.model.unsuitable import refuse_unsuitable
 from rankfold.tasks.evaluation import evaluate
 from rankfold.tasks.recognise import recognise_task
 from rankfold.tasks.repeated import refuse_random
+from rankfold.tasks.tokens_as_meant import check_tokens
 
 # A text is split in blocks of consecutive windows, about this many in all, so that few windows
 # have a neighbour in another part.
@@ -90,8 +91,8 @@ class DataOptions:
     Attributes:
         mean: Per channel, for images and arrays, or None.
         std: Likewise.
-        image_size: Side that images of a folder are resized and cropped to, or None. Where all
-            three are None the model's folder says how images are prepared, or timm, if one does.
+        image_size: Side that images of a folder are resized and cropped to, or None. What is None
+            is as the model's folder says, or timm, if one does.
         length: Tokens a window of text, or None for 512 or what the model takes.
         seed: Seeds the split.
         task: One of ``rankfold.tasks.TASKS``, or None to go by what the model is made for.
@@ -322,8 +323,11 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
     if kind == "npz":
         prepare_array = _pixels(opened, options).prepare
         known = label_ids(opened.model)
-        rows = read_npz(path, options.mean, options.std, prepare=prepare_array, label_ids=known)
-        shape, side = rows.account.inputs.shape, options.image_size
+        side = options.image_size
+        rows = read_npz(
+            path, options.mean, options.std, side, prepare=prepare_array, label_ids=known
+        )
+        shape = rows.account.inputs.shape
         if shape is not None and side is not None and shape[1:] != (side, side):
             raise InputError(
                 f"image_size= is {side}, and the images in {path} have {shape[1]} x {shape[2]} "
@@ -387,7 +391,9 @@ def _processor_folder(opened: OpenedModel) -> Path | None:
 
 def _pixels(opened: OpenedModel, options: DataOptions) -> Pixels:
     asked = Pixels(options.mean, options.std, options.image_size)
-    return pixels_of(asked, opened.model, _processor_folder(opened))
+    # As an artifact records it, whatever lies in its folder.
+    folder = None if options.recorded.prepared_by == "rankfold" else _processor_folder(opened)
+    return pixels_of(asked, opened.model, folder)
 
 
 def _kind(spec: str, options: DataOptions) -> Kind | None:
@@ -468,6 +474,7 @@ def evaluate_examples(
     left_out = {f"beyond the first {count} (limit=)": beyond} if beyond else {}
     part = as_part("evaluation", given.take(range(count), {**given.left_out, **left_out}))
     task = recognise_task(part, None, name, hint=hf.task_hint(opened.model))
+    check_tokens(opened.model, task, [part])
     refuse_random(opened.model, task, part)
     found = evaluate(opened.model, task, part, batch_size=batch_size, progress=progress)
     return {

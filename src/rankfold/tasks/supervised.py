@@ -43,7 +43,7 @@ class CausalLM:
     def batch_loss(self, model: nn.Module, batch: Batch) -> BatchLoss:
         """``batch`` is ``(n, length)`` token ids, or a mapping with ``input_ids``."""
         inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
-        labels = whole_labels(_tokens(batch, inputs.pop("labels", inputs.get("input_ids"))))
+        labels = whole_labels(tokens_of(batch, inputs.pop("labels", inputs.get("input_ids"))))
         mask = inputs.get("attention_mask")
         if mask is not None and mask.shape != labels.shape and "labels" not in batch:
             raise InputError(
@@ -70,7 +70,7 @@ def next_labels(labels: Tensor, mask: Tensor | None) -> Tensor:
     return labels[:, 1:].masked_fill(hidden[:, 1:] | hidden[:, :-1], IGNORED)
 
 
-def _tokens(batch: Batch, found: object) -> Tensor:
+def tokens_of(batch: Batch, found: object) -> Tensor:
     """What a batch gives to be predicted, a token after the other.
 
     Raises:
