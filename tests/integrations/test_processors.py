@@ -23,7 +23,8 @@ from transformers import (
     Wav2Vec2ForSequenceClassification,
 )
 
-from rankfold.cli.open import DataOptions, OpenedModel, open_examples, open_model
+from rankfold.cli.data_options import DataOptions
+from rankfold.cli.open import OpenedModel, open_examples, open_model
 from rankfold.errors import InputError
 from tests.command_line import rankfold
 

@@ -20,7 +20,8 @@ from PIL import Image
 from scipy.io import wavfile
 from torch import Tensor, nn
 
-from rankfold.cli.open import DataOptions, OpenedModel, open_examples, open_model
+from rankfold.cli.data_options import DataOptions
+from rankfold.cli.open import OpenedModel, open_examples, open_model
 from rankfold.data.parts import Part, as_part
 from rankfold.integrations.transformers import pooling_of, task_hint
 from rankfold.tasks import evaluation

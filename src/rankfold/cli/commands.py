@@ -22,13 +22,13 @@ from rankfold.certificate.document import read_document
 from rankfold.certificate.statement import DEFAULT_MARGIN, check_margin
 from rankfold.cli.app import DIFFERS, DONE, NOT_FOUND, app, as_options, command, say, tell
 from rankfold.cli.clean import clean as clean
+from rankfold.cli.data_options import DataOptions
 from rankfold.cli.demo import run_demo
 from rankfold.cli.export_inputs import open_inputs
 from rankfold.cli.inputs import unchanged
 from rankfold.cli.kept import save_somewhere
 from rankfold.cli.named_paths import named_paths
 from rankfold.cli.open import (
-    DataOptions,
     OpenedModel,
     evaluate_examples,
     gives_module,
@@ -243,7 +243,9 @@ def _opened(
     else:
         named = (parts.calibration or "", parts.selection or "", parts.held_out or "")
         data = open_parts(*named, opened, reading)
-    guard = None if parts.guard is None else open_examples(parts.guard, opened, reading)
+    guard = (
+        None if parts.guard is None else open_examples(parts.guard, opened, reading, beside=True)
+    )
     return opened, data, guard
 
 
@@ -331,7 +333,7 @@ def verify(
             opened.model,
             open_examples(data, opened, reading, part=PARTS.index("held_out")),
             original=original,
-            guard=None if guard is None else open_examples(guard, opened, reading),
+            guard=None if guard is None else open_examples(guard, opened, reading, beside=True),
             batch_size=batch_size,
             progress=TerminalProgress(),
         )

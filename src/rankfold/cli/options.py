@@ -16,7 +16,8 @@ import typer
 from typer.models import OptionInfo
 
 from rankfold.artifact.manifest import MANIFEST_FILE
-from rankfold.cli.open import SELF, DataOptions
+from rankfold.cli.data_options import DataOptions
+from rankfold.cli.open import SELF
 from rankfold.cli.setting_options import chosen_settings, setting_parameters
 from rankfold.errors import InputError
 from rankfold.files.folder import check_output

@@ -1,4 +1,4 @@
-"""Whether tokens are to a model what a task says: ids that it knows, masked padding, unseen ones."""
+"""Whether tokens are to a model what a task says: known ids, masked padding, none seen before."""
 
 from __future__ import annotations
 
