@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,6 +52,7 @@ from rankfold.integrations.lengths import default_length, most_tokens, only_leng
 from rankfold.integrations.model_inputs import known_inputs, label_ids
 from rankfold.integrations.pixels import Pixels, pixels_of
 from rankfold.integrations.processors import has_processor, sound_preparation
+from rankfold.integrations.tokenizer_files import has_tokenizer, unread_pieces
 from rankfold.integrations.vision import is_named, make_named, parse_named
 from rankfold.machine.progress import Progress, TerminalProgress
 from rankfold.model.unsuitable import refuse_unsuitable
@@ -123,8 +125,7 @@ def open_model(
                 f"{path} is a model that rankfold has factorized already; give the original."
             )
         model = hf.load_folder(path)
-        has_tokenizer = any(path.glob("tokenizer*")) or any(path.glob("vocab*"))
-        return OpenedModel(model, hf.load_tokenizer(path) if has_tokenizer else None, path)
+        return OpenedModel(model, _tokenizer(path), path)
     what = "is a file" if path.exists() else "does not exist"
     hub = not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", spec)
     raise InputError(
@@ -150,8 +151,13 @@ def open_artifact(folder: Path, spec: str | None, *, as_saved: bool = True) -> O
         raise InputError(f"no such folder: {folder}; expected the --out folder of an earlier run.")
     skeleton = _own_model(spec, None) if spec is not None else None
     model = load(folder, model=skeleton, as_saved=as_saved)
-    has_tokenizer = skeleton is None and any(folder.glob("tokenizer*"))
-    return OpenedModel(model, hf.load_tokenizer(folder) if has_tokenizer else None, folder)
+    return OpenedModel(model, None if skeleton is not None else _tokenizer(folder), folder)
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer; None without one, and where images may do without it."""
+    unread = unread_pieces(folder) is not None and has_processor(folder)
+    return hf.load_tokenizer(folder) if has_tokenizer(folder) and not unread else None
 
 
 def gives_module(spec: str) -> bool:
@@ -338,6 +344,7 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
     if kind == "records":
         return _records(path, opened, options, task)
     if opened.tokenizer is None:
+        _refuse_unread(opened)
         raise InputError(
             f"the data {spec} is text, but the model has no tokenizer; give a transformers folder "
             "with one, or the data as file.py:function."
@@ -380,7 +387,8 @@ def _kind(spec: str) -> Kind | None:
 
 
 def _records(file: Path, opened: OpenedModel, options: DataOptions, task: str | None) -> Examples:
-    found = record_examples(
+    read = partial(
+        record_examples,
         file,
         opened.tokenizer,
         _length(opened, options),
@@ -398,7 +406,18 @@ def _records(file: Path, opened: OpenedModel, options: DataOptions, task: str | 
         inputs=options.recorded,
         **known_inputs(opened.model, opened.tokenizer),
     )
+    try:
+        found = read()
+    except InputError:
+        _refuse_unread(opened)
+        raise
     return cast("Examples", told(found))
+
+
+def _refuse_unread(opened: OpenedModel) -> None:
+    """Say why a tokenizer that the model's folder has is not at hand."""
+    if opened.tokenizer is None and opened.folder is not None and has_tokenizer(opened.folder):
+        hf.load_tokenizer(opened.folder)
 
 
 def _length(opened: OpenedModel, options: DataOptions) -> int:
