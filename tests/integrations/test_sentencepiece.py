@@ -41,8 +41,8 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pieces")
     (folder / "text.txt").write_text("\n".join(TEXTS))
     trainer.train(
-        input=str(folder / "text.txt"), model_prefix=str(folder / "x"), vocab_size=40, hard_vocab_limit=False,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+        input=str(folder / "text.txt"), model_prefix=str(folder / "x"), vocab_size=40,
+        hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
     )  # fmt: skip
     return folder / "x.model"
 

@@ -70,7 +70,7 @@ def next_labels(labels: Tensor, mask: Tensor | None) -> Tensor:
     return labels[:, 1:].masked_fill(hidden[:, 1:] | hidden[:, :-1], IGNORED)
 
 
-def tokens_of(batch: Batch, found: object, task: TaskName = "causal-lm") -> Tensor:
+def tokens_of(batch: Batch, found: object, task: str = "causal-lm") -> Tensor:
     """What a batch gives to be predicted or read, a token after the other.
 
     Raises:

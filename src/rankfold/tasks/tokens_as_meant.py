@@ -20,10 +20,11 @@ from rankfold.tasks.supervised import CausalLM, UserLoss, next_labels, tokens_of
 
 IDS, MASK = "input_ids", "attention_mask"
 LOOKED_AT = 8  # examples that the model runs on
+OF_ENDS = 3  # so often does no text end, or begin: with these tokens it is padded
 
 
 class _Padding(NamedTuple):
-    """Tokens that texts are padded with: ``padding`` itself, and ``ends``, one of which is none."""
+    """Tokens that texts are padded with: ``padding`` itself, and several ``ends`` in a row."""
 
     padding: int | None
     ends: frozenset[int]
@@ -37,7 +38,7 @@ class _Padding(NamedTuple):
 
     def _counts(self, token: int, run: int) -> bool:
         if token in self.ends:
-            return run > 1
+            return run >= OF_ENDS
         return token == self.padding
 
 
