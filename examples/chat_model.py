@@ -17,8 +17,9 @@ from pydoc_data.topics import topics
 import torch
 
 import rankfold
+from rankfold.cli.data_options import DataOptions
 from rankfold.cli.demo import model_file
-from rankfold.cli.open import DataOptions, open_data, open_model
+from rankfold.cli.open import open_data, open_model
 
 LENGTH = 128  # tokens
 

@@ -22,7 +22,8 @@ from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import rankfold
-from rankfold.cli.open import DataOptions, OpenedModel, open_data
+from rankfold.cli.data_options import DataOptions
+from rankfold.cli.open import OpenedModel, open_data
 
 PAGES = ("compound", "formatstrings", "specialnames", "types")
 LENGTH = 48  # tokens

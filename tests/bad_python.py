@@ -337,6 +337,21 @@ DATA: dict[str, Row] = {
     "groups of a number": _call(
         lambda _, __: Data(GOOD, pairs(48, 1), pairs(48, 2), groups=cast("Any", 3)), "groups"
     ),
+    "overwrite in words": _call(
+        lambda _, f: export(f / "made", f / "out", to="dense", overwrite=cast("Any", "no")),
+        "overwrite is 'no'",
+        "True or False",
+    ),
+    "a norm of the batch": _model(
+        lambda: nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(GOOD[0][0].numel(), 8),
+            nn.BatchNorm1d(8, track_running_stats=False),
+            nn.Linear(8, 3),
+        ),
+        "BatchNorm1d",
+        "no running statistics",
+    ),
     "a collate that is none": _call(
         lambda m, _: lossless(
             m, Data(GOOD, pairs(48, 1), pairs(48, 2), collate=cast("Any", "stack")), size=0.5
@@ -344,7 +359,16 @@ DATA: dict[str, Row] = {
         "collate",
     ),
     "tokens of floats": _token_model(list(torch.rand(48, 8)), "float32", "token ids"),
-    "tokens out of range": _token_model([w + 40 for w in token_windows(48)], "can't run"),
+    "tokens out of range": _token_model(
+        [w + 40 for w in token_windows(48)], "the token id", "knows the ids 0 to 47"
+    ),
+    "tokens below 0": _token_model([w - 40 for w in token_windows(48)], "the token id -"),
+    "padding without a mask": _token_model(
+        [torch.cat([w[:8], torch.full((4,), 2)]) for w in token_windows(48)],
+        "seem to be padded",
+        "4 times the token",
+        "attention_mask",
+    ),
     "pairs for tokens": _token_model(GOOD, "float32", task="causal-lm"),
     "windows of one token": _token_model(token_windows(48, length=1), "label"),
     "all masked": _token_model(

@@ -26,7 +26,8 @@ from transformers import (
 
 import rankfold
 from rankfold import ArtifactError, InputError
-from rankfold.cli.open import DataOptions, open_data, open_model
+from rankfold.cli.data_options import DataOptions
+from rankfold.cli.open import open_data, open_model
 from rankfold.forms.low_rank.modules import LowRankLinear
 from rankfold.integrations.transformers import load_folder
 from tests.command_line import environment

@@ -299,6 +299,7 @@ def _models(folder: Path) -> None:
     (other("no tokenizer") / "tokenizer.json").unlink()
     (folder / "no tokenizer" / "tokenizer_config.json").unlink()
     (other("broken tokenizer") / "tokenizer.json").write_text("{")
+    (folder / "sheet.xlsx").write_bytes(b"PK of a spreadsheet")
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "base_model_name_or_path": "somebody/llama"})

@@ -124,6 +124,30 @@ SETTINGS: dict[str, Row] = {
         ["--std has the value -1", "std > 0"],
     ),
     "skip broken": ((*_lossless(), "--skip-broken"), ["--skip-broken", "data.npz is none"]),
+    "mean of records": (_labels("good.csv", "--mean", "0.5"), ["--mean has no part", "'text'"]),
+    "std of text": (_text("text.txt", "--std", "2"), ["--std has no part", "plain text"]),
+    "size of text": (_text("text.txt", "--image-size", "9"), ["--image-size has no part"]),
+    "size of a function's": (
+        _lossless("--data", "net.py:pairs", "--image-size", "8"),
+        ["--image-size has no part in net.py:pairs", "model's input already"],
+    ),
+    "length of arrays": (_lossless("--length", "8"), ["--length has no part", "read as arrays"]),
+    "text column of arrays": (
+        _lossless("--text-column", "t"),
+        ["--text-column has no part", "data.npz"],
+    ),
+    "tags column of labels": (
+        _labels("good.csv", "--tags-column", "label"),
+        ["--tags-column has no part", "'label'"],
+    ),
+    "target column of a classifier": (
+        _labels("good.csv", "--target-column", "label"),
+        ["--target-column has no part", "'label'"],
+    ),
+    "hidden words of a classifier": (
+        _labels("good.csv", "--task", "masked-lm"),
+        ["masked-lm", "made for classification"],
+    ),
     "length 0": (_text("text.txt", "--length", "0"), ["--length is 0"]),
     "length 1": (_text("text.txt", "--length", "1"), ["--length is 1"]),
     "length too long": (_text("text.txt", "--length", "999"), ["999", "64"]),
@@ -190,6 +214,7 @@ SOURCES: dict[str, Row] = {
     "utf-16 text": (_text("utf16.txt"), ["utf16.txt is UTF-16", "iconv"]),
     "binary text": (_text("binary.txt"), ["binary.txt is a binary file"]),
     "white text": (_text("white.txt"), ["white.txt"]),
+    "spreadsheet": (_labels("sheet.xlsx"), ["sheet.xlsx is a spreadsheet", ".csv"]),
     "json": (_text("one.json"), ["one.json is one JSON value", ".jsonl"]),
     "images of a text model": (_text("broken images"), ["broken images"]),
     "arrays of a text model": (_text("data.npz"), ["data.npz"]),

@@ -16,7 +16,8 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from rankfold.cli.open import DataOptions, OpenedModel, evaluate_examples, open_data, open_examples
+from rankfold.cli.data_options import DataOptions
+from rankfold.cli.open import OpenedModel, evaluate_examples, open_data, open_examples
 from rankfold.data.account import ReadExamples
 from rankfold.data.given import NOT_DRAWN, GivenExamples, as_examples
 from rankfold.data.parts import PARTS, Data, Limits, select_part, split

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import wave
 from pathlib import Path
 
@@ -185,3 +186,35 @@ def test_a_folder_of_other_files_is_named(tmp_path: Path) -> None:
         (tmp_path / name).write_text("x")
         with pytest.raises(InputError, match=rf"holds files of records or text: .*{name}"):
             source_kind(str(tmp_path))
+
+
+def test_classes_of_the_model_without_a_folder_are_told(tmp_path: Path) -> None:
+    for name in ("cat", "owl"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "0.png")
+    labels = {"ant": 0, "cat": 1, "dog": 2, "owl": 3}
+    notes = read_image_folder(tmp_path, label_ids=labels).account.notes
+    assert "no example of the model's class 0 'ant', 2 'dog'" in notes
+    whole = read_image_folder(tmp_path, label_ids={"cat": 0, "owl": 1}).account.notes
+    assert not [note for note in whole if "no example" in note]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("a.xlsx", "a spreadsheet (.xlsx). Save it as .csv"),
+        ("a.ods", "a spreadsheet"),
+        ("a.PDF", "a document (.PDF)"),
+        ("a.docx", "a document"),
+        ("a.jsonl.gz", "an archive (.gz). Unpack it"),
+        ("a.zip", "an archive"),
+        ("a.h5", "a file of tables or arrays"),
+        ("a.feather", "Save it as .parquet"),
+        ("a.png", "one image (.png). Give the folder"),
+        ("a.wav", "one sound"),
+    ],
+)
+def test_files_that_are_no_data_say_what_they_are(name: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"PK of some kind")
+    with pytest.raises(InputError, match=re.escape(f"{name} is ") + ".*" + re.escape(said)):
+        source_kind(str(tmp_path / name))

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from rankfold.cli.open import DataOptions, OpenedModel, open_examples, open_parts
+from rankfold.cli.data_options import DataOptions
+from rankfold.cli.open import OpenedModel, open_examples, open_parts
 from rankfold.data.labels import class_numbers, folded
 from rankfold.errors import InputError
 from rankfold.integrations.model_inputs import label_ids

@@ -21,7 +21,8 @@ from transformers import (
     NllbTokenizer,
 )
 
-from rankfold.cli.open import DataOptions, evaluate_examples, open_examples, open_model
+from rankfold.cli.data_options import DataOptions
+from rankfold.cli.open import evaluate_examples, open_examples, open_model
 from rankfold.data.account import ReadExamples
 from rankfold.data.parts import Data, as_part, select_part, split
 from rankfold.data.record_examples import record_examples

@@ -43,6 +43,24 @@ def _grey(values: np.ndarray) -> np.ndarray:
     return np.repeat(np.rint(values * 255).astype(np.uint8)[..., None], 3, -1)
 
 
+@pytest.mark.parametrize("most", [1, 255, 256, 4095])
+@pytest.mark.parametrize(
+    ("kind", "held"), [("PNG", np.uint16), ("TIFF", np.uint16), ("TIFF", np.int32)]
+)
+def test_wide_values_that_would_be_almost_black_are_refused(
+    most: int, kind: str, held: type
+) -> None:
+    image = Image.fromarray(np.rint(GREY * most).astype(held))
+    with pytest.raises(InputError, match=rf"values of 0 to {most} .*, and white is 65535"):
+        _read(image, kind)
+
+
+@pytest.mark.parametrize("most", [0, 4096])
+def test_black_pictures_and_dark_ones_are_read(most: int) -> None:
+    image = Image.fromarray(np.rint(GREY * most).astype(np.uint16))
+    assert _read(image, "PNG").max() == round(most / 65535 * 255)
+
+
 @pytest.mark.parametrize(
     ("make", "kind", "wanted"),
     [

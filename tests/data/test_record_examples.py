@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForTokenClassification
 
-from rankfold.cli.open import DataOptions, OpenedModel, open_data, open_examples
+from rankfold.cli.data_options import DataOptions
+from rankfold.cli.open import OpenedModel, open_data, open_examples
 from rankfold.data.record_examples import record_examples
 from rankfold.data.sources import assistant_spans, read_records
 from rankfold.data.text_examples import hidden_words

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import rankfold
-from rankfold.cli.open import DataOptions, OpenedModel, open_data, open_examples
+from rankfold.cli.data_options import DataOptions
+from rankfold.cli.open import OpenedModel, open_data, open_examples
 from rankfold.data.parts import Data
 from rankfold.data.sources import registry, source_kind
 from rankfold.errors import InputError

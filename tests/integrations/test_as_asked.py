@@ -333,3 +333,17 @@ def test_a_gguf_file_is_looked_at_likewise(tmp_path: Path) -> None:
     _write_gguf(tmp_path / "m.gguf", "", rows=290)
     with pytest.raises(InputError, match=r"\(290, 32\) in the file, \(300, 32\)"):
         load_gguf(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("model", "key", "value"),
+    [("classifier", "hidden_act", "foo"), ("tied", "hidden_act", "gelu_of_mine")],
+)
+def test_a_setting_that_transformers_does_not_know_is_named(
+    model: str, key: str, value: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(folders[model], folder := tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(InputError, match=rf"knows no '{value}', which is the {key} in config.json"):
+        load_folder(folder)

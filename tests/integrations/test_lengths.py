@@ -12,7 +12,8 @@ import transformers as hf
 from torch import nn
 
 from rankfold import InputError
-from rankfold.cli.open import DataOptions, OpenedModel, open_examples
+from rankfold.cli.data_options import DataOptions
+from rankfold.cli.open import OpenedModel, open_examples
 from rankfold.integrations.lengths import default_length, most_tokens, only_length
 from tests.small_models import mlp, seeded
 from tests.tiny_language_model import TEXT, tiny_tokenizer

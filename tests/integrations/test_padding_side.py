@@ -23,7 +23,8 @@ from transformers import (
     XLNetForSequenceClassification,
 )
 
-from rankfold.cli.open import DataOptions, OpenedModel, open_examples
+from rankfold.cli.data_options import DataOptions
+from rankfold.cli.open import OpenedModel, open_examples
 from rankfold.integrations.model_inputs import known_inputs
 from rankfold.integrations.padding_side import harmless_side
 from tests.small_models import flags, same_state, seeded, state

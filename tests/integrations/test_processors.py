@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 from PIL import Image
 from scipy.io import wavfile
 from transformers import (
@@ -22,7 +23,8 @@ from transformers import (
     Wav2Vec2ForSequenceClassification,
 )
 
-from rankfold.cli.open import DataOptions, OpenedModel, open_examples, open_model
+from rankfold.cli.data_options import DataOptions
+from rankfold.cli.open import OpenedModel, open_examples, open_model
 from rankfold.errors import InputError
 from tests.command_line import rankfold
 
@@ -90,10 +92,80 @@ def test_images_are_prepared_as_the_models_folder_says(vit: Path, tmp_path: Path
         assert found[place].keys() == {"pixel_values", "labels"}
         assert torch.equal(found[place]["pixel_values"], expected)
         assert int(found[place]["labels"]) == NUMBERS[name]
-    told = open_examples(str(images), opened, DataOptions(image_size=8, mean=[0.5]))
-    image, label = told[0]
-    assert image.shape == (3, 8, 8)
-    assert label == NUMBERS["cat"]
+
+
+# Of 20 x 30 pixels what each processor makes with another mean, std or size; its other settings.
+PROCESSORS = {
+    "ViTImageProcessor": {"size": {"height": 16, "width": 16}},
+    "ConvNextImageProcessor": {"size": {"shortest_edge": 16}, "crop_pct": 0.8},
+    "CLIPImageProcessor": {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}},
+    "DeiTImageProcessor": {
+        "size": {"height": 20, "width": 20}, "crop_size": {"height": 16, "width": 16}
+    },
+    "MobileNetV2ImageProcessor": {
+        "size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}
+    },
+    "SiglipImageProcessor": {"size": {"height": 16, "width": 16}, "do_normalize": False},
+}  # fmt: skip
+GIVEN = {"mean": [0.2, 0.3, 0.4], "std": [0.5, 0.6, 0.7], "image_size": 8}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("asked", [("mean",), ("std",), ("image_size",), (*GIVEN,)])
+def test_what_is_not_given_stays_the_processors(
+    name: str, asked: tuple[str, ...], vit: Path, tmp_path: Path
+) -> None:
+    own = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 0}
+    settings = {**own, **PROCESSORS[name]}
+    getattr(tf, name)(**settings).save_pretrained(vit)
+    normalised = settings.get("do_normalize", True)
+    expected = {**settings, "do_normalize": True}
+    if not normalised:
+        expected |= {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    if normalised is False and asked == ("image_size",):
+        expected["do_normalize"] = False
+    expected |= {f"image_{one}": GIVEN[one] for one in asked if one != "image_size"}
+    if "image_size" in asked:  # half of 16: so is what is resized to before
+        for edges in ("size", "crop_size"):
+            halves = {edge: side // 2 for edge, side in settings.get(edges, {}).items()}
+            expected |= {edges: halves} if halves else {}
+    images = _images(tmp_path / "images", count=2)
+    options = DataOptions(**{one: GIVEN[one] for one in asked})  # type: ignore[arg-type]
+    found = open_examples(str(images), open_model(str(vit)), options)
+    with Image.open(images / "cat" / "00.png") as image:
+        wanted = getattr(tf, name)(**expected)(images=image, return_tensors="pt")
+    assert torch.equal(found[0]["pixel_values"], wanted["pixel_values"][0])
+    recorded = found.account.inputs.as_dict()  # type: ignore[attr-defined]
+    assert recorded == {"prepared_by": "processor"} | {one: GIVEN[one] for one in asked}
+    notes = found.account.notes  # type: ignore[attr-defined]
+    assert notes[-1].endswith(f"as the model's folder says, but for {', '.join(asked)}")
+
+
+def test_what_a_processor_can_not_do_otherwise_is_refused(vit: Path, tmp_path: Path) -> None:
+    images = _images(tmp_path / "images", count=2)
+    tf.DetrImageProcessor().save_pretrained(vit)
+    with pytest.raises(InputError, match=r"image_size= has no part in DetrImageProcessor"):
+        open_examples(str(images), open_model(str(vit)), DataOptions(image_size=8))
+    tf.BitImageProcessor(size={"shortest_edge": 16}, do_center_crop=False).save_pretrained(vit)
+    with pytest.raises(InputError, match=r"image_size= is 8, .* of shape \(3, 8, 16\)"):
+        open_examples(str(images), open_model(str(vit)), DataOptions(image_size=8))
+
+
+def test_a_saved_model_is_read_with_what_was_given(vit: Path, tmp_path: Path) -> None:
+    images = _images(tmp_path / "images")
+    made = (
+        "lossless", vit, "--data", images, "--size", 0.9, "--mean", "0.2,0.3,0.4", "--effort",
+        "fast", "--out", "out", "--largest-change", 0.01,
+    )  # fmt: skip
+    assert "but for mean" in rankfold(*made, cwd=tmp_path).stderr
+    done = rankfold("verify", "out", "--data", images, "--model", vit, cwd=tmp_path)
+    assert "agrees with all that was checked" in done.stdout
+    for options, message in (
+        (("--mean", "0.5"), "--mean is 0.5"),
+        (("--std", "0.5"), "--std is 0.5"),
+    ):
+        done = rankfold("evaluate", "out", "--data", images, *options, cwd=tmp_path, expect=2)
+        assert message in done.stderr
 
 
 def test_images_of_an_array_are_prepared_too(vit: Path, tmp_path: Path) -> None:
@@ -114,7 +186,10 @@ def test_images_of_an_array_are_prepared_too(vit: Path, tmp_path: Path) -> None:
     inputs, _ = open_examples(str(tmp_path / "floats.npz"), opened, DataOptions())[0]
     assert torch.equal(inputs, torch.ones(3, 16, 16))
     told = open_examples(str(tmp_path / "data.npz"), opened, DataOptions(mean=[0.5]))
-    assert told[0][0].shape == (1, 20, 30)
+    expected = processor(
+        images=Image.fromarray(colours[0]), image_mean=[0.5] * 3, return_tensors="pt"
+    )
+    assert torch.equal(told[0]["pixel_values"], expected["pixel_values"][0])
 
 
 def test_images_are_prepared_as_timm_keeps_it_with_its_models(tmp_path: Path) -> None:
@@ -128,6 +203,8 @@ def test_images_are_prepared_as_timm_keeps_it_with_its_models(tmp_path: Path) ->
     for options in (
         DataOptions(),
         DataOptions(mean=[0.5, 0.4, 0.3], std=[0.2, 0.1, 0.2], image_size=8),
+        DataOptions(image_size=8),
+        DataOptions(std=[0.2, 0.1, 0.2]),
     ):
         image, label = open_examples(str(images), OpenedModel(model, None, None), options)[5]
         with Image.open(images / "owl" / "01.png") as opened:
@@ -185,8 +262,9 @@ def test_sounds_that_the_model_does_not_hear_are_refused(listener: Path, tmp_pat
 def test_a_processor_that_can_not_be_opened_is_named(vit: Path, tmp_path: Path) -> None:
     images, opened = _images(tmp_path / "images", count=2), open_model(str(vit))
     (vit / "preprocessor_config.json").write_text('{"image_processor_type": "No')
-    with pytest.raises(InputError, match=f"{re.escape(str(vit))} says how.*Give image_size="):
+    with pytest.raises(InputError, match=f"{re.escape(str(vit))} says how.*Repair the file"):
         open_examples(str(images), opened, DataOptions())
+    (vit / "preprocessor_config.json").unlink()
     image, _ = open_examples(str(images), opened, DataOptions(image_size=16))[0]
     assert image.shape == (3, 16, 16)
 

@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 
 import rankfold
 from rankfold.cli.commands import app
-from rankfold.cli.open import DataOptions, open_examples, open_model
+from rankfold.cli.data_options import DataOptions
+from rankfold.cli.open import open_examples, open_model
 from rankfold.errors import InputError
 from rankfold.integrations.sentence_folder import sentence_folder
 from rankfold.integrations.transformers import load_folder, pooling_of

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import rankfold
-from rankfold.cli.open import DataOptions, open_artifact, open_data, open_model
+from rankfold.cli.data_options import DataOptions
+from rankfold.cli.open import open_artifact, open_data, open_model
 from rankfold.errors import InputError
 from rankfold.integrations import transformers as hf
 from tests.tiny_language_model import TEXT, save_tiny_llama

@@ -8,6 +8,7 @@ processor on the same records.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,13 @@ from PIL import Image
 from scipy.io import wavfile
 from torch import Tensor, nn
 
-from rankfold.cli.open import DataOptions, OpenedModel, open_examples, open_model
+from rankfold.cli.data_options import DataOptions
+from rankfold.cli.open import OpenedModel, open_examples, open_model
 from rankfold.data.parts import Part, as_part
 from rankfold.integrations.transformers import pooling_of, task_hint
+from rankfold.model.find_layers import find_layers
+from rankfold.model.unpack import unpack
+from rankfold.statistics.recorder import collect_statistics
 from rankfold.tasks import evaluation
 from rankfold.tasks.recognise import recognise_task
 from tests.integrations.small_families import (
@@ -68,6 +73,39 @@ class Reached:
         evaluation.evaluate(model, loss, part)
         for hook in hooks:
             hook.remove()
+
+
+def _rows_by_name(calls: list[dict[str, Any]]) -> Counter[Any]:
+    """What each example of some calls is, by name, without what its mask hides."""
+    found: Counter[Any] = Counter()
+    for call in calls:
+        named = {key: value for key, value in call.items() if torch.is_tensor(value)}
+        mask = named.get("attention_mask")
+        for row in range(len(next(iter(named.values())))):
+            shown = {}
+            for key, value in named.items():
+                one = value[row]
+                hidden = mask is not None and value.shape == mask.shape
+                shown[key] = (one[mask[row] != 0] if hidden else one).tolist()
+            found[json.dumps(shown, sort_keys=True)] += 1
+    return found
+
+
+def _calibrated(opened: OpenedModel, part: Part, task: str | None) -> list[dict[str, Any]]:
+    """What the model is called with while its statistics are collected."""
+    model, calls = unpack(opened.model).model, []
+    hint = task_hint(opened.model)
+    loss = recognise_task(part, None, task, [model], hint, lambda: pooling_of(opened.model))
+
+    def called(_module: nn.Module, _given: Any, named: dict[str, Any]) -> None:
+        calls.append(dict(named))
+
+    hook = model.register_forward_pre_hook(called, with_kwargs=True)
+    curvature = None if loss.agreement else "empirical"
+    layers = find_layers(model)[0]
+    collect_statistics(model, loss, part, layers, curvature=curvature, shrinkage=False)
+    hook.remove()
+    return calls
 
 
 def _jsonl(folder: Path, **columns: Any) -> Path:
@@ -242,6 +280,8 @@ def test_texts_reach_the_model_as_in_training(
         if decoder is not None:
             _compare("decoder_input_ids", reached.decoded[place]["input_ids"], decoder)
     assert not waiting
+    calibrated = _calibrated(opened, as_part("calibration", found), task)
+    assert _rows_by_name(calibrated) == _rows_by_name(reached.calls)
 
 
 def _images(folder: Path) -> list[tuple[Any, int]]:

@@ -12,6 +12,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from rankfold.data.parts import as_part
 from rankfold.errors import InputError
 from rankfold.integrations.transformers import task_hint
+from rankfold.model.unpack import unpack
 from rankfold.tasks import agreement
 from rankfold.tasks.agreement import Embedding, Teacher, unit_embeddings
 from rankfold.tasks.evaluation import evaluate
@@ -95,7 +96,7 @@ def test_a_loss_that_is_given_is_used() -> None:
     task = recognise_task(part, lambda model, batch: model(batch).sum(1))
     assert isinstance(task, UserLoss)
     assert len(evaluate(mlp(), task, part).losses) == 3
-    with pytest.raises(InputError, match=r"teacher needs no labels\), or pass loss="):
+    with pytest.raises(InputError, match=r"teacher needs no labels\), or in Python pass loss="):
         recognise_task(part, None)
     with pytest.raises(InputError, match="both loss= and the task 'teacher'"):
         recognise_task(part, lambda model, batch: model(batch).sum(1), "teacher")
@@ -123,7 +124,7 @@ def test_a_model_without_logits_is_refused() -> None:
         def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
             return {"x": x}
 
-    with pytest.raises(InputError, match="Pass loss="):
+    with pytest.raises(InputError, match="In Python pass loss="):
         evaluate(Odd(), Classification(), pair_part(4))
 
 
@@ -292,3 +293,49 @@ def test_what_a_model_is_made_for() -> None:
         with torch.device("meta"):
             assert task_hint(getattr(hf, name)(config)) == expected, name
     assert set(TASKS) >= {"causal-lm", "teacher"}
+
+
+def test_pairs_of_ids_and_labels_are_scored_as_mappings_are() -> None:
+    sizes = {"vocab_size": 30, "num_labels": 4, "pad_token_id": 0}
+    wide = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    tagger = hf.BertForTokenClassification(
+        hf.BertConfig(**sizes, **wide, num_attention_heads=2)
+    ).eval()
+    writer = T5ForConditionalGeneration(
+        T5Config(vocab_size=30, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2,
+                 decoder_start_token_id=0)
+    ).eval()  # fmt: skip
+    ids, tags = torch.randint(3, 30, (5, 6)), torch.randint(0, 4, (5, 6))
+    for model, task in ((tagger, TokenLabels("token-classification")), (writer, Seq2Seq())):
+        pairs_of, named = (
+            task.batch_loss(model, batch).losses
+            for batch in ((ids, tags), {"input_ids": ids, "labels": tags})
+        )
+        assert torch.equal(pairs_of, named)
+    part = as_part(
+        "calibration", [(i.tolist(), t.tolist()) for i, t in zip(ids, tags, strict=True)]
+    )
+    assert (
+        recognise_task(part, None, None, (), "token-classification").name == "token-classification"
+    )
+    with pytest.raises(
+        InputError, match=r"task seq2seq needs token ids, and the data give \(float"
+    ):
+        Seq2Seq().batch_loss(writer, (torch.rand(2, 6), tags[:2]))
+
+
+@pytest.mark.parametrize("name", ["causal-lm", "masked-lm", "token-classification", "seq2seq"])
+@pytest.mark.parametrize("hint", ["classification", "regression"])
+def test_a_task_of_tokens_is_none_of_a_model_of_examples(name: str, hint: str) -> None:
+    with pytest.raises(InputError, match=f"task= is {name}, .* the model is made for {hint}"):
+        recognise_task(pair_part(4), None, name, hint=hint)
+
+
+def test_a_batch_norm_without_running_statistics_is_refused() -> None:
+    model = nn.Sequential(
+        nn.Linear(6, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 3)
+    )
+    with pytest.raises(InputError, match=r"layer 1 \(BatchNorm1d\) has no running statistics"):
+        unpack(model)
+    unpack(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.InstanceNorm1d(8)).eval())

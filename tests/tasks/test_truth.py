@@ -22,7 +22,8 @@ from pyarrow import parquet
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rankfold.cli.open import DataOptions, OpenedModel, evaluate_examples, open_examples
+from rankfold.cli.data_options import DataOptions
+from rankfold.cli.open import OpenedModel, evaluate_examples, open_examples
 from rankfold.machine.progress import SilentProgress
 from tests.small_models import seeded
 from tests.small_tokenizers import FAMILIES

@@ -22,7 +22,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import rankfold
-from rankfold.cli.open import DataOptions, OpenedModel, evaluate_examples, open_examples
+from rankfold.cli.data_options import DataOptions
+from rankfold.cli.open import OpenedModel, evaluate_examples, open_examples
 from rankfold.data.account import ReadExamples
 from rankfold.data.given import as_examples
 from rankfold.data.parts import as_part

@@ -13,11 +13,11 @@ from typing import cast
 from rankfold.artifact.save import try_saving
 from rankfold.cli.app import mention, say, tell
 from rankfold.cli.config import run_files
+from rankfold.cli.data_options import DataOptions
 from rankfold.cli.inputs import unchanged
 from rankfold.cli.kept import save_somewhere
 from rankfold.cli.named_paths import named_paths
 from rankfold.cli.open import (
-    DataOptions,
     OpenedModel,
     open_data,
     open_examples,
@@ -129,5 +129,7 @@ def _opened(
     else:
         named = (parts.calibration or "", parts.selection or "", parts.held_out or "")
         data = open_parts(*named, opened, reading)
-    guard = None if parts.guard is None else open_examples(parts.guard, opened, reading)
+    guard = (
+        None if parts.guard is None else open_examples(parts.guard, opened, reading, beside=True)
+    )
     return opened, data, guard

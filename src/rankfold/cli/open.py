@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,8 +14,10 @@ from rankfold.artifact.load import load
 from rankfold.artifact.manifest import MANIFEST_FILE
 from rankfold.artifact.weights_file import load_weights
 from rankfold.certificate.change import weighted_mean
+from rankfold.cli.data_options import DataOptions
 from rankfold.cli.options import SELF
 from rankfold.cli.told import told
+from rankfold.cli.unused import OWN, Source, refuse_unused
 from rankfold.data.account import WRITTEN, Account, ReadExamples, spread_of
 from rankfold.data.given import as_examples, up_to
 from rankfold.data.input_settings import InputSettings
@@ -26,7 +28,6 @@ from rankfold.data.parts import (
     USUAL_LIMITS,
     Data,
     Examples,
-    Limits,
     as_part,
     split,
 )
@@ -52,18 +53,18 @@ from rankfold.integrations.lengths import default_length, most_tokens, only_leng
 from rankfold.integrations.model_inputs import known_inputs, label_ids
 from rankfold.integrations.pixels import Pixels, pixels_of
 from rankfold.integrations.processors import has_processor, sound_preparation
+from rankfold.integrations.tokenizer_files import has_tokenizer, unread_pieces
 from rankfold.integrations.vision import is_named, make_named, parse_named
 from rankfold.machine.progress import Progress, TerminalProgress
 from rankfold.model.unsuitable import refuse_unsuitable
 from rankfold.tasks.evaluation import evaluate
-from rankfold.tasks.recognise import recognise_task
+from rankfold.tasks.recognise import recognise_task, refuse_multi_label
 from rankfold.tasks.repeated import refuse_random
+from rankfold.tasks.tokens_as_meant import check_tokens
 
 # A text is split in blocks of consecutive windows, about this many in all, so that few windows
 # have a neighbour in another part.
 TEXT_BLOCKS = 40
-FOLDERS = ("images", "sounds")  # kinds of source that are class folders of files
-OWN = ("python", "registered")  # kinds that a function of the user's reads
 
 
 @dataclass(frozen=True)
@@ -81,46 +82,6 @@ class OpenedModel:
     tokenizer: Any
     folder: Path | None
     source: str | None = None
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """How to read DATA.
-
-    Attributes:
-        mean: Per channel, for images and arrays, or None.
-        std: Likewise.
-        image_size: Side that images of a folder are resized and cropped to, or None. Where all
-            three are None the model's folder says how images are prepared, or timm, if one does.
-        length: Tokens a window of text, or None for 512 or what the model takes.
-        seed: Seeds the split.
-        task: One of ``rankfold.tasks.TASKS``, or None to go by what the model is made for.
-        text_column: Column of the text in records, None for ``text``.
-        label_column: Column of the label, None for ``label``.
-        target_column: Column of the target text, None for ``target``.
-        tokens_column: Column of the tokens of token classification, None for ``tokens``.
-        tags_column: Column of their labels, None for ``tags``.
-        own_windows: Windows that the model writes where DATA is ``self``, for each of the parts.
-        skip_broken: Leave out files of a folder that can't be read, and name them on stderr.
-        limits: Most examples of each part: a stream that is split is read no further than that.
-        recorded: What the artifact that is opened was made with.
-    """
-
-    mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
-    image_size: int | None = None
-    length: int | None = None
-    seed: int = 0
-    task: str | None = None
-    text_column: str | None = None
-    label_column: str | None = None
-    target_column: str | None = None
-    tokens_column: str | None = None
-    tags_column: str | None = None
-    own_windows: tuple[int, int, int] = (64, 16, 64)
-    skip_broken: bool = False
-    limits: Limits = USUAL_LIMITS
-    recorded: InputSettings = field(default_factory=InputSettings)
 
 
 def open_model(
@@ -164,8 +125,7 @@ def open_model(
                 f"{path} is a model that rankfold has factorized already; give the original."
             )
         model = hf.load_folder(path)
-        has_tokenizer = any(path.glob("tokenizer*")) or any(path.glob("vocab*"))
-        return OpenedModel(model, hf.load_tokenizer(path) if has_tokenizer else None, path)
+        return OpenedModel(model, _tokenizer(path), path)
     what = "is a file" if path.exists() else "does not exist"
     hub = not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", spec)
     raise InputError(
@@ -191,8 +151,13 @@ def open_artifact(folder: Path, spec: str | None, *, as_saved: bool = True) -> O
         raise InputError(f"no such folder: {folder}; expected the --out folder of an earlier run.")
     skeleton = _own_model(spec, None) if spec is not None else None
     model = load(folder, model=skeleton, as_saved=as_saved)
-    has_tokenizer = skeleton is None and any(folder.glob("tokenizer*"))
-    return OpenedModel(model, hf.load_tokenizer(folder) if has_tokenizer else None, folder)
+    return OpenedModel(model, None if skeleton is not None else _tokenizer(folder), folder)
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer; None without one, and where images may do without it."""
+    unread = unread_pieces(folder) is not None and has_processor(folder)
+    return hf.load_tokenizer(folder) if has_tokenizer(folder) and not unread else None
 
 
 def gives_module(spec: str) -> bool:
@@ -243,18 +208,19 @@ def open_data(spec: str, opened: OpenedModel, options: DataOptions) -> Data:
     Raises:
         InputError: Names what is wrong with it.
     """
-    kind = _kind(spec, options)
+    kind = _kind(spec)
     if kind is None:
-        first, second, third = (_own_text(opened, options, part) for part in range(len(PARTS)))
+        written = [_own_text(opened, options, part) for part in range(len(PARTS))]
+        refuse_unused(options, [Source(spec, kind, text) for text in written])
+        first, second, third = written
         return Data(first, second, third)
-    if kind != "text":
-        found = _own_data(spec) if kind in OWN else _examples(spec, kind, opened, options)
-        if isinstance(found, Data):
-            return found
+    found = _own_data(spec) if kind in OWN else _examples(spec, kind, opened, options)
+    refuse_unused(options, [Source(spec, kind, found)])
+    if isinstance(found, Data):
+        return found
+    if kind != "text" or not _reads_windows(opened, options):
         return split(found, options.seed, limits=options.limits)
-    windows = _examples(spec, kind, opened, options)
-    if not _reads_windows(opened, options):
-        return split(windows, options.seed, limits=options.limits)
+    windows = cast("Examples", found)
     block = max(1, len(windows) // TEXT_BLOCKS)
     needed = 3 * FEWEST
     if len(windows) < needed:
@@ -275,26 +241,43 @@ def open_parts(
     Raises:
         InputError: Names what is wrong with one.
     """
-    return Data(
-        calibration=open_examples(calibration, opened, options, 0),
-        selection=open_examples(selection, opened, options, 1),
-        held_out=open_examples(held_out, opened, options, 2),
-    )
+    specs = (calibration, selection, held_out)
+    read = [_read(spec, opened, options, part) for part, spec in enumerate(specs)]
+    refuse_unused(options, read)
+    first, second, third = (cast("Examples", source.examples) for source in read)
+    return Data(first, second, third)
 
 
-def open_examples(spec: str, opened: OpenedModel, options: DataOptions, part: int = 0) -> Examples:
+def open_examples(
+    spec: str, opened: OpenedModel, options: DataOptions, part: int = 0, *, beside: bool = False
+) -> Examples:
     """All examples of one source, for the calibration (0), selection (1) or held-out (2) part.
+
+    Args:
+        spec: DATA.
+        opened: The model.
+        options: How it is read.
+        part: Which part.
+        beside: Other data were read with these options, which need not all apply to these.
 
     Raises:
         InputError: Names what is wrong with it.
     """
-    kind = _kind(spec, options)
+    source = _read(spec, opened, options, part)
+    if not beside:
+        refuse_unused(options, [source])
+    return cast("Examples", source.examples)
+
+
+def _read(spec: str, opened: OpenedModel, options: DataOptions, part: int) -> Source:
+    kind = _kind(spec)
     if kind is None:
-        return _own_text(opened, options, part)
+        return Source(spec, kind, _own_text(opened, options, part))
     if kind in OWN:
         found = _own_data(spec)
-        return as_examples(getattr(found, PARTS[part]) if isinstance(found, Data) else found)
-    return _examples(spec, kind, opened, options)
+        own = as_examples(getattr(found, PARTS[part]) if isinstance(found, Data) else found)
+        return Source(spec, kind, own)
+    return Source(spec, kind, _examples(spec, kind, opened, options))
 
 
 def _own_data(spec: str) -> object:
@@ -317,13 +300,18 @@ def _own_text(opened: OpenedModel, options: DataOptions, part: int) -> Examples:
 
 def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) -> Examples:
     path = Path(spec)
-    task = options.task or hf.task_hint(opened.model)
+    hint = hf.task_hint(opened.model)
+    refuse_multi_label(hint, options.task)
+    task = options.task or hint
     labels_wanted = task not in ("teacher", "embedding")
     if kind == "npz":
         prepare_array = _pixels(opened, options).prepare
         known = label_ids(opened.model)
-        rows = read_npz(path, options.mean, options.std, prepare=prepare_array, label_ids=known)
-        shape, side = rows.account.inputs.shape, options.image_size
+        side = options.image_size
+        rows = read_npz(
+            path, options.mean, options.std, side, prepare=prepare_array, label_ids=known
+        )
+        shape = rows.account.inputs.shape
         if shape is not None and side is not None and shape[1:] != (side, side):
             raise InputError(
                 f"image_size= is {side}, and the images in {path} have {shape[1]} x {shape[2]} "
@@ -356,6 +344,7 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
     if kind == "records":
         return _records(path, opened, options, task)
     if opened.tokenizer is None:
+        _refuse_unread(opened)
         raise InputError(
             f"the data {spec} is text, but the model has no tokenizer; give a transformers folder "
             "with one, or the data as file.py:function."
@@ -387,28 +376,19 @@ def _processor_folder(opened: OpenedModel) -> Path | None:
 
 def _pixels(opened: OpenedModel, options: DataOptions) -> Pixels:
     asked = Pixels(options.mean, options.std, options.image_size)
-    return pixels_of(asked, opened.model, _processor_folder(opened))
+    # As an artifact records it, whatever lies in its folder.
+    folder = None if options.recorded.prepared_by == "rankfold" else _processor_folder(opened)
+    return pixels_of(asked, opened.model, folder)
 
 
-def _kind(spec: str, options: DataOptions) -> Kind | None:
+def _kind(spec: str) -> Kind | None:
     """The kind of source, None for ``self``; looked at once, since it may walk through a folder."""
-    kind = None if spec == SELF else source_kind(spec)
-    pixels = [name for name in ("mean", "std", "image_size") if getattr(options, name) is not None]
-    if pixels and kind in OWN and options.recorded == InputSettings():
-        raise InputError(
-            f"{pixels[0]}= has no part in {spec}: what a function gives is the model's input "
-            "already. Leave the option away and prepare the images there."
-        )
-    if options.skip_broken and kind not in FOLDERS:
-        raise InputError(
-            f"--skip-broken leaves out files of a folder of class folders; {spec} is none. Leave "
-            "the option away."
-        )
-    return kind
+    return None if spec == SELF else source_kind(spec)
 
 
 def _records(file: Path, opened: OpenedModel, options: DataOptions, task: str | None) -> Examples:
-    found = record_examples(
+    read = partial(
+        record_examples,
         file,
         opened.tokenizer,
         _length(opened, options),
@@ -426,7 +406,18 @@ def _records(file: Path, opened: OpenedModel, options: DataOptions, task: str | 
         inputs=options.recorded,
         **known_inputs(opened.model, opened.tokenizer),
     )
+    try:
+        found = read()
+    except InputError:
+        _refuse_unread(opened)
+        raise
     return cast("Examples", told(found))
+
+
+def _refuse_unread(opened: OpenedModel) -> None:
+    """Say why a tokenizer that the model's folder has is not at hand."""
+    if opened.tokenizer is None and opened.folder is not None and has_tokenizer(opened.folder):
+        hf.load_tokenizer(opened.folder)
 
 
 def _length(opened: OpenedModel, options: DataOptions) -> int:
@@ -468,6 +459,7 @@ def evaluate_examples(
     left_out = {f"beyond the first {count} (limit=)": beyond} if beyond else {}
     part = as_part("evaluation", given.take(range(count), {**given.left_out, **left_out}))
     task = recognise_task(part, None, name, hint=hf.task_hint(opened.model))
+    check_tokens(opened.model, task, [part])
     refuse_random(opened.model, task, part)
     found = evaluate(opened.model, task, part, batch_size=batch_size, progress=progress)
     return {

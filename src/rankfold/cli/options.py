@@ -24,7 +24,7 @@ from rankfold.settings import EVERYDAY, RESEARCH, Settings
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from rankfold.certificate.signature import SigningKey
-    from rankfold.cli.open import DataOptions
+    from rankfold.cli.data_options import DataOptions
 
 SELF = "self"  # DATA that the language model writes itself; a file of this name is ./self
 
@@ -177,8 +177,8 @@ class Reading:
     json: Json = False
 
     def data_options(self, task: str | None, seed: int = 0) -> DataOptions:
-        """The same for ``rankfold.cli.open``."""
-        from rankfold.cli.open import DataOptions
+        """The same for ``rankfold.cli.data_options``."""
+        from rankfold.cli.data_options import DataOptions
 
         return DataOptions(
             mean=_numbers("--mean", self.mean),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rankfold.artifact.manifest import read_manifest
 from rankfold.artifact.recorded import check_read_alike, recorded_inputs
-from rankfold.cli.open import DataOptions
+from rankfold.cli.data_options import DataOptions
 from rankfold.cli.told import check_classes
 from rankfold.data.input_settings import InputSettings, refuse_other, settings_line
 from rankfold.errors import InputError, visible
@@ -49,6 +49,7 @@ def as_recorded(folder: Path, options: DataOptions, *, original: bool = False) -
         seed=options.seed if recorded.seed is None else recorded.seed,
         task=_task(folder, options.task, original),
         recorded=recorded,
+        asked=options.given(),
     )
 
 

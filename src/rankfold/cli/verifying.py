@@ -60,7 +60,7 @@ def verified(
         opened.model,
         open_examples(data, opened, reading, part=PARTS.index("held_out")),
         original=original,
-        guard=None if guard is None else open_examples(guard, opened, reading),
+        guard=None if guard is None else open_examples(guard, opened, reading, beside=True),
         key=key,
         batch_size=batch_size,
         progress=TerminalProgress(),

@@ -73,6 +73,22 @@ class InputSettings:
             None if shape is None else tuple(shape),
         )
 
+    @classmethod
+    def of_processor(
+        cls,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+        size: int | None,
+    ) -> InputSettings:
+        """Of images that a processor prepares, but for what is given."""
+        values = cls.of_images(mean, std, size)
+        return replace(
+            values,
+            prepared_by="processor",
+            mean=None if mean is None else values.mean,
+            std=None if std is None else values.std,
+        )
+
     def decided(self) -> dict[str, Any]:
         """What was decided, by name."""
         found = {one.name: getattr(self, one.name) for one in fields(self)}
@@ -153,7 +169,11 @@ def refuse_other(recorded: InputSettings, found: InputSettings, folder: object) 
     Raises:
         InputError: Says what is recorded and what was found.
     """
-    pixels = [name for name in ("mean", "std", "image_size") if getattr(found, name) is not None]
+    pixels = [
+        name
+        for name in ("mean", "std", "image_size")
+        if getattr(found, name) is not None and getattr(recorded, name) is None
+    ]
     if recorded.prepared_by == "processor" and found.prepared_by is None and pixels:
         raise InputError(
             f"{pixels[0]}= is {shown(found, pixels[0])}, and images of the model in "

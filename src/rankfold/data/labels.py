@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rankfold.data.account import ClassCount
@@ -68,13 +68,23 @@ def class_numbers(
         ClassCount(_shown(text, own_names), number, names.get(number), counts[text])
         for text, number in sorted(numbers.items(), key=lambda item: (item[1], item[0]))
     ]
-    absent = sorted(set(known.values()) - set(numbers.values()))
-    notes = []
-    if absent:
-        listed = ", ".join(f"{n} {names[n]!r}" for n in absent[:NAMED])
-        more = f" and {len(absent) - NAMED} more" if len(absent) > NAMED else ""
-        notes = [f"no example of the model's class {listed}{more}"]
-    return Classes([numbers[text] for text in texts], told, notes)
+    return Classes([numbers[text] for text in texts], told, absent(numbers.values(), known))
+
+
+def absent(numbers: Iterable[int], known: Mapping[str, int]) -> list[str]:
+    """A note of the model's classes that none of the examples is of, or none.
+
+    Args:
+        numbers: Classes of examples.
+        known: The model's number of each of its classes' names.
+    """
+    names = {number: name for name, number in known.items()}
+    lacking = sorted(names.keys() - {*numbers})
+    if not lacking:
+        return []
+    listed = ", ".join(f"{n} {names[n]!r}" for n in lacking[:NAMED])
+    more = f" and {len(lacking) - NAMED} more" if len(lacking) > NAMED else ""
+    return [f"no example of the model's class {listed}{more}"]
 
 
 def class_named(name: str, known: Mapping[str, int]) -> int | None:

@@ -97,8 +97,8 @@ def _answer(reading: Reading, task: str | None) -> str | None:
     """What a model should say of each text: target or label; None where there are none to be."""
     tasks = {TARGET: ("seq2seq",), LABEL: ("classification", "regression")}
     for kind, own in tasks.items():
-        asked = task in own or reading.columns.get(kind) is not None
-        if asked or (task is None and kind in reading):
+        asked = reading.columns.get(kind) is not None
+        if task in own or (task is None and (asked or kind in reading)):
             return kind
     return None
 

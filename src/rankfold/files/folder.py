@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from rankfold.errors import InputError, listed, visible
+from rankfold.errors import InputError, check_flag, listed, visible
 from rankfold.files.durable import sync_tree
 from rankfold.files.listed import MARKS, unlisted
 from rankfold.files.owned import Owned, owned, real_path, stands
@@ -60,6 +60,7 @@ def check_output(folder: Path, overwrite: bool, mark: str, *, reads: Iterable[Pa
             rankfold's, is a file, a mount point, a link to nothing, the current folder or one that
             is read from, another run writes it, or nothing can be written where it shall stand.
     """
+    check_flag("overwrite", overwrite)
     _check_name(folder)
     with _naming(folder):
         _refuse_links_to_nothing(folder)

@@ -224,9 +224,23 @@ def opening(what: object) -> Iterator[None]:
         raise
     except Exception as error:  # damaged files make transformers fail in any way
         reason = visible(str(error)) or type(error).__name__
+        if isinstance(error, KeyError) and error.args:
+            reason = _unknown(what, error.args[0])
         if "trust_remote_code" in reason:
             reason = "it needs code of its own, and rankfold runs no code from a folder."
         raise InputError(f"transformers can't open {what}: {reason}") from error
+
+
+def _unknown(what: object, value: object) -> str:
+    """Why transformers stops at a value that it has nothing for, and which settings hold it."""
+    file = Path(str(what))
+    file = file / "config.json" if file.is_dir() else file
+    config = read_json(file) if file.suffix == ".json" and file.is_file() else {}
+    names = (
+        [key for key, held in config.items() if held == value] if isinstance(config, dict) else []
+    )
+    where = f", which is the {' and the '.join(names)} in {file.name}" if names else ""
+    return visible(f"it knows no {value!r}{where}. Correct it, or install a newer transformers.")
 
 
 def check_loaded(model: Any, found: dict[str, Any], where: object) -> None:

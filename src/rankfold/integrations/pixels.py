@@ -22,19 +22,18 @@ class Pixels(NamedTuple):
 
 
 def pixels_of(asked: Pixels, model: nn.Module, folder: Path | None) -> Pixels:
-    """As asked for, or as the model's folder says, or what timm keeps with its models.
+    """As the model's folder says, or as timm keeps it with its models, but for what is asked for.
 
     Args:
         asked: What a user asks for.
         model: The model.
         folder: Where it says how inputs are prepared, or None.
     """
-    if asked != Pixels():
-        return asked
+    mean, std, size, _ = asked
     if folder is not None:
-        return Pixels(prepare=image_preparation(folder))
+        return asked._replace(prepare=image_preparation(folder, mean, std, size))
     kept = getattr(model, "pretrained_cfg", None)
     if isinstance(kept, Mapping) and kept.get("mean") and kept.get("std"):
-        size = kept.get("input_size") or (DEFAULT_SIZE,)
-        return Pixels(kept["mean"], kept["std"], size[-1])
-    return Pixels()
+        side = (kept.get("input_size") or (DEFAULT_SIZE,))[-1]
+        return Pixels(mean or kept["mean"], std or kept["std"], size or side)
+    return asked

@@ -33,6 +33,7 @@ from rankfold.integrations.as_asked import (
 )
 from rankfold.integrations.other_folders import refuse_other_folders
 from rankfold.integrations.sentence_folder import SentenceFolder, sentence_folder
+from rankfold.integrations.tokenizer_files import refuse_unread_pieces
 from rankfold.machine.progress import Progress, SilentProgress
 from rankfold.model.evaluation_mode import evaluation_mode
 from rankfold.tasks.pooling import Pooling
@@ -185,9 +186,10 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a transformers folder.
 
     Raises:
-        InputError: The folder has none.
+        InputError: The folder has none, or a package is missing that reads it.
     """
     transformers = require("transformers", "transformers")
+    refuse_unread_pieces(folder)
     where = f"the tokenizer of {folder}, which text data needs"
     with opening(where), as_asked(where):
         return transformers.AutoTokenizer.from_pretrained(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from rankfold.errors import InputError, visible
@@ -23,6 +24,13 @@ def refuse_unsuitable(model: nn.Module) -> None:
             raise InputError(
                 f"{where} has an adapter beside its weight; expected a model without adapters. "
                 "Merge them first, with peft: model = model.merge_and_unload()."
+            )
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise InputError(
+                f"{where} has no running statistics (track_running_stats=False): it normalises "
+                "each batch by its own mean, and so what an example gives depends on the others in "
+                "its batch. Nothing can be said of single examples then. Expected a model trained "
+                "with running statistics, or with a norm of each example, such as GroupNorm."
             )
         if reason := _quantized(module):
             raise InputError(

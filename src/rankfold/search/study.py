@@ -56,6 +56,7 @@ from rankfold.tasks.losses import TEXT, Task
 from rankfold.tasks.recognise import recognise_task
 from rankfold.tasks.repeated import one_batch, refuse_random
 from rankfold.tasks.supervised import LossFunction
+from rankfold.tasks.tokens_as_meant import check_tokens, refuse_reading_ahead
 
 OWN_TEXT = "own_text"  # the part that the model writes itself, beside the user's calibration part
 
@@ -192,8 +193,10 @@ def open_inputs(
         pooling=lambda: pooling_of(unpacked.given),
     )  # fmt: skip
     parts = _choose_parts(data, task, settings)
+    check_tokens(model, task, [*parts.values()])
     seen = trace(model, task, parts["calibration"], unpacked.given)
     refuse_random(model, task, parts["calibration"])
+    refuse_reading_ahead(model, task, parts["calibration"])
     for part in parts.values():  # each may have a collate function of its own
         one_batch(part)
     _try_metrics(model, task, parts["calibration"].take([0]), metrics, settings)

@@ -75,8 +75,8 @@ def token_losses(logits: Tensor, labels: Tensor) -> BatchLoss:
     if logits.dim() != 3 or logits.shape[:2] != labels.shape:
         raise InputError(
             f"the model gave logits {tuple(logits.shape)} for labels {tuple(labels.shape)}; "
-            "expected logits (examples, tokens, classes) for labels (examples, tokens). Check "
-            "that the task is the model's."
+            "expected logits (examples, tokens, classes) for labels (examples, tokens): a model "
+            "that gives one row an example is of the task classification. Check the task."
         )
     labels = whole_labels(labels)
     kept = labels != IGNORED
@@ -165,7 +165,7 @@ def values_of(output: Any) -> Tensor:
                 return item
     raise InputError(
         f"the model returned {type(output).__name__}; expected a tensor or an object with one. "
-        "Pass loss=, a function of the model and a batch."
+        "In Python pass loss=, a function of the model and a batch."
     )
 
 
@@ -250,7 +250,7 @@ def logits_of(output: Any) -> Tensor:
     if not torch.is_tensor(logits):
         raise InputError(
             f"the model returned {type(output).__name__}; expected a tensor of logits or an object "
-            "with .logits. Pass loss=, a function of the model and a batch."
+            "with .logits. In Python pass loss=, a function of the model and a batch."
         )
     return logits
 
@@ -264,9 +264,9 @@ def check_classes(logits: Tensor) -> None:
     if logits.shape[-1] < 2:
         raise InputError(
             "the model gives one logit, and the cross-entropy of one class is always 0: it decides "
-            "between yes and no, or gives a value. Pass loss=, a function of the model and a batch "
-            "such as binary_cross_entropy_with_logits(..., reduction='none'), or name the task "
-            "regression, for the squared error."
+            "between yes and no, or gives a value. In Python pass loss=, a function of the model "
+            "and a batch such as binary_cross_entropy_with_logits(..., reduction='none'), or name "
+            "the task regression, for the squared error."
         )
 
 

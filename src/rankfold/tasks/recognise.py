@@ -38,6 +38,8 @@ from rankfold.tasks.supervised import (
 )
 
 MULTI_LABEL = "multi-label"  # what a model may be made for, and no task is of
+OF_EXAMPLES = ("classification", "regression")  # a label an example
+OF_TOKENS = ("causal-lm", "masked-lm", "token-classification", "seq2seq")  # one a token
 
 
 def recognise_task(
@@ -69,18 +71,24 @@ def recognise_task(
         near = difflib.get_close_matches(str(name), TASKS, 1)
         suggestion = f" Did you mean {near[0]}?" if near else ""
         raise InputError(
-            f"the task is {name!r}; expected one of {', '.join(TASKS)}.{suggestion} For another "
-            "one pass loss=, a function of the model and a batch."
+            f"the task is {name!r}; expected one of {', '.join(TASKS)}.{suggestion} Any "
+            "other loss is a function of the model and a batch, which Python takes as loss=."
         )
     batch = part.collate(part.examples[:1])
-    _refuse_multi_label(hint, name)
+    refuse_multi_label(hint, name)
+    if hint in OF_EXAMPLES and name in OF_TOKENS:
+        raise InputError(
+            f"task= is {name}, whose logits are those of each token, and the model is made for "
+            f"{hint}: it gives one row an example. Leave task= out, or give a model made for it."
+        )
     found = name or _recognised(batch, hint)
     if found is None:
         raise InputError(
             "the loss can't be recognised from the model and the data, whose examples are "
             f"{describe(batch)}: expected token ids, a mapping with input_ids, or (input, integer "
             f"label) pairs. Name the task, one of {', '.join(TASKS)} (teacher needs no labels), or "
-            "pass loss=, a function of the model and a batch that returns one loss per example."
+            "in Python pass loss=, a function of the model and a batch that returns one loss per "
+            "example."
         )
     if found in ("teacher", "embedding"):
         return _agreement(found, originals, batch, pooling)
@@ -114,13 +122,18 @@ def _agreement(
         return Embedding(originals, moved, pooling())
 
 
-def _refuse_multi_label(hint: str | None, name: str | None) -> None:
+def refuse_multi_label(hint: str | None, name: str | None) -> None:
+    """Refuse a classifier of several labels an example, where no task without labels is named.
+
+    Raises:
+        InputError: As said.
+    """
     if hint == MULTI_LABEL and name not in ("teacher", "embedding"):
         raise InputError(
             "the model's config says multi_label_classification: each label has a probability of "
-            "its own, and none of the tasks is of such. Pass loss=, a function of the model and a "
-            "batch such as binary_cross_entropy_with_logits(..., reduction='none').mean(1), or "
-            "name the task teacher, which needs no labels."
+            "its own, and none of the tasks is of such. In Python pass loss=, a function of the "
+            "model and a batch such as binary_cross_entropy_with_logits(..., "
+            "reduction='none').mean(1), or name the task teacher, which needs no labels."
         )
 
 
@@ -159,16 +172,17 @@ def _refuse_ambiguous(batch: Batch, labels: Tensor) -> None:
         if bool(((labels == 0) | (labels == 1)).all()):
             raise InputError(
                 f"the labels are 0s and 1s in floating point, {which}: probabilities of labels, or "
-                "values? For the squared error name the task regression; for labels pass loss=, a "
-                "function of the model and a batch such as binary_cross_entropy_with_logits(..., "
-                "reduction='none').mean(1)."
+                "values? For the squared error name the task regression; for labels in "
+                "Python pass loss=, a function of the model and a batch such as "
+                "binary_cross_entropy_with_logits(..., reduction='none').mean(1)."
             )
         shares = several and bool((labels >= 0).all() and (labels.sum(1) - 1).abs().max() < 1e-3)
         if shares:
             raise InputError(
                 "the labels of each example are 0 or more and add up to 1: shares of classes, or "
-                "values? For the squared error name the task regression; for shares pass loss=, a "
-                "function of the model and a batch such as cross_entropy(..., reduction='none')."
+                "values? For the squared error name the task regression; for shares in "
+                "Python pass loss=, a function of the model and a batch such as "
+                "cross_entropy(..., reduction='none')."
             )
     elif labels.dim() == 2 and isinstance(batch, Mapping) and "input_ids" in batch:
         ids = batch["input_ids"]

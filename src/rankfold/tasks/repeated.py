@@ -37,13 +37,13 @@ def refuse_random(model: nn.Module, task: Task, part: Part) -> None:
     looked_at = f"a batch of {len(examples)} examples of the {part.name.replace('_', '-')} part"
     whose = getattr(task, "what", None)
     with evaluation_mode(model), running(batch, what=looked_at, whose=whose):
-        first, *others = (_values(model, task, batch) for _ in range(RUNS))
-        rounding = _rounding(model)
-        second = next((one for one in others if not _same(first, one, rounding)), None)
+        first, *others = (values_of_batch(model, task, batch) for _ in range(RUNS))
+        rounding = rounding_of(model)
+        second = next((one for one in others if not alike(first, one, rounding)), None)
         if second is None:
             return
         name = _that_draws(model, batch, rounding)
-    if name is None and _same(first, second, rounding, rounding):
+    if name is None and alike(first, second, rounding, rounding):
         return  # losses near 0 are differences of large numbers
     raise InputError(_message(task, name))
 
@@ -74,7 +74,7 @@ def _digest(batch: Batch) -> str | None:
         return None
 
 
-def _values(model: nn.Module, task: Task, batch: Batch) -> list[Tensor]:
+def values_of_batch(model: nn.Module, task: Task, batch: Batch) -> list[Tensor]:
     """Losses and their numbers of terms; of a task of agreement, where they are 0, the outputs."""
     if task.agreement:
         return [*_tensors(output_of(model, without_labels(batch)))]
@@ -82,13 +82,13 @@ def _values(model: nn.Module, task: Task, batch: Batch) -> list[Tensor]:
     return [found.losses, found.terms]
 
 
-def _rounding(model: nn.Module) -> float:
+def rounding_of(model: nn.Module) -> float:
     """Of results of a model, relative to the largest of them."""
     types = {parameter.dtype for parameter in model.parameters()}
     return ROUNDING_HALF if types & {torch.float16, torch.bfloat16} else ROUNDING
 
 
-def _same(first: list[Tensor], second: list[Tensor], rounding: float, least: float = 0.0) -> bool:
+def alike(first: list[Tensor], second: list[Tensor], rounding: float, least: float = 0.0) -> bool:
     """Whether tensors are equal but for rounding, and for differences of ``least``."""
     if [tensor.shape for tensor in first] != [tensor.shape for tensor in second]:
         return False
@@ -132,8 +132,8 @@ def _that_draws(model: nn.Module, batch: Batch, rounding: float) -> str | None:
             passes.append([])
             output_of(model, without_labels(batch))
     for (name, given, made), (_, given_then, made_then) in zip(*passes, strict=False):
-        alike = _same(given, given_then, rounding)
-        if found is None and alike and not _same(made, made_then, rounding):
+        same_given = alike(given, given_then, rounding)
+        if found is None and same_given and not alike(made, made_then, rounding):
             found = name
     return found
 

@@ -43,7 +43,7 @@ class CausalLM:
     def batch_loss(self, model: nn.Module, batch: Batch) -> BatchLoss:
         """``batch`` is ``(n, length)`` token ids, or a mapping with ``input_ids``."""
         inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
-        labels = whole_labels(_tokens(batch, inputs.pop("labels", inputs.get("input_ids"))))
+        labels = whole_labels(tokens_of(batch, inputs.pop("labels", inputs.get("input_ids"))))
         mask = inputs.get("attention_mask")
         if mask is not None and mask.shape != labels.shape and "labels" not in batch:
             raise InputError(
@@ -70,8 +70,8 @@ def next_labels(labels: Tensor, mask: Tensor | None) -> Tensor:
     return labels[:, 1:].masked_fill(hidden[:, 1:] | hidden[:, :-1], IGNORED)
 
 
-def _tokens(batch: Batch, found: object) -> Tensor:
-    """What a batch gives to be predicted, a token after the other.
+def tokens_of(batch: Batch, found: object, task: str = "causal-lm") -> Tensor:
+    """What a batch gives to be predicted or read, a token after the other.
 
     Raises:
         InputError: It gives no tokens.
@@ -80,7 +80,7 @@ def _tokens(batch: Batch, found: object) -> Tensor:
     if torch.is_tensor(found) and (given or not found.is_floating_point()):
         return found
     raise InputError(
-        f"the task causal-lm needs token ids, and the data give {describe(batch)}; expected whole "
+        f"the task {task} needs token ids, and the data give {describe(batch)}; expected whole "
         "numbers (examples, tokens), or mappings with input_ids. Check the data, or name another "
         "task."
     )
@@ -97,9 +97,9 @@ class TokenLabels:
         self.name: str = name
 
     def batch_loss(self, model: nn.Module, batch: Batch) -> BatchLoss:
-        """``batch`` is a mapping with ``labels`` ``(n, length)``."""
+        """``batch`` is a mapping with ``labels`` ``(n, length)``, or ``(ids, labels)``."""
         inputs, labels = with_labels(self.name, batch, dimensions=2)
-        return token_losses(logits_of(call(model, inputs, wrapped=True)), labels)
+        return token_losses(logits_of(output_of(model, inputs)), labels)
 
 
 class Seq2Seq:
@@ -116,6 +116,8 @@ class Seq2Seq:
         """
         inputs, labels = with_labels(self.name, batch, dimensions=2)
         labels = whole_labels(labels)
+        if torch.is_tensor(inputs):
+            inputs = {"input_ids": tokens_of(batch, inputs, self.name)}
         if "decoder_input_ids" not in inputs:
             inputs = {**inputs, "labels": labels}
         return token_losses(logits_of(call(model, inputs, wrapped=True)), labels)

@@ -66,6 +66,7 @@ def read_npz(
     file: Path,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    size: int | None = None,
     *,
     prepare: ImagePreparation | None = None,
     label_ids: Mapping[str, int] | None = None,
@@ -77,6 +78,7 @@ def read_npz(
             ``(n, c, h, w)`` or of any other shape, taken as it is; ``y`` ``(n,)`` whole numbers.
         mean: Subtracted, per channel.
         std: Divided by, per channel.
+        size: Side of the squares that ``prepare`` makes, pixels, where it was asked for.
         prepare: What the model's own image processor makes of an image, where ``x`` is uint8.
         label_ids: The model's number of each label, or None (``labels.class_numbers``).
 
@@ -98,7 +100,7 @@ def read_npz(
     labels, account = _labels(file, y, label_ids)
     pictures = x.dtype == np.uint8 and (x.ndim == 3 or (x.ndim == 4 and x.shape[3] in (1, 3)))
     if prepare is not None and pictures:
-        account = replace(account, inputs=InputSettings("processor"))
+        account = replace(account, inputs=InputSettings.of_processor(mean, std, size))
         return PreparedImages(x, labels, prepare, account)
     inputs = _inputs(file, x)
     if mean is not None or std is not None:

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import Dataset
 
 from rankfold.data.account import Account, ClassCount
-from rankfold.data.labels import class_named
+from rankfold.data.labels import absent, class_named
 from rankfold.errors import InputError, note
 
 # What systems leave beside a user's files: archives of a Mac, thumbnails of a NAS, rubbish bins.
@@ -138,7 +138,10 @@ def class_files(
         for name, path, label in zip(names, inside, labels, strict=True)
     ]
     files: list[File] = [(file, by_folder[file.relative_to(folder).parts[0]]) for file in own]
-    return ClassFiles(files, replace(account, classes=told if labels_wanted else ()))
+    if labels_wanted:
+        notes = [*account.notes, *absent(labels, given or {})]
+        account = replace(account, classes=told, notes=notes)
+    return ClassFiles(files, account)
 
 
 def _check_classes(

@@ -73,7 +73,8 @@ def read_image_folder(
         mean: Subtracted, per channel (red, green, blue).
         std: Divided by, per channel.
         size: Side of the square, pixels.
-        prepare: In place of all that: what the model's own image processor makes of an image.
+        prepare: In place of all that: what the model's own image processor makes of an image,
+            with the mean, std and size that are given.
         label_ids: The model's number of each label: that of the folders' names, where it has them.
         labels_wanted: Without it files that don't stand in class folders have no class.
         skip_broken: Leave out images that can't be read; ``skipped`` of the result names them.
@@ -95,7 +96,10 @@ def read_image_folder(
 
     found = without_broken(files, read) if skip_broken else ClassFolder(*files, read)
     side = size or DEFAULT_SIZE
-    note = f"of each image the middle {side} x {side} pixels" if prepare is None else PREPARED
+    note = f"of each image the middle {side} x {side} pixels"
+    if prepare is not None:
+        given = [n for n in ("mean", "std", "image_size") if n in read_image.inputs.decided()]
+        note = PREPARED + f", but for {', '.join(given)}" * bool(given)
     notes = [*found.account.notes, note]
     found.account = replace(found.account, notes=notes, inputs=read_image.inputs)
     return found
@@ -130,7 +134,7 @@ def image_reader(
         return normalize_images(_square(image, side), means, stds)
 
     if prepare is not None:
-        return ImageReader(prepare, InputSettings("processor"))
+        return ImageReader(prepare, InputSettings.of_processor(mean, std, size))
     return ImageReader(squares, InputSettings.of_images(mean, std, side, (channels, side, side)))
 
 

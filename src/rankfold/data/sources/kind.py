@@ -18,6 +18,20 @@ from rankfold.errors import InputError
 Kind: TypeAlias = Literal["python", "registered", "npz", "images", "sounds", "records", "text"]
 
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".joblib")
+# Files that are often given, by their suffix: what they are, and what to do.
+OTHERS = {
+    (".xlsx", ".xls", ".xlsm", ".ods", ".numbers"): ("a spreadsheet", "Save it as .csv"),
+    (".docx", ".doc", ".odt", ".rtf", ".pdf", ".epub"): (
+        "a document", "Save its text as plain UTF-8 (.txt)"
+    ),
+    (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"): (
+        "an archive", "Unpack it"
+    ),
+    (".h5", ".hdf5", ".mat", ".feather", ".arrow", ".orc", ".avro", ".tfrecord", ".db", ".sqlite",
+     ".sqlite3", ".dta", ".sav", ".rds"): ("a file of tables or arrays", "Save it as .parquet"),
+    IMAGES: ("one image", "Give the folder with a folder of images for each class"),
+    SOUNDS: ("one sound", "Give the folder with a folder of sounds for each class"),
+}  # fmt: skip
 EXPECTED = (
     "expected a UTF-8 text file, a .jsonl, .csv, .tsv or .parquet, an .npz with x and y, a folder "
     "of class folders of images or wav files, a folder that datasets saved (save_to_disk), or "
@@ -49,6 +63,9 @@ def source_kind(spec: str) -> Kind:
         return "npz"
     if path.suffix.lower() in SUFFIXES:
         return "records"
+    for suffixes, (what, advice) in OTHERS.items():
+        if path.suffix.lower() in suffixes:
+            raise InputError(f"the data {spec} is {what} ({path.suffix}). {advice}.")
     with path.open("rb") as file:
         start = file.read(4096)
     if path.suffix.lower() in PICKLES:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from rankfold.errors import InputError, require
 
 WIDE = 65535  # white of 16 bits
+NARROW = 4095  # white of 12 bits: where nothing is brighter, 65535 is hardly meant to be white
 SAME_COLOUR = 3  # of 255: the largest difference of profiles that are both sRGB
 # Modes of Pillow by what an ICC profile for them calls their colours.
 PROFILED = {
@@ -83,6 +84,13 @@ def _shares(values: NDArray[Any], mode: str, what: str) -> NDArray[np.float64]:
         raise InputError(
             f"{what} holds values of {low:g} to {high:g} ({mode}); expected 0 to {most}, since "
             "nothing says which is white. Save it with 8 or 16 bits a channel."
+        )
+    if mode != "F" and 0 < high <= NARROW:
+        bits = 8 if high <= 255 else 12
+        raise InputError(
+            f"{what} holds values of {low:g} to {high:g} ({mode}), and white is {WIDE} there: it "
+            f"would be almost black. Its values seem to be of {bits} bits: multiply them by "
+            f"{WIDE / (2**bits - 1):.5g}, or save it with 8 bits a channel."
         )
     return values.astype(np.float64) / most
 
