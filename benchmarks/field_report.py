@@ -1,4 +1,4 @@
-"""docs/field.md, docs/results.md and figures, from the lines that the benchmark wrote alone."""
+"""docs/notebook/field.md and figures, from the lines that the benchmark wrote alone."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from benchmarks.methods import METHODS
 from benchmarks.speed import SpeedRow
 from rankfold.certificate.statement import DEFAULT_MARGIN
 
-DOCUMENTS = [DOCS / "field.md", DOCS / "results.md"]
+DOCUMENTS = [DOCS / "notebook" / "field.md"]
 
 OURS = "joint-pivoted"  # what a user gets who chooses nothing
 WITHOUT_STEP = "kronecker-pivoted"
 ONE_SIDED = 1.645  # quantile of the normal distribution at 95 %
 MARGIN = 0.05
+IN_INT8 = ("joint-int8", "joint-pair-int8")
 # The aim that the field was measured for: the most that ours should lose of what a peer does.
 AIMS = {"svd-llm": 0.25, "asvd": 0.25}
 AIM_OF_BEST = 0.5
@@ -133,7 +134,7 @@ def _lowest(rows: Sequence[Row], size: float, kinds: Sequence[str]) -> str | Non
     means = {
         method: mean(_changes(found))
         for method in _methods(rows)
-        if METHODS[method].kind in kinds and METHODS[method].sized and method != "joint-int8"
+        if METHODS[method].kind in kinds and METHODS[method].sized and method not in IN_INT8
         for found in [_at(rows, method, size)]
         if _complete(found)
     }

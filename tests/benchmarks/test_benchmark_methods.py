@@ -285,7 +285,7 @@ def test_every_method_makes_a_model_of_the_size(name: str, study: Study) -> None
     outside = sizes["parameters"] - study.factorizable
     if method.sized:
         assert made.parameters - outside <= 0.6 * study.factorizable
-    if method.kind != "outside" and name != "joint-int8":
+    if method.kind != "outside" and name not in ("joint-int8", "joint-pair-int8"):
         assert made.bytes == model_sizes(made.model)["bytes"]
     assert torch.isfinite(made.model(torch.randn(2, 1, 6, 6))).all()
     for key, value in study.collected.model.state_dict().items():
