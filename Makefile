@@ -66,7 +66,7 @@ lint: $(VENV)/.installed-dev
 
 # A warning is an error: a page that is in no menu, a link or an anchor that leads nowhere.
 docs: $(VENV)/.installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 docs-run: $(VENV)/.installed-dev
 	RANKFOLD_DOCS_LONG=1 $(BIN)/python -m pytest tests/docs --timeout 3600

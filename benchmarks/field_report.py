@@ -57,7 +57,7 @@ def all_tables(
     tables |= {f"weights {name}": weights_table(mine) for name, mine in _by_model(rows)}
     tables |= {"smallest": smallest_table(rows), "losses": losses_table(rows)}
     tables |= {"shares": shares_table(rows)}
-    tables |= {"certified": certified_table(rows), "overview": overview_table(rows)}
+    tables |= {"certified": certified_table(rows)}
     tables |= {"speed": speed_table(speed), "memory": memory_table(memory)}
     return tables | {"forward": forward_table(speed)}
 
@@ -240,23 +240,6 @@ def _tested(row: Row) -> bool:
 
 def _upper(row: Row) -> float:
     return (row.change or 0.0) + ONE_SIDED * (row.standard_error or 0.0)
-
-
-def overview_table(rows: Sequence[Row]) -> str:
-    """For each model and size: ours with and without the step, and what to hold it against."""
-    against = ("control", "svd-llm", "wanda", "int8")
-    lines = []
-    for name, mine in _by_model(rows):
-        for size in _sizes(mine):
-            if not _complete(_at(mine, OURS, size)):
-                continue
-            peer = _lowest(mine, size, ("peer",))
-            best = "" if peer is None else f"{METHODS[peer].label}: {_cell(_at(mine, peer, size))}"
-            cells = [_cell(_at(mine, method, size)) for method in (OURS, WITHOUT_STEP, *against)]
-            lines.append([name, f"{size:g}", *cells[:2], best, *cells[2:]])
-    columns = ["model", "size", "rankfold", "rankfold, no step", "best low-rank peer"]
-    columns += ["control (dense, same step)", *(METHODS[method].label for method in against[1:])]
-    return markdown(columns, lines)
 
 
 def losses_table(rows: Sequence[Row]) -> str:
