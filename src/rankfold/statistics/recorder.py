@@ -165,7 +165,7 @@ def _compare_halves(of_layers: Mapping[str, Sums], progress: Progress) -> None:
     """Judge the Grams of the first half by those of the second.
 
     The damping found is kept as it is, although all examples together lack less than a half of
-    them: halved it is worse (docs/notebook/damping.md).
+    them: halved it is worse (docs/theory.md, 1).
     """
 
     def compare(sums: Sums) -> None:
