@@ -29,13 +29,13 @@ VISION_TORCH ?= torch==2.14.1 torchvision==0.29.1
 
 help:
 	@echo 'make demo    install into .venv, then compress and certify a small language model'
+	@echo 'make docs    the documentation as a site, in site/'
+	@echo 'make docs-run  the blocks of the documentation that take minutes'
 	@echo 'make test    lint, types, import layers and tests: what CI runs'
 	@echo 'make test-processors  the tests as on older processors, with one thread and with two'
 	@echo 'make test-vision  timm and torchvision models, in .venv-vision with another torch'
 	@echo 'make lint    the same without the tests'
 	@echo 'make format  format, and fix what ruff can fix'
-	@echo 'make docs    the documentation as a site, in site/'
-	@echo 'make docs-run  the blocks of the documentation that take minutes'
 	@echo 'make clean   remove .venv, .venv-vision, caches and build outputs'
 
 demo: $(VENV)/.installed
@@ -78,8 +78,8 @@ format: $(VENV)/.installed-dev
 
 clean:
 	rm -rf $(VENV) $(VISION) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	rm -rf site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf site
 
 # A stamp is written after its step succeeded, so a step that failed or was interrupted runs again.
 $(VENV)/.created:
