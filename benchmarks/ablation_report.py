@@ -1,4 +1,4 @@
-"""docs/ablation.md's tables and the ablation's figures, from its lines and nothing else."""
+"""The tables of docs/notebook/ablation.md and its figures, from its lines and nothing else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.documents import DOCS, markdown, seconds, spread
 from benchmarks.figures import BLUE, GREEN, PURPLE, RED
 from rankfold.certificate.statement import DEFAULT_MARGIN
 
-DOCUMENT = DOCS / "ablation.md"
+DOCUMENT = DOCS / "notebook" / "ablation.md"
 BEYOND = 0.4  # nats: larger changes are written at the figure's edge
 # By whether a step is taken: the variants whose calibration has more and more own text.
 OWN_TEXT_CURVES = {

@@ -1,4 +1,4 @@
-"""docs/field.md, docs/results.md and figures, from the lines that the benchmark wrote alone."""
+"""docs/notebook/field.md and figures, from the lines that the benchmark wrote alone."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from benchmarks.methods import METHODS
 from benchmarks.speed import SpeedRow
 from rankfold.certificate.statement import DEFAULT_MARGIN
 
-DOCUMENTS = [DOCS / "field.md", DOCS / "results.md"]
+DOCUMENTS = [DOCS / "notebook" / "field.md"]
 
 OURS = "joint-pivoted"  # what a user gets who chooses nothing
 WITHOUT_STEP = "kronecker-pivoted"
 ONE_SIDED = 1.645  # quantile of the normal distribution at 95 %
 MARGIN = 0.05
+IN_INT8 = ("joint-int8", "joint-pair-int8")
 # The aim that the field was measured for: the most that ours should lose of what a peer does.
 AIMS = {"svd-llm": 0.25, "asvd": 0.25}
 AIM_OF_BEST = 0.5
@@ -56,7 +57,7 @@ def all_tables(
     tables |= {f"weights {name}": weights_table(mine) for name, mine in _by_model(rows)}
     tables |= {"smallest": smallest_table(rows), "losses": losses_table(rows)}
     tables |= {"shares": shares_table(rows)}
-    tables |= {"certified": certified_table(rows), "overview": overview_table(rows)}
+    tables |= {"certified": certified_table(rows)}
     tables |= {"speed": speed_table(speed), "memory": memory_table(memory)}
     return tables | {"forward": forward_table(speed)}
 
@@ -133,7 +134,7 @@ def _lowest(rows: Sequence[Row], size: float, kinds: Sequence[str]) -> str | Non
     means = {
         method: mean(_changes(found))
         for method in _methods(rows)
-        if METHODS[method].kind in kinds and METHODS[method].sized and method != "joint-int8"
+        if METHODS[method].kind in kinds and METHODS[method].sized and method not in IN_INT8
         for found in [_at(rows, method, size)]
         if _complete(found)
     }
@@ -239,23 +240,6 @@ def _tested(row: Row) -> bool:
 
 def _upper(row: Row) -> float:
     return (row.change or 0.0) + ONE_SIDED * (row.standard_error or 0.0)
-
-
-def overview_table(rows: Sequence[Row]) -> str:
-    """For each model and size: ours with and without the step, and what to hold it against."""
-    against = ("control", "svd-llm", "wanda", "int8")
-    lines = []
-    for name, mine in _by_model(rows):
-        for size in _sizes(mine):
-            if not _complete(_at(mine, OURS, size)):
-                continue
-            peer = _lowest(mine, size, ("peer",))
-            best = "" if peer is None else f"{METHODS[peer].label}: {_cell(_at(mine, peer, size))}"
-            cells = [_cell(_at(mine, method, size)) for method in (OURS, WITHOUT_STEP, *against)]
-            lines.append([name, f"{size:g}", *cells[:2], best, *cells[2:]])
-    columns = ["model", "size", "rankfold", "rankfold, no step", "best low-rank peer"]
-    columns += ["control (dense, same step)", *(METHODS[method].label for method in against[1:])]
-    return markdown(columns, lines)
 
 
 def losses_table(rows: Sequence[Row]) -> str:

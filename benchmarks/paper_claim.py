@@ -19,8 +19,8 @@ by the joint objective's step, or by all of its steps where there are several ro
 best, which changes no prediction.
 
 ``run`` appends one JSON line a result to ``benchmarks/out/paper_claim.jsonl``; a result that is
-there already is not measured again. ``table`` writes the tables of docs/paper_claim.md from those
-lines, ``plot`` its figure.
+there already is not measured again. ``table`` writes the tables of
+docs/notebook/paper_claim.md from those lines, ``plot`` its figure.
 """
 
 from __future__ import annotations

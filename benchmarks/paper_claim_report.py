@@ -1,4 +1,4 @@
-"""docs/paper_claim.md's tables and its figure, from the lines of results and nothing else."""
+"""The tables of docs/notebook/paper_claim.md and its figure, from the lines of results alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.documents import DOCS, markdown, spread
 from benchmarks.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY
 from benchmarks.paper_claim_runs import CONFIDENCE, Measured, Row
 
-DOCUMENT = DOCS / "paper_claim.md"
+DOCUMENT = DOCS / "notebook" / "paper_claim.md"
 CLAIMED_SIZE = 0.3
 COLOURS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK, GREY)
 NEAR = 0.06  # nats and points within which the upper panels look

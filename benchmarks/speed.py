@@ -37,7 +37,7 @@ ROUNDS = 15
 TOKENS = 64  # of a language model's windows
 # Stored in a way that no kernel here computes with: as fast as the dense model, or slower. torchao
 # has one for int8 weights of Linear layers.
-SIMULATED = ("int8", "joint-int8", "magnitude", "wanda", "control")
+SIMULATED = ("int8", "joint-int8", "joint-pair-int8", "magnitude", "wanda", "control")
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,8 @@ def control(study: Study) -> AtSize:
     return lambda size: Compressed.of(moved)
 
 
-def joint_int8(study: Study) -> AtSize:
-    prepared = _prepared(study, "joint", "pivoted")
+def joint_int8(study: Study, form: Storage = "pivoted") -> AtSize:
+    prepared = _prepared(study, "joint", form)
     names = list(study.layers)
     return lambda size: rounded(best_on_selection(prepared, size), names)
 
@@ -95,4 +95,7 @@ METHODS |= {
         "dense, moved by joint's step", "rankfold", control, "ours", sized=False, needs_labels=True
     ),
     "joint-int8": Method("rankfold joint, then int8", "rankfold", joint_int8, "ours"),
+    "joint-pair-int8": Method(
+        "rankfold joint, pair, then int8", "rankfold", partial(joint_int8, form="pair"), "ours"
+    ),
 }

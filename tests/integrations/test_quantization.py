@@ -36,7 +36,7 @@ def parts() -> tuple[nn.Module, rankfold.Result, Tensor]:
 
 def int8(model: nn.Module) -> nn.Module:
     """By the lines of the documentation."""
-    assert LINEAR in (ROOT / "docs" / "training_and_int8.md").read_text()
+    assert LINEAR in (ROOT / "docs" / "how-to" / "int8.md").read_text()
     twin = copy.deepcopy(model)
     config = quantization.Int8WeightOnlyConfig(set_inductor_config=False)
     quantization.quantize_(twin, quantization.FqnToConfig({LINEAR: config}), filter_fn=None)

@@ -21,7 +21,7 @@ from rankfold.maths.linalg import kept_below, mirrored, random_signs, symmetric_
 LEAST, MOST = 1e-6, 10.0
 STEPS_PER_DECADE = 8
 # Side up to which a Gram is decomposed; above it a quadrature takes far less time and finds the
-# same damping (docs/theory.md, 1).
+# same damping (docs/notebook/damping.md).
 LARGEST_DECOMPOSED = 1024
 PROBES = 8
 LANCZOS_STEPS = 64

@@ -11,7 +11,7 @@ It is a change of the layer's output factor: no rank and no form changes. Layers
 order of their calls, each on what those before it give after they were fitted (SVD-LLM's update,
 arXiv 2403.07378, 3.3, fits the same factor). A layer whose outputs are added to a stream is fitted
 to what puts the sum right (``residual_connections``). Of that solution a share is taken: whole, it
-would also fit what is particular to the calibration examples (docs/theory.md, 15).
+would also fit what is particular to the calibration examples (docs/notebook/refit.md).
 """
 
 from __future__ import annotations

@@ -43,19 +43,19 @@ from rankfold.maths.spectrum import Spectrum, whitened_spectrum
 from rankfold.model.layer_matrix import MatrixLayer, kept_dtype, matrix_shape
 
 # How often a half is truncated, both together, after the second one alone. On SmolLM2 three come
-# within half a percent of what five reach (docs/theory.md, 4).
+# within half a percent of what five reach (docs/notebook/forms.md).
 TURNS = 3
 
 # Added to a half's Gram, as a share of its mean eigenvalue, where it makes up for the error of the
 # other: truncation smooths over what the data show only by chance, this regression of one half's
-# errors on the other's does not (docs/theory.md, 4).
+# errors on the other's does not (docs/notebook/forms.md).
 RIDGE = 0.3
 
 
 def block_form(layer: nn.Module) -> BlockForm | None:
     """The block form that a layer may take, None where a half of it would not be long any more.
 
-    On SmolLM2 (docs/theory.md, 4) blocks of the square layers gain nothing.
+    On SmolLM2 (docs/notebook/forms.md) blocks of the square layers gain nothing.
     """
     if not has_blocks(layer):
         return None
