@@ -20,6 +20,7 @@ from rankfold.errors import InputError, check_kind, visible
 from rankfold.integrations import transformers as hf
 from rankfold.integrations.vision import NamedModel, make_named, parse_named
 from rankfold.model.sizes import model_parameters
+from rankfold.report.card_metadata import license_of
 from rankfold.report.model_card import CARD_FILE, model_card, public_name
 from rankfold.report.notebook import (
     layer_records,
@@ -150,14 +151,16 @@ class Result:
             )
 
     def _card(self, named: NamedModel | None) -> str:
-        of_transformers = hf.is_transformers_model(self.model)
+        models = self.document["models"]
         return model_card(
             self.report,
             library_versions(),
             type(self.model).__name__,
-            of_transformers=of_transformers,
-            original=hf.opened_as(self.model) if of_transformers else "",
+            of_transformers=hf.is_transformers_model(self.model),
+            original=models.get("name") or "",
             source=None if named is None else str(named),
+            license=models.get("license") or "",
+            sentences=models.get("sentences") is True,
         )
 
 
@@ -290,9 +293,16 @@ def result_of(
     return Result(tested.model, tested.certificate, report, document)
 
 
-def _opened_as(model: nn.Module) -> dict[str, str]:
-    """What the model card calls a model of transformers."""
-    return {"name": public_name(hf.opened_as(model))} if hf.is_transformers_model(model) else {}
+def _opened_as(model: nn.Module) -> dict[str, Any]:
+    """What the model card says of a model of transformers: its name, license, and kind."""
+    if not hf.is_transformers_model(model):
+        return {}
+    found = {
+        "name": public_name(hf.opened_as(model)),
+        "license": license_of(hf.source_folder(model)),
+        "sentences": hf.sentences_of(model) is not None,
+    }
+    return {key: value for key, value in found.items() if value}
 
 
 def _order_report(order: Sequence[Trial], opened: Opened) -> list[dict[str, Any]]:

@@ -115,6 +115,14 @@ class LeftFields(Fields):
     reason: str
 
 
+class EmbeddingFields(Fields):
+    """How near the embeddings of a sentence encoder stay."""
+
+    cosine: Number
+    examples: Count
+    neighbours: dict[str, Number]
+
+
 class ModelFields(Fields):
     """What is said of the model itself."""
 
@@ -143,5 +151,6 @@ class ReportFields(Fields):
     allocation: AllocationFields | None = None
     refit: RefitFields | None = None
     guard: GuardFields | None = None
+    embeddings_kept: EmbeddingFields | None = None
     left_out: dict[str, Count | None] = msgspec.field(default_factory=dict)
     columns_left_out: list[str] = msgspec.field(default_factory=list)

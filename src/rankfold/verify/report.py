@@ -29,9 +29,10 @@ LOOKS = 16  # times that the betting test looks whether it may stop
 # Only the run knows them: nothing in the folder, the data or the original gives them again.
 OF_THE_RUN = (
     "target", "settings", "agreement", "allocation", "damping", "device", "curvature",
-    "calibration_loss", "step", "rounds", "refit", "selection", "sources", "input_settings",
-    "left_out", "not_factorized", "versions", "loss.predicted_change", "loss.control",
-    "layers (kind, flops, predictions, ranges)", "original.parameters, bytes and flops",
+    "calibration_loss", "embeddings_kept", "step", "rounds", "refit", "selection", "sources",
+    "input_settings", "left_out", "not_factorized", "versions", "loss.predicted_change",
+    "loss.control", "layers (kind, flops, predictions, ranges)",
+    "original.parameters, bytes and flops",
 )  # fmt: skip
 STATED_BEFORE = (
     "statement (margin, confidence, test, range)", "data.parts of calibration and selection",
