@@ -28,6 +28,7 @@ from rankfold.cli.inputs import unchanged
 from rankfold.cli.kept import save_somewhere
 from rankfold.cli.named_paths import named_paths
 from rankfold.cli.open import (
+    GIVES_MODEL,
     DataOptions,
     OpenedModel,
     evaluate_examples,
@@ -420,7 +421,7 @@ def export(
     if to not in TARGETS:
         raise InputError(f"--to is {to!r}; expected {', '.join(TARGETS)}.")
     if model is not None and not gives_module(model):
-        raise InputError(f"--model is {model}; expected file.py:function.")
+        raise InputError(f"--model is {model}; expected {GIVES_MODEL}.")
     with redirect_stdout(sys.stderr):
         own = None if model is None else open_model(model, to_be_filled=True).model
         done = export_artifact(
