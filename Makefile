@@ -23,9 +23,13 @@ TESTS = HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dis
 VISION := .venv-vision
 VISION_TORCH ?= torch==2.14.1 torchvision==0.29.1
 
+# Only who publishes needs these, and only who runs the notebook those.
+DIST := .venv-dist
+NOTEBOOK := .venv-notebook
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-processors test-vision lint format clean
+.PHONY: help demo test test-processors test-vision test-notebook dist lint format clean
 
 help:
 	@echo 'make demo    install into .venv, then compress and certify a small language model'
@@ -34,9 +38,11 @@ help:
 	@echo 'make test    lint, types, import layers and tests: what CI runs'
 	@echo 'make test-processors  the tests as on older processors, with one thread and with two'
 	@echo 'make test-vision  timm and torchvision models, in .venv-vision with another torch'
+	@echo 'make test-notebook  the notebook of examples/, in .venv-notebook'
+	@echo 'make dist    sdist and wheel in dist/, checked and tried, in .venv-dist'
 	@echo 'make lint    the same without the tests'
 	@echo 'make format  format, and fix what ruff can fix'
-	@echo 'make clean   remove .venv, .venv-vision, caches and build outputs'
+	@echo 'make clean   remove .venv and its like, caches and build outputs'
 
 demo: $(VENV)/.installed
 	$(BIN)/rankfold demo
@@ -56,6 +62,16 @@ test-processors: $(VENV)/.installed-dev
 
 test-vision: $(VISION)/.installed
 	$(VISION)/bin/python -m pytest tests/integrations/test_vision_models.py
+
+test-notebook: $(NOTEBOOK)/.installed
+	HF_HUB_OFFLINE=1 PYTHONPATH=$(NOTEBOOK)/packages $(BIN)/python -m pytest tests/test_notebook.py
+
+# The sdist is unpacked and its tests collected; a user's script is typed against the wheel.
+dist: $(VENV)/.installed-dev $(DIST)/.installed
+	rm -rf dist
+	$(DIST)/bin/python -m build --outdir dist
+	$(DIST)/bin/python -m twine check --strict dist/*
+	$(BIN)/python -m tests.distribution dist
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
@@ -77,7 +93,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format
 
 clean:
-	rm -rf $(VENV) $(VISION) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VISION) $(DIST) $(NOTEBOOK) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -rf site
 
@@ -114,4 +130,13 @@ $(VISION)/.installed: pyproject.toml
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
 	$(PIP) --editable '.[transformers,onnx,dev]'
+	@touch $@
+
+$(DIST)/.installed:
+	$(PYTHON) -m venv $(DIST)
+	$(DIST)/bin/python -m pip --disable-pip-version-check --quiet install 'build>=1.2' 'twine>=6.1'
+	@touch $@
+
+$(NOTEBOOK)/.installed: $(VENV)/.installed-dev
+	$(PIP) --target $(NOTEBOOK)/packages 'nbclient>=0.10' 'nbformat>=5.10' 'ipykernel>=6.29'
 	@touch $@

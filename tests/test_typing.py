@@ -46,6 +46,10 @@ reveal_type(small)  # is rankfold.result.Result
 prepared = rankfold.prepare(model, data, offload_folder=Path("disk"), test="t", private=True)
 reveal_type(prepared)  # is rankfold.compress.Preparation
 reveal_type(prepared.lossless(0.7))  # is rankfold.result.Result
+reveal_type(prepared.sweep([0.9, 0.8]))  # is rankfold.result.Sweep
+reveal_type(prepared.sweep([0.9])[0].summary())  # is str
+reveal_type(result.layers)  # is list[dict[str, Any]]
+rankfold.lossless(model, (torch.zeros(60, 4), [0] * 60), size=0.8, progress=True)
 reveal_type(prepared.compact(margin=0.1))  # is rankfold.result.Result
 reveal_type(rankfold.load("out"))  # is torch.nn.modules.module.Module
 checked = rankfold.verify("out", rankfold.load("out"), data, original=model, batch_size=8)
@@ -64,6 +68,10 @@ rankfold.compact(model, data, margin=None)  # ! arg-type
 rankfold.compact(model, data, size=0.8)  # ! call-arg
 rankfold.prepare(model, data, damping="automatic")  # ! arg-type
 rankfold.prepare(model, data, embeddings="yes")  # ! arg-type
+rankfold.prepare(model, data, objectve="joint")  # ! call-arg
+rankfold.compact(model, data, objectve="joint")  # ! call-arg
+rankfold.prepare(model, data, progress="yes")  # ! arg-type
+prepared.sweep(0.9)  # ! arg-type
 rankfold.Settings(curvature="none")  # ! arg-type
 rankfold.verify("out", model)  # ! call-arg
 result.verdict  # ! attr-defined

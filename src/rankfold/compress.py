@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from typing_extensions import Unpack
@@ -14,12 +14,12 @@ from rankfold.held_out import HeldOut, enough_held_out
 from rankfold.keywords import Options, read_options
 from rankfold.machine.device import device_of
 from rankfold.model.kept import KeptModel
-from rankfold.report.report import inspection
-from rankfold.result import Result, result_of
+from rankfold.report.prepared import Prepared
+from rankfold.result import Result, Sweep, check_sizes, result_of
 from rankfold.search.damping import choose_damping
 from rankfold.search.guard import open_guard
 from rankfold.search.plans import favoured, mild_to_strong, of_size, within_margin
-from rankfold.search.round import Round, start_round
+from rankfold.search.round import start_round
 from rankfold.search.study import open_inputs, study_of
 from rankfold.search.trial import lowest
 from rankfold.settings import SizeOf, check_size
@@ -89,10 +89,9 @@ def _ready(model: nn.Module, data: object, margin: float | None, given: Options)
 
 
 @dataclass(frozen=True, repr=False)
-class Preparation:
+class Preparation(Prepared):
     """A model that is ready to be factorized at any size, by both algorithms."""
 
-    _round: Round
     _held_out: HeldOut
     _kept: KeptModel
 
@@ -118,11 +117,9 @@ class Preparation:
         target = {"certified": True} if certified else {}
         return result_of("compact", order[opened.place], opened, target, tried, order)
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Of the original: parameters, those of factorizable layers, bytes, FLOPs an example."""
-        return self._round.study.subject.sizes
-
-    def inspect(self) -> list[dict[str, Any]]:
-        """What is known of each layer: shape, full rank, predicted change by rank."""
-        return inspection(self._round)
+    def sweep(
+        self, sizes: Sequence[float], *, size_of: SizeOf = "model", margin: float = DEFAULT_MARGIN
+    ) -> Sweep:
+        """A result for each of several sizes, all tested on the one held-out part."""
+        checked = check_sizes(sizes, size_of)
+        return Sweep([self.lossless(size, size_of=size_of, margin=margin) for size in checked])

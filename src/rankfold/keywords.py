@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 
 from rankfold.errors import of_another_kind, path_of
 from rankfold.machine.offload import Offload, check_offload
-from rankfold.machine.progress import Progress, SilentProgress, TrimmingProgress
+from rankfold.machine.progress import Progress, TrimmingProgress, shown_progress
 from rankfold.settings import SettingKeywords, Settings
 from rankfold.tasks.evaluation import Metric, check_functions
 from rankfold.tasks.supervised import LossFunction
@@ -22,7 +22,8 @@ class Options(SettingKeywords, total=False):
         metrics: Certified beside the loss; those with a margin must hold too.
         guard: Examples of other kinds than the data, on which the change of the loss is measured
             too, or certified (``guard_margin``). By default text that a language model writes.
-        progress: For example ``rankfold.TerminalProgress()``.
+        progress: True shows stage and time left, in a notebook as in a terminal; or an object such
+            as ``rankfold.TerminalProgress()``. By default nothing is shown.
         offload_folder: Statistics, steps and spectra of all layers lie in files of this folder
             (``rankfold.machine.offload``), not in memory; the model must be on the CPU.
     """
@@ -30,7 +31,7 @@ class Options(SettingKeywords, total=False):
     loss: LossFunction | None
     metrics: Sequence[Metric]
     guard: object
-    progress: Progress | None
+    progress: Progress | bool | None
     offload_folder: str | Path | None
 
 
@@ -65,8 +66,8 @@ def read_options(options: Options, device: str) -> Asked:
     guard = settings.pop("guard", None)
     progress, folder = settings.pop("progress", None), settings.pop("offload_folder", None)
     check_functions(loss, metrics)
-    if progress is not None and not hasattr(progress, "track"):
-        expected = "an object such as rankfold.TerminalProgress()"
+    if progress is not None and not isinstance(progress, bool) and not hasattr(progress, "track"):
+        expected = "True, or an object such as rankfold.TerminalProgress()"
         raise of_another_kind("progress", progress, expected)
     offload = Offload(None if folder is None else path_of("offload_folder", folder))
     check_offload(offload, device)
@@ -75,6 +76,6 @@ def read_options(options: Options, device: str) -> Asked:
         cast("LossFunction | None", loss),
         tuple(cast("Sequence[Metric]", metrics)),
         guard,
-        TrimmingProgress(cast("Progress | None", progress) or SilentProgress()),
+        TrimmingProgress(shown_progress(cast("Progress | bool | None", progress))),
         offload,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast, overload
 
 from torch import nn
 
@@ -14,15 +14,26 @@ from rankfold.artifact.save import save_artifact
 from rankfold.certificate.certify import Certificate
 from rankfold.certificate.document import Document, files, make_document, with_report
 from rankfold.certificate.opened import Opened
+from rankfold.certificate.shown import bound_words, rendered
 from rankfold.certificate.signature import SigningKey, open_key
 from rankfold.data.input_settings import InputSettings, joined
-from rankfold.errors import InputError
+from rankfold.errors import InputError, check_kind, visible
 from rankfold.integrations import transformers as hf
 from rankfold.integrations.vision import NamedModel, make_named, parse_named
 from rankfold.model.sizes import model_parameters
+from rankfold.report.card_metadata import license_of
 from rankfold.report.model_card import CARD_FILE, model_card, public_name
+from rankfold.report.notebook import (
+    layer_records,
+    result_html,
+    summary_lines,
+    sweep_records,
+    together_words,
+)
+from rankfold.report.plot import plot_result, plot_sweep
 from rankfold.report.report import report_of
 from rankfold.search.trial import Trial
+from rankfold.settings import SizeOf, check_size
 
 Algorithm: TypeAlias = Literal["lossless", "compact"]
 
@@ -52,6 +63,38 @@ class Result:
     def ratio(self) -> float:
         """Parameters kept / original, of the whole model."""
         return float(self.report["ratio"])
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """A flat record for each layer, which ``pandas.DataFrame`` takes."""
+        return layer_records(self.report)
+
+    def summary(self) -> str:
+        """Sizes, verdict, data and layers in words, a line each."""
+        lines = summary_lines(self.report, self._name, embedding_parameters(self))
+        return "\n".join(lines)
+
+    def plot(self) -> Any:
+        """Size against loss, and what is kept of each layer: a figure of matplotlib.
+
+        Raises:
+            InputError: matplotlib isn't installed.
+        """
+        return plot_result(self.report)
+
+    @property
+    def _name(self) -> str:
+        return self.document["models"].get("name") or type(self.model).__name__
+
+    def __repr__(self) -> str:
+        certificate = self.report["certificate"]
+        return visible(
+            f"<Result of {self.report['algorithm']}: {self._name} at {self.ratio:.1%} of its "
+            f"parameters; {certificate['verdict']}, {bound_words(certificate)}>"
+        )
+
+    def _repr_html_(self) -> str:
+        return result_html(self.report, self._name, embedding_parameters(self))
 
     def save(
         self,
@@ -116,15 +159,93 @@ class Result:
             )
 
     def _card(self, named: NamedModel | None) -> str:
-        of_transformers = hf.is_transformers_model(self.model)
+        models = self.document["models"]
         return model_card(
             self.report,
             library_versions(),
             type(self.model).__name__,
-            of_transformers=of_transformers,
-            original=hf.opened_as(self.model) if of_transformers else "",
+            of_transformers=hf.is_transformers_model(self.model),
+            original=models.get("name") or "",
             source=None if named is None else str(named),
+            license=models.get("license") or "",
+            sentences=models.get("sentences") is True,
         )
+
+
+class Sweep(Sequence[Result]):
+    """Results of several sizes that were tested on one held-out part, as they were asked for."""
+
+    def __init__(self, results: Sequence[Result]) -> None:
+        """Of one ``Preparation``."""
+        self._results = tuple(results)
+
+    @overload
+    def __getitem__(self, place: int) -> Result: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sweep: ...
+
+    def __getitem__(self, place: int | slice) -> Result | Sweep:
+        found = self._results[place]
+        return Sweep(found) if isinstance(found, tuple) else found
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """A flat record for each size, which ``pandas.DataFrame`` takes."""
+        return sweep_records([result.report for result in self])
+
+    def summary(self) -> str:
+        """A line for each size, and how sure all of them are together."""
+        lines = [
+            f"{one['size']:7.1%} of the parameters: {one['verdict']}, "
+            f"{bound_words(result.report['certificate'])}"
+            for one, result in zip(self.records, self, strict=True)
+        ]
+        return "\n".join([*lines, together_words([result.report for result in self])])
+
+    def plot(self) -> Any:
+        """Size against held-out loss: a figure of matplotlib; errors as of ``Result.plot``."""
+        return plot_sweep([result.report for result in self])
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{one['size']:.1%} {one['verdict']}" for one in self.records)
+        return f"<Sweep of {len(self)} sizes: {sizes}>"
+
+    def _repr_html_(self) -> str:
+        note = together_words([result.report for result in self])
+        return rendered("sweep", records=self.records, note=note)
+
+
+def check_sizes(sizes: object, size_of: SizeOf) -> list[float]:
+    """Sizes as numbers, before anything is opened.
+
+    Raises:
+        InputError: There is none, or one is none or stands twice.
+    """
+    check_kind("sizes", sizes, Sequence, "a list of sizes, such as [0.9, 0.8]")
+    found = [float(check_size(size, size_of)) for size in cast("Sequence[float]", sizes)]
+    if not found or len({*found}) != len(found):
+        raise InputError(f"sizes is {sizes!r}; expected one size or more, each of them once.")
+    return found
+
+
+def embedding_parameters(result: Result) -> tuple[int, int] | None:
+    """Parameters of the embedding tables, before and after; None where the model has none."""
+    tables = {
+        id(module.weight): module.weight.numel()
+        for module in result.model.modules()
+        if isinstance(module, nn.Embedding)
+    }
+    whole = sum(tables.values())
+    factorized = [
+        layer for layer in result.report["layers"] if "uses" in layer and layer["rank"] is not None
+    ]
+    before = whole + sum(layer["parameters"] for layer in factorized)
+    after = whole + sum(layer["factorized_parameters"] for layer in factorized)
+    return (before, after) if before else None
 
 
 def result_of(
@@ -180,9 +301,16 @@ def result_of(
     return Result(tested.model, tested.certificate, report, document)
 
 
-def _opened_as(model: nn.Module) -> dict[str, str]:
-    """What the model card calls a model of transformers."""
-    return {"name": public_name(hf.opened_as(model))} if hf.is_transformers_model(model) else {}
+def _opened_as(model: nn.Module) -> dict[str, Any]:
+    """What the model card says of a model of transformers: its name, license, and kind."""
+    if not hf.is_transformers_model(model):
+        return {}
+    found = {
+        "name": public_name(hf.opened_as(model)),
+        "license": license_of(hf.source_folder(model)),
+        "sentences": hf.sentences_of(model) is not None,
+    }
+    return {key: value for key, value in found.items() if value}
 
 
 def _order_report(order: Sequence[Trial], opened: Opened) -> list[dict[str, Any]]:

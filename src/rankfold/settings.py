@@ -28,6 +28,7 @@ from rankfold.certificate.asked import (
     TestName,
     check_metric_margin,
 )
+from rankfold.data.input_settings import repr_of_changes
 from rankfold.effort import DECIDED, EFFORTS, Effort, EffortName
 from rankfold.errors import InputError, check_kind
 from rankfold.files.json_file import plain
@@ -308,6 +309,8 @@ class Settings:
     batch_size: int | None = field(
         default=None, metadata=_shown("Examples a batch.", "Data", unset="what suits the examples")
     )
+
+    __repr__ = repr_of_changes
 
     def __post_init__(self) -> None:
         """Refuse values outside their ranges, by name; what the effort decides is decided."""

@@ -327,3 +327,20 @@ def test_the_command_names_what_is_wrong(project: Path, tmp_path: Path) -> None:
     missing = command("export", "none", "--to", "dense", *out, cwd=project, expect=2)
     assert "no rankfold artifact" in missing.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_one_message_says_all_that_a_class_of_ones_own_needs(artifacts_of_own: Path) -> None:
+    """Which class of which file, that no weights are needed, and for a trace the inputs too."""
+    for to in ("dense", "onnx"):
+        with pytest.raises(InputError) as raised:
+            rankfold.export(artifacts_of_own, artifacts_of_own.parent / "never", to=to)
+        said = str(raised.value)
+        assert "pass an instance of it by model=" in said and "needs no training" in said
+        assert ("Give inputs=" in said) == (to == "onnx")
+        assert not (artifacts_of_own.parent / "never").exists()
+
+
+@pytest.fixture(scope="module")
+def artifacts_of_own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    result = rankfold.lossless(trained_cnn(), image_data(40), size=0.8, effort="fast")
+    return result.save(tmp_path_factory.mktemp("own") / "a")

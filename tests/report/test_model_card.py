@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from torch.nn import Linear
 from transformers import LlamaForCausalLM
 
 import rankfold
-from rankfold.report.model_card import model_card
+from rankfold.report.card_metadata import license_of, metadata_of
+from rankfold.report.model_card import model_card, public_name
 from tests.small_models import SmallCNN, image_data, tiny_llama, token_data, trained_cnn
 
 VERSIONS = {"rankfold": "9.9", "torch": "8.8"}
@@ -33,13 +37,108 @@ def front_matter(text: str) -> dict[str, Any]:
 
 
 def test_the_front_matter_is_what_a_hub_reads(result: rankfold.Result) -> None:
-    found = front_matter(card(result, original="owner/name"))
+    text = card(result, original="owner/name", license="apache-2.0")
+    found = front_matter(text)
+    (model,) = found.pop("model-index")
     assert found == {
         "library_name": "transformers",
+        "license": "apache-2.0",
         "base_model": "owner/name",
         "pipeline_tag": "text-generation",
+        "metrics": ["loss", "perplexity", "accuracy"],
         "tags": ["rankfold", "low-rank", "model-compression"],
     }
+    assert msgspec.convert(model, OfModel).name == "name"
+    assert "# owner/name, factorized to low rank" in text
+    assert "- license of the original: apache-2.0" in text
+
+
+class OfHub(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """An entry of the hub's model-index, by its specification (hub-docs, modelcard.md)."""
+
+
+class OfMetric(OfHub):
+    type: str
+    value: float
+    name: str | None = None
+
+
+class OfTask(OfHub):
+    type: str
+    name: str | None = None
+
+
+class OfDataset(OfHub):
+    type: str
+    name: str
+    split: str | None = None
+
+
+class OfResult(OfHub):
+    task: OfTask
+    dataset: OfDataset
+    metrics: list[OfMetric]
+
+
+class OfModel(OfHub):
+    name: str
+    results: list[OfResult]
+
+
+def test_the_hubs_own_reader_finds_the_results(result: rankfold.Result, tmp_path: Path) -> None:
+    folder = result.save(tmp_path / "a")
+    read = ModelCard.load(folder / "README.md")  # refuses what is no model-index
+    found = {one.metric_name: one.metric_value for one in read.data.eval_results}
+    loss = result.report["loss"]
+    assert found["loss"] == loss["factorized"] and found["loss of the original"] == loss["original"]
+    assert found["change of the loss, upper bound"] == result.certificate.upper_bound
+    assert found["perplexity"] == pytest.approx(math.exp(loss["factorized"]))
+    assert {one.dataset_split for one in read.data.eval_results} == {"held-out"}
+    assert metadata_of(folder / "README.md")["library_name"] == read.data.library_name
+
+
+def test_the_license_is_that_of_the_originals_card(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "SmallName")
+    (tmp_path / "SmallName" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# It")
+    opened = LlamaForCausalLM.from_pretrained(tmp_path / "SmallName")
+    result = rankfold.lossless(opened, token_data(), size=0.9, effort="fast")
+    folder = result.save(tmp_path / "a")
+    text = (folder / "README.md").read_text()
+    assert front_matter(text)["license"] == "cc-by-4.0"
+    assert "# SmallName, factorized to low rank" in text
+    checks = rankfold.verify(folder, rankfold.load(folder), token_data().held_out).checks
+    assert [c.outcome for c in checks if c.what == "model card README.md"] == ["agrees"]
+    (folder / "README.md").write_text(text.replace("cc-by-4.0", "mit"))
+    checks = rankfold.verify(folder, rankfold.load(folder), token_data().held_out).checks
+    assert [c.outcome for c in checks if c.what == "model card README.md"] == ["differs"]
+
+
+@pytest.mark.parametrize(
+    "block",
+    ["license: [mit]", "license: 'a b'", "license: |\n  mit\n  # x", "license: *a", "- mit",
+     "a: &a [*a]", "license: " + "[" * 1500, "license: MIT\u0000", "license: \udcff", ""],
+)  # fmt: skip
+def test_a_card_that_names_no_license_names_none(tmp_path: Path, block: str) -> None:
+    text = f"---\n{block}\n---\n"
+    (tmp_path / "README.md").write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert license_of(tmp_path) == ""
+    assert license_of(tmp_path / "none") == "" and license_of(None) == ""
+
+
+@pytest.mark.parametrize(
+    ("original", "name"),
+    [
+        ("owner/name", "owner/name"),
+        ("/x/models--owner--na.me/snapshots/" + "a" * 40, "owner/na.me"),
+        ("/x/bert-small/model", "bert-small"),
+        ("/x/bert-small/checkpoint-500/", "bert-small"),
+        ("/x/bert-small", "bert-small"),
+        ("model", "model"),
+        ("", ""),
+    ],
+)
+def test_the_public_name_says_something(original: str, name: str) -> None:
+    assert public_name(original) == name == public_name(public_name(original))
 
 
 @pytest.mark.parametrize("original", ["", "/home/me/secret/name", "a: b", "x/y\nevil: 1", "../x"])

@@ -22,7 +22,16 @@ from rankfold.artifact.manifest import (
     check_digest,
     read_manifest,
 )
-from rankfold.errors import MODEL, InputError, check_kind, listed, opening_an_artifact, path_of
+from rankfold.data.sources.python_object import USER_MODULE
+from rankfold.errors import (
+    MODEL,
+    InputError,
+    check_kind,
+    listed,
+    opening_an_artifact,
+    path_of,
+    visible,
+)
 from rankfold.files.reading import read_whole
 from rankfold.files.tensors import read_tensors
 from rankfold.forms.embedding.fit import empty_uses
@@ -91,11 +100,19 @@ def skeleton(
         return hf.skeleton(folder, tensors)
     source = manifest["model"].get("source")
     if source is None:
-        raise InputError(
-            f"{folder} holds a {manifest['model']['class']}, a class of your own: pass an "
-            "instance of it by model=."
-        )
+        raise InputError(own_class(folder, manifest))
     return make_named(NamedModel(**source), tensors)
+
+
+def own_class(folder: Path, manifest: Manifest) -> str:
+    """What is missing where a folder holds a model of the user's own class."""
+    module, _, name = manifest["model"]["class"].rpartition(".")
+    file = module.removeprefix(USER_MODULE)  # of a class that file.py:function gave
+    named = f"{name} of {file}.py" if file != module else manifest["model"]["class"]
+    return (
+        f"{folder} holds a {visible(named)}, a class of your own: pass an instance of it by "
+        "model=. It needs no training: the weights are in the folder, which holds no code."
+    )
 
 
 def fill(

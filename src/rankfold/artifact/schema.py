@@ -116,6 +116,14 @@ class LeftFields(Fields):
     reason: str
 
 
+class EmbeddingFields(Fields):
+    """How near the embeddings of a sentence encoder stay."""
+
+    cosine: Number
+    examples: Count
+    neighbours: dict[str, Number]
+
+
 class ModelFields(Fields):
     """What is said of the model itself."""
 
@@ -142,6 +150,7 @@ class RunFields(Fields):
     allocation: AllocationFields | None = None
     refit: RefitFields | None = None
     guard: GuardFields | None = None
+    embeddings_kept: EmbeddingFields | None = None
     left_out: dict[str, Count | None] = msgspec.field(default_factory=dict)
     columns_left_out: list[str] = msgspec.field(default_factory=list)
     selection: list[Any] = msgspec.field(default_factory=list)

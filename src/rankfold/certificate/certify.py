@@ -17,6 +17,7 @@ from torch import Tensor
 from rankfold.certificate import bounds
 from rankfold.certificate.bounds import Array, BettingTest
 from rankfold.certificate.change import check_pairs
+from rankfold.certificate.shown import bound_words, certificate_html
 from rankfold.certificate.statement import (
     ACCURACY,
     Statement,
@@ -143,6 +144,13 @@ class Certificate:
     def holds(self) -> bool:
         """Whether the factorized model is shown to be no worse than the margins allow."""
         return self.verdict in ("better", "lossless")
+
+    def __repr__(self) -> str:
+        words = bound_words(vars(self))
+        return f"<Certificate {self.verdict}: {words}; {self.examples} held-out examples>"
+
+    def _repr_html_(self) -> str:
+        return certificate_html(self.as_dict())
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

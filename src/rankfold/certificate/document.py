@@ -134,7 +134,7 @@ def make_document(
     evidence: Evidence,
     *,
     private: bool,
-    models: Mapping[str, str],
+    models: Mapping[str, Any],
     data: Mapping[str, Any],
     run: Mapping[str, Any],
     report: Mapping[str, Any],

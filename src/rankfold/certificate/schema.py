@@ -181,6 +181,8 @@ class ModelsFields(Fields):
     factorized: Digest
     class_: str = msgspec.field(name="class")
     name: str | None = None
+    license: str | None = None
+    sentences: bool = False
 
 
 class Planned(Fields):

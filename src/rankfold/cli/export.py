@@ -66,14 +66,14 @@ def export(
 ) -> int:
     """Write a factorized model in a form that is opened without rankfold."""
     from rankfold.cli.export_inputs import open_inputs
-    from rankfold.cli.open import gives_module, open_model
+    from rankfold.cli.open import GIVES_MODEL, gives_module, open_model
     from rankfold.export.export import TARGETS
     from rankfold.export.export import export as export_artifact
 
     if to not in TARGETS:
         raise InputError(f"--to is {to!r}; expected {', '.join(TARGETS)}.")
     if model is not None and not gives_module(model):
-        raise InputError(f"--model is {model}; expected file.py:function.")
+        raise InputError(f"--model is {model}; expected {GIVES_MODEL}.")
     with redirect_stdout(sys.stderr):
         own = None if model is None else open_model(model, to_be_filled=True).model
         done = export_artifact(

@@ -160,6 +160,12 @@ def _tokenizer(folder: Path) -> Any:
     return hf.load_tokenizer(folder) if has_tokenizer(folder) and not unread else None
 
 
+GIVES_MODEL = (
+    "file.py:function or package.module:function, a function of yours without arguments that "
+    "returns the model"
+)
+
+
 def gives_module(spec: str) -> bool:
     """Whether MODEL is made by a function, the user's own or a library's."""
     return is_named(spec) or is_spec(spec)
@@ -170,9 +176,7 @@ def _own_model(spec: str, weights: Path | None) -> nn.Module:
         model = make_named(parse_named(spec))
         return load_weights(model, weights) if weights is not None else model
     if not is_spec(spec):
-        raise InputError(
-            f"--model is {spec}; expected file.py:function or package.module:function."
-        )
+        raise InputError(f"--model is {spec}; expected {GIVES_MODEL}.")
     made = called(spec)
     if not isinstance(made, nn.Module):
         raise InputError(

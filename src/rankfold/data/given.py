@@ -27,7 +27,9 @@ from torch.utils.data import (
 )
 
 from rankfold.data.account import Account, ReadExamples
+from rankfold.data.arrays import ArrayPairs, is_arrays
 from rankfold.data.example import content_digest, describe
+from rankfold.data.hub_records import HubRecords, is_hub_data
 from rankfold.errors import InputError
 
 # How many examples are left out, by the reason; None where nobody knows how many there are.
@@ -35,7 +37,7 @@ LeftOut: TypeAlias = Mapping[str, int | None]
 ONCE = "drawn again by the loader's sampler: each example is used once"
 NOT_DRAWN = "read from the source, and not drawn by the loader"
 EXPECTED = (
-    "expected a data set, a data loader, a sequence of examples, or "
+    "expected a data set, a data loader, a sequence of examples, arrays (X, y), or "
     "rankfold.Data(calibration=, selection=, held_out=)"
 )
 READ_TWICE = 16  # examples of a part, from all over it
@@ -218,11 +220,14 @@ def as_examples(data: object) -> GivenExamples | Stream:
         return GivenExamples(_Columns(data))
     if isinstance(data, torch.Tensor | np.ndarray) and data.ndim == 0:
         raise InputError(f"data is a single number; {EXPECTED}.")
-    if isinstance(data, tuple | list) and len(data) == 2 and all(map(_is_array, data)):
+    if is_arrays(data):
+        data = ArrayPairs(*data)
+    if is_hub_data(data):
+        data = HubRecords(data)
+    if isinstance(data, list) and len(data) == 2 and all(map(_is_array, data)):
         raise InputError(
-            f"data is {len(data)} arrays ({describe(data[0])}, {describe(data[1])}); expected "
-            "examples. Give inputs and labels as torch.utils.data.TensorDataset(x, y), or as "
-            "list(zip(x, y))."
+            f"data is a list of {len(data)} arrays ({describe(data[0])}, {describe(data[1])}); "
+            "expected examples. Give inputs and labels as a tuple, (X, y)."
         )
     if isinstance(data, str | bytes | Set) or not _is_iterable(data):
         raise InputError(f"data is {type(data).__name__}; {EXPECTED}.")

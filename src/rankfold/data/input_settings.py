@@ -18,6 +18,14 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 ASKED = ("mean", "std", "image_size", "length")
 
 
+def repr_of_changes(value: Any) -> str:
+    """``repr`` of a dataclass that names the fields which aren't as by default."""
+    default = type(value)()
+    changed = {f.name: getattr(value, f.name) for f in fields(value) if f.repr}
+    shown = (f"{k}={v!r}" for k, v in changed.items() if v != getattr(default, k))
+    return f"{type(value).__name__}({', '.join(shown)})"
+
+
 @dataclass(frozen=True)
 class InputSettings:
     """What changes the inputs of a model, or what is computed from its output.
@@ -55,6 +63,8 @@ class InputSettings:
     lower_case: bool | None = None
     seed: int | None = None
     pooling: tuple[str, ...] | None = None
+
+    __repr__ = repr_of_changes
 
     @classmethod
     def of_images(

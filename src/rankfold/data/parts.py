@@ -29,7 +29,7 @@ from rankfold.data.example import (
     plain_example,
     shape,
 )
-from rankfold.data.given import GivenExamples, LeftOut, as_examples, up_to
+from rankfold.data.given import GivenExamples, LeftOut, Stream, as_examples, up_to
 from rankfold.data.input_settings import joined
 from rankfold.data.padding import Padding
 from rankfold.errors import InputError, check_kind
@@ -105,6 +105,14 @@ class Data:
                 "expected one an example."
             )
 
+    def __repr__(self) -> str:
+        counts = [
+            f"{'a stream' if isinstance(one := getattr(self, part), Stream) else len(one)} "
+            f"{part.replace('_', '-')}"
+            for part in PARTS
+        ]
+        return f"<Data of {counts[0]}, {counts[1]} and {counts[2]} examples>"
+
     @property
     def accounts(self) -> list[Account]:
         """What became of the sources that the parts were read from, each once."""
@@ -133,7 +141,7 @@ class Part:
     """
 
     name: str
-    examples: list[Example]
+    examples: list[Example] = field(repr=False)
     collate: Collate
     digests: list[str] = field(repr=False)
     groups: list[str] | None = field(default=None, repr=False)

@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rankfold.artifact.load import load
+from rankfold.artifact.load import load, own_class
 from rankfold.artifact.manifest import WEIGHTS_FILE, library_versions, read_manifest
 from rankfold.artifact.recorded import recorded_inputs
 from rankfold.data.input_settings import InputSettings, refuse_other
 from rankfold.errors import MODEL, InputError, check_kind, path_of
 from rankfold.export.dense import Dense
-from rankfold.export.example_inputs import Given
+from rankfold.export.example_inputs import HOW, Given
 from rankfold.export.names import DTYPES
 from rankfold.export.pairs import Pairs
 from rankfold.export.targets import EXPORT_FILE, OpenedArtifact, check_options, target_of
@@ -104,7 +104,7 @@ def export(
     check_output(out, overwrite, EXPORT_FILE, reads=[source])
     unchanged = Unchanged({"the artifact": lambda: hf.files_read(source)})
     inputs = _shaped(source, inputs) if "inputs" in target.options else None
-    opened = _opened(source, model, inputs, dtype)
+    opened = _opened(source, model, inputs, dtype, "inputs" in target.options)
     parameters = model_parameters(opened.model)  # before it may be changed
     with folder_in_one_step(out, overwrite) as draft:
         written = target.write(opened, draft)
@@ -152,13 +152,20 @@ def _shaped(folder: Path, inputs: Given | None) -> Given | None:
 
 
 def _opened(
-    folder: Path, model: nn.Module | None, inputs: Given | None, dtype: str | None
+    folder: Path,
+    model: nn.Module | None,
+    inputs: Given | None,
+    dtype: str | None,
+    traced: bool,
 ) -> OpenedArtifact:
     """The artifact with its model loaded, in the dtype asked for."""
     manifest = read_manifest(folder)
     if model is not None:
         check_kind("the model", model, nn.Module, MODEL)
     own = None if model is None else unwrapped(model)
+    kind, source = manifest["model"]["kind"], manifest["model"].get("source")
+    if own is None and traced and inputs is None and kind == "module" and source is None:
+        raise InputError(f"{own_class(folder, manifest)} {HOW}.")  # both at once
     factorized = load(folder, model=copy.deepcopy(own))
     if dtype is not None:
         factorized = factorized.to(getattr(torch, dtype))

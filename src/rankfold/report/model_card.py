@@ -10,19 +10,17 @@ from typing import Any
 
 from rankfold.certificate.in_words import VERDICTS, guard_words, subject
 from rankfold.errors import visible
+from rankfold.report.card_metadata import ON_HUB, metadata_block
 from rankfold.report.data_lines import data_lines, source_lines
+from rankfold.report.notebook import embedding_words
 from rankfold.settings import Settings
 
 CARD_FILE = "README.md"
-_ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)  # owner/name
 # What pages make a link of where it stands bare, or as an address of mail; and formulas.
 _LINKED = re.compile(r"://|www\.|@|\$", re.IGNORECASE)
-_PIPELINES = {
-    "causal-lm": "text-generation",
-    "masked-lm": "fill-mask",
-    "token-classification": "token-classification",
-    "embedding": "feature-extraction",
-}
+_CACHED = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/\w+", re.ASCII)
+# Last parts of paths that name no model.
+_NAMELESS = re.compile(r"(model|models|checkpoint(-\d+)?|final|best|hf|output|out|[0-9a-f]{40})")
 
 
 def model_card(
@@ -33,6 +31,8 @@ def model_card(
     of_transformers: bool,
     original: str = "",
     source: str | None = None,
+    license: str = "",
+    sentences: bool = False,
 ) -> str:
     """The text of the card; its front matter is what model hubs read.
 
@@ -42,13 +42,23 @@ def model_card(
         class_name: Of the model, without its module.
         of_transformers: Whether ``from_pretrained`` opens it.
         original: What it was opened as: ``owner/name`` on a hub, a folder's path, or nothing.
-            Of a path only the last part is told.
+            Of a path only what ``public_name`` says is told.
         source: ``library:name,option=value`` where a library makes it.
+        license: Of the original, as its own card names it.
+        sentences: Whether sentence-transformers opens it, too.
     """
-    name = source or original.rstrip("/").rpartition("/")[2]
+    name = source or public_name(original) or class_name
+    library = "sentence-transformers" if sentences else "transformers"
+    block = metadata_block(
+        report,
+        library=library if of_transformers else "rankfold",
+        original=public_name(original),
+        license=license,
+        name=name.rpartition("/")[2],
+    )
     parts = [
-        _front_matter(report, of_transformers, original),
-        f"# {as_shown(name or class_name)}, factorized to low rank",
+        f"---\n{block}\n---",
+        f"# {as_shown(name)}, factorized to low rank",
         f"{report['ratio']:.1%} of the original's parameters. Made without fine-tuning by "
         f"rankfold {as_shown(versions.get('rankfold', ''))} and tested on held-out data.",
         "## Sizes",
@@ -56,16 +66,27 @@ def model_card(
         "## Certificate",
         _certificate(report),
         "## How it was made",
-        _how(report, versions),
+        _how(report, versions, license),
         "## How to open it",
-        _opening(class_name, of_transformers, source),
+        _opening(class_name, of_transformers, source, sentences),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def public_name(original: str) -> str:
-    """What a card tells of where a model was opened from: its name on a hub, or a last part."""
-    return original if _ON_HUB.fullmatch(original) else original.rstrip("/").rpartition("/")[2]
+    """What a card tells of where a model was opened from, again and again the same.
+
+    Its name on a hub, also of a folder in a hub's cache; else the last part of the path, or the one
+    before where that says nothing, such as ``model``.
+    """
+    if ON_HUB.fullmatch(original):
+        return original
+    if (cached := _CACHED.search(original)) is not None:
+        return f"{cached['owner']}/{cached['name']}"
+    parts = [part for part in original.split("/") if part]
+    if len(parts) > 1 and _NAMELESS.fullmatch(parts[-1].lower()):
+        parts.pop()
+    return parts[-1] if parts else ""
 
 
 def as_shown(text: str) -> str:
@@ -85,17 +106,6 @@ def as_code(text: str) -> str:
     fence = "`" * (max(runs, default=0) + 1)
     space = " " if runs else ""
     return f"{fence}{space}{text}{space}{fence}"
-
-
-def _front_matter(report: Mapping[str, Any], of_transformers: bool, original: str) -> str:
-    lines = [f"library_name: {'transformers' if of_transformers else 'rankfold'}"]
-    if _ON_HUB.fullmatch(original):
-        lines.append(f"base_model: {original}")
-    pipeline = _PIPELINES.get(report["task"])
-    if of_transformers and pipeline is not None:
-        lines.append(f"pipeline_tag: {pipeline}")
-    lines += ["tags:", "- rankfold", "- low-rank", "- model-compression"]
-    return "\n".join(["---", *lines, "---"])
 
 
 def _sizes(report: Mapping[str, Any]) -> str:
@@ -128,6 +138,9 @@ def _certificate(report: Mapping[str, Any]) -> str:
             f" The dense original, moved by the same gradient step, changes by "
             f"{loss['control_change']:+.4f}: that part is adaptation to the calibration data."
         )
+    if (kept := report.get("embeddings_kept")) is not None:
+        words = embedding_words(kept)
+        text += f"\n\n{as_shown(words[0].upper() + words[1:])}."
     if report["agreement"]:
         text += (
             " No labels were used: the loss is the distance from the original model's outputs, so "
@@ -141,10 +154,11 @@ def _certificate(report: Mapping[str, Any]) -> str:
     )
 
 
-def _how(report: Mapping[str, Any], versions: Mapping[str, str]) -> str:
+def _how(report: Mapping[str, Any], versions: Mapping[str, str], license: str) -> str:
     low_rank = [layer for layer in report["layers"] if layer["rank"] is not None]
     lines = [
         f"- call: {as_code(call_of(report))}; `rankfold.json` has every setting",
+        *([f"- license of the original: {as_shown(license)}"] if license else []),
         f"- task: {as_shown(report['task'])}; seed {report['settings']['seed']}",
         f"- layers: {len(low_rank)} factorized, {len(report['layers']) - len(low_rank)} left dense "
         f"by the plan, {len(report['not_factorized'])} that can't be factorized",
@@ -192,10 +206,16 @@ def opening_lines(class_name: str, of_transformers: bool, source: str | None) ->
     ]
 
 
-def _opening(class_name: str, of_transformers: bool, source: str | None) -> str:
+def _opening(class_name: str, of_transformers: bool, source: str | None, sentences: bool) -> str:
     extra = "transformers" if of_transformers else "vision" if source is not None else None
     package = "rankfold" if extra is None else f"'rankfold[{extra}]'"
     code = "\n".join(["```python", *opening_lines(class_name, of_transformers, source), "```"])
+    if sentences:
+        code += (
+            "\n\nOr, with sentence-transformers:\n\n```py\nimport rankfold\nfrom "
+            "sentence_transformers import SentenceTransformer\n\n"
+            'model = SentenceTransformer("FOLDER")\n```'
+        )
     return (
         f"`pip install {package}`, then\n\n{code}\n\nNo code of this folder is executed. "
         "`rankfold export FOLDER --to dense` (or `pairs`) writes a form that needs no rankfold."

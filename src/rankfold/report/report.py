@@ -19,6 +19,7 @@ from rankfold.forms.registry import form_of
 from rankfold.forms.storage import Storage, factor_parameters
 from rankfold.machine.device import device_of
 from rankfold.model.layer_matrix import matrix_shape
+from rankfold.report.embeddings_kept import embeddings_kept
 from rankfold.search.allocate import RankPlan, best_within_cost, total_change, total_cost
 from rankfold.search.gradient_step import step_report
 from rankfold.search.round import Round
@@ -83,6 +84,7 @@ def report_of(
         ),
         "accuracy": {"original": original.accuracy, "factorized": factorized.accuracy},
         "certificate": certificate.as_dict(),
+        "embeddings_kept": embeddings_kept(study, tested.model, factorized.mean),
         "guard": None if tested.evidence.guard is None else tested.evidence.guard.row(),
         "allocation": _allocation_report(here, chosen.plan),
         "damping": damping_report(study, settings),

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
 from rankfold.certificate.certify import Certificate
+from rankfold.certificate.shown import listed_html
+from rankfold.errors import visible
 
 Outcome: TypeAlias = Literal["agrees", "differs", "not checked"]
 
@@ -44,6 +46,16 @@ class Verification:
     def holds(self) -> bool:
         """Whether nothing differs."""
         return all(check.outcome != "differs" for check in self.checks)
+
+    def __repr__(self) -> str:
+        differ = [check.what for check in self.checks if check.outcome == "differs"]
+        said = f"differs: {', '.join(differ[:NAMED])}" if differ else "agrees"
+        return f"<Verification of {len(self.checks)} checks: {visible(said)}>"
+
+    def _repr_html_(self) -> str:
+        told = [": ".join(filter(None, (one.outcome, one.detail))) for one in self.checks]
+        rows = {check.what: words for check, words in zip(self.checks, told, strict=True)}
+        return listed_html("Verification", rows)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -188,6 +188,8 @@ def _card(file: Path, manifest: Manifest, document: Document) -> list[Check]:
             of_transformers=said["kind"] == "transformers",
             original=document["models"].get("name") or "",
             source=None if source is None else str(NamedModel(**source)),
+            license=document["models"].get("license") or "",
+            sentences=document["models"].get("sentences") is True,
         )
     except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         detail = f"it can't be written from {MANIFEST_FILE} again: {type(error).__name__} {error}"

@@ -34,8 +34,9 @@ LOOKS = 16  # times that the betting test looks whether it may stop
 NOT_TRACED = {
     "rankfold": (
         "algorithm", "target", "settings", "agreement", "allocation", "damping", "device",
-        "curvature", "calibration_loss", "step", "rounds", "refit", "selection", "sources",
-        "input_settings", "left_out", "not_factorized", "versions", "loss.predicted_change",
+        "curvature", "calibration_loss", "embeddings_kept", "step", "rounds", "refit",
+        "selection", "sources", "input_settings", "left_out", "not_factorized", "versions",
+        "loss.predicted_change",
         "loss.control", "loss.control_change", "loss.control_standard_error",
         "loss.control_change_standard_error", "loss.unit", "certificate.margin",
         "certificate.unit", "original", "layers[].kind", "layers[].flops",

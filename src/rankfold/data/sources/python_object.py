@@ -11,6 +11,7 @@ from types import ModuleType
 
 from rankfold.errors import InputError
 
+USER_MODULE = "rankfold_user_"  # before the name of a module that a file was imported as
 _FILE = re.compile(r"(?s)^(?P<place>.+\.py):(?P<name>[A-Za-z_]\w*)$")
 _MODULE = re.compile(r"^(?P<place>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_]\w*)$")
 
@@ -46,7 +47,7 @@ def load_object(spec: str) -> object:
 def _import_file(file: Path) -> ModuleType:
     if not file.is_file():
         raise InputError(f"no such file: {file}; expected a Python file with the named function.")
-    name = f"rankfold_user_{file.stem}"
+    name = f"{USER_MODULE}{file.stem}"
     found = sys.modules.get(name)
     if found is not None and found.__file__ == str(file.resolve()):
         return found  # model and data may come from one file: run it once
