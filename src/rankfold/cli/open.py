@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -291,6 +291,9 @@ def _own_data(spec: str) -> object:
 
 def _own_text(opened: OpenedModel, options: DataOptions, part: int) -> Examples:
     """Text that the model writes itself; another seed for each part, so that none overlap."""
+    if options.skip_broken:  # before the model writes for minutes
+        alone = replace(options, asked=frozenset({"skip_broken"}))
+        refuse_unused(alone, [Source(SELF, None, None)])
     count = options.own_windows[part]
     seed = len(PARTS) * options.seed + part
     length = _length(opened, options)

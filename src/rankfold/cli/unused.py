@@ -70,5 +70,5 @@ def _how(source: Source) -> str:
     if source.kind != "records":
         return _READ[source.kind]
     found = _inputs(source)
-    read = [repr(name) for name in (*found.columns.values(), *(found.features or ()))]
-    return f"of its columns {', '.join(dict.fromkeys(read))} is read for the model's task"
+    names = dict.fromkeys((*found.columns.values(), *(found.features or ())))
+    return f"what is read of it for the model's task is {' and '.join(map(repr, names))}"

@@ -68,9 +68,9 @@ def check_tokens(model: nn.Module, task: Task, parts: Sequence[Part]) -> None:
             if low < 0 or high >= (rows or 0):
                 raise InputError(
                     f"{_named(part, place)} has the token id {low if low < 0 else high}, and the "
-                    f"model knows the ids 0 to {(rows or 0) - 1} (rows of its embedding). The "
-                    "tokenizer is of another model, or has tokens more: give the one that the "
-                    "model was trained with."
+                    f"model knows the ids 0 to {(rows or 0) - 1} (rows of its embedding). They "
+                    "come from the tokenizer of another model, or from one with tokens added: use "
+                    "the one that the model was trained with."
                 )
         # Nothing is padded where a file was read: what stands there is text.
         if known is not None and part.source is None:
