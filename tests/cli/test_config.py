@@ -189,6 +189,19 @@ def test_results_are_as_their_schemas_say(first: Path, run: Callable[..., Any]) 
     checked("compact", done)
 
 
+def test_several_sizes_on_one_part_say_so(
+    first: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANKFOLD_OPENINGS", str(first.parent / "openings"))
+    config = ("lossless", "--config", "first/run.toml", "--size")
+    assert "opened:" not in run(*config, "0.65", "--out", "one").stdout
+    said = run(*config, "0.45", "--out", "two").stdout
+    assert "opened: 1 other models were certified before on 60 of these examples" in said
+    assert "with a chance of up to 10%, not 5%" in said
+    report = json.loads(run(*config, "0.4", "--out", "three", "--json").stdout)
+    assert report["history"]["others"] == 2
+
+
 def test_a_verification_is_as_its_schema_says(first: Path, run: Callable[..., Any]) -> None:
     words = ("verify", "first", "--model", "net.py:net", "--data", "data.npz", "--json")
     assert checked("verify", run(*words))["agrees"] is True
