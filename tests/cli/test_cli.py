@@ -260,7 +260,7 @@ def test_json_alone_on_stdout_though_the_model_prints(work: Path) -> None:
 
 
 def test_help_states_every_setting_but_those_of_research() -> None:
-    shown = rankfold("lossless", "--help", cwd=Path.cwd()).stdout
+    shown = rankfold("lossless", "--help-all", cwd=Path.cwd()).stdout
     for name, option in setting_options().items():
         assert (f"--{name.replace('_', '-')} " in shown) == (option.panel != RESEARCH)
     assert rankfold("--version", cwd=Path.cwd()).stdout.startswith("rankfold ")

@@ -13,11 +13,13 @@ import pytest
 from hypothesis import given, settings, strategies
 from typer.testing import CliRunner
 
-from rankfold.cli.app import all_commands, app
+from rankfold.cli.app import _ended, all_commands, app
 from rankfold.cli.config import RUN_FILE, config_text, read_config, tomllib
 from rankfold.cli.outputs import OUTPUTS, schema_of
 from rankfold.cli.schema import NAMES
 from rankfold.errors import InputError
+from rankfold.files.folder import written
+from rankfold.machine.interruption import Interruption
 from tests.command_line import make_project
 
 RUN = (
@@ -189,6 +191,19 @@ def test_results_are_as_their_schemas_say(first: Path, run: Callable[..., Any]) 
     checked("compact", done)
 
 
+def test_several_sizes_on_one_part_say_so(
+    first: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANKFOLD_OPENINGS", str(first.parent / "openings"))
+    config = ("lossless", "--config", "first/run.toml", "--size")
+    assert "opened:" not in run(*config, "0.65", "--out", "one").stdout
+    said = run(*config, "0.45", "--out", "two").stdout
+    assert "opened: 1 other models were certified before on 60 of these examples" in said
+    assert "with a chance of up to 10%, not 5%" in said
+    report = json.loads(run(*config, "0.4", "--out", "three", "--json").stdout)
+    assert report["history"]["others"] == 2
+
+
 def test_a_verification_is_as_its_schema_says(first: Path, run: Callable[..., Any]) -> None:
     words = ("verify", "first", "--model", "net.py:net", "--data", "data.npz", "--json")
     assert checked("verify", run(*words))["agrees"] is True
@@ -199,6 +214,16 @@ def test_an_error_is_an_object_too(run: Callable[..., Any]) -> None:
     error = checked("error", done)["error"]
     assert (error["code"], error["kind"]) == (2, "bad input")
     assert error["message"] in done.stderr
+
+
+def test_an_interruption_is_an_object_too(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> int:
+        raise Interruption(15)
+
+    assert _ended(interrupted, len(written()), as_json=True) == 143
+    said = capsys.readouterr()
+    error = msgspec.convert(json.loads(said.out), OUTPUTS["error"]).error  # type: ignore[attr-defined]
+    assert (error.code, error.kind, error.message) == (143, "interrupted", said.err.strip())
 
 
 def test_schemas_are_printed(run: Callable[..., Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -56,6 +57,13 @@ def test_each_command_is_listed_as_its_docstring_says() -> None:
     for name, said in COMMANDS.items():
         assert made[name].name == name
         assert made[name].help.splitlines()[0] == said
+
+
+def test_each_command_in_the_folder_is_in_the_table() -> None:
+    folder = Path(rankfold.__file__).parent / "cli"
+    texts = [file.read_text(encoding="utf-8") for file in folder.glob("*.py")]
+    found = [re.findall(r"^@command.*\ndef (\w+)", text, re.MULTILINE) for text in texts]
+    assert sorted(name for names in found for name in names) == sorted(COMMANDS)
 
 
 def test_a_command_is_looked_for_by_its_name_alone() -> None:

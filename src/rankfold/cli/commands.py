@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
 from typing import Annotated
 
@@ -15,7 +16,11 @@ from rankfold.machine.interruption import ignore_from_here
 
 def _version(wanted: bool) -> None:
     if wanted:
-        torch, python = version_of("torch"), platform.python_version()
+        try:
+            torch = version_of("torch")
+        except PackageNotFoundError:  # a build of one's own
+            torch = "of unknown version"
+        python = platform.python_version()
         typer.echo(f"rankfold {version_of('rankfold')} (torch {torch}, Python {python})")
         raise typer.Exit(DONE)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import cast
 
 from rankfold.artifact.save import try_saving
+from rankfold.certificate.document import history_line
 from rankfold.cli.app import mention, say, tell
 from rankfold.cli.config import run_files
 from rankfold.cli.data_options import DataOptions
@@ -67,7 +68,8 @@ def compress(
             **cast("SettingKeywords", vars(options.settings)),
         )
         given.check()
-        if (trouble := result.document["data"]["history"]["trouble"]) is not None:
+        history = result.document["data"]["history"]
+        if (trouble := history["trouble"]) is not None:
             tell(f"warning: {trouble}")
         keep = saved(result)
         if keep:
@@ -80,10 +82,13 @@ def compress(
             )
             save_somewhere(partial(save, overwrite=folders.overwrite), out)
     if options.reading.json:
-        print_json({**result.report, "saved": str(out) if keep else None})
+        place = str(out) if keep else None
+        print_json({**result.report, "history": history, "saved": place})
         return result
     console = plain_console(sys.stdout)
     print_result(console, result.report, f"{model}: {result.report['algorithm']}")
+    if history["others"]:
+        say(f"opened: {history_line(history, result.certificate.confidence)}")
     if keep:
         say(f"saved: {visible(out)}")
     return result

@@ -10,14 +10,19 @@ from typing import Any, Literal
 import msgspec
 
 from rankfold.artifact.schema import ReportFields, RunFields
-from rankfold.certificate.schema import NotNegative, Share, StatedFields
+from rankfold.certificate.schema import HistoryFields, NotNegative, Share, StatedFields
 from rankfold.cli.facts import Facts
 from rankfold.files.checked import Count, Digest, Fields, Number, Word
 
 
 class RunOutput(RunFields, kw_only=True):
-    """Of ``lossless`` and ``compact``; ``saved`` is None where nothing was saved."""
+    """Of ``lossless`` and ``compact``; ``saved`` is None where nothing was saved.
 
+    ``history`` counts earlier certificates of other models on the same held-out examples: the best
+    of several is falsely lossless more often than one.
+    """
+
+    history: HistoryFields
     saved: str | None
 
 
