@@ -200,7 +200,7 @@ class Sweep(Sequence[Result]):
     def summary(self) -> str:
         """A line for each size, and how sure all of them are together."""
         lines = [
-            f"{one['size']:7.1%} of the parameters: {one['verdict']}, "
+            f"{one['asked']:g} asked, {one['size']:.1%} of the parameters: {one['verdict']}, "
             f"{bound_words(result.report['certificate'])}"
             for one, result in zip(self.records, self, strict=True)
         ]

@@ -147,6 +147,7 @@ def test_layers_are_records(sweep: Sweep) -> None:
 def test_a_sweep_is_its_results(prepared: rankfold.Preparation, sweep: Sweep) -> None:
     assert len(sweep) == 2 and [*sweep] == [sweep[0], sweep[-1]] and isinstance(sweep[:1], Sweep)
     assert [one["size"] for one in sweep.records] == [result.ratio for result in sweep]
+    assert [one["asked"] for one in sweep.records] == [0.9, 0.7]
     alone = prepared.lossless(0.9, margin=0.5)
     assert sweep[0].report["factorized"] == alone.report["factorized"]
     assert "2 sizes" in sweep.summary() and "all of them together with 90%" in sweep.summary()

@@ -155,6 +155,7 @@ def sweep_records(reports: Sequence[Report]) -> list[dict[str, Any]]:
     """One flat record a size."""
     return [
         {
+            "asked": report["target"]["size"],
             "size": report["ratio"],
             "parameters": report["factorized"]["parameters"],
             "bytes": report["factorized"]["bytes"],
