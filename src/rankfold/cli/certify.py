@@ -14,8 +14,8 @@ from rankfold.certificate.document import JSON_FILE
 from rankfold.certificate.signature import open_key, sign
 from rankfold.certificate.statement import DEFAULT_MARGIN, TestName
 from rankfold.cli.app import DIFFERS, DOES_NOT_HOLD, DONE, command, say, tell
-from rankfold.cli.commands import _print_json as print_json
 from rankfold.cli.inputs import unchanged
+from rankfold.cli.json_out import print_json
 from rankfold.cli.named_paths import named_paths
 from rankfold.cli.open_given import loss_sources, open_given, open_held_out, reader_of
 from rankfold.cli.options import DATA_HELP, MODEL_HELP, OwnClass, Reading, Weights, margin_option

@@ -50,7 +50,7 @@ class Endpoint:
         *,
         key_variable: str = "RANKFOLD_API_KEY",
         timeout: float = TIMEOUT,
-        retries: int = RETRIES,
+        retries: int | None = None,
     ) -> None:
         """Ask the endpoint which models it serves.
 
@@ -60,12 +60,12 @@ class Endpoint:
             key_variable: Variable of the environment that holds the key; none is sent where the
                 variable isn't set.
             timeout: Seconds that one answer may take.
-            retries: Further tries.
+            retries: Further tries where it is busy or can't be reached; None for ``RETRIES``.
 
         Raises:
             InputError: It can't be reached, doesn't serve the model, or several.
         """
-        self._url = _checked(url)
+        self._url, retries = _checked(url), RETRIES if retries is None else retries
         self._http: Any = require("urllib3", "endpoint")
         self._key, self._key_variable = os.environ.get(key_variable), key_variable
         if self._key is not None and not self._key.isascii():
@@ -77,7 +77,7 @@ class Endpoint:
         self._pool = self._http.PoolManager(
             timeout=self._http.Timeout(timeout), retries=again, num_pools=1
         )
-        self._timeout = timeout
+        self._timeout, self._retries = timeout, retries
         self.model = self._only_model() if model is None else model
         known = {"url": self._url, "model": self.model}
         name = f"{self.model} at {self._url}"
@@ -198,7 +198,7 @@ class Endpoint:
         if isinstance(getattr(error, "reason", error), self._http.exceptions.TimeoutError):
             reason = f"no answer within {self._timeout:g} s"
         return (
-            f"the endpoint {self._url} can't be reached, after {RETRIES + 1} tries at most: "
+            f"the endpoint {self._url} can't be reached, in {self._retries + 1} tries at most: "
             f"{reason}. Look whether the server runs there, or give it more time."
         )
 
