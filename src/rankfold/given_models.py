@@ -75,30 +75,14 @@ def certify_models(
         InputError: The two have different tasks, there are too few examples, a model can't run on
             them, or examples stand in both parts.
     """
-    check_margin(margin)
     progress = progress or SilentProgress()
-    if (original.task, original.unit) != (other.task, other.unit):
-        raise InputError(
-            f"{visible(original.identity.name)} is of the task {original.task} ({original.unit}), "
-            f"{visible(other.identity.name)} of {other.task} ({other.unit}); expected one task."
-        )
-    check_enough(len(held_out.examples), margin, (), settings)
-    if selection is None and settings.largest_change is None and settings.test != "t":
-        raise InputError(
-            "there are no examples to take the range of one example's change from; give some with "
-            "selection=, or state largest_change=."
-        )
-    if selection is not None:
-        refuse_overlap([selection, held_out])
-        for source in (original, other):
-            source.check(selection)
+    _check(original, other, held_out, selection, margin, settings)
     if settings.test == "betting":  # whose examples come in an order that nobody chose
         generator = torch.Generator().manual_seed(order_seed(held_out.digest))
         order = torch.randperm(len(held_out.examples), generator=generator)
         held_out = held_out.take(order.tolist())
-    statement = _statement(
-        original, other, selection, len(held_out.examples), margin, settings, progress
-    )
+    count = len(held_out.examples)
+    statement = _statement(original, other, selection, count, margin, settings, progress)
     evidence, certificate, history = open_for_two(
         held_out, statement, original, other, seed=settings.seed, progress=progress
     )
@@ -117,6 +101,33 @@ def certify_models(
         private=settings.private,
     )
     return GivenCertificate(certificate, document)
+
+
+def _check(
+    original: LossSource,
+    other: LossSource,
+    held_out: Part,
+    selection: Part | None,
+    margin: float,
+    settings: Settings,
+) -> None:
+    """Refuse what can't be certified, before anything is opened."""
+    check_margin(margin)
+    if (original.task, original.unit) != (other.task, other.unit):
+        raise InputError(
+            f"{visible(original.identity.name)} is of the task {original.task} ({original.unit}), "
+            f"{visible(other.identity.name)} of {other.task} ({other.unit}); expected one task."
+        )
+    check_enough(len(held_out.examples), margin, (), settings)
+    if selection is None and settings.largest_change is None and settings.test != "t":
+        raise InputError(
+            "there are no examples to take the range of one example's change from; give some with "
+            "selection=, or state largest_change=."
+        )
+    if selection is not None:
+        refuse_overlap([selection, held_out])
+        for source in (original, other):
+            source.check(selection)
 
 
 def certify_samples(samples: Samples, *, margin: float, settings: Settings) -> GivenCertificate:

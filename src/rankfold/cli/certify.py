@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +26,7 @@ from rankfold.files.folder import check_output, folder_in_one_step, owned_output
 from rankfold.given_models import GivenCertificate, certify_models, certify_samples
 from rankfold.machine.device import check_device
 from rankfold.machine.progress import TerminalProgress
+from rankfold.others.by_byte import OfBytes
 from rankfold.others.document import (
     BADGE_FILE,
     CARD_FILE,
@@ -175,32 +176,29 @@ class Served:
         }
 
 
-@command
-def certify(
-    original: Annotated[str | None, typer.Argument(help=GIVEN_HELP)] = None,
-    other: Annotated[
-        str | None, typer.Argument(help="The changed model, named like ORIGINAL.")
-    ] = None,
-    *,
-    data: Annotated[
-        str | None, typer.Option(help=DATA_HELP + " Nothing may be tuned on it.")
-    ] = None,
+@dataclass(frozen=True)
+class Sources:
+    """What is compared, and on what."""
+
+    data: Annotated[str | None, typer.Option(help=DATA_HELP + " Nothing may be tuned on it.")] = (
+        None
+    )
     samples: Annotated[
         tuple[Path, Path] | None,
         typer.Option(
             help="In place of models and data, samples of lm-evaluation-harness of the original "
             "and of the other model (lm_eval --log_samples)."
         ),
-    ] = None,
+    ] = None
     check: Annotated[
         Path | None, typer.Option(help="Compute the certificate in this folder again.")
-    ] = None,
+    ] = None
     metric: Annotated[
         str | None, typer.Option(help="Metric of --samples.", rich_help_panel="Data")
-    ] = None,
+    ] = None
     filter: Annotated[
         str | None, typer.Option(help="Filter of --samples.", rich_help_panel="Data")
-    ] = None,
+    ] = None
     selection: Annotated[
         str | None,
         typer.Option(
@@ -208,114 +206,119 @@ def certify(
             show_default="a quarter of --data, which is then not held out",
             rich_help_panel="Data",
         ),
-    ] = None,
-    model: OwnClass = None,
-    weights: Weights = None,
+    ] = None
+    model: OwnClass = None
+    weights: Weights = None
     other_weights: Annotated[
-        Path | None,
-        typer.Option(help="The same for OTHER.", rich_help_panel="Advanced"),
+        Path | None, typer.Option(help="The same for OTHER.", rich_help_panel="Advanced")
+    ] = None
+    task: Annotated[str | None, setting_option("task")] = None
+    batch_size: Annotated[int | None, setting_option("batch_size")] = None
+
+    def check_given(self, original: str | None, other: str | None) -> None:
+        """Refuse what is missing, or has no part in what is asked for.
+
+        Raises:
+            InputError: As said.
+        """
+        models = {"ORIGINAL": original, "OTHER": other, "--data": self.data}
+        named = [name for name, value in models.items() if value is not None]
+        if self.check is not None or self.samples is not None:
+            what = "--samples" if self.check is None else "--check"
+            named += ["--samples"] if self.check is not None and self.samples is not None else []
+            if named:
+                raise InputError(
+                    f"{what} stands alone; {', '.join(named)} is given, too. Leave one out."
+                )
+        elif len(named) < len(models):
+            missing = ", ".join(name for name in models if name not in named)
+            raise InputError(
+                f"{missing} is missing; expected rankfold certify ORIGINAL OTHER --data DATA, or "
+                "--samples with two files."
+            )
+        others = {"--metric": self.metric, "--filter": self.filter}
+        if self.samples is None and any(value is not None for value in others.values()):
+            name = next(name for name, value in others.items() if value is not None)
+            raise InputError(f"{name} goes with --samples; leave it out.")
+
+    def reads(self, *models: str | None) -> list[Path]:
+        """Files and folders that are read."""
+        local = [one for one in models if one is not None and not is_url(one)]
+        others = (self.data, self.selection, self.weights, self.other_weights)
+        return named_paths(*local, *others, *(self.samples or ()))
+
+
+@command
+def certify(
+    original: Annotated[str | None, typer.Argument(help=GIVEN_HELP)] = None,
+    other: Annotated[
+        str | None, typer.Argument(help="The changed model, named like ORIGINAL.")
     ] = None,
-    task: Annotated[str | None, setting_option("task")] = None,
-    batch_size: Annotated[int | None, setting_option("batch_size")] = None,
+    *,
+    sources: Sources,
     claim: Test,
     outputs: Outputs,
     served: Served,
     options: Reading,
 ) -> int:
     """Is a changed model no worse than the original? Exit code 0 where that is shown, else 5."""
-    given = {"ORIGINAL": original, "OTHER": other, "--data": data}
-    _check_given(given, samples, check, {"--metric": metric, "--filter": filter})
-    if check is not None:
-        return _checked(check, options.json)
-    specs = [one for one in (original, other) if one is not None]
-    reads = named_paths(
-        *[one for one in specs if not is_url(one)],
-        data, selection, weights, other_weights, *(samples or ()), outputs.sign,
-    )  # fmt: skip
-    outputs.check(reads)
-    out = outputs.out
-    with redirect_stdout(sys.stderr):
-        if samples is not None:
-            pair = read_samples(*samples, metric, filter)
+    sources.check_given(original, other)
+    if sources.check is not None:
+        return _checked(sources.check, options.json)
+    outputs.check(
+        sources.reads(original, other, None if outputs.sign is None else str(outputs.sign))
+    )
+    with ExitStack() as stack:
+        stack.enter_context(redirect_stdout(sys.stderr))
+        if outputs.out is not None:
+            stack.enter_context(owned_output(outputs.out))
+        if sources.samples is not None:
+            pair = read_samples(*sources.samples, sources.metric, sources.filter)
             found = certify_samples(pair, margin=claim.margin, settings=claim.settings())
         else:
-            pair_of = (original or "", other or "")
-            held = unchanged(
-                models=[one for one in specs if not is_url(one)],
-                weights=weights, data=[data, selection],
-            )  # fmt: skip
-            found = _certified(
-                pair_of, (weights, other_weights), model, data or "", selection, task, batch_size,
-                claim, served, options,
-            )  # fmt: skip
-            held.check()
+            found = _certified((original or "", other or ""), sources, claim, served, options)
         if (trouble := found.document["data"]["history"]["trouble"]) is not None:
             tell(f"warning: {trouble}")
-        if out is None:
-            outputs.write(found)
-        else:
-            with owned_output(out):
-                outputs.write(found)
-    _print(found, out, options.json)
+        outputs.write(found)
+    _print(found, outputs.out, options.json)
     return DONE if found.holds else DOES_NOT_HOLD
 
 
-def _check_given(
-    models: dict[str, str | None],
-    samples: tuple[Path, Path] | None,
-    check: Path | None,
-    of_samples: dict[str, str | None],
-) -> None:
-    """Refuse what is missing, or has no part in what is asked for."""
-    named = [name for name, value in models.items() if value is not None]
-    if check is not None or samples is not None:
-        what = "--check" if check is not None else "--samples"
-        if named or (check is not None and samples is not None):
-            more = ", ".join(named) or "--samples"
-            raise InputError(f"{what} stands alone; {more} is given, too. Leave one out.")
-    elif len(named) < len(models):
-        missing = ", ".join(name for name in models if name not in named)
-        raise InputError(
-            f"{missing} is missing; expected rankfold certify ORIGINAL OTHER --data DATA, or "
-            "--samples with two files."
-        )
-    if samples is None:
-        for name, value in of_samples.items():
-            if value is not None:
-                raise InputError(f"{name} goes with --samples; leave it out.")
-
-
 def _certified(
-    specs: tuple[str, str],
-    weights: tuple[Path | None, Path | None],
-    own: str | None,
-    data: str,
-    selection: str | None,
-    task: str | None,
-    batch_size: int | None,
-    claim: Test,
-    served: Served,
-    options: Reading,
+    specs: tuple[str, str], sources: Sources, claim: Test, served: Served, options: Reading
 ) -> GivenCertificate:
     device, settings = check_device(options.device), claim.settings()
-    asked = served.options([*specs])
+    asked, data = served.options([*specs]), sources.data or ""
+    read = [unchanged(models=[s], weights=w) for s, w in _local(specs, sources)]
+    read.append(unchanged(data=[data, sources.selection]))
     first, second = (
-        open_given(spec, device, weights=file, own=own, **asked)
-        for spec, file in zip(specs, weights, strict=True)
+        open_given(spec, device, weights=file, own=sources.model, **asked)
+        for spec, file in zip(specs, (sources.weights, sources.other_weights), strict=True)
     )
     if first.identity.digest == second.identity.digest:
         tell("note: both models have the same weights")
     reader = reader_of(first, second)
-    reading = options.data_options(task, settings.seed)
-    held_out, others = open_held_out(data, selection, reader, reading, settings)
+    reading = options.data_options(sources.task, settings.seed)
+    held_out, others = open_held_out(data, sources.selection, reader, reading, settings)
+    for one in read:
+        one.check_read()
     sample = held_out if others is None else others
-    original, other = loss_sources(first, second, reader, sample, task, batch_size)
-    if original.unit == "nats per byte":
+    original, other = loss_sources(first, second, reader, sample, sources.task, sources.batch_size)
+    if original.unit == OfBytes.unit:
         tell("the two have different tokenizers: losses are in nats per byte of the same text")
-    return certify_models(
+    found = certify_models(
         original, other, held_out, others,
         margin=claim.margin, settings=settings, progress=TerminalProgress(),
     )  # fmt: skip
+    for one in read:
+        one.check()
+    return found
+
+
+def _local(specs: tuple[str, str], sources: Sources) -> list[tuple[str, Path | None]]:
+    """The models that are read from files, each with its weights."""
+    both = zip(specs, (sources.weights, sources.other_weights), strict=True)
+    return [(spec, weights) for spec, weights in both if not is_url(spec)]
 
 
 def _checked(folder: Path, json: bool) -> int:

@@ -24,11 +24,21 @@ _TYPES = {
 _OUTPUTS = ("logits", "sentence_embedding", "last_hidden_state")
 
 
+class Outputs(dict[str, Tensor]):
+    """Outputs by name; the logits as an attribute, too, as models of transformers give them."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name != "logits" or name not in self:
+            raise AttributeError(name)
+        return self[name]
+
+
 class OnnxProgram(nn.Module):
     """What stands in an ONNX file. It runs on the CPU, has no parameters and gives no gradient.
 
-    Inputs go to the program's inputs by name, or by place where the batch has no names; of those
-    that the program doesn't ask for, ``token_type_ids`` and ``position_ids`` alone are left out.
+    A single output that has no known name counts as logits. Inputs go to the program's inputs by
+    name, or by place where the batch has no names; of those that the program doesn't ask for,
+    ``token_type_ids`` and ``position_ids`` alone are left out.
     """
 
     def __init__(self, file: Path) -> None:
@@ -63,7 +73,7 @@ class OnnxProgram(nn.Module):
         beside = sorted(self._file.parent.glob(f"{self._file.name}*"))
         return json_digest({one.name: stream_digest(one) for one in beside if one.is_file()})
 
-    def forward(self, input_ids: Any = None, *others: Any, **named: Any) -> dict[str, Tensor]:
+    def forward(self, input_ids: Any = None, *others: Any, **named: Any) -> Outputs:
         """The program's outputs by their names."""
         named.pop("use_cache", None)
         given = [one for one in (input_ids, *others) if one is not None]
@@ -78,13 +88,13 @@ class OnnxProgram(nn.Module):
                 f"onnxruntime can't run {visible(self._file)} on the data: {_short(error)} "
                 "Expected examples that the program was made for."
             ) from error
-        found = {
-            name: torch.from_numpy(np.array(value))
+        found = Outputs(
+            (name, torch.from_numpy(np.array(value)))
             for name, value in zip(self._names, outputs, strict=True)
             if isinstance(value, np.ndarray) and value.dtype.kind in "fiub"
-        }
+        )
         if not any(name in found for name in _OUTPUTS) and len(found) == 1:
-            return {"logits": next(iter(found.values()))}
+            return Outputs(logits=next(iter(found.values())))
         return found
 
     def _fed(self, values: dict[str, Any]) -> dict[str, Any]:
