@@ -56,7 +56,14 @@ class Test:
     test: Annotated[TestName, setting_option("test")] = Settings.test
     largest_change: Annotated[float | None, setting_option("largest_change")] = None
     accuracy_margin: Annotated[float | None, setting_option("accuracy_margin")] = None
-    held_out_limit: Annotated[int | None, setting_option("held_out_limit")] = None
+    held_out_limit: Annotated[
+        int | None,
+        typer.Option(
+            help="Examples of --data used, drawn by --seed.",
+            show_default="10000",
+            rich_help_panel="Data",
+        ),
+    ] = None
     private: Annotated[bool, setting_option("private")] = False
     seed: Annotated[int, setting_option("seed")] = Settings.seed
 
