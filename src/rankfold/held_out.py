@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from rankfold.certificate.asked import ACCURACY, check_margin, check_metric_margin
-from rankfold.certificate.certify import examples_seen
+from rankfold.certificate.certify import Certificate, examples_seen
 from rankfold.certificate.document import Evidence, example_digests
 from rankfold.certificate.earlier_uses import History, record
 from rankfold.certificate.opened import Opened, Tested
@@ -19,7 +19,10 @@ from rankfold.data.copies import look_alikes
 from rankfold.data.given import up_to
 from rankfold.data.parts import FEWEST, PARTS, USUAL_LIMITS, Data, Part
 from rankfold.errors import InputError
-from rankfold.files.digests import model_digest
+from rankfold.files.digests import json_digest, model_digest
+from rankfold.machine.progress import Progress
+from rankfold.others.samples import Samples
+from rankfold.others.source import LossSource
 from rankfold.search.build import control
 from rankfold.search.guard import Guard
 from rankfold.search.study import Study, three_parts, units_of
@@ -336,3 +339,61 @@ def check_enough(
                 f"{least} examples. Give more held-out data (held_out_limit=), or state a larger "
                 f"{larger}."
             )
+
+
+def open_for_two(
+    part: Part,
+    statement: Statement,
+    original: LossSource,
+    other: LossSource,
+    *,
+    seed: int,
+    progress: Progress,
+) -> tuple[Evidence, Certificate, History]:
+    """Open held-out examples once for two models that were given, and record it.
+
+    Args:
+        part: All held-out examples.
+        statement: Fixed before.
+        original: The model that the other is compared with.
+        other: The other one.
+        seed: Of the run, for the record.
+        progress: Shows the examples.
+    """
+    verdict, digest = INTERRUPTED, original.identity.digest
+    try:
+        before = original.losses(part, progress, "original on held-out data", finite=True)
+        after = other.losses(part, progress, "other on held-out data", finite=True)
+        examples, answers = example_digests(part, len(part.examples))
+        evidence = Evidence(examples, answers, before, after, part.groups, {})
+        certificate = evidence.certificate(statement, original.unit, part.digest)
+        verdict = certificate.verdict
+    finally:  # what was seen is seen
+        past = record(
+            Opening(
+                original=digest,
+                models=(other.identity.digest,),
+                examples=tuple(one[:SHORT] for one in part.digests),
+                verdict=verdict,
+                seed=seed,
+            )
+        )
+    return evidence, certificate, past
+
+
+def open_samples(
+    samples: Samples, statement: Statement, unit: str
+) -> tuple[Evidence, Certificate, History]:
+    """Certify from samples that somebody else's evaluation has written, and record it."""
+    evidence = Evidence(samples.documents, [], *samples.losses, None, {})
+    certificate = evidence.certificate(statement, unit, json_digest(samples.documents))
+    past = record(
+        Opening(
+            original=samples.original.digest,
+            models=(samples.other.digest,),
+            examples=tuple(one[:SHORT] for one in samples.documents),
+            verdict=certificate.verdict,
+            seed=0,
+        )
+    )
+    return evidence, certificate, past

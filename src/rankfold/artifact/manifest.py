@@ -111,6 +111,11 @@ def read_manifest(folder: Path) -> Manifest:
     """
     file = folder / MANIFEST_FILE
     if not file.is_file():
+        if (folder / "certificate.json").is_file():
+            raise InputError(
+                f"{folder} holds a certificate of two given models, and no model: it has no "
+                f"{MANIFEST_FILE}. rankfold certify computes it again, with check={folder}."
+            )
         raise InputError(
             f"{folder} is no rankfold artifact: it has no {MANIFEST_FILE}. What transformers has "
             "saved again is opened by its from_pretrained."

@@ -2,8 +2,9 @@
 
 Results go to stdout, everything else to stderr, also what a user's own model prints. Exit codes:
 0 done, 2 bad input or too little memory, 3 no model that satisfies what was asked, 4 a certificate
-that does not agree, 5 done, and stdout could not be written, 6 an exception of the user's own code,
-128 and the signal's number where one ended it: 130 after Ctrl-C.
+that does not agree, 5 a certificate of two given models that does not hold, 6 an exception of the
+user's own code, 7 done, and stdout could not be written, 128 and the signal's number where one
+ended it: 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from rankfold.errors import InputError, note, visible
 from rankfold.files.folder import written
 from rankfold.machine.interruption import INTERRUPTED, exit_code, raising
 
-DONE, NOT_FOUND, DIFFERS, NOT_PRINTED = 0, 3, 4, 5
+DONE, NOT_FOUND, DIFFERS, DOES_NOT_HOLD, NOT_PRINTED = 0, 3, 4, 5, 7
 
 app = typer.Typer(
     name="rankfold",

@@ -19,6 +19,8 @@ COMMANDS = {
     "verify": "Recompute an artifact's certificate from its weights and the held-out data.",
     "inspect": "What an artifact says of itself: sizes, losses, certificate, layers.",
     "report": "Make the page that shows a saved model: verdict, sizes, layers, examples.",
+    "certify": "Is a changed model no worse than the original? Exit code 0 where that is shown, "
+    "else 5.",
     "export": "Write a factorized model in a form that is opened without rankfold.",
     "clean": "Restore or remove what runs that were killed have left; a running one is left alone.",
     "doctor": "What rankfold finds on this machine: versions, threads, memory, devices, missing "

@@ -15,7 +15,8 @@ from typing import Any
 from rankfold.errors import InputError
 from rankfold.files.json_file import read_json
 
-MARKS = ("rankfold.json", "export.json")  # of an artifact, of an export; each lists the files
+# Of an artifact, of an export, of a certificate of two given models; each lists the files.
+MARKS = ("rankfold.json", "export.json", "certificate.json")
 
 SIGNATURE_FILE, PAGE_FILE = "certificate.sig.json", "report.html"
 # What may be written into a folder once it is whole, so that its list can't have it.

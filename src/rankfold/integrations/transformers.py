@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rankfold.errors import InputError, require
+from rankfold.errors import InputError, require, visible
 from rankfold.files.json_file import read_json
 from rankfold.files.own_files import check_own_files
 from rankfold.files.size_limits import check_modest
@@ -40,6 +40,8 @@ from rankfold.tasks.pooling import Pooling
 from rankfold.tasks.recognise import MULTI_LABEL
 
 QUANT_METHOD = "rankfold"  # how config.json calls what opens the folder
+# Those of transformers that read safetensors; each asks for a library of its own.
+QUANTIZED = ("torchao", "bitsandbytes", "compressed-tensors", "gptq", "awq", "quanto", "hqq", "fp8")
 # Stands in config.json where the name of the file of weights may stand. Where rankfold is imported
 # it is taken out before that name is read. Elsewhere, transformers would load the folder with a
 # mere warning, the factorized layers filled with random numbers: so it stops, and quotes this.
@@ -151,8 +153,13 @@ def files_read(folder: Path) -> list[Path]:
     return sorted({file for pattern in _READ for file in folder.glob(pattern) if file.is_file()})
 
 
-def load_folder(folder: Path) -> nn.Module:
+def load_folder(folder: Path, *, quantized: bool = False) -> nn.Module:
     """The model of a transformers folder, in the dtype it is stored in, on the CPU.
+
+    Args:
+        folder: The folder.
+        quantized: Take a model whose weights a library of ``QUANTIZED`` has quantized, too: it can
+            be run, not factorized.
 
     Raises:
         InputError: No such folder, no configuration, no safetensors, or a rankfold artifact.
@@ -165,9 +172,12 @@ def load_folder(folder: Path) -> nn.Module:
         raise InputError(
             f"{folder} is a model that rankfold has factorized already; give the original."
         )
-    if quantization is not None:
+    if quantization is not None and not (quantized and _method_of(quantization) in QUANTIZED):
         raise InputError(
-            f"the model in {folder} is quantized ({config.quantization_config}); expected a model "
+            f"the model in {folder} is quantized by {_method_of(quantization)}; expected one of "
+            f"{', '.join(QUANTIZED)}, or a model in float32, bfloat16 or float16."
+            if quantized
+            else f"the model in {folder} is quantized ({quantization}); expected a model "
             "in float32, bfloat16 or float16. Factorize the original, quantize afterwards."
         )
     if not list(folder.glob("*.safetensors")):
@@ -180,6 +190,13 @@ def load_folder(folder: Path) -> nn.Module:
         model_class = _without_head(folder, model_class)
     model = load_weights_of(folder, model_class, config)
     return cast("nn.Module", model.eval())
+
+
+def _method_of(quantization: Any) -> str:
+    """How a configuration calls what has quantized the weights."""
+    held = isinstance(quantization, Mapping)
+    method = quantization.get("quant_method") if held else quantization.quant_method
+    return visible(getattr(method, "value", method))
 
 
 def load_tokenizer(folder: Path) -> Any:
