@@ -22,6 +22,7 @@ docs/notebook/field.md, ``plot`` the figures of docs/figures, from those lines a
 
 from __future__ import annotations
 
+import importlib
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -89,8 +90,11 @@ def main() -> None:
 def _faults(words: Sequence[str]) -> None:
     parser = ArgumentParser(prog="python -m benchmarks faults", description=faults.__doc__)
     parser.add_argument("--times", type=int, help="of each, in place of its own number")
+    parser.add_argument("--names", nargs="+", default=(), help="of the faults, by default all")
     options = parser.parse_args(words)
-    lines, survived = faults.table(options.times)
+    for one in ("documents", "edits", "commands", "hostile"):
+        importlib.import_module(f"benchmarks.faults_{one}")  # they register their faults
+    lines, survived = faults.table(options.times, options.names)
     print("\n".join(lines))
     print("all survived" if survived else "NOT all survived")
     sys.exit(not survived)

@@ -12,6 +12,7 @@ import os
 import random
 import resource
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -69,11 +70,17 @@ def table(times: int | None = None, names: Iterable[str] = ()) -> tuple[list[str
         times: How often each, in place of its own number.
         names: Of the faults; all, where none is given.
     """
-    wanted = {*names} or {fault.name for fault in FAULTS}
+    known = {fault.name for fault in FAULTS}
+    if unknown := {*names} - known:
+        raise InputError(
+            f"there is no fault {sorted(unknown)[0]}; expected some of {sorted(known)}"
+        )
+    wanted = {*names} or known
     lines, survived = ["| fault | tried | survived |", "|---|---|---|"], True
     for fault in FAULTS:
         if fault.name in wanted:
             with tempfile.TemporaryDirectory() as folder:
+                print(f"{fault.name} ...", file=sys.stderr, flush=True)
                 found = fault.inject(Path(folder), times or fault.times)
             lines.append(f"| {fault.name} | {found.tried} | {found.survived} |")
             survived = survived and found.tried == found.survived > 0

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.faults import Counts, register_fault
 from benchmarks.hostile_folders import Canary, Case, canary_of, code, table
 
 SECRET = "5ecret-of-the-user"
@@ -285,6 +286,9 @@ def main() -> None:
         if problem is not None:
             print(f"NOT SURVIVED {case.kind}, {case.name}: {problem}", file=sys.stderr)
     print(json.dumps({"tried": len(cases), "survived": fine}))
+
+
+register_fault("hostile folders by every command", lambda _, size: Counts(*survived(size)), 1000)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ def _of_w(said: dict) -> dict:
 ALTERED: dict[str, Callable[[Path], object]] = {
     "a byte": lambda f: (f / "w").write_bytes(bytes(2_999_999) + b"\1"),
     "a byte less": lambda f: (f / "w").write_bytes(bytes(2_999_999)),
+    "four terabytes": lambda f: os.truncate(f / JSON_FILE, 1 << 42),
     "a file less": lambda f: (f / "inner" / "t.json").unlink(),
     "a file more": lambda f: (f / "adapter_config.json").write_text("{}"),
     "two files exchanged": lambda f: (

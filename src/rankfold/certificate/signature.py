@@ -172,7 +172,7 @@ def checked_signature(folder: Path, key: str | Path) -> Signature:
         return Signature("by another key", told, found)
     if not _is_made_by(public, made, {k: v for k, v in stated.items() if k != "signature"}):
         return Signature("altered", f"{SIGNATURE_FILE} is not what was signed", found)
-    if problems := _altered(stated["files"], _files(folder)):
+    if problems := _altered(stated["files"], _files(folder, stated["files"])):
         return Signature("altered", listed(problems).replace("\n  ", "; "), found)
     return Signature("signed", f"by the key {own[:16]}..., {len(stated['files'])} files", found)
 
@@ -243,17 +243,23 @@ def _message(signed: Mapping[str, Any]) -> bytes:
     return _DOMAIN + text.encode()
 
 
-def _files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size in bytes and SHA-256 of each file of a folder but its signature, by its name."""
+def _files(folder: Path, stated: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    """Size in bytes and SHA-256 of each file of a folder but its signature, by its name.
+
+    What is stated is looked for: a file of another size is not read, as it may be of any.
+    """
     check_own_files(folder)
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name in file_names(folder):
-        if name != SIGNATURE_FILE:
-            file = folder / name
-            try:
-                found[name] = {"bytes": file.stat().st_size, "sha256": stream_digest(file)}
-            except OSError as error:
-                raise InputError(f"{file} can't be read: {error}") from error
+        if name == SIGNATURE_FILE:
+            continue
+        file = folder / name
+        try:
+            size = file.stat().st_size
+            other = stated is not None and stated.get(name, {}).get("bytes") != size
+            found[name] = {"bytes": size, "sha256": None if other else stream_digest(file)}
+        except OSError as error:
+            raise InputError(f"{file} can't be read: {error}") from error
     return found
 
 
