@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rankfold.certificate.certify import examples_seen
 from rankfold.certificate.document import Evidence, example_digests
 from rankfold.certificate.earlier_uses import History, record
-from rankfold.certificate.opened import Opened, Tested
+from rankfold.certificate.opened import Opened, Tested, most_changed
 from rankfold.certificate.openings_file import SHORT, Opening
 from rankfold.certificate.statement import (
     ACCURACY,
@@ -124,6 +124,8 @@ class HeldOut:
                 past = self._recorded(original, digests, verdict)
         study = order[place].round.study
         others = [study.parts[name] for name in PARTS[:2]]
+        standing = tested[place]
+        shown = standing is not None and not self.settings.private
         return Opened(
             tested=tested,
             place=place,
@@ -132,6 +134,7 @@ class HeldOut:
             control=self._control(order[place]),
             look_alikes=look_alikes(others, self._part),
             history=past,
+            changed=most_changed(self._part, standing.evidence) if standing and shown else (),
         )
 
     def _recorded(self, original: str, models: Sequence[str], verdict: str) -> History:

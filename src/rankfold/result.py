@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -19,8 +19,11 @@ from rankfold.errors import InputError
 from rankfold.integrations import transformers as hf
 from rankfold.integrations.vision import NamedModel, make_named, parse_named
 from rankfold.model.sizes import model_parameters
+from rankfold.report.latency import Latency
 from rankfold.report.model_card import CARD_FILE, model_card, public_name
+from rankfold.report.page import page as html
 from rankfold.report.report import report_of
+from rankfold.report.seen import SEEN_FILE, Run, Seen, seen_by, seen_text
 from rankfold.search.trial import Trial
 
 Algorithm: TypeAlias = Literal["lossless", "compact"]
@@ -35,12 +38,19 @@ class Result:
         certificate: Verdict, upper bound, margin, confidence, number of examples.
         report: Everything else, as in ``rankfold.json``: sizes, losses, layers, settings.
         document: The certificate's file: what it was computed from, as ``rankfold verify`` reads.
+        seen: What only the run could see: times, memory, the held-out examples that got worst.
     """
 
     model: nn.Module
     certificate: Certificate
     report: dict[str, Any]
     document: Document
+    seen: Seen = field(default_factory=Seen, repr=False, compare=False)
+
+    @property
+    def latency(self) -> Latency | None:
+        """Milliseconds of one call of original and result, at batch 1 and 8, as measured here."""
+        return self.seen.latency
 
     @property
     def found(self) -> bool:
@@ -60,6 +70,7 @@ class Result:
         overwrite: bool = False,
         source: str | None = None,
         input_settings: InputSettings | None = None,
+        page: bool = True,
     ) -> Path:
         """Write the artifact; ``rankfold.load(folder)`` opens it.
 
@@ -71,6 +82,7 @@ class Result:
                 with: ``timm:resnet18,num_classes=10``. Then it opens without ``model=``.
             input_settings: How you made the model's inputs, where rankfold didn't: the commands
                 then read data so.
+            page: Whether ``report.html`` is written too.
 
         Raises:
             InputError: The folder can't be written, ``source`` makes another model, or
@@ -86,14 +98,20 @@ class Result:
             together = joined(sources)
             report = {**report, "input_settings": together.as_dict()}
             document = with_report(document, report)
+        seen = self.seen.as_dict(tokenizer, report["input_settings"])
         return save_artifact(
             folder,
             self.model,
             report,
             tokenizer=tokenizer,
             overwrite=overwrite,
-            files={**files(document), CARD_FILE: self._card(named)},
+            files={
+                **files(document),
+                CARD_FILE: self._card(named),
+                SEEN_FILE: seen_text(seen),
+            },
             source=named,
+            page=(lambda manifest: html(manifest, document, seen)) if page else None,
         )
 
     def _check_made_by(self, named: NamedModel) -> None:
@@ -125,6 +143,7 @@ def result_of(
     opened: Opened,
     target: Mapping[str, Any],
     tried: Sequence[Trial],
+    run: Run,
     order: Sequence[Trial] = (),
 ) -> Result:
     """The result of a plan that the held-out part was opened for.
@@ -135,6 +154,7 @@ def result_of(
         opened: What the held-out part says of it.
         target: What was asked for, for the report.
         tried: All plans that selection data saw.
+        run: Whose watch says what each stage took.
         order: Those that were tested, where several were.
     """
     tested = opened.standing
@@ -169,7 +189,8 @@ def result_of(
         },
         report=report,
     )
-    return Result(tested.model, tested.certificate, report, document)
+    seen = seen_by(run.watch, chosen, opened)
+    return Result(tested.model, tested.certificate, report, document, seen)
 
 
 def _opened_as(model: nn.Module) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ from rankfold.errors import InputError, path_of, visible
 from rankfold.files.digests import file_digest
 from rankfold.files.durable import synced_meanwhile
 from rankfold.files.folder import check_output, check_space, folder_in_one_step, trial_folder
-from rankfold.files.listed import file_names
+from rankfold.files.listed import PAGE_FILE, file_names
 from rankfold.files.tensors import METADATA, safetensors_bytes
 from rankfold.integrations import transformers as hf
 from rankfold.integrations.vision import NamedModel
@@ -47,6 +47,7 @@ def save_artifact(
     overwrite: bool = False,
     files: Mapping[str, str] | None = None,
     source: NamedModel | None = None,
+    page: Callable[[Manifest], str] | None = None,
 ) -> Path:
     """Write a factorized model; the folder appears complete or not at all.
 
@@ -58,6 +59,7 @@ def save_artifact(
         overwrite: Replace an artifact that stands there.
         files: Texts to write beside, by file name.
         source: What makes a model like the original, where a library does.
+        page: Makes ``report.html`` of the whole manifest; None for no page.
 
     Raises:
         InputError: The folder can't be written.
@@ -71,6 +73,8 @@ def save_artifact(
         with synced_meanwhile(draft / WEIGHTS_FILE):
             complete["digest"] = artifact_digest(complete, stored)
         _write(draft, model, complete, tokenizer, files or {})
+        if page is not None:
+            _write_text(draft / PAGE_FILE, page(complete))
     return target
 
 
@@ -164,7 +168,8 @@ def _write(
     if hf.is_transformers_model(model):
         hf.write_configuration(model, draft, structure(complete), tokenizer)
         complete["config_digest"] = file_digest(draft / CONFIG_FILE)
-    complete["files"] = file_names(draft, MANIFEST_FILE)
+    # The page may be made later, too (``rankfold report``).
+    complete["files"] = file_names(draft, MANIFEST_FILE, PAGE_FILE)
     text = json.dumps(complete, indent=1, allow_nan=False, ensure_ascii=False)
     _write_text(draft / MANIFEST_FILE, text + "\n")
 

@@ -25,7 +25,7 @@ from rankfold.cli.clean import clean as clean
 from rankfold.cli.demo import run_demo
 from rankfold.cli.export_inputs import open_inputs
 from rankfold.cli.inputs import unchanged
-from rankfold.cli.kept import save_somewhere
+from rankfold.cli.kept import save_result
 from rankfold.cli.named_paths import named_paths
 from rankfold.cli.open import (
     DataOptions,
@@ -78,6 +78,7 @@ from rankfold.machine.offload import Offload, advice
 from rankfold.machine.progress import TerminalProgress
 from rankfold.model.sizes import model_parameters
 from rankfold.report.data_lines import source_lines
+from rankfold.report.latency import speed_sentence
 from rankfold.result import Result
 from rankfold.search.study import limits_of
 from rankfold.settings import SettingKeywords, SizeOf, check_size
@@ -184,6 +185,7 @@ def _compress(
             guard=guard,
             progress=TerminalProgress(),
             offload_folder=folders.offload_folder,
+            timing=not folders.no_timing,
             **cast("SettingKeywords", vars(options.settings)),
         )
         given.check()
@@ -191,13 +193,15 @@ def _compress(
             tell(f"warning: {trouble}")
         keep = saved(result)
         if keep:
-            save = partial(result.save, tokenizer=opened.tokenizer, source=opened.source)
-            save_somewhere(partial(save, overwrite=folders.overwrite), out)
+            save_result(result, opened, folders, out)
     if options.reading.json:
-        _print_json({**result.report, "saved": str(out) if keep else None})
+        saved = str(out) if keep else None
+        _print_json({**result.report, "latency": result.latency, "saved": saved})
         return result
     console = plain_console(sys.stdout)
     print_result(console, result.report, f"{model}: {result.report['algorithm']}")
+    if result.latency is not None:
+        say(as_options(f"speed: {speed_sentence(result.latency)}"))
     if keep:
         say(f"saved: {visible(out)}")
     return result

@@ -5,10 +5,26 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
+from rankfold.cli.open import OpenedModel
+from rankfold.cli.options import Folders
 from rankfold.errors import InputError, visible
 from rankfold.files.folder import written
+from rankfold.result import Result
+
+
+def save_result(result: Result, opened: OpenedModel, folders: Folders, out: Path) -> None:
+    """Save a result as the options say; where that fails, as ``save_somewhere``."""
+    save = partial(
+        result.save,
+        tokenizer=opened.tokenizer,
+        source=opened.source,
+        overwrite=folders.overwrite,
+        page=not folders.no_report,
+    )
+    save_somewhere(save, out)
 
 
 def save_somewhere(save: Callable[[Path], object], out: Path) -> None:

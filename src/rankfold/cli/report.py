@@ -14,6 +14,7 @@ from rankfold.cli.options import FolderArgument
 from rankfold.errors import InputError
 from rankfold.files.durable import write_whole
 from rankfold.report.page import PAGE_FILE, page
+from rankfold.report.seen import read_seen
 
 MODE = 0o644  # of the page
 
@@ -30,7 +31,7 @@ def report(
     manifest = read_report(folder)
     document = read_document(folder) if (folder / JSON_FILE).is_file() else None
     file = folder / PAGE_FILE if out is None else out
-    text = page(manifest, document)
+    text = page(manifest, document, read_seen(folder))
     try:
         write_whole(file, [text.encode()], MODE)
     except OSError as error:

@@ -20,19 +20,26 @@ BINS = 40  # of the histogram
 MOST_LAYERS = 400  # that one map shows
 
 
-def figures(manifest: Mapping[str, Any], certificate: Mapping[str, Any] | None) -> dict[str, Spec]:
+def figures(
+    manifest: Mapping[str, Any],
+    certificate: Mapping[str, Any] | None,
+    stages: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Spec]:
     """All figures that these files have the numbers of, by the id of their place on the page.
 
     Args:
         manifest: The content of ``rankfold.json``.
         certificate: The content of ``certificate.json``, if there is one.
+        stages: Of ``seen.json``.
     """
+    known = certificate is not None and certificate.get("evidence") is not None
     found = {
         "size-loss": size_and_loss(manifest),
         "layers": layer_map(manifest["layers"]),
         "ranks": ranks(manifest["layers"]),
         "predicted": predicted_and_measured(manifest),
-        "examples": None if certificate is None else histogram(manifest, certificate),
+        "examples": histogram(manifest, certificate) if certificate is not None and known else None,
+        "stages": stages_by_time(stages),
     }
     return {name: spec for name, spec in found.items() if spec is not None}
 
@@ -234,6 +241,26 @@ def histogram(manifest: Mapping[str, Any], certificate: Mapping[str, Any]) -> Sp
             _line("x", manifest["certificate"]["change"], "mean change", ORANGE, row=24),
         ],
         **_page(220),
+    }  # fmt: skip
+
+
+def stages_by_time(stages: Sequence[Mapping[str, Any]]) -> Spec | None:
+    """Seconds of each stage, in the order of the run."""
+    if not stages:
+        return None
+    rows = [{**one, "stage": visible(one["name"])} for one in stages]
+    return {
+        "data": {"values": rows},
+        "mark": {"type": "bar", "color": BLUE},
+        "encoding": {
+            "y": {"field": "stage", "type": "nominal", "sort": None, "title": None,
+                  "axis": {"labelLimit": 190}},
+            "x": {"field": "seconds", "type": "quantitative", "title": "seconds"},
+            "tooltip": [{"field": "stage"}, {"field": "seconds", "format": ".2f"},
+                        {"field": "megabytes", "title": "most memory until then, MB",
+                         "format": ",.0f"}],
+        },
+        **_page(18 * len(rows) + 10),
     }  # fmt: skip
 
 

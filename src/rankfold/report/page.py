@@ -8,7 +8,8 @@ what figures and the table read is JSON in which no tag can end.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -18,11 +19,12 @@ from markupsafe import Markup
 
 from rankfold.certificate.in_words import VERDICTS, about, guard_words, subject
 from rankfold.errors import visible
+from rankfold.files.listed import PAGE_FILE as PAGE_FILE
 from rankfold.report.data_lines import data_lines, source_lines
 from rankfold.report.figures import figures
+from rankfold.report.latency import speed_sentence
 from rankfold.report.model_card import call_of, opening_lines
 
-PAGE_FILE = "report.html"
 _ASSETS = files("rankfold.report") / "assets"
 _SIZES = {
     "parameters": "parameters",
@@ -41,10 +43,14 @@ def page(
     Args:
         manifest: The content of ``rankfold.json``.
         certificate: The content of ``certificate.json``, None where there is none.
-        seen: The content of ``seen.json``: seconds and memory of each stage, latencies, and the
-            held-out examples that changed most.
+        seen: The content of ``seen.json``.
     """
-    layers = [_layer(place, layer) for place, layer in enumerate(manifest["layers"], 1)]
+    found = {"examples": [], "latency": None, "stages": [], **(seen or {})}
+    shares = _shares(manifest["layers"])
+    layers = [
+        _layer(place, layer) | share
+        for place, (layer, share) in enumerate(zip(manifest["layers"], shares, strict=True), 1)
+    ]
     text: str = _template().render(
         manifest=manifest,
         certificate=manifest["certificate"],
@@ -60,8 +66,10 @@ def page(
         shape=_shape_of(layers),
         call=visible(call_of(manifest)),
         opening=_opening(manifest),
-        seen={"examples": [], "latency": None, "stages": [], **(seen or {})},
-        figures=_as_json(figures(manifest, certificate)),
+        seen=found,
+        speed=None if found["latency"] is None else speed_sentence(found["latency"]),
+        shares=any(layer["share"] is not None for layer in layers),
+        figures=_as_json(figures(manifest, certificate, found["stages"])),
         rows=_as_json(layers),
         style=_asset("page.css"),
         script=_asset("page.js"),
@@ -125,9 +133,27 @@ def _layer(place: int, layer: Mapping[str, Any]) -> dict[str, Any]:
         "after": after,
         "kept": after / before if before else 1.0,
         "predicted": layer["predicted_change"],
-        "factor": layer["interaction_factor"],
         "why": visible(layer["reason_dense"] or ""),
     }
+
+
+def _shares(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, float | None]]:
+    """Each layer's share of the predicted change, by itself and with measured interactions."""
+    # Layers that stay dense change nothing; without interactions both shares are one.
+    alone, together = [], []
+    for layer in layers:
+        change = (layer["predicted_change"] or 0.0) if layer["rank"] is not None else 0.0
+        together.append(change)
+        alone.append(change / (layer["interaction_factor"] or 1.0))
+    measured = any(layer["interaction_factor"] is not None for layer in layers)
+    sums = math.fsum(alone), math.fsum(together)
+    return [
+        {
+            "share": one / sums[0] if sums[0] > 0 else None,
+            "measured": other / sums[1] if measured and sums[1] > 0 else None,
+        }
+        for one, other in zip(alone, together, strict=True)
+    ]
 
 
 def _shape_of(layers: list[dict[str, Any]]) -> dict[str, int]:

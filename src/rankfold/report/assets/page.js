@@ -8,12 +8,13 @@ const table = document.getElementById("table");
 const body = table.querySelector("tbody");
 const filter = document.getElementById("filter");
 const count = (value) => value.toLocaleString("en");
+const percent = (value) => (value === null ? "" : `${(100 * value).toFixed(1)}%`);
 const columns = [
   [(row) => row.place], [(row) => row.layer, "name"], [(row) => row.kind], [(row) => row.form],
   [(row) => (row.rank === null ? "" : `${row.rank} of ${row.full}`), "right"],
   [(row) => count(row.before), "right"], [(row) => count(row.after), "right"],
   [(row) => `${(100 * row.kept).toFixed(1)}%`, "right"],
-  [(row) => row.predicted.toPrecision(3), "right"], [(row) => row.why],
+  [(row) => percent(row.share), "right"], [(row) => percent(row.measured), "right"], [(row) => row.why],
 ];
 let sorted = { key: "place", up: true };
 
