@@ -20,6 +20,7 @@ from rankfold.forms.low_rank.modules import LowRankConv2d, LowRankLinear
 from rankfold.machine.progress import TerminalProgress
 from rankfold.result import Result
 from rankfold.settings import Settings
+from rankfold.sweep import Sweep, sweep
 from rankfold.tasks.evaluation import Metric
 from rankfold.verify import verify
 
@@ -40,6 +41,7 @@ __all__ = [
     "Preparation",
     "Result",
     "Settings",
+    "Sweep",
     "TerminalProgress",
     "compact",
     "export",
@@ -48,6 +50,7 @@ __all__ = [
     "prepare",
     "recorded_inputs",
     "register_source",
+    "sweep",
     "try_saving",
     "verify",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rankfold.certificate.certify import examples_seen
 from rankfold.certificate.document import Evidence, example_digests
 from rankfold.certificate.earlier_uses import History, record
+from rankfold.certificate.in_words import sure
 from rankfold.certificate.opened import Opened, Tested, most_changed
 from rankfold.certificate.openings_file import SHORT, Opening
 from rankfold.certificate.statement import (
@@ -340,8 +341,8 @@ def check_enough(
         if least is not None and units < least:
             raise InputError(
                 f"the held-out part has {units} independent examples: too few to show a change of "
-                f"the {what} of at most {within:g} with {settings.confidence:.0%} confidence where "
-                f"one example may change by {largest:g}, even if none changes at all. That needs "
-                f"{least} examples. Give more held-out data (held_out_limit=), or state a larger "
-                f"{larger}."
+                f"the {what} of at most {within:g} with {sure(settings.confidence)} confidence "
+                f"where one example may change by {largest:g}, even if none changes at all. "
+                f"That needs {least} examples. Give more held-out data (held_out_limit=), or "
+                f"state a larger {larger}."
             )

@@ -25,7 +25,7 @@ from rankfold.cli.clean import clean as clean
 from rankfold.cli.demo import run_demo
 from rankfold.cli.export_inputs import open_inputs
 from rankfold.cli.inputs import unchanged
-from rankfold.cli.kept import save_result
+from rankfold.cli.kept import save_result, say_speed
 from rankfold.cli.named_paths import named_paths
 from rankfold.cli.open import (
     DataOptions,
@@ -78,7 +78,6 @@ from rankfold.machine.offload import Offload, advice
 from rankfold.machine.progress import TerminalProgress
 from rankfold.model.sizes import model_parameters
 from rankfold.report.data_lines import source_lines
-from rankfold.report.latency import speed_sentence
 from rankfold.result import Result
 from rankfold.search.study import limits_of
 from rankfold.settings import SettingKeywords, SizeOf, check_size
@@ -177,7 +176,7 @@ def _compress(
         given = unchanged(
             models=[model], weights=folders.weights, data=vars(options.parts).values()
         )
-        opened, data, guard = _opened(model, options, out, size)
+        opened, data, guard = open_all(model, options, out, size)
         given.check_read()
         result = algorithm(
             opened.model,
@@ -195,19 +194,18 @@ def _compress(
         if keep:
             save_result(result, opened, folders, out)
     if options.reading.json:
-        saved = str(out) if keep else None
-        _print_json({**result.report, "latency": result.latency, "saved": saved})
+        where = str(out) if keep else None
+        print_json({**result.report, "latency": result.latency, "saved": where})
         return result
     console = plain_console(sys.stdout)
     print_result(console, result.report, f"{model}: {result.report['algorithm']}")
-    if result.latency is not None:
-        say(as_options(f"speed: {speed_sentence(result.latency)}"))
+    say_speed(result.latency)
     if keep:
         say(f"saved: {visible(out)}")
     return result
 
 
-def _opened(
+def open_all(
     model: str, options: Compressing, out: Path, size: float
 ) -> tuple[OpenedModel, Data, object]:
     """Model, data, and examples of another kind, where a model of this size can be saved.
@@ -283,7 +281,7 @@ def evaluate(
         )
         given.check()
     if options.json:
-        _print_json({"model": str(folder), "data": data, **found})
+        print_json({"model": str(folder), "data": data, **found})
     else:
         for line in evaluation_lines(found):
             say(line)
@@ -343,7 +341,7 @@ def verify(
     checks = tuple(replace(one, detail=as_options(one.detail)) for one in found.checks)
     found = replace(found, checks=checks)
     if options.json:
-        _print_json({"model": str(folder), "data": data, **found.as_dict()})
+        print_json({"model": str(folder), "data": data, **found.as_dict()})
     else:
         verification_lines(found, say)
     return DONE if found.holds else DIFFERS
@@ -361,7 +359,7 @@ def inspect(
     """What an artifact says of itself: sizes, losses, certificate, layers."""
     report = read_whole(folder, lambda: read_report(folder))
     if json:
-        _print_json(report)
+        print_json(report)
         return DONE
     console = plain_console(sys.stdout)
     if layer is not None:
@@ -432,7 +430,7 @@ def export(
             inputs=open_inputs(input_shape, inputs), dtype=dtype,
         )  # fmt: skip
     if json:
-        _print_json({**asdict(done), "folder": str(done.folder)})
+        print_json({**asdict(done), "folder": str(done.folder)})
     else:
         _print_exported(done, to, out)
     return DONE
@@ -488,7 +486,9 @@ def main() -> None:
         ignore_from_here()
 
 
-def _print_json(value: dict[str, Any]) -> None:
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on stdout, in which nothing is that a terminal would interpret."""
+
     def escaped(found: re.Match[str]) -> str:
         return found[0] if found[0] == "\n" else dumps(found[0])[1:-1]
 

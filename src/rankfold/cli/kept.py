@@ -8,11 +8,19 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from rankfold.cli.app import as_options, say
 from rankfold.cli.open import OpenedModel
 from rankfold.cli.options import Folders
 from rankfold.errors import InputError, visible
 from rankfold.files.folder import written
+from rankfold.report.latency import Latency, speed_sentence
 from rankfold.result import Result
+
+
+def say_speed(latency: Latency | None) -> None:
+    """One line of how fast a result is, where that was measured."""
+    if latency is not None:
+        say(as_options(f"speed: {speed_sentence(latency)}"))
 
 
 def save_result(result: Result, opened: OpenedModel, folders: Folders, out: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from rankfold.certificate.in_words import VERDICTS, about, guard_words, subject
+from rankfold.certificate.in_words import VERDICTS, about, guard_words, subject, sure
 from rankfold.errors import visible
 from rankfold.files.listed import PAGE_FILE as PAGE_FILE
 from rankfold.report.data_lines import data_lines, source_lines
@@ -51,7 +51,7 @@ def page(
         _layer(place, layer) | share
         for place, (layer, share) in enumerate(zip(manifest["layers"], shares, strict=True), 1)
     ]
-    text: str = _template().render(
+    text: str = template("page.html").render(
         manifest=manifest,
         certificate=manifest["certificate"],
         loss=manifest["loss"],
@@ -68,32 +68,34 @@ def page(
         opening=_opening(manifest),
         seen=found,
         speed=None if found["latency"] is None else speed_sentence(found["latency"]),
-        shares=any(layer["share"] is not None for layer in layers),
-        figures=_as_json(figures(manifest, certificate, found["stages"])),
-        rows=_as_json(layers),
-        style=_asset("page.css"),
-        script=_asset("page.js"),
-        vega=_asset("vega.min.js"),
+        measured=any(layer["measured"] is not None for layer in layers),
+        figures=as_json(figures(manifest, certificate, found["stages"])),
+        rows=as_json(layers),
+        style=asset("page.css"),
+        script=Markup("\n").join(map(asset, ("table.js", "figures.js"))),
+        vega=asset("vega.min.js"),
     )
     return text
 
 
 @cache
-def _template() -> Any:
+def template(name: str) -> Any:
+    """A page of the assets, to be rendered; what is put into it is escaped."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["shown"] = visible
+    environment.filters["sure"] = sure
     environment.filters["signed"] = lambda value: "none" if value is None else f"{value:+.4f}"
     environment.filters["share"] = lambda value: f"{value:.1%}"
     environment.filters["count"] = lambda value: f"{value:,}"
-    return environment.from_string((_ASSETS / "page.html").read_text("utf-8"))
+    return environment.from_string((_ASSETS / name).read_text("utf-8"))
 
 
-def _asset(name: str) -> Markup:
+def asset(name: str) -> Markup:
     """A file of this package: our own, and in nobody's hands."""
     return Markup((_ASSETS / name).read_text("utf-8"))
 
 
-def _as_json(value: object) -> Markup:
+def as_json(value: object) -> Markup:
     """JSON that may stand inside a script element: no character of it begins a tag."""
     text = json.dumps(value, allow_nan=False)
     for sign in "<>&":
