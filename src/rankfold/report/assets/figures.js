@@ -7,12 +7,13 @@ function draw() {
   const [ink, line] = ["--ink", "--line"].map((name) => style.getPropertyValue(name).trim());
   const config = {
     background: "transparent",
+    aria: false, // a figure has its words in aria-label, and its marks none of their own
     view: { stroke: null },
     font: "system-ui, sans-serif",
     axis: { labelColor: ink, titleColor: ink, gridColor: line, domainColor: line, tickColor: line, titleFontWeight: 500, labelFontSize: 11, titleFontSize: 12, tickCount: 6, labelOverlap: true },
     legend: { labelColor: ink, titleColor: ink, orient: "top" },
     text: { color: ink },
-    mark: { tooltip: true },
+    mark: { tooltip: true, aria: false },
   };
   for (const place of document.querySelectorAll(".figure")) {
     const specification = specifications[place.id];
