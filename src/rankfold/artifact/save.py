@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +26,7 @@ from rankfold.artifact.manifest import (
 )
 from rankfold.errors import InputError, path_of, visible
 from rankfold.files.digests import file_digest
-from rankfold.files.durable import synced_meanwhile
+from rankfold.files.durable import synced_meanwhile, write_whole
 from rankfold.files.folder import check_output, check_space, folder_in_one_step, trial_folder
 from rankfold.files.listed import PAGE_FILE, file_names
 from rankfold.files.tensors import METADATA, safetensors_bytes
@@ -72,10 +73,25 @@ def save_artifact(
         save_file(stored, draft / WEIGHTS_FILE, metadata=METADATA)
         with synced_meanwhile(draft / WEIGHTS_FILE):
             complete["digest"] = artifact_digest(complete, stored)
-        _write(draft, model, complete, tokenizer, files or {})
+        also = () if page is None else (PAGE_FILE,)
+        _write(draft, model, complete, tokenizer, files or {}, also)
         if page is not None:
             _write_text(draft / PAGE_FILE, page(complete))
     return target
+
+
+def list_file(folder: Path, manifest: Manifest, name: str) -> None:
+    """Say in an artifact's manifest that a file written later is its own, as those it lists.
+
+    Raises:
+        OSError: The manifest can't be written.
+    """
+    names = manifest.get("files")
+    if isinstance(names, list) and name not in names:  # what lists none knows its files by name
+        text = _text({**manifest, "files": sorted([*names, name])})
+        file = folder / MANIFEST_FILE
+        pieces = [text.encode("utf-8", "backslashreplace")]
+        write_whole(file, pieces, stat.S_IMODE(file.stat().st_mode))
 
 
 def try_saving(
@@ -160,18 +176,25 @@ def _described(
 
 
 def _write(
-    draft: Path, model: nn.Module, complete: Manifest, tokenizer: Any, files: Mapping[str, str]
+    draft: Path,
+    model: nn.Module,
+    complete: Manifest,
+    tokenizer: Any,
+    files: Mapping[str, str],
+    also: Iterable[str] = (),
 ) -> None:
-    """Write all of an artifact but its weights."""
+    """Write all of an artifact but its weights, and the files ``also`` that are still to come."""
     for name, content in files.items():
         _write_text(draft / name, content)
     if hf.is_transformers_model(model):
         hf.write_configuration(model, draft, structure(complete), tokenizer)
         complete["config_digest"] = file_digest(draft / CONFIG_FILE)
-    # The page may be made later, too (``rankfold report``).
-    complete["files"] = file_names(draft, MANIFEST_FILE, PAGE_FILE)
-    text = json.dumps(complete, indent=1, allow_nan=False, ensure_ascii=False)
-    _write_text(draft / MANIFEST_FILE, text + "\n")
+    complete["files"] = file_names(draft, MANIFEST_FILE, *also)
+    _write_text(draft / MANIFEST_FILE, _text(complete))
+
+
+def _text(manifest: Manifest) -> str:
+    return json.dumps(manifest, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def _write_text(file: Path, text: str) -> None:

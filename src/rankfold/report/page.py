@@ -12,13 +12,14 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from rankfold.certificate.in_words import VERDICTS, about, guard_words, subject, sure
-from rankfold.errors import visible
+from rankfold.errors import InputError, visible
 from rankfold.files.listed import PAGE_FILE as PAGE_FILE
 from rankfold.report.data_lines import data_lines, source_lines
 from rankfold.report.figures import figures
@@ -76,6 +77,19 @@ def page(
         vega=asset("vega.min.js"),
     )
     return text
+
+
+def is_page(file: Path) -> bool:
+    """Whether rankfold has made a file of this name, by what its head says.
+
+    Raises:
+        InputError: It can't be read.
+    """
+    try:
+        with file.open("rb") as opened:
+            return b'<meta name="generator" content="rankfold">' in opened.read(4096)
+    except OSError as error:
+        raise InputError(f"{visible(file)} can't be read: {error.strerror}.") from error
 
 
 @cache
