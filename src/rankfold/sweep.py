@@ -23,6 +23,7 @@ from rankfold.compress import Preparation, prepare
 from rankfold.errors import InputError, path_of, visible
 from rankfold.files.durable import write_whole
 from rankfold.files.folder import check_output
+from rankfold.files.json_file import read_json
 from rankfold.files.listed import MARKS, PAGE_FILE
 from rankfold.keywords import Options
 from rankfold.report.runs import Row, row_of
@@ -194,7 +195,7 @@ class SweepFolder:
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"{visible(self.folder)} is a file; expected a folder to write to.")
         found = sorted(one.name for one in self.folder.iterdir()) if self.folder.is_dir() else []
-        if found and not (self.overwrite and SWEEP_FILE in found):
+        if found and not (self.overwrite and SWEEP_FILE in found) and not self._begun(found):
             raise InputError(
                 f"{visible(self.folder)} is not empty; name another folder, or overwrite= an "
                 "earlier sweep."
@@ -206,6 +207,13 @@ class SweepFolder:
             )
         for size in self.statement.sizes:
             check_output(self.of(size), self.overwrite, MARKS[0], reads=reads)
+
+    def _begun(self, found: Sequence[str]) -> bool:
+        """Whether a sweep was interrupted here before its first size was saved."""
+        if found != [SWEEP_FILE]:
+            return False
+        told: Any = read_json(self.folder / SWEEP_FILE)
+        return isinstance(told, dict) and "statement" in told and told.get("done") == []
 
     def begin(self, reads: Sequence[Path] = ()) -> None:
         """Write down the statement, before the held-out part is opened.

@@ -142,5 +142,15 @@ def test_sizes_of_one_name_are_refused(tmp_path):
         SweepFolder(tmp_path / "out", statement, False).check()
 
 
+def test_what_ended_before_its_first_size_is_no_obstacle(tmp_path):
+    statement = state_sweep([0.9], "model", 0.01, None)
+    target = SweepFolder(tmp_path / "out", statement, False)
+    target.begin()
+    target.begin()
+    (tmp_path / "out" / "sweep.json").write_text("{}")
+    with pytest.raises(InputError, match="not empty"):
+        target.begin()
+
+
 def test_numbers_are_read():
     assert _numbers("0.95, 0.9") == [0.95, 0.9]
