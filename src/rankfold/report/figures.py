@@ -47,7 +47,7 @@ def figures(
 
 def size_and_loss(manifest: Mapping[str, Any]) -> Spec | None:
     """Every plan that selection data saw, and what the held-out part says of the chosen one."""
-    unit, verdict = manifest["loss"]["unit"], manifest["certificate"]
+    verdict = manifest["certificate"]
     points = [
         {
             "size": trial["ratio"],
@@ -74,7 +74,7 @@ def size_and_loss(manifest: Mapping[str, Any]) -> Spec | None:
     kinds = ["tried", "tried, fitted again", "this model, held-out"]
     x = {"field": "size", "type": "quantitative", "title": "share of the parameters", "axis": {
         "format": ".0%"}, "scale": {"zero": False, "padding": 20}}  # fmt: skip
-    y = {"type": "quantitative", "title": f"change of the loss, {unit}"}
+    y = {"type": "quantitative", "title": "change of the loss"}
     colour = {"field": "what", "type": "nominal", "title": None, "scale": {
         "domain": kinds, "range": [GREY, BLUE, ORANGE]}}  # fmt: skip
     shape = {**colour, "scale": {"domain": kinds, "range": ["circle", "square", "diamond"]}}

@@ -64,11 +64,9 @@ def _losses(rows: Sequence[Row]) -> Spec:
         }
         for row, letter in zip(rows, groups(rows), strict=True)
     ]
-    units = {row.unit for row in rows}
-    unit = f", {next(iter(units))}" if len(units) == 1 else ""
     x = {"field": "size", "type": "quantitative", "title": "share of the parameters",
          "axis": {"format": ".0%"}, "scale": {"zero": False, "padding": 20}}  # fmt: skip
-    y = {"type": "quantitative", "title": f"change of the loss{unit}"}
+    y = {"type": "quantitative", "title": "change of the loss"}
     one = len({point["data"] for point in points}) == 1
     colour = {"value": BLUE} if one else {"field": "data", "type": "nominal", "title": None}
     shape = {"value": "circle"} if one else colour
