@@ -28,7 +28,8 @@ from rankfold.compress import Preparation
 from rankfold.data.copies import refuse_copies
 from rankfold.data.parts import Data, Part, as_part
 from rankfold.held_out import HeldOut
-from rankfold.model.kept import KeptModel
+from rankfold.machine.timing import Watch
+from rankfold.report.seen import Run
 from rankfold.search.build import control
 from rankfold.search.damping import choose_damping
 from rankfold.search.round import Round, start_round
@@ -257,7 +258,8 @@ class Runner(Recorder[Row]):
                 study, settings = choose_damping(study, settings, progress=self.progress)
             started = start_round(study, settings, progress=self.progress)
             sealed = HeldOut(settings, (), collected.parts["held_out"])
-            prepared = Preparation(started, sealed, KeptModel(model, study.offload.kept))
+            run = Run(model, study.offload.kept, Watch(self.progress, timing=False))
+            prepared = Preparation(started, sealed, run)
             ready = spent + time.perf_counter() - start
             # With rounds the control takes a step a round, which only the result's own stage knows.
             moved = control(started) if settings.rounds == 1 else None

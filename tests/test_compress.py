@@ -536,7 +536,7 @@ def test_one_preparation_serves_both_algorithms_and_several_sizes() -> None:
 def test_in_form_equals_a_preparation_in_that_form() -> None:
     pair = rankfold.prepare(trained_cnn(), image_data(40), form="pair")
     pivoted = rankfold.prepare(trained_cnn(), image_data(40), form="pivoted")
-    other = Preparation(with_storage(pair._round, "pivoted"), pair._held_out, pair._kept)
+    other = Preparation(with_storage(pair._round, "pivoted"), pair._held_out, pair._run)
     assert ranks(other.lossless(0.5)) == ranks(pivoted.lossless(0.5))
     budget = 0.5 * pair._round.factorizable
     assert pair._round.plan(budget) != pivoted._round.plan(budget)

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from rankfold.export.export import Exported, export
     from rankfold.forms.low_rank.modules import LowRankConv2d, LowRankLinear
     from rankfold.machine.progress import TerminalProgress
-    from rankfold.result import Result
+    from rankfold.result import Result, Sweep
     from rankfold.settings import Settings
+    from rankfold.sweep import sweep
     from rankfold.tasks.evaluation import Metric
     from rankfold.verify import verify
 
@@ -45,6 +46,7 @@ __all__ = [
     "Preparation",
     "Result",
     "Settings",
+    "Sweep",
     "TerminalProgress",
     "compact",
     "export",
@@ -53,6 +55,7 @@ __all__ = [
     "prepare",
     "recorded_inputs",
     "register_source",
+    "sweep",
     "try_saving",
     "verify",
 ]
@@ -72,6 +75,7 @@ _MODULES = {
     "Preparation": "compress",
     "Result": "result",
     "Settings": "settings",
+    "Sweep": "result",
     "TerminalProgress": "machine.progress",
     "compact": "compress",
     "export": "export.export",
@@ -80,6 +84,7 @@ _MODULES = {
     "prepare": "compress",
     "recorded_inputs": "artifact.recorded",
     "register_source": "data.sources",
+    "sweep": "sweep",
     "try_saving": "artifact.save",
     "verify": "verify",
 }

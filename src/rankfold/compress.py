@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from typing_extensions import Unpack
@@ -13,8 +14,8 @@ from rankfold.errors import check_flag
 from rankfold.held_out import HeldOut, enough_held_out
 from rankfold.keywords import Options, read_options
 from rankfold.machine.device import device_of
-from rankfold.model.kept import KeptModel
 from rankfold.report.prepared import Prepared
+from rankfold.report.seen import Run
 from rankfold.result import Result, Sweep, check_sizes, result_of
 from rankfold.search.damping import choose_damping
 from rankfold.search.guard import open_guard
@@ -76,8 +77,8 @@ def prepare(model: nn.Module, data: object, **options: Unpack[Options]) -> Prepa
 def _ready(model: nn.Module, data: object, margin: float | None, given: Options) -> Preparation:
     settings, loss, metrics, guard, progress, offload = read_options(given, device_of(model))
     data = enough_held_out(data, settings, metrics, margin)
-    kept = KeptModel(model, offload.kept)
-    with kept.as_it_was():
+    run = Run(model, offload.kept, progress)
+    with run.as_it_was():
         inputs = open_inputs(model, data, settings, loss=loss, metrics=metrics)
         guarded = open_guard(inputs, data, guard, settings, progress)
         held_out = HeldOut.sealed(inputs.held_out, settings, metrics, margin, guarded)
@@ -85,7 +86,7 @@ def _ready(model: nn.Module, data: object, margin: float | None, given: Options)
         if settings.damping == "auto":
             study, settings = choose_damping(study, settings, progress=progress)
         begun = start_round(study, settings, progress=progress, release=True)
-    return Preparation(begun, held_out, kept)
+    return Preparation(begun, held_out, run.prepared())
 
 
 @dataclass(frozen=True, repr=False)
@@ -93,29 +94,29 @@ class Preparation(Prepared):
     """A model that is ready to be factorized at any size, by both algorithms."""
 
     _held_out: HeldOut
-    _kept: KeptModel
+    _run: Run
 
     def lossless(
         self, size: float, *, size_of: SizeOf = "model", margin: float = DEFAULT_MARGIN
     ) -> Result:
         """The best model of a size; see ``rankfold.lossless``."""
-        size = float(check_size(size, size_of))
+        asked: dict[str, Any] = {"size": float(check_size(size, size_of)), "size_of": size_of}
         self._held_out.check(margin)
-        with self._kept.as_it_was():
-            tried = of_size(self._round, self._round.budget(size, size_of))
+        with self._run.as_it_was():
+            tried = of_size(self._round, self._round.budget(**asked))
             opened = self._held_out.test([chosen := lowest(tried)], margin)
-        return result_of("lossless", chosen, opened, {"size": size, "size_of": size_of}, tried)
+            return result_of("lossless", chosen, opened, asked, tried, self._run)
 
     def compact(self, *, margin: float = DEFAULT_MARGIN, certified: bool = False) -> Result:
         """The smallest model within a margin; see ``rankfold.compact``."""
         self._held_out.check(margin)
         check_flag("certified", certified)
-        with self._kept.as_it_was():
+        asked = {"certified": True} if certified else {}
+        with self._run.as_it_was():
             tried = within_margin(self._round, margin)
             order = mild_to_strong(tried) if certified else [favoured(tried, margin)]
             opened = self._held_out.test(order, margin)
-        target = {"certified": True} if certified else {}
-        return result_of("compact", order[opened.place], opened, target, tried, order)
+            return result_of("compact", order[opened.place], opened, asked, tried, self._run, order)
 
     def sweep(
         self, sizes: Sequence[float], *, size_of: SizeOf = "model", margin: float = DEFAULT_MARGIN

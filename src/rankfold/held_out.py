@@ -12,7 +12,8 @@ from rankfold.certificate.asked import ACCURACY, check_margin, check_metric_marg
 from rankfold.certificate.certify import Certificate, examples_seen
 from rankfold.certificate.document import Evidence, example_digests
 from rankfold.certificate.earlier_uses import History, record
-from rankfold.certificate.opened import Opened, Tested
+from rankfold.certificate.in_words import sure
+from rankfold.certificate.opened import Opened, Tested, most_changed
 from rankfold.certificate.openings_file import SHORT, Opening
 from rankfold.certificate.statement import Statement, fewest_units, state
 from rankfold.data.copies import look_alikes
@@ -121,6 +122,8 @@ class HeldOut:
                 past = self._recorded(original, digests, verdict)
         study = order[place].round.study
         others = [study.parts[name] for name in PARTS[:2]]
+        standing = tested[place]
+        shown = standing is not None and not self.settings.private
         return Opened(
             tested=tested,
             place=place,
@@ -129,6 +132,7 @@ class HeldOut:
             control=self._control(order[place]),
             look_alikes=look_alikes(others, self._part),
             history=past,
+            changed=most_changed(self._part, standing.evidence) if standing and shown else (),
         )
 
     def _recorded(self, original: str, models: Sequence[str], verdict: str) -> History:
@@ -334,10 +338,10 @@ def check_enough(
         if least is not None and units < least:
             raise InputError(
                 f"the held-out part has {units} independent examples: too few to show a change of "
-                f"the {what} of at most {within:g} with {settings.confidence:.0%} confidence where "
-                f"one example may change by {largest:g}, even if none changes at all. That needs "
-                f"{least} examples. Give more held-out data (held_out_limit=), or state a larger "
-                f"{larger}."
+                f"the {what} of at most {within:g} with {sure(settings.confidence)} confidence "
+                f"where one example may change by {largest:g}, even if none changes at all. "
+                f"That needs {least} examples. Give more held-out data (held_out_limit=), or "
+                f"state a larger {larger}."
             )
 
 

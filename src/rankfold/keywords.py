@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from rankfold.errors import of_another_kind, path_of
+from rankfold.errors import check_flag, of_another_kind, path_of
 from rankfold.machine.offload import Offload, check_offload
 from rankfold.machine.progress import Progress, TrimmingProgress, shown_progress
+from rankfold.machine.timing import Watch
 from rankfold.settings import SettingKeywords, Settings
 from rankfold.tasks.evaluation import Metric, check_functions
 from rankfold.tasks.supervised import LossFunction
@@ -26,6 +27,8 @@ class Options(SettingKeywords, total=False):
             as ``rankfold.TerminalProgress()``. By default nothing is shown.
         offload_folder: Statistics, steps and spectra of all layers lie in files of this folder
             (``rankfold.machine.offload``), not in memory; the model must be on the CPU.
+        timing: Whether the run measures its stages, and the speed of original and result (20
+            seconds at most). What it measures is in no file that repeats byte for byte.
     """
 
     loss: LossFunction | None
@@ -33,6 +36,7 @@ class Options(SettingKeywords, total=False):
     guard: object
     progress: Progress | bool | None
     offload_folder: str | Path | None
+    timing: bool
 
 
 class Asked(NamedTuple):
@@ -42,7 +46,7 @@ class Asked(NamedTuple):
     loss: LossFunction | None
     metrics: tuple[Metric, ...]
     guard: object
-    progress: Progress
+    progress: Watch
     offload: Offload
 
 
@@ -65,17 +69,20 @@ def read_options(options: Options, device: str) -> Asked:
     loss, metrics = settings.pop("loss", None), settings.pop("metrics", ())
     guard = settings.pop("guard", None)
     progress, folder = settings.pop("progress", None), settings.pop("offload_folder", None)
+    timing = settings.pop("timing", True)
+    check_flag("timing", timing)
     check_functions(loss, metrics)
     if progress is not None and not isinstance(progress, bool) and not hasattr(progress, "track"):
         expected = "True, or an object such as rankfold.TerminalProgress()"
         raise of_another_kind("progress", progress, expected)
     offload = Offload(None if folder is None else path_of("offload_folder", folder))
     check_offload(offload, device)
+    shown = TrimmingProgress(shown_progress(cast("Progress | bool | None", progress)))
     return Asked(
         Settings(**cast("Any", settings)),
         cast("LossFunction | None", loss),
         tuple(cast("Sequence[Metric]", metrics)),
         guard,
-        TrimmingProgress(shown_progress(cast("Progress | bool | None", progress))),
+        Watch(shown, bool(timing)),
         offload,
     )

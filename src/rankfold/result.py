@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast, overload
+from typing import Any, Literal, TypeAlias, overload
 
 from torch import nn
 
@@ -17,11 +17,12 @@ from rankfold.certificate.opened import Opened
 from rankfold.certificate.shown import bound_words, rendered
 from rankfold.certificate.signature import SigningKey, open_key
 from rankfold.data.input_settings import InputSettings, joined
-from rankfold.errors import InputError, check_kind, visible
+from rankfold.errors import InputError, visible
 from rankfold.integrations import transformers as hf
 from rankfold.integrations.vision import NamedModel, make_named, parse_named
 from rankfold.model.sizes import model_parameters
 from rankfold.report.card_metadata import license_of
+from rankfold.report.latency import Latency
 from rankfold.report.model_card import CARD_FILE, model_card, public_name
 from rankfold.report.notebook import (
     layer_records,
@@ -30,10 +31,14 @@ from rankfold.report.notebook import (
     sweep_records,
     together_words,
 )
+from rankfold.report.page import page as html
 from rankfold.report.plot import plot_result, plot_sweep
 from rankfold.report.report import report_of
+from rankfold.report.seen import SEEN_FILE, Run, Seen, seen_by, seen_text
 from rankfold.search.trial import Trial
 from rankfold.settings import SizeOf, check_size
+
+MOST_SIZES = 50  # of a sweep
 
 Algorithm: TypeAlias = Literal["lossless", "compact"]
 
@@ -47,12 +52,19 @@ class Result:
         certificate: Verdict, upper bound, margin, confidence, number of examples.
         report: Everything else, as in ``rankfold.json``: sizes, losses, layers, settings.
         document: The certificate's file: what it was computed from, as ``rankfold verify`` reads.
+        seen: What only the run could see: times, memory, the held-out examples that got worst.
     """
 
     model: nn.Module
     certificate: Certificate
     report: dict[str, Any]
     document: Document
+    seen: Seen = field(default_factory=Seen, repr=False, compare=False)
+
+    @property
+    def latency(self) -> Latency | None:
+        """Milliseconds of one call of original and result, at batch 1 and 8, as measured here."""
+        return self.seen.latency
 
     @property
     def found(self) -> bool:
@@ -106,6 +118,7 @@ class Result:
         input_settings: InputSettings | None = None,
         texts: Mapping[str, str] | None = None,
         sign: str | Path | SigningKey | None = None,
+        page: bool = True,
     ) -> Path:
         """Write the artifact; ``rankfold.load(folder)`` opens it.
 
@@ -120,6 +133,7 @@ class Result:
             texts: Written beside, by file name.
             sign: A private Ed25519 key that signs the folder: a PEM file, or what
                 ``rankfold.certificate.signature.open_key`` gives.
+            page: Whether ``report.html`` is written too.
 
         Raises:
             InputError: The folder can't be written, ``source`` makes another model,
@@ -136,15 +150,22 @@ class Result:
             together = joined(sources)
             report = {**report, "input_settings": together.as_dict()}
             document = with_report(document, report)
+        seen = self.seen.as_dict(tokenizer, report["input_settings"])
         return save_artifact(
             folder,
             self.model,
             report,
             tokenizer=tokenizer,
             overwrite=overwrite,
-            files={**(texts or {}), **files(document), CARD_FILE: self._card(named)},
+            files={
+                **(texts or {}),
+                **files(document),
+                CARD_FILE: self._card(named),
+                SEEN_FILE: seen_text(seen),
+            },
             source=named,
             key=key,
+            page=(lambda manifest: html(manifest, document, seen)) if page else None,
         )
 
     def _check_made_by(self, named: NamedModel) -> None:
@@ -225,10 +246,13 @@ def check_sizes(sizes: object, size_of: SizeOf) -> list[float]:
     Raises:
         InputError: There is none, or one is none or stands twice.
     """
-    check_kind("sizes", sizes, Sequence, "a list of sizes, such as [0.9, 0.8]")
-    found = [float(check_size(size, size_of)) for size in cast("Sequence[float]", sizes)]
-    if not found or len({*found}) != len(found):
-        raise InputError(f"sizes is {sizes!r}; expected one size or more, each of them once.")
+    if isinstance(sizes, str) or not isinstance(sizes, Sequence) or not sizes:
+        raise InputError(f"sizes is {sizes!r}; expected a list of shares, such as [0.95, 0.9].")
+    found = [float(check_size(size, size_of)) for size in sizes]
+    twice = next((size for size in found if found.count(size) > 1), None)
+    if twice is not None or len(found) > MOST_SIZES:
+        told = f"names {twice:g} twice" if twice is not None else f"has {len(found)} sizes"
+        raise InputError(f"sizes {told}; expected up to {MOST_SIZES} different ones.")
     return found
 
 
@@ -254,6 +278,7 @@ def result_of(
     opened: Opened,
     target: Mapping[str, Any],
     tried: Sequence[Trial],
+    run: Run,
     order: Sequence[Trial] = (),
 ) -> Result:
     """The result of a plan that the held-out part was opened for.
@@ -264,6 +289,7 @@ def result_of(
         opened: What the held-out part says of it.
         target: What was asked for, for the report.
         tried: All plans that selection data saw.
+        run: Whose watch says what each stage took.
         order: Those that were tested, where several were.
     """
     tested = opened.standing
@@ -298,7 +324,8 @@ def result_of(
         },
         report=report,
     )
-    return Result(tested.model, tested.certificate, report, document)
+    seen = seen_by(run.watch, chosen, opened)
+    return Result(tested.model, tested.certificate, report, document, seen)
 
 
 def _opened_as(model: nn.Module) -> dict[str, Any]:

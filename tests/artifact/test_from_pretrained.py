@@ -155,6 +155,8 @@ def test_the_folder_is_what_a_hub_takes(saved: Path) -> None:
         "model.safetensors",
         "preprocessor_config.json",
         "rankfold.json",
+        "report.html",
+        "seen.json",
         "tokenizer.json",
         "tokenizer_config.json",
     ]

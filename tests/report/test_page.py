@@ -12,6 +12,7 @@ from torch import nn
 import rankfold
 from rankfold.files.durable import write_whole
 from rankfold.report.figures import figures
+from rankfold.report.latency import speed_sentence
 from rankfold.report.page import page
 from tests.command_line import rankfold as command
 
@@ -116,18 +117,47 @@ def test_names_are_shown_and_not_interpreted(documents):
     assert "<script>" in json.loads(hostile.blocks["rows"])[0]["layer"]  # as text
 
 
+def latency(ratio, pairs=None):
+    row = {
+        "batch": 1, "original": 1.0, "factorized": ratio, "ratio": ratio, "rounds": 9,
+        "original_quartiles": [0.9, 1.1], "factorized_quartiles": [0.9 * ratio, 1.1 * ratio],
+        "ratio_quartiles": [0.9 * ratio, 1.1 * ratio],
+    }  # fmt: skip
+    return {
+        "device": "cpu", "threads": 1, "what": "the model", "rows": [row], "missing": None,
+        "pairs": None if pairs is None else [{**row, "ratio": pairs, "factorized": pairs}],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ratio", "pairs", "said"),
+    [
+        (0.5, None, "Faster than the original: it takes 0.50 x its time at batch 1."),
+        (1.02, None, "As fast as the original, as far as these rounds can tell."),
+        (2.0, None, "Slower than the original: it takes 2.00 x its time at batch 1."),
+        (2.0, 0.9, 'stored with form="pair" take 0.90 x its time at batch 1: not slower.'),
+        (2.0, 1.4, 'stored with form="pair" take 1.40 x its time at batch 1.'),
+    ],
+)
+def test_speed_in_words(ratio, pairs, said):
+    assert speed_sentence(latency(ratio, pairs)).endswith(said)
+
+
 def test_what_the_run_saw_is_shown(documents):
     seen = {
-        "examples": [{"place": 3, "change": 0.25, "text": "<b>bold</b>", "image": None}],
-        "latency": {
-            "sentence": "Slower at batch 1.",
-            "rows": [{"batch": 1, "original": 1.0, "factorized": 2.0, "ratio": 2.0}],
-        },
-        "stages": [{"stage": "spectra", "seconds": 1.25, "megabytes": 512.0}],
+        "examples": [
+            {"place": "3", "change": 0.25, "label": "1", "text": "<b>bold</b>", "image": None}
+        ],
+        "latency": latency(2.0),
+        "stages": [{"name": "spectra", "seconds": 1.25, "megabytes": 512.0}],
     }
     shown = parsed(page(*documents, seen))
     text = " ".join(shown.texts)
-    assert "Slower at batch 1." in text and "<b>bold</b>" in text and "spectra" in text
+    assert (
+        "Slower than the original: it takes 2.00 x its time at batch 1" in text
+        and "<b>bold</b>" in text
+        and "spectra" in text
+    )
     assert "b" not in shown.tags
     assert "Slower" not in " ".join(parsed(page(*documents)).texts)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import stat
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,9 +27,9 @@ from rankfold.artifact.manifest import (
 from rankfold.certificate.signature import SigningKey, sign
 from rankfold.errors import InputError, path_of, visible
 from rankfold.files.digests import file_digest
-from rankfold.files.durable import synced_meanwhile
+from rankfold.files.durable import synced_meanwhile, write_whole
 from rankfold.files.folder import check_output, check_space, folder_in_one_step, trial_folder
-from rankfold.files.listed import file_names
+from rankfold.files.listed import PAGE_FILE, file_names
 from rankfold.files.tensors import METADATA, safetensors_bytes
 from rankfold.integrations import transformers as hf
 from rankfold.integrations.vision import NamedModel
@@ -49,6 +50,7 @@ def save_artifact(
     files: Mapping[str, str] | None = None,
     source: NamedModel | None = None,
     key: SigningKey | None = None,
+    page: Callable[[Manifest], str] | None = None,
 ) -> Path:
     """Write a factorized model; the folder appears complete or not at all.
 
@@ -61,6 +63,7 @@ def save_artifact(
         files: Texts to write beside, by file name.
         source: What makes a model like the original, where a library does.
         key: Signs the folder.
+        page: Makes ``report.html`` of the whole manifest; None for no page.
 
     Raises:
         InputError: The folder can't be written.
@@ -73,10 +76,27 @@ def save_artifact(
         save_file(stored, draft / WEIGHTS_FILE, metadata=METADATA)
         with synced_meanwhile(draft / WEIGHTS_FILE):
             complete["digest"] = artifact_digest(complete, stored)
-        _write(draft, model, complete, tokenizer, files or {})
+        also = () if page is None else (PAGE_FILE,)
+        _write(draft, model, complete, tokenizer, files or {}, also)
+        if page is not None:
+            _write_text(draft / PAGE_FILE, page(complete))
         if key is not None:
             sign(draft, key)
     return target
+
+
+def list_file(folder: Path, manifest: Manifest, name: str) -> None:
+    """Say in an artifact's manifest that a file written later is its own, as those it lists.
+
+    Raises:
+        OSError: The manifest can't be written.
+    """
+    names = manifest.get("files")
+    if isinstance(names, list) and name not in names:  # what lists none knows its files by name
+        text = _text({**manifest, "files": sorted([*names, name])})
+        file = folder / MANIFEST_FILE
+        pieces = [text.encode("utf-8", "backslashreplace")]
+        write_whole(file, pieces, stat.S_IMODE(file.stat().st_mode))
 
 
 def try_saving(
@@ -161,17 +181,25 @@ def _described(
 
 
 def _write(
-    draft: Path, model: nn.Module, complete: Manifest, tokenizer: Any, files: Mapping[str, str]
+    draft: Path,
+    model: nn.Module,
+    complete: Manifest,
+    tokenizer: Any,
+    files: Mapping[str, str],
+    also: Iterable[str] = (),
 ) -> None:
-    """Write all of an artifact but its weights."""
+    """Write all of an artifact but its weights, and the files ``also`` that are still to come."""
     for name, content in files.items():
         _write_text(draft / name, content)
     if hf.is_transformers_model(model):
         hf.write_configuration(model, draft, structure(complete), tokenizer)
         complete["config_digest"] = file_digest(draft / CONFIG_FILE)
-    complete["files"] = file_names(draft, MANIFEST_FILE)
-    text = json.dumps(complete, indent=1, allow_nan=False, ensure_ascii=False)
-    _write_text(draft / MANIFEST_FILE, text + "\n")
+    complete["files"] = file_names(draft, MANIFEST_FILE, *also)
+    _write_text(draft / MANIFEST_FILE, _text(complete))
+
+
+def _text(manifest: Manifest) -> str:
+    return json.dumps(manifest, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def _write_text(file: Path, text: str) -> None:

@@ -8,6 +8,7 @@ it; a digest over the whole shows accidental edits, the recomputation shows deli
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rankfold.certificate.certify import Certificate, certify
-from rankfold.certificate.in_words import HELD_OUT, about, guard_words, lacking
+from rankfold.certificate.in_words import HELD_OUT, about, guard_words, lacking, sure
 from rankfold.certificate.other_kinds import OtherKinds
 from rankfold.certificate.schema import DocumentFields
 from rankfold.certificate.statement import Statement
@@ -376,7 +377,7 @@ def _origin(document: Mapping[str, Any]) -> list[str]:
 
 
 def _sure(document: Mapping[str, Any]) -> str:
-    return f"{document['certificate']['confidence']:.0%}"
+    return sure(document["certificate"]["confidence"])
 
 
 def overlap_line(data: Mapping[str, Any]) -> str:
@@ -406,6 +407,11 @@ def history_line(history: Mapping[str, Any], confidence: float) -> str:
     return (
         f"{history['others']} other models were certified before on {history['shared']} of these "
         f"examples ({history['lossless']} of them shown lossless or better): the best of {tries} "
-        f"openings is falsely lossless with a chance of up to {worst:.0%}, not "
-        f"{1 - confidence:.0%}"
+        f"openings is falsely lossless with a chance of up to {_chance(worst)}, not "
+        f"{_chance(1 - confidence)}"
     )
+
+
+def _chance(chance: float) -> str:
+    """In percent, never less than it is: 5%, 0.84%."""
+    return f"{math.ceil(chance * 1e4 - 1e-6) / 100:g}%"

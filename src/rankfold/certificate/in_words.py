@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,11 @@ VERDICTS = {
     "worse": "it is worse than the original by more than the margin",
     "not shown": "it is not shown to be within the margin; more held-out examples would decide it",
 }
+
+
+def sure(confidence: float) -> str:
+    """A confidence in percent, never more than it is: 95%, 99.17%."""
+    return f"{math.floor(confidence * 1e4 + 1e-6) / 100:g}%"
 
 
 def about(task: object, parts: Mapping[str, Any], guard: Mapping[str, Any] | None) -> str:
@@ -62,7 +68,7 @@ def guard_words(guard: Mapping[str, Any]) -> str:
     if guard["margin"] is None:
         return f"{line}; outside the verdict"
     return (
-        f"{line}; with {guard['confidence']:.0%} confidence at most {guard['upper_bound']:+.4f} "
+        f"{line}; with {sure(guard['confidence'])} confidence at most {guard['upper_bound']:+.4f} "
         f"(margin {guard['margin']:g}): {guard['verdict']}; the verdict holds only if this does too"
     )
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from rankfold.certificate.certify import Certificate
@@ -13,7 +14,10 @@ from rankfold.certificate.document import Evidence
 from rankfold.certificate.earlier_uses import History
 from rankfold.certificate.statement import Statement
 from rankfold.data.copies import NearPair
+from rankfold.data.parts import Part
 from rankfold.tasks.evaluation import Evaluation
+
+SHOWN = 6  # examples that got worst
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,28 @@ class Tested:
     digest: str
 
 
+class Changed(NamedTuple):
+    """A held-out example whose loss became larger.
+
+    Attributes:
+        place: Its number in what the user gave.
+        change: Of its loss.
+        example: The example.
+    """
+
+    place: Any
+    change: float
+    example: Any
+
+
+def most_changed(part: Part, evidence: Evidence) -> list[Changed]:
+    """The examples of a part that got worst, the worst first."""
+    changes = evidence.factorized.losses - evidence.original.losses
+    worst = torch.argsort(changes, descending=True, stable=True)[:SHOWN].tolist()
+    found = [Changed(part.number(n), float(changes[n]), part.examples[n]) for n in worst]
+    return [one for one in found if one.change > 0]
+
+
 @dataclass(frozen=True)
 class Opened:
     """One opening of the held-out part.
@@ -47,6 +73,7 @@ class Opened:
         control: Losses of the dense model moved by the same steps, None where none was taken.
         look_alikes: Held-out images that look like one of another part.
         history: Earlier openings of these examples.
+        changed: The examples that got worst, to be shown; none of private data.
     """
 
     tested: Sequence[Tested | None]
@@ -56,6 +83,7 @@ class Opened:
     control: Evaluation | None
     look_alikes: Sequence[NearPair]
     history: History
+    changed: Sequence[Changed] = ()
 
     @property
     def standing(self) -> Tested:

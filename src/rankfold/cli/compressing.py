@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +15,7 @@ from rankfold.cli.app import mention, say, tell
 from rankfold.cli.config import run_files
 from rankfold.cli.data_options import DataOptions
 from rankfold.cli.inputs import unchanged
-from rankfold.cli.kept import save_somewhere
+from rankfold.cli.kept import save_result, say_speed
 from rankfold.cli.named_paths import named_paths
 from rankfold.cli.open import (
     OpenedModel,
@@ -57,7 +56,7 @@ def compress(
         given = unchanged(
             models=[model], weights=folders.weights, data=vars(options.parts).values()
         )
-        opened, data, guard = _opened(model, options, out, size)
+        opened, data, guard = open_all(model, options, out, size)
         given.check_read()
         result = algorithm(
             opened.model,
@@ -65,6 +64,7 @@ def compress(
             guard=guard,
             progress=TerminalProgress(),
             offload_folder=folders.offload_folder,
+            timing=not folders.no_timing,
             **cast("SettingKeywords", vars(options.settings)),
         )
         given.check()
@@ -73,14 +73,7 @@ def compress(
             tell(f"warning: {trouble}")
         keep = saved(result)
         if keep:
-            save = partial(
-                result.save,
-                tokenizer=opened.tokenizer,
-                source=opened.source,
-                texts=run_files(),
-                sign=key,
-            )
-            save_somewhere(partial(save, overwrite=folders.overwrite), out)
+            save_result(result, opened, folders, out, texts=run_files(), sign=key)
     if options.reading.json:
         place = str(out) if keep else None
         print_json({**result.report, "history": history, "saved": place})
@@ -89,12 +82,13 @@ def compress(
     print_result(console, result.report, f"{model}: {result.report['algorithm']}")
     if history["others"]:
         say(f"opened: {history_line(history, result.certificate.confidence)}")
+    say_speed(result.latency)
     if keep:
         say(f"saved: {visible(out)}")
     return result
 
 
-def _opened(
+def open_all(
     model: str, options: Compressing, out: Path, size: float
 ) -> tuple[OpenedModel, Data, object]:
     """Model, data, and examples of another kind, where a model of this size can be saved.

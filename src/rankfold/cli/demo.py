@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from rankfold.artifact.load import load
 from rankfold.artifact.manifest import MANIFEST_FILE, WEIGHTS_FILE
+from rankfold.certificate.in_words import sure
 from rankfold.compress import prepare
 from rankfold.data.parts import PARTS, SHARES, Data
 from rankfold.data.sources import token_windows
@@ -209,7 +210,7 @@ def _factorized_column(
         **_size_rows(report["factorized"], result.ratio),
         **_loss_rows(loss["factorized"], loss["factorized_standard_error"]),
         "change ± standard error": f"{certificate.change:+.4f} ± {certificate.standard_error:.4f}",
-        f"change at most, {certificate.confidence:.0%} sure": f"{certificate.upper_bound:+.4f}",
+        f"change at most, {sure(certificate.confidence)} sure": f"{certificate.upper_bound:+.4f}",
     }
     guard = report["guard"] or {}
     if guard.get("change") is not None:

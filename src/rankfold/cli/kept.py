@@ -5,10 +5,38 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from rankfold.cli.app import as_options, say
+from rankfold.cli.open import OpenedModel
+from rankfold.cli.options import Folders
 from rankfold.errors import InputError, visible
 from rankfold.files.folder import written
+from rankfold.report.latency import Latency, speed_sentence
+from rankfold.result import Result
+
+
+def say_speed(latency: Latency | None) -> None:
+    """One line of how fast a result is, where that was measured."""
+    if latency is not None:
+        say(as_options(f"speed: {speed_sentence(latency)}"))
+
+
+def save_result(
+    result: Result, opened: OpenedModel, folders: Folders, out: Path, **options: Any
+) -> None:
+    """Save a result as the options say; where that fails, as ``save_somewhere``."""
+    save = partial(
+        result.save,
+        tokenizer=opened.tokenizer,
+        source=opened.source,
+        overwrite=folders.overwrite,
+        page=not folders.no_report,
+        **options,
+    )
+    save_somewhere(save, out)
 
 
 def save_somewhere(save: Callable[[Path], object], out: Path) -> None:

@@ -15,6 +15,8 @@ from typer.main import get_command_from_info
 COMMANDS = {
     "lossless": "The best model of a given size, with the verdict of held-out data.",
     "compact": "The smallest model that is shown to be no worse than the margin allows.",
+    "sweep": "Several sizes of one model, largest first: a folder each, one page, one statement.",
+    "compare": "Several saved models side by side: size, loss, verdict, speed.",
     "evaluate": "Loss of a factorized model on data, all of it.",
     "verify": "Recompute an artifact's certificate from its weights and the held-out data.",
     "inspect": "What an artifact says of itself: sizes, losses, certificate, layers.",

@@ -274,6 +274,22 @@ class Folders:
             rich_help_panel="Output",
         ),
     ] = False
+    no_report: Annotated[
+        bool,
+        typer.Option(
+            "--no-report",
+            help="Leave out report.html, the page that shows the result.",
+            rich_help_panel="Output",
+        ),
+    ] = False
+    no_timing: Annotated[
+        bool,
+        typer.Option(
+            "--no-timing",
+            help="Don't measure how fast original and result are (20 s at most), nor the stages.",
+            rich_help_panel="Output",
+        ),
+    ] = False
     offload_folder: Annotated[
         Path | None,
         typer.Option(

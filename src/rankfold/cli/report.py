@@ -9,7 +9,7 @@ import typer
 
 from rankfold.cli.app import DONE, command, say
 from rankfold.cli.options import FolderArgument
-from rankfold.errors import InputError
+from rankfold.errors import InputError, visible
 from rankfold.files.durable import write_whole
 
 MODE = 0o644  # of the page
@@ -25,16 +25,26 @@ def report(
 ) -> int:
     """Make the page that shows a saved model: verdict, sizes, layers, examples."""
     from rankfold.artifact.manifest import read_report
+    from rankfold.artifact.save import list_file
     from rankfold.certificate.document import JSON_FILE, read_document
-    from rankfold.report.page import PAGE_FILE, page
+    from rankfold.report.page import PAGE_FILE, is_page, page
+    from rankfold.report.seen import read_seen
 
     manifest = read_report(folder)
     document = read_document(folder) if (folder / JSON_FILE).is_file() else None
     file = folder / PAGE_FILE if out is None else out
-    text = page(manifest, document)
+    if out is None and file.exists() and not is_page(file):
+        raise InputError(
+            f"{visible(file)} is no page that rankfold has made; choose another --out."
+        )
+    text = page(manifest, document, read_seen(folder))
     try:
         write_whole(file, [text.encode()], MODE)
+        if out is None:
+            list_file(folder, manifest, PAGE_FILE)
     except OSError as error:
-        raise InputError(f"{file} can't be written: {error}. Choose another --out.") from error
-    say(f"wrote {file}")
+        raise InputError(
+            f"{visible(file)} can't be written: {error}. Choose another --out."
+        ) from error
+    say(f"wrote {visible(file)}")
     return DONE

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table as AnyTable
 from rich.text import Text
 
-from rankfold.certificate.in_words import about, guard_words, lacking
+from rankfold.certificate.in_words import about, guard_words, lacking, sure
 from rankfold.cli.app import as_options
 from rankfold.errors import InputError, visible
 from rankfold.report.data_lines import data_lines
@@ -146,8 +146,8 @@ def _verdict_lines(report: dict[str, Any]) -> list[str | Text]:
         of += f" and on {guard['name']} (both must hold)"
         which = " on the first"
     said = (
-        f", on {of}: with {certificate['confidence']:.0%} confidence the change{which} is at most "
-        f"{certificate['upper_bound']:+.4f} (margin {certificate['margin']:g} "
+        f", on {of}: with {sure(certificate['confidence'])} confidence the change{which} is at "
+        f"most {certificate['upper_bound']:+.4f} (margin {certificate['margin']:g} "
         f"{certificate['unit']}, {certificate['examples']} held-out examples that nothing was "
         "tuned on)"
     )

@@ -24,7 +24,8 @@ _LATER = (SIGNATURE_FILE, PAGE_FILE)
 
 # What rankfold wrote before its folders listed their files.
 _BEFORE = (
-    *MARKS, "*.safetensors", "model.safetensors.index.json", "model.onnx", "model.onnx.data",
+    *MARKS, PAGE_FILE,
+    "*.safetensors", "model.safetensors.index.json", "model.onnx", "model.onnx.data",
     "model.pt2", "certificate.json", "certificate.txt", "README.md", "config.json",
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
     "vocab.*", "merges.txt", "spiece.model", "sentencepiece*.model", "normalizer.json",

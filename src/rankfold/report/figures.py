@@ -7,6 +7,7 @@ they say is also said by shape or position.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -20,26 +21,33 @@ BINS = 40  # of the histogram
 MOST_LAYERS = 400  # that one map shows
 
 
-def figures(manifest: Mapping[str, Any], certificate: Mapping[str, Any] | None) -> dict[str, Spec]:
+def figures(
+    manifest: Mapping[str, Any],
+    certificate: Mapping[str, Any] | None,
+    stages: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Spec]:
     """All figures that these files have the numbers of, by the id of their place on the page.
 
     Args:
         manifest: The content of ``rankfold.json``.
         certificate: The content of ``certificate.json``, if there is one.
+        stages: Of ``seen.json``.
     """
+    known = certificate is not None and certificate.get("evidence") is not None
     found = {
         "size-loss": size_and_loss(manifest),
         "layers": layer_map(manifest["layers"]),
         "ranks": ranks(manifest["layers"]),
         "predicted": predicted_and_measured(manifest),
-        "examples": None if certificate is None else histogram(manifest, certificate),
+        "examples": histogram(manifest, certificate) if certificate is not None and known else None,
+        "stages": stages_by_time(stages),
     }
     return {name: spec for name, spec in found.items() if spec is not None}
 
 
 def size_and_loss(manifest: Mapping[str, Any]) -> Spec | None:
     """Every plan that selection data saw, and what the held-out part says of the chosen one."""
-    unit, verdict = manifest["loss"]["unit"], manifest["certificate"]
+    verdict = manifest["certificate"]
     points = [
         {
             "size": trial["ratio"],
@@ -66,7 +74,7 @@ def size_and_loss(manifest: Mapping[str, Any]) -> Spec | None:
     kinds = ["tried", "tried, fitted again", "this model, held-out"]
     x = {"field": "size", "type": "quantitative", "title": "share of the parameters", "axis": {
         "format": ".0%"}, "scale": {"zero": False, "padding": 20}}  # fmt: skip
-    y = {"type": "quantitative", "title": f"change of the loss, {unit}"}
+    y = {"type": "quantitative", "title": "change of the loss"}
     colour = {"field": "what", "type": "nominal", "title": None, "scale": {
         "domain": kinds, "range": [GREY, BLUE, ORANGE]}}  # fmt: skip
     shape = {**colour, "scale": {"domain": kinds, "range": ["circle", "square", "diamond"]}}
@@ -81,14 +89,14 @@ def size_and_loss(manifest: Mapping[str, Any]) -> Spec | None:
     return {
         "data": {"values": points},
         "layer": [
-            _line("y", 0, "the original", GREY),
-            _line("y", verdict["margin"], "margin", GREEN),
+            rule_at("y", 0, "the original", GREY),
+            rule_at("y", verdict["margin"], "margin", GREEN),
             {"mark": {"type": "rule", "strokeWidth": 2}, "encoding": {
                 **shared, "y": {**y, "field": "low"}, "y2": {"field": "high"}}},
             {"mark": {"type": "point", "filled": True, "size": 90}, "encoding": {
                 **shared, "y": {**y, "field": "change"}, "shape": shape}},
         ],
-        **_page(280),
+        **framed(280),
     }  # fmt: skip
 
 
@@ -107,6 +115,8 @@ def layer_map(layers: Sequence[Mapping[str, Any]]) -> Spec | None:
         }
         for place, layer in enumerate(layers[:MOST_LAYERS])
     ]
+    forms = sorted({row["form"] for row in rows}, key=lambda form: (form == "dense", form))
+    colours = cycle((BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9"))
     return {
         "data": {"values": rows},
         "mark": {"type": "bar"},
@@ -114,8 +124,9 @@ def layer_map(layers: Sequence[Mapping[str, Any]]) -> Spec | None:
             "x": {"field": "order", "type": "ordinal", "axis": None},
             "y": {"field": "kept", "type": "quantitative", "title": "kept of the layer's weights",
                   "axis": {"format": ".0%"}},
-            "color": {"field": "form", "type": "nominal", "title": None,
-                      "scale": {"range": [BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9"]}},
+            "color": {"field": "form", "type": "nominal", "title": None, "scale": {
+                "domain": forms, "range": [GREY if form == "dense" else next(colours)
+                                           for form in forms]}},
             "tooltip": [
                 {"field": "layer"},
                 {"field": "kept", "format": ".1%"},
@@ -124,7 +135,7 @@ def layer_map(layers: Sequence[Mapping[str, Any]]) -> Spec | None:
                 {"field": "parameters", "title": "parameters now", "format": ","},
             ],
         },
-        **_page(180),
+        **framed(180),
     }  # fmt: skip
 
 
@@ -168,7 +179,7 @@ def ranks(layers: Sequence[Mapping[str, Any]]) -> Spec | None:
              "encoding": {"x": x, "color": colour,
                           "tooltip": [{"field": "what"}, {"field": "rank"}]}},
         ],
-        **_page(240),
+        **framed(240),
     }  # fmt: skip
 
 
@@ -191,8 +202,9 @@ def predicted_and_measured(manifest: Mapping[str, Any]) -> Spec | None:
     ends = [low - room, high + room]
     scale = {"domain": ends, "nice": False}
     line = [{"predicted": end, "measured": end} for end in ends]
-    x = {"field": "predicted", "type": "quantitative", "title": "predicted", "scale": scale}
-    y = {"field": "measured", "type": "quantitative", "title": "measured", "scale": scale}
+    x = {"field": "predicted", "type": "quantitative", "title": "predicted", "scale": scale,
+         "axis": {"format": ".1~e" if max(map(abs, ends)) < 1e-3 else ".2~f"}}  # fmt: skip
+    y = {**x, "field": "measured", "title": "measured"}
     return {
         "layer": [
             {"data": {"values": line}, "mark": {"type": "line", "color": GREY,
@@ -204,7 +216,7 @@ def predicted_and_measured(manifest: Mapping[str, Any]) -> Spec | None:
                  {"field": "predicted", "format": "+.5f"},
                  {"field": "measured", "format": "+.5f"}]}},
         ],
-        **_page(240),
+        **framed(240),
     }  # fmt: skip
 
 
@@ -230,14 +242,34 @@ def histogram(manifest: Mapping[str, Any], certificate: Mapping[str, Any]) -> Sp
                 "y": {"field": "examples", "type": "quantitative"},
                 "tooltip": [{"field": "from", "format": "+.4f"}, {"field": "to", "format": "+.4f"},
                             {"field": "examples"}]}},
-            _line("x", 0, "no change", GREY),
-            _line("x", manifest["certificate"]["change"], "mean change", ORANGE, row=24),
+            rule_at("x", 0, "no change", GREY),
+            rule_at("x", manifest["certificate"]["change"], "mean change", ORANGE, row=24),
         ],
-        **_page(220),
+        **framed(220),
     }  # fmt: skip
 
 
-def _line(axis: str, at: float, label: str, colour: str, row: int = 8) -> Spec:
+def stages_by_time(stages: Sequence[Mapping[str, Any]]) -> Spec | None:
+    """Seconds of each stage, in the order of the run."""
+    if not stages:
+        return None
+    rows = [{**one, "stage": visible(one["name"])} for one in stages]
+    return {
+        "data": {"values": rows},
+        "mark": {"type": "bar", "color": BLUE},
+        "encoding": {
+            "y": {"field": "stage", "type": "nominal", "sort": None, "title": None,
+                  "axis": {"labelLimit": 190}},
+            "x": {"field": "seconds", "type": "quantitative", "title": "seconds"},
+            "tooltip": [{"field": "stage"}, {"field": "seconds", "format": ".2f"},
+                        {"field": "megabytes", "title": "most memory until then, MB",
+                         "format": ",.0f"}],
+        },
+        **framed(18 * len(rows) + 10),
+    }  # fmt: skip
+
+
+def rule_at(axis: str, at: float, label: str, colour: str, row: int = 8) -> Spec:
     """A line across the figure, named at its end."""
     where = {axis: {"datum": at}}
     align = {"y": {"align": "left", "x": 4, "dy": -7}, "x": {"align": "left", "y": row, "dx": 4}}
@@ -250,7 +282,8 @@ def _line(axis: str, at: float, label: str, colour: str, row: int = 8) -> Spec:
     }
 
 
-def _page(height: int) -> Spec:
+def framed(height: int) -> Spec:
+    """What every figure has: as wide as its place on the page."""
     return {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
         "width": "container",

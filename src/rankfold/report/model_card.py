@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from rankfold.certificate.in_words import VERDICTS, guard_words, subject
+from rankfold.certificate.in_words import VERDICTS, guard_words, subject, sure
 from rankfold.errors import visible
 from rankfold.report.card_metadata import ON_HUB, metadata_block
 from rankfold.report.data_lines import data_lines, source_lines
@@ -125,12 +125,13 @@ def _sizes(report: Mapping[str, Any]) -> str:
 
 def _certificate(report: Mapping[str, Any]) -> str:
     c, loss = report["certificate"], report["loss"]
-    sure = f"{c['confidence']:.0%}"
+    confidence = sure(c["confidence"])
     text = (
         f"On {c['examples']} held-out examples that nothing was tuned on, the mean loss went from "
         f"{loss['original']:.4f} to {loss['factorized']:.4f}, a change of {c['change']:+.4f} ± "
-        f"{c['standard_error']:.4f} (standard error) {as_shown(c['unit'])}. With {sure} confidence "
-        f"the change is at most {c['upper_bound']:+.4f}; the margin was {c['margin']:g}.\n\n"
+        f"{c['standard_error']:.4f} (standard error) {as_shown(c['unit'])}. With {confidence} "
+        f"confidence the change is at most {c['upper_bound']:+.4f}; the margin was "
+        f"{c['margin']:g}.\n\n"
         f"Verdict: **{c['verdict']}**: on {subject(report, as_shown)} {VERDICTS[c['verdict']]}."
     )
     if loss["control_change"] is not None:

@@ -8,19 +8,22 @@ what figures and the table read is JSON in which no tag can end.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from rankfold.certificate.in_words import VERDICTS, about, guard_words, subject
-from rankfold.errors import visible
+from rankfold.certificate.in_words import VERDICTS, about, guard_words, subject, sure
+from rankfold.errors import InputError, visible
 from rankfold.files.listed import PAGE_FILE as PAGE_FILE
 from rankfold.report.data_lines import data_lines, source_lines
 from rankfold.report.figures import figures
+from rankfold.report.latency import speed_sentence
 from rankfold.report.model_card import call_of, opening_lines
 
 _ASSETS = files("rankfold.report") / "assets"
@@ -41,11 +44,15 @@ def page(
     Args:
         manifest: The content of ``rankfold.json``.
         certificate: The content of ``certificate.json``, None where there is none.
-        seen: The content of ``seen.json``: seconds and memory of each stage, latencies, and the
-            held-out examples that changed most.
+        seen: The content of ``seen.json``.
     """
-    layers = [_layer(place, layer) for place, layer in enumerate(manifest["layers"], 1)]
-    text: str = _template().render(
+    found = {"examples": [], "latency": None, "stages": [], **(seen or {})}
+    shares = _shares(manifest["layers"])
+    layers = [
+        _layer(place, layer) | share
+        for place, (layer, share) in enumerate(zip(manifest["layers"], shares, strict=True), 1)
+    ]
+    text: str = template("page.html").render(
         manifest=manifest,
         certificate=manifest["certificate"],
         loss=manifest["loss"],
@@ -60,32 +67,49 @@ def page(
         shape=_shape_of(layers),
         call=visible(call_of(manifest)),
         opening=_opening(manifest),
-        seen={"examples": [], "latency": None, "stages": [], **(seen or {})},
-        figures=_as_json(figures(manifest, certificate)),
-        rows=_as_json(layers),
-        style=_asset("page.css"),
-        script=_asset("page.js"),
-        vega=_asset("vega.min.js"),
+        seen=found,
+        speed=None if found["latency"] is None else speed_sentence(found["latency"]),
+        measured=any(layer["measured"] is not None for layer in layers),
+        figures=as_json(figures(manifest, certificate, found["stages"])),
+        rows=as_json(layers),
+        style=asset("page.css"),
+        script=Markup("\n").join(map(asset, ("table.js", "figures.js"))),
+        vega=asset("vega.min.js"),
     )
     return text
 
 
+def is_page(file: Path) -> bool:
+    """Whether rankfold has made a file of this name, by what its head says.
+
+    Raises:
+        InputError: It can't be read.
+    """
+    try:
+        with file.open("rb") as opened:
+            return b'<meta name="generator" content="rankfold">' in opened.read(4096)
+    except OSError as error:
+        raise InputError(f"{visible(file)} can't be read: {error.strerror}.") from error
+
+
 @cache
-def _template() -> Any:
+def template(name: str) -> Any:
+    """A page of the assets, to be rendered; what is put into it is escaped."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["shown"] = visible
+    environment.filters["sure"] = sure
     environment.filters["signed"] = lambda value: "none" if value is None else f"{value:+.4f}"
     environment.filters["share"] = lambda value: f"{value:.1%}"
     environment.filters["count"] = lambda value: f"{value:,}"
-    return environment.from_string((_ASSETS / "page.html").read_text("utf-8"))
+    return environment.from_string((_ASSETS / name).read_text("utf-8"))
 
 
-def _asset(name: str) -> Markup:
+def asset(name: str) -> Markup:
     """A file of this package: our own, and in nobody's hands."""
     return Markup((_ASSETS / name).read_text("utf-8"))
 
 
-def _as_json(value: object) -> Markup:
+def as_json(value: object) -> Markup:
     """JSON that may stand inside a script element: no character of it begins a tag."""
     text = json.dumps(value, allow_nan=False)
     for sign in "<>&":
@@ -125,9 +149,27 @@ def _layer(place: int, layer: Mapping[str, Any]) -> dict[str, Any]:
         "after": after,
         "kept": after / before if before else 1.0,
         "predicted": layer["predicted_change"],
-        "factor": layer["interaction_factor"],
         "why": visible(layer["reason_dense"] or ""),
     }
+
+
+def _shares(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, float | None]]:
+    """Each layer's share of the predicted change, by itself and with measured interactions."""
+    # Layers that stay dense change nothing; without interactions both shares are one.
+    alone, together = [], []
+    for layer in layers:
+        change = (layer["predicted_change"] or 0.0) if layer["rank"] is not None else 0.0
+        together.append(change)
+        alone.append(change / (layer["interaction_factor"] or 1.0))
+    measured = any(layer["interaction_factor"] is not None for layer in layers)
+    sums = math.fsum(alone), math.fsum(together)
+    return [
+        {
+            "share": one / sums[0] if sums[0] > 0 else None,
+            "measured": other / sums[1] if measured and sums[1] > 0 else None,
+        }
+        for one, other in zip(alone, together, strict=True)
+    ]
 
 
 def _shape_of(layers: list[dict[str, Any]]) -> dict[str, int]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
 from rankfold.certificate.certify import Certificate
+from rankfold.certificate.in_words import sure
 from rankfold.certificate.shown import listed_html
 from rankfold.errors import visible
 
@@ -86,7 +87,7 @@ def verification_lines(found: Verification, print_line: Callable[[str], None]) -
         c = found.certificate
         print_line(
             f"recomputed: {c.verdict}; change {c.change:+.6f}, at most {c.upper_bound:+.6f} with "
-            f"{c.confidence:.0%} confidence (margin {c.margin:g} {c.unit}, {c.examples} examples)"
+            f"{sure(c.confidence)} confidence (margin {c.margin:g} {c.unit}, {c.examples} examples)"
         )
     print_line(
         "the certificate agrees with all that was checked"
