@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 from typing_extensions import Unpack
 
-from rankfold.certificate.asked import DEFAULT_MARGIN, check_margin
+from rankfold.certificate.asked import DEFAULT_CONFIDENCE, DEFAULT_MARGIN, check_margin
 from rankfold.certificate.in_words import sure
 from rankfold.compress import Preparation, prepare
 from rankfold.errors import InputError, path_of, visible
