@@ -22,12 +22,7 @@ from typing import (
 
 from typing_extensions import TypedDict
 
-from rankfold.certificate.asked import (
-    ACCURACY,
-    DEFAULT_CONFIDENCE,
-    TestName,
-    check_metric_margin,
-)
+from rankfold.certificate.asked import ACCURACY, DEFAULT_CONFIDENCE, TestName, check_metric_margin
 from rankfold.data.input_settings import repr_of_changes
 from rankfold.effort import DECIDED, EFFORTS, Effort, EffortName
 from rankfold.errors import InputError, check_kind

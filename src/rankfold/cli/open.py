@@ -312,19 +312,7 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
     task = options.task or hint
     labels_wanted = task not in ("teacher", "embedding")
     if kind == "npz":
-        prepare_array = _pixels(opened, options).prepare
-        known = label_ids(opened.model)
-        side = options.image_size
-        rows = read_npz(
-            path, options.mean, options.std, side, prepare=prepare_array, label_ids=known
-        )
-        shape = rows.account.inputs.shape
-        if shape is not None and side is not None and shape[1:] != (side, side):
-            raise InputError(
-                f"image_size= is {side}, and the images in {path} have {shape[1]} x {shape[2]} "
-                "pixels: arrays aren't resized. Leave the option away."
-            )
-        return cast("Examples", told(rows))
+        return _arrays(path, opened, options)
     if kind == "images":
         pixels = _pixels(opened, options)
         found = read_image_folder(
@@ -367,6 +355,19 @@ def _examples(spec: str, kind: Kind, opened: OpenedModel, options: DataOptions) 
             "teacher, which needs none."
         )
     return told(line_examples(path, tokens, task, options.seed))
+
+
+def _arrays(path: Path, opened: OpenedModel, options: DataOptions) -> Examples:
+    prepare, known = _pixels(opened, options).prepare, label_ids(opened.model)
+    side = options.image_size
+    rows = read_npz(path, options.mean, options.std, side, prepare=prepare, label_ids=known)
+    shape = rows.account.inputs.shape
+    if shape is not None and side is not None and shape[1:] != (side, side):
+        raise InputError(
+            f"image_size= is {side}, and the images in {path} have {shape[1]} x {shape[2]} "
+            "pixels: arrays aren't resized. Leave the option away."
+        )
+    return cast("Examples", told(rows))
 
 
 def _reads_windows(opened: OpenedModel, options: DataOptions) -> bool:

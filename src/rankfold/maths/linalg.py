@@ -227,8 +227,7 @@ def marginal_product(terms: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Te
 def inner(first: Tensor, second: Tensor, less: Tensor | None = None) -> float:
     """``<first, second - less>`` of arrays of one shape, summed in float64.
 
-    Of large ones a few rows at a time: differences, products and their float64 copies are as large
-    as what they are of.
+    Of large ones a few rows at a time: their differences and products are as large as they are.
     """
     rows = max(1, LARGEST_PRODUCT // max(1, first[:1].numel()))
     found = 0.0

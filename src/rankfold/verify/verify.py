@@ -90,15 +90,15 @@ def verify(
     path = path_of("the folder", folder)
     read_manifest(path)  # what is no artifact has no certificate either
     check_read_alike(path, data)
-    document = read_document(path)
+    document, manifest = read_document(path), read_report(path)
     checks = signature_checks(path, key)
-    checks += _without_data(path, document, manifest := read_report(path), model, original)
+    checks += _without_data(path, document, manifest, model, original)
     part, more = _find(document, data, collate)
     checks += more
     if part is None:
         return Verification(tuple(checks), None)
-    private = document["evidence"] is None
-    stored = None if private else Evidence.from_dict(document["evidence"], document)
+    known = document["evidence"]
+    stored = None if known is None else Evidence.from_dict(known, document)
     afresh = _Afresh(path, document, part, original, loss, metrics, batch_size, progress)
     tolerance = _tolerance(model)
     after = afresh.losses(model, "factorized on held-out data")
@@ -106,18 +106,14 @@ def verify(
         checks.append(_losses(FACTORIZED, stored.factorized, after, tolerance))
     before, more = _original_losses(afresh, stored, tolerance)
     checks += more
-    if before is None:
-        return Verification((*checks, Check(FRESH, "not checked", GIVE_ORIGINAL)), None)
-    if not torch.equal(before.terms, after.terms):
-        checks.append(Check(FRESH, "differs", "the examples have other numbers of terms"))
-        return Verification(tuple(checks), None)
-    values, more = _metric_values(afresh, model, stored)
-    checks += more
-    found, more = _guard(afresh, model, guard, collate, tolerance)
+    if before is None or not torch.equal(before.terms, after.terms):
+        return Verification((*checks, _not_compared(before)), None)
+    values, of_values = _metric_values(afresh, model, stored)
+    found, of_guard = _guard(afresh, model, guard, collate, tolerance)
     groups = document["data"]["held_out_groups"]
     evidence = Evidence(part.digests, [], before, after, groups, values, found)
-    checks += more
-    if private:
+    checks += [*of_values, *of_guard]
+    if stored is None:
         checks.append(loss_check(manifest, evidence, tolerance * (1 + abs(after.mean))))
     return _concluded(document, part, evidence, checks, tolerance)
 
@@ -138,6 +134,13 @@ def _without_data(
         check_kind("the original", original, nn.Module, MODEL)
         checks.append(original_check(manifest, original))
     return checks
+
+
+def _not_compared(before: Evaluation | None) -> Check:
+    """Why fresh losses of both models are not compared."""
+    if before is None:
+        return Check(FRESH, "not checked", GIVE_ORIGINAL)
+    return Check(FRESH, "differs", "the examples have other numbers of terms")
 
 
 def _concluded(

@@ -127,19 +127,31 @@ def class_files(
     )
     if unlabelled:
         return ClassFiles([(file, None) for file in own], account)
+    return _labelled(folder, inside, own, account, label_ids or {}, labels_wanted)
+
+
+def _labelled(
+    folder: Path,
+    inside: Sequence[Path],
+    own: Sequence[Path],
+    account: Account,
+    label_ids: Mapping[str, int],
+    labels_wanted: bool,
+) -> ClassFiles:
+    """The files of class folders, each with its class, and which folder is which class."""
     names = [unicodedata.normalize("NFC", path.name) for path in inside]
     counts = Counter(file.relative_to(folder).parts[0] for file in own)
-    given = label_ids if labels_wanted else None
-    labels = _classes(folder, names, given or {}) if labels_wanted else range(len(names))
+    given = label_ids if labels_wanted else {}
+    labels = _classes(folder, names, given) if labels_wanted else range(len(names))
     by_folder = {path.name: label for path, label in zip(inside, labels, strict=True)}
-    called = {number: name for name, number in (given or {}).items()}
+    called = {number: name for name, number in given.items()}
     told = [
         ClassCount(name, label, called.get(label), counts[path.name])
         for name, path, label in zip(names, inside, labels, strict=True)
     ]
     files: list[File] = [(file, by_folder[file.relative_to(folder).parts[0]]) for file in own]
     if labels_wanted:
-        notes = [*account.notes, *absent(labels, given or {})]
+        notes = [*account.notes, *absent(labels, given)]
         account = replace(account, classes=told, notes=notes)
     return ClassFiles(files, account)
 
