@@ -87,32 +87,29 @@ def verify(
             can't be used.
     """
     check_functions(loss, metrics)
-    path = path_of("the folder", folder)
-    read_manifest(path)  # what is no artifact has no certificate either
+    read_manifest(path := path_of("the folder", folder))  # no artifact: no certificate either
     check_read_alike(path, data)
     document, manifest = read_document(path), read_report(path)
-    checks = signature_checks(path, key)
-    checks += _without_data(path, document, manifest, model, original)
-    part, more = _find(document, data, collate)
-    checks += more
+    part, of_data = _find(document, data, collate)
+    without = _without_data(path, document, manifest, model, original)
+    checks = [*signature_checks(path, key), *without, *of_data]
     if part is None:
         return Verification(tuple(checks), None)
     known = document["evidence"]
     stored = None if known is None else Evidence.from_dict(known, document)
     afresh = _Afresh(path, document, part, original, loss, metrics, batch_size, progress)
-    tolerance = _tolerance(model)
-    after = afresh.losses(model, "factorized on held-out data")
+    tolerance, after = _tolerance(model), afresh.losses(model, "factorized on held-out data")
     if stored is not None:
         checks.append(_losses(FACTORIZED, stored.factorized, after, tolerance))
-    before, more = _original_losses(afresh, stored, tolerance)
-    checks += more
+    before, of_original = _original_losses(afresh, stored, tolerance)
+    checks += of_original
     if before is None or not torch.equal(before.terms, after.terms):
         return Verification((*checks, _not_compared(before)), None)
     values, of_values = _metric_values(afresh, model, stored)
     found, of_guard = _guard(afresh, model, guard, collate, tolerance)
+    checks += [*of_values, *of_guard]
     groups = document["data"]["held_out_groups"]
     evidence = Evidence(part.digests, [], before, after, groups, values, found)
-    checks += [*of_values, *of_guard]
     if stored is None:
         checks.append(loss_check(manifest, evidence, tolerance * (1 + abs(after.mean))))
     return _concluded(document, part, evidence, checks, tolerance)
