@@ -12,7 +12,6 @@ from rankfold.certificate.statement import DEFAULT_MARGIN, check_margin
 from rankfold.errors import check_flag
 from rankfold.held_out import HeldOut, enough_held_out
 from rankfold.keywords import Options, read_options
-from rankfold.machine.device import device_of
 from rankfold.model.kept import KeptModel
 from rankfold.report.report import inspection
 from rankfold.result import Result, result_of
@@ -74,7 +73,7 @@ def prepare(model: nn.Module, data: object, **options: Unpack[Options]) -> Prepa
 
 
 def _ready(model: nn.Module, data: object, margin: float | None, given: Options) -> Preparation:
-    settings, loss, metrics, guard, progress, offload = read_options(given, device_of(model))
+    settings, loss, metrics, guard, progress, offload = read_options(given, model)
     data = enough_held_out(data, settings, metrics, margin)
     kept = KeptModel(model, offload.kept)
     with kept.as_it_was():

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from torch import nn
+
 from rankfold.errors import of_another_kind, path_of
-from rankfold.machine.offload import Offload, check_offload
+from rankfold.machine.device import device_of
+from rankfold.machine.offload import Offload, check_offload, memory_of, names_of, with_room
 from rankfold.machine.progress import Progress, SilentProgress, TrimmingProgress
 from rankfold.settings import SettingKeywords, Settings
 from rankfold.tasks.evaluation import Metric, check_functions
@@ -25,6 +28,11 @@ class Options(SettingKeywords, total=False):
         progress: For example ``rankfold.TerminalProgress()``.
         offload_folder: Statistics, steps and spectra of all layers lie in files of this folder
             (``rankfold.machine.offload``), not in memory; the model must be on the CPU.
+        memory: How much the run may take, such as ``"8GB"``: where the statistics of all layers
+            are too much, they are collected block by block, or in groups of layers, and lie in
+            files. By default what the machine has.
+        blocks: Names of the model's blocks, or of the lists that hold them, where they aren't
+            found; statistics are then collected block by block in any case.
     """
 
     loss: LossFunction | None
@@ -32,6 +40,8 @@ class Options(SettingKeywords, total=False):
     guard: object
     progress: Progress | None
     offload_folder: str | Path | None
+    memory: str | int | None
+    blocks: Sequence[str]
 
 
 class Asked(NamedTuple):
@@ -45,18 +55,18 @@ class Asked(NamedTuple):
     offload: Offload
 
 
-def read_options(options: Options, device: str) -> Asked:
+def read_options(options: Options, model: nn.Module) -> Asked:
     """Settings and what is none of them, of the keywords of a call.
 
     Args:
         options: As given.
-        device: Of the model.
+        model: The user's.
 
     Raises:
         InputError: A setting is out of its range, or this model can't be offloaded.
         TypeError: There is no such keyword.
     """
-    settings = dict(options)
+    settings, device = dict(options), device_of(model)
     known = [*Options.__annotations__]  # those of SettingKeywords among them
     unknown = [name for name in settings if name not in known]
     if unknown:
@@ -64,12 +74,16 @@ def read_options(options: Options, device: str) -> Asked:
     loss, metrics = settings.pop("loss", None), settings.pop("metrics", ())
     guard = settings.pop("guard", None)
     progress, folder = settings.pop("progress", None), settings.pop("offload_folder", None)
+    memory, blocks = settings.pop("memory", None), settings.pop("blocks", ())
     check_functions(loss, metrics)
     if progress is not None and not hasattr(progress, "track"):
         expected = "an object such as rankfold.TerminalProgress()"
         raise of_another_kind("progress", progress, expected)
-    offload = Offload(None if folder is None else path_of("offload_folder", folder))
+    offload = Offload(
+        None if folder is None else path_of("offload_folder", folder), blocks=names_of(blocks)
+    )
     check_offload(offload, device)
+    offload = with_room(offload, None if memory is None else memory_of(memory), model)
     return Asked(
         Settings(**cast("Any", settings)),
         cast("LossFunction | None", loss),

@@ -71,16 +71,17 @@ from rankfold.files.digests import model_digest
 from rankfold.files.folder import owned_output
 from rankfold.files.reading import not_replaced, read_whole
 from rankfold.integrations.vision import parse_named
+from rankfold.keywords import Options
 from rankfold.machine.device import check_device, unused_gpu
 from rankfold.machine.freed_memory import give_back_freed_memory
 from rankfold.machine.interruption import ignore_from_here
-from rankfold.machine.offload import Offload, advice
+from rankfold.machine.offload import advice
 from rankfold.machine.progress import TerminalProgress
 from rankfold.model.sizes import model_parameters
 from rankfold.report.data_lines import source_lines
 from rankfold.result import Result
 from rankfold.search.study import limits_of
-from rankfold.settings import SettingKeywords, SizeOf, check_size
+from rankfold.settings import SizeOf, check_size
 from rankfold.verify import verification_lines
 from rankfold.verify import verify as verify_artifact
 
@@ -183,8 +184,7 @@ def _compress(
             data,
             guard=guard,
             progress=TerminalProgress(),
-            offload_folder=folders.offload_folder,
-            **cast("SettingKeywords", vars(options.settings)),
+            **cast("Options", folders.of_large_tensors() | vars(options.settings)),
         )
         given.check()
         if (trouble := result.document["data"]["history"]["trouble"]) is not None:
@@ -227,8 +227,8 @@ def _opened(
         reads=named_paths(model, options.folders.weights, *vars(parts).values()),
     )
     opened.model.to(device)
-    parameters, offload = model_parameters(opened.model), Offload(options.folders.offload_folder)
-    if device.type == "cpu" and (hint := advice(parameters, offload)) is not None:
+    room = options.folders.room(opened.model)
+    if (hint := advice(model_parameters(opened.model), room)) is not None:
         tell(hint)
     limits = (settings.limit, settings.selection_limit, settings.held_out_limit)
     asked = zip(limits, DataOptions.own_windows, strict=True)

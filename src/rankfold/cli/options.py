@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeAlias, get_type_hints
 
 import typer
+from torch import nn
 from typer.models import OptionInfo
 
 from rankfold.artifact.manifest import MANIFEST_FILE
@@ -20,6 +21,7 @@ from rankfold.cli.open import SELF, DataOptions
 from rankfold.cli.setting_options import chosen_settings, setting_parameters
 from rankfold.errors import InputError
 from rankfold.files.folder import check_output
+from rankfold.machine.offload import Offload, memory_of, with_room
 from rankfold.settings import EVERYDAY, RESEARCH, Settings
 
 # In the order in which the help shows them; the last is hidden.
@@ -253,7 +255,44 @@ class Folders:
             rich_help_panel="Advanced",
         ),
     ] = None
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AMOUNT",
+            help="What the run may take, such as 8GB. Where the statistics of all layers are too "
+            "much, they are collected block by block, and lie in files.",
+            show_default="what the machine has",
+            rich_help_panel="Advanced",
+        ),
+    ] = None
+    blocks: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A block of the model, or the list that holds all of them, for a run block by "
+            "block. Repeatable.",
+            show_default="those that are found",
+            rich_help_panel="Advanced",
+        ),
+    ] = None
     weights: Weights = None
+
+    def of_large_tensors(self) -> dict[str, Any]:
+        """The keywords of ``lossless`` and ``compact`` for where large tensors lie."""
+        return {
+            "offload_folder": self.offload_folder,
+            "memory": self.memory,
+            "blocks": self.blocks or (),
+        }
+
+    def room(self, model: nn.Module) -> Offload:
+        """Where large tensors of a run of this model lie, and how much memory it may take.
+
+        Raises:
+            InputError: It can't be so.
+        """
+        asked = Offload(self.offload_folder, blocks=tuple(self.blocks or ()))
+        return with_room(asked, None if self.memory is None else memory_of(self.memory), model)
 
     def output(self, reads: Sequence[Path] = ()) -> Path:
         """The folder to write to, checked before any work is done.
