@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 import rankfold
 from rankfold import InputError
 from rankfold.data.parts import as_part
+from rankfold.machine import offload
 from rankfold.machine.offload import Offload
 from rankfold.machine.tensor_file import TensorFile
-from rankfold.model.blocks import find_blocks, named_blocks
+from rankfold.model.blocks import checkpointed, find_blocks, named_blocks
+from rankfold.search import interactions
 from rankfold.search.study import Statistics, open_inputs, study_of
 from rankfold.settings import Settings
 from rankfold.statistics import by_block
@@ -30,12 +33,12 @@ from tests.test_families import FAMILIES, _model
 LITTLE = 1 << 10  # bytes: less than any model's weights, so a layer at a time
 
 
-def statistics_of(name: str, offload: Offload, **settings: Any) -> Statistics:
+def statistics_of(name: str, where: Offload, **settings: Any) -> Statistics:
     family = FAMILIES[name]
     chosen = Settings(task=family.task if family.asked else None, limit=12, **settings)
     model = _model(family)
     before = state(model)
-    found = study_of(open_inputs(model, family.data(), chosen), chosen, offload=offload)
+    found = study_of(open_inputs(model, family.data(), chosen), chosen, offload=where)
     assert same_state(model, before)
     assert all("forward" not in vars(module) for module in model.modules())
     return found.statistics
@@ -125,8 +128,14 @@ def test_groups_of_layers_are_as_all_at_once(
     assert all(torch.allclose(one[key], other[key], rtol=1e-4, atol=1e-6) for key in other)
 
 
-def test_the_same_model_comes_out(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"size": 0.8, "limit": 8, "effort": "fast"}
+@pytest.mark.usefixtures("never_in_groups")
+@pytest.mark.parametrize("effort", ["fast", "standard"])
+def test_the_same_model_comes_out(
+    effort: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload, "SMALL", 0)
+    monkeypatch.setattr(interactions, "checkpointed", checked := Mock(wraps=checkpointed))
+    options: dict[str, Any] = {"size": 0.8, "limit": 8, "effort": effort, "refit": False}
     expected = rankfold.lossless(tiny_llama(), token_data(), **options)
     model = tiny_llama()
     size = sum(p.numel() for p in model.parameters())
@@ -137,6 +146,8 @@ def test_the_same_model_comes_out(tmp_path: Path) -> None:
     assert found.report["certificate"] == expected.report["certificate"]
     assert same_state(found.model, state(expected.model))
     assert not list(tmp_path.iterdir())
+    blocks = [call.args[1] for call in checked.call_args_list]
+    assert (["model.layers.0", "model.layers.1"] in blocks) == (effort == "standard")
 
 
 class Inner(nn.Module):
@@ -229,13 +240,13 @@ def telling(model: Blocks, values: Tensor) -> Tensor:
     return values
 
 
-def collected(model: nn.Module, offload: Offload) -> dict[str, LayerStatistics]:
+def collected(model: nn.Module, where: Offload) -> dict[str, LayerStatistics]:
     generator = torch.Generator().manual_seed(4)
     values = torch.randn(24, 6, generator=generator)
     part = as_part("calibration", [(x, i % CLASSES) for i, x in enumerate(values)])
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     return collect_statistics(
-        model, Classification(), part, layers, curvature="empirical", offload=offload, batch_size=4
+        model, Classification(), part, layers, curvature="empirical", offload=where, batch_size=4
     )
 
 

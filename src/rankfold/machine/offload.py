@@ -65,6 +65,11 @@ class Offload:
             )
         self._mapped(1, torch.float32)
 
+    def left_beside(self, model: nn.Module) -> int:
+        """Bytes of the memory that a run may take beside a model; many where all has room."""
+        of_model = sum(p.numel() * p.element_size() for p in model.parameters())
+        return max(0, (UNKNOWN if self.memory is None else self.memory) - of_model)
+
     def zeros(self, *shape: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """Zeros to be changed in place.
 
@@ -87,6 +92,15 @@ class Offload:
         strides = torch.empty_like(values).stride()
         there = self._mapped(values.numel(), values.dtype).as_strided(values.shape, strides)
         return there.copy_(values)
+
+    def copy(self, values: Tensor) -> Tensor:
+        """A copy of the values, to be changed in place, with their strides.
+
+        Raises:
+            InputError: The folder is full.
+        """
+        there = self.kept(values)
+        return values.clone() if there is values else there
 
     def _takes(self, numel: int, dtype: torch.dtype) -> bool:
         return self.folder is not None and numel * dtype.itemsize > SMALL

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
+from functools import partial, wraps
+from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rankfold.errors import InputError, visible
 
@@ -73,6 +77,31 @@ def named_blocks(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]
 def block_of(name: str, blocks: Sequence[str]) -> str | None:
     """The block in which a module of this name stands, None where it stands in none."""
     return next((b for b in blocks if name == b or name.startswith(f"{b}.")), None)
+
+
+@contextmanager
+def checkpointed(model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
+    """While passes run: no activation inside a block is held; going back, each one runs again."""
+    with ExitStack() as stack:
+        for name in blocks:
+            block = model.get_submodule(name)
+            given = block.forward
+            again = partial(checkpoint, given, use_reentrant=False, preserve_rng_state=False)
+            stack.enter_context(forward_of(block, again))
+        yield
+
+
+@contextmanager
+def forward_of(block: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
+    """While passes run: what runs in the place of a block's forward."""
+    own = vars(block).get("forward")
+    cast("Any", block).forward = wraps(block.forward)(run)
+    try:
+        yield
+    finally:
+        del vars(block)["forward"]
+        if own is not None:
+            cast("Any", block).forward = own
 
 
 def graph_leaves(roots: Sequence[Tensor]) -> dict[int, Tensor]:

@@ -29,6 +29,7 @@ from rankfold.maths.gradient import (
 from rankfold.maths.linalg import Damping
 from rankfold.model.copied import copied
 from rankfold.model.layer_matrix import MatrixLayer, weight_matrix
+from rankfold.model.replace import with_replaced
 from rankfold.settings import Settings
 from rankfold.statistics.grams import damped_grams
 from rankfold.statistics.layer_statistics import LayerStatistics
@@ -214,6 +215,7 @@ def search_step(
     progress: Progress,
     groups: int = 1,
     compared_on: float = 1.0,
+    offload: Offload | None = None,
 ) -> Step:
     """Choose the step's length on selection data.
 
@@ -236,8 +238,9 @@ def search_step(
         progress: Shows the evaluations.
         groups: Number of groups, of neighbouring layers and of nearly the same number.
         compared_on: Share of the examples on which lengths are compared.
+        offload: Where the copy's weights lie.
     """
-    scratch = copied(model, {})
+    scratch = _scratch(model, layers, offload or Offload())
     selection = _Selection(scratch, task, part, original, layers, batch_size, progress)
     few = selection.few(compared_on)
     lengths = _Lengths(selection.of(few), found)
@@ -253,6 +256,14 @@ def search_step(
         return replace(step, eta=0.0)
     step = replace(step, gain=change.mean)
     return step if groups == 1 else _by_group(selection, step, groups)
+
+
+def _scratch(model: nn.Module, layers: Mapping[str, MatrixLayer], offload: Offload) -> nn.Module:
+    """A copy of the model to move the layers' weights of."""
+    if offload.folder is None:
+        return copied(model, {})
+    weights = {name: offload.copy(layer.weight.detach()) for name, layer in layers.items()}
+    return with_replaced(model, {}, weights, share=True)
 
 
 @dataclass(frozen=True)

@@ -72,12 +72,15 @@ class Statistics:
         embeddings: By embedding matrix, likewise.
         lacking: By layer, what its Grams lack, as shares of their mean eigenvalues (``shrinkage``).
         whole: By layer, of which side the Gram was kept whole.
+        blocks: Names of the blocks that they were collected of one by one; empty where all came at
+            once, or in groups of layers.
     """
 
     layers: dict[str, LayerStatistics] = field(default_factory=dict)
     embeddings: dict[str, EmbeddingStatistics] = field(default_factory=dict)
     lacking: Mapping[str, Damping] = field(default_factory=dict)
     whole: Mapping[str, Whole] = field(default_factory=dict)
+    blocks: Sequence[str] = ()
 
 
 class Labels(NamedTuple):
@@ -283,7 +286,7 @@ def _observed(
     progress: Progress | None,
 ) -> Statistics:
     """Pass over the calibration examples with ``subject.base`` and keep its statistics."""
-    recorder = EmbeddingRecorder(subject.embeddings)
+    recorder, blocks = EmbeddingRecorder(subject.embeddings), list[str]()
     objective = OBJECTIVES[settings.objective]
     found = collect_statistics(
         subject.base,
@@ -300,10 +303,11 @@ def _observed(
         progress=progress,
         embeddings=recorder,
         offload=offload,
+        cut_at=blocks,
     )
     lacking = {name: statistics.lacking for name, statistics in found.items()}
     whole = {name: statistics.whole for name, statistics in found.items()}
-    return Statistics(found, recorder.statistics(), lacking, whole)
+    return Statistics(found, recorder.statistics(), lacking, whole, blocks)
 
 
 def _takes_step(task: Task, settings: Settings) -> bool:

@@ -35,9 +35,11 @@ OTHERWISE = "Name others (blocks=), or none."
 
 
 def in_parts(
-    passes: Passes, embeddings: EmbeddingRecorder, progress: Progress
+    passes: Passes, embeddings: EmbeddingRecorder, progress: Progress, cut_at: list[str]
 ) -> dict[str, LayerStatistics]:
     """Statistics of all layers, block by block where the model can be cut at blocks.
+
+    ``cut_at`` gets their names.
 
     Raises:
         InputError: The blocks that were named are none that the model can be cut at.
@@ -51,7 +53,9 @@ def in_parts(
         if not blocks:
             raise UnsuitableBlocksError("there are none")
         _check(passes, blocks, embeddings)
-        return by_block(passes, blocks, embeddings, progress)
+        found = by_block(passes, blocks, embeddings, progress)
+        cut_at[:] = [*blocks]
+        return found
     except UnsuitableBlocksError as error:
         if named:
             raise InputError(
@@ -270,9 +274,7 @@ def _stored(found: Mapping[str, LayerStatistics], offload: Offload) -> dict[str,
 
 def _groups(passes: Passes, layers: Mapping[str, MatrixLayer]) -> list[dict[str, MatrixLayer]]:
     """Neighbouring layers whose sums have room in memory together; one at least."""
-    assert passes.offload.memory is not None  # else there is room for all
-    of_model = sum(p.numel() * p.element_size() for p in passes.model.parameters())
-    room = (passes.offload.memory - of_model) // 2  # the rest is for what passes need
+    room = passes.offload.left_beside(passes.model) // 2  # the rest is for what passes need
     groups: list[dict[str, MatrixLayer]] = []
     left = 0
     for name, layer in layers.items():

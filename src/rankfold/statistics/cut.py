@@ -17,16 +17,17 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial, wraps
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from rankfold.machine.offload import SMALL
+from rankfold.machine import offload
 from rankfold.machine.tensor_file import Kept, TensorFile
 from rankfold.model.backward import Which
+from rankfold.model.blocks import forward_of
 
 
 class UnsuitableBlocksError(Exception):
@@ -177,10 +178,7 @@ class Cut:
     def _in_place_of_forward(self, run: Callable[..., Any]) -> Iterator[None]:
         with ExitStack() as stack:
             for name, block in self.blocks.items():
-                own = vars(block).get("forward")
-                stack.callback(_put_back, block, own)
-                given = block.forward
-                cast("Any", block).forward = wraps(given)(partial(run, name, given))
+                stack.enter_context(forward_of(block, partial(run, name, block.forward)))
             yield
 
     def inputs(self, call: Call) -> tuple[list[Any], list[tuple[Tensor, Slot]]]:
@@ -320,7 +318,7 @@ class Cut:
     def _saved(self, tensor: Tensor) -> Tensor | Kept:
         """What is kept of what is computed between blocks: it is there until all went back."""
         after = self._last is not None and self._last in self.current.calls
-        small = tensor.numel() * tensor.element_size() <= SMALL
+        small = tensor.numel() * tensor.element_size() <= offload.SMALL
         if after or small or tensor.untyped_storage().data_ptr() in self._of_model:
             return tensor
         return self.file.put(tensor)
@@ -332,13 +330,6 @@ class Cut:
 def _applied(function: Any, *args: Any) -> Any:
     """What a function with a backward pass of its own gives."""
     return function.apply(*args)
-
-
-def _put_back(block: nn.Module, own: Any) -> None:
-    """A block's forward as it was: its class', or one of its own."""
-    vars(block).pop("forward", None)
-    if own is not None:
-        cast("Any", block).forward = own
 
 
 class _Start(torch.autograd.Function):

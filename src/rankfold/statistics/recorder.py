@@ -51,6 +51,7 @@ def collect_statistics(
     progress: Progress | None = None,
     embeddings: EmbeddingRecorder | None = None,
     offload: Offload | None = None,
+    cut_at: list[str] | None = None,
 ) -> dict[str, LayerStatistics]:
     """One pass over the calibration examples; the model comes back as it was.
 
@@ -71,7 +72,8 @@ def collect_statistics(
         batch_size: Examples a batch; the statistics do not depend on it.
         progress: Shows the batches.
         embeddings: Sees the same passes.
-        offload: Where the sums lie.
+        offload: Where the sums lie, and how much memory they may take.
+        cut_at: Gets the names of the blocks that were collected one by one, where they were.
 
     Raises:
         InputError: The loss, or what a layer sees, is not finite.
@@ -79,22 +81,14 @@ def collect_statistics(
     progress = progress or SilentProgress()
     embeddings, offload = embeddings or EmbeddingRecorder({}), offload or Offload()
     largest = LARGEST_GRAM * sum(weight.numel() for weight in model.parameters())
+    whole = {name: whole_grams(layer, smaller_side, largest) for name, layer in layers.items()}
     passes = Passes(
-        model,
-        task,
-        part,
-        prior,
-        layers,
-        {name: whole_grams(layer, smaller_side, largest) for name, layer in layers.items()},
-        curvature=curvature,
-        gradients=gradients,
-        shrinkage=shrinkage,
-        seed=seed,
-        batch_size=batch_size,
-        offload=offload,
-    )
-    collect = Passes.all_at_once if offload.memory is None else in_parts
-    return collect(passes, embeddings, progress)
+        model, task, part, prior, layers, whole, curvature=curvature, gradients=gradients,
+        shrinkage=shrinkage, seed=seed, batch_size=batch_size, offload=offload,
+    )  # fmt: skip
+    if offload.memory is None:
+        return passes.all_at_once(embeddings, progress)
+    return in_parts(passes, embeddings, progress, [] if cut_at is None else cut_at)
 
 
 def whole_grams(layer: MatrixLayer, smaller_side: bool, largest: int) -> Whole:
