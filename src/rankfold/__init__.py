@@ -10,7 +10,14 @@ from rankfold.artifact.recorded import recorded_inputs
 from rankfold.artifact.registration import register_with_transformers
 from rankfold.artifact.save import try_saving
 from rankfold.certificate.certify import Certificate
-from rankfold.compress import Preparation, compact, lossless, prepare
+from rankfold.compress import (
+    Preparation,
+    compact,
+    lossless,
+    merge_statistics,
+    prepare,
+    save_statistics,
+)
 from rankfold.data.input_settings import InputSettings
 from rankfold.data.parts import Data
 from rankfold.data.sources import register_source
@@ -45,9 +52,11 @@ __all__ = [
     "export",
     "load",
     "lossless",
+    "merge_statistics",
     "prepare",
     "recorded_inputs",
     "register_source",
+    "save_statistics",
     "try_saving",
     "verify",
 ]

@@ -33,6 +33,8 @@ class Options(SettingKeywords, total=False):
             files. By default what the machine has.
         blocks: Names of the model's blocks, or of the lists that hold them, where they aren't
             found; statistics are then collected block by block in any case.
+        statistics: A folder that ``save_statistics`` wrote of the same model and data, in place of
+            a pass over the calibration part.
     """
 
     loss: LossFunction | None
@@ -42,6 +44,7 @@ class Options(SettingKeywords, total=False):
     offload_folder: str | Path | None
     memory: str | int | None
     blocks: Sequence[str]
+    statistics: str | Path | None
 
 
 class Asked(NamedTuple):
@@ -53,6 +56,7 @@ class Asked(NamedTuple):
     guard: object
     progress: Progress
     offload: Offload
+    statistics: Path | None
 
 
 def read_options(options: Options, model: nn.Module) -> Asked:
@@ -75,6 +79,7 @@ def read_options(options: Options, model: nn.Module) -> Asked:
     guard = settings.pop("guard", None)
     progress, folder = settings.pop("progress", None), settings.pop("offload_folder", None)
     memory, blocks = settings.pop("memory", None), settings.pop("blocks", ())
+    kept = settings.pop("statistics", None)
     check_functions(loss, metrics)
     if progress is not None and not hasattr(progress, "track"):
         expected = "an object such as rankfold.TerminalProgress()"
@@ -91,4 +96,5 @@ def read_options(options: Options, model: nn.Module) -> Asked:
         guard,
         TrimmingProgress(cast("Progress | None", progress) or SilentProgress()),
         offload,
+        None if kept is None else path_of("statistics", kept),
     )

@@ -28,16 +28,14 @@ from rankfold.cli.inputs import unchanged
 from rankfold.cli.kept import save_somewhere
 from rankfold.cli.named_paths import named_paths
 from rankfold.cli.open import (
-    DataOptions,
     OpenedModel,
     evaluate_examples,
     gives_module,
     open_artifact,
-    open_data,
     open_examples,
     open_model,
-    open_parts,
 )
+from rankfold.cli.opened_data import opened_data
 from rankfold.cli.options import (
     DATA_HELP,
     Compressing,
@@ -80,7 +78,6 @@ from rankfold.machine.progress import TerminalProgress
 from rankfold.model.sizes import model_parameters
 from rankfold.report.data_lines import source_lines
 from rankfold.result import Result
-from rankfold.search.study import limits_of
 from rankfold.settings import SizeOf, check_size
 from rankfold.verify import verification_lines
 from rankfold.verify import verify as verify_artifact
@@ -184,7 +181,7 @@ def _compress(
             data,
             guard=guard,
             progress=TerminalProgress(),
-            **cast("Options", folders.of_large_tensors() | vars(options.settings)),
+            **cast("Options", folders.of_run() | vars(options.settings)),
         )
         given.check()
         if (trouble := result.document["data"]["history"]["trouble"]) is not None:
@@ -230,21 +227,7 @@ def _opened(
     room = options.folders.room(opened.model)
     if (hint := advice(model_parameters(opened.model), room)) is not None:
         tell(hint)
-    limits = (settings.limit, settings.selection_limit, settings.held_out_limit)
-    asked = zip(limits, DataOptions.own_windows, strict=True)
-    first, second, third = (limit or default for limit, default in asked)
-    reading = replace(
-        options.reading.data_options(settings.task, settings.seed),
-        own_windows=(first, second, third),
-        limits=limits_of(settings),
-    )
-    if parts.data is not None:
-        data = open_data(parts.data, opened, reading)
-    else:
-        named = (parts.calibration or "", parts.selection or "", parts.held_out or "")
-        data = open_parts(*named, opened, reading)
-    guard = None if parts.guard is None else open_examples(parts.guard, opened, reading)
-    return opened, data, guard
+    return opened, *opened_data(opened, parts, settings, options.reading)
 
 
 @command

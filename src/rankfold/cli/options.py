@@ -232,20 +232,9 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Folders:
-    """Where results and what a run needs lie."""
+class Room:
+    """Where what a run needs lies, and how much memory it may take."""
 
-    out: Annotated[Path | None, typer.Option(help="Folder that the model is saved in. Needed.")] = (
-        None
-    )
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite",
-            help="Replace an earlier result in --out.",
-            rich_help_panel="Output",
-        ),
-    ] = False
     offload_folder: Annotated[
         Path | None,
         typer.Option(
@@ -278,7 +267,7 @@ class Folders:
     weights: Weights = None
 
     def of_large_tensors(self) -> dict[str, Any]:
-        """The keywords of ``lossless`` and ``compact`` for where large tensors lie."""
+        """The keywords of the library for where large tensors lie."""
         return {
             "offload_folder": self.offload_folder,
             "memory": self.memory,
@@ -293,6 +282,35 @@ class Folders:
         """
         asked = Offload(self.offload_folder, blocks=tuple(self.blocks or ()))
         return with_room(asked, None if self.memory is None else memory_of(self.memory), model)
+
+
+@dataclass(frozen=True)
+class Folders(Room):
+    """Where results and what a run needs lie."""
+
+    out: Annotated[Path | None, typer.Option(help="Folder that the model is saved in. Needed.")] = (
+        None
+    )
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace an earlier result in --out.",
+            rich_help_panel="Output",
+        ),
+    ] = False
+    statistics: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that rankfold statistics wrote of this model and data; then nothing is "
+            "collected.",
+            rich_help_panel="Advanced",
+        ),
+    ] = None
+
+    def of_run(self) -> dict[str, Any]:
+        """The keywords of ``lossless`` and ``compact`` for all that isn't written."""
+        return {**self.of_large_tensors(), "statistics": self.statistics}
 
     def output(self, reads: Sequence[Path] = ()) -> Path:
         """The folder to write to, checked before any work is done.

@@ -323,6 +323,8 @@ class Recorder:
                 product=sums.product if sums.whole != "both" else None,
                 dominant=sums.dominant,
                 lacking=sums.lacking,
+                rows=sums.rows,
+                terms=(self.terms[0], self.terms[1], self.terms[None]),
             )
             for name, sums in self.sums.items()
         }
