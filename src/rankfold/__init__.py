@@ -10,14 +10,8 @@ from rankfold.artifact.recorded import recorded_inputs
 from rankfold.artifact.registration import register_with_transformers
 from rankfold.artifact.save import try_saving
 from rankfold.certificate.certify import Certificate
-from rankfold.compress import (
-    Preparation,
-    compact,
-    lossless,
-    merge_statistics,
-    prepare,
-    save_statistics,
-)
+from rankfold.collect import merge_statistics, save_statistics
+from rankfold.compress import Preparation, compact, lossless, prepare
 from rankfold.data.input_settings import InputSettings
 from rankfold.data.parts import Data
 from rankfold.data.sources import register_source

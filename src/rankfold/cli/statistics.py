@@ -16,17 +16,17 @@ from rankfold.cli.named_paths import named_paths
 from rankfold.cli.open import open_model
 from rankfold.cli.opened_data import opened_data
 from rankfold.cli.options import ModelArgument, Parts, Reading, Room
-from rankfold.compress import merge_statistics as merged_statistics
-from rankfold.compress import save_statistics
+from rankfold.collect import merge_statistics as merged_statistics
+from rankfold.collect import save_statistics
 from rankfold.errors import visible
-from rankfold.files.folder import check_output, owned_output
+from rankfold.files.folder import owned_output
 from rankfold.keywords import Options
 from rankfold.machine.device import check_device
 from rankfold.machine.offload import advice
 from rankfold.machine.progress import TerminalProgress
 from rankfold.model.sizes import model_parameters
 from rankfold.settings import Settings
-from rankfold.statistics.kept import JSON_FILE, KeptStatistics
+from rankfold.statistics.kept import KeptStatistics, check_new
 
 OutFolder = Annotated[
     Path, typer.Option(help="Folder for the statistics, new or empty. Needed.", metavar="FOLDER")
@@ -52,7 +52,7 @@ def statistics(model: ModelArgument, *, out: OutFolder, options: Collecting) -> 
     parts, room, settings = options.parts, options.room, options.settings
     parts.check()
     reads = named_paths(model, room.weights, *vars(parts).values())
-    check_output(out, False, JSON_FILE, reads=reads)
+    check_new(out, reads)
     with owned_output(out), redirect_stdout(sys.stderr):
         tell(f"opening {visible(model)}")
         given = unchanged(models=[model], weights=room.weights, data=vars(parts).values())
@@ -86,6 +86,7 @@ def merge_statistics(
     out: OutFolder,
 ) -> int:
     """Merge statistics of one model that machines have collected on parts of the data."""
+    check_new(out, folders)
     with owned_output(out):
         kept = merged_statistics(folders, out)
     _tell_of(kept, out)

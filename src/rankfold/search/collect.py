@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rankfold.files.folder import check_output
 from rankfold.machine.offload import Offload
 from rankfold.machine.progress import Progress
 from rankfold.objective import OBJECTIVES
@@ -19,7 +18,7 @@ from rankfold.search.study import (
     written_text,
 )
 from rankfold.settings import Settings
-from rankfold.statistics.kept import JSON_FILE, KeptStatistics
+from rankfold.statistics.kept import KeptStatistics, check_new
 
 
 def collect_into(
@@ -38,7 +37,7 @@ def collect_into(
     subject, task, parts = inputs.subject, inputs.task, dict(inputs.parts)
     objective = OBJECTIVES[settings.objective]
     check_needed(objective, settings, folder)
-    check_output(folder, False, JSON_FILE)
+    check_new(folder)
     parts |= written_text(subject.model, task, parts["calibration"], settings, progress)
     check_agreement(task, objective, settings)
     require_layers(subject)

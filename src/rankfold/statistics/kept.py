@@ -86,7 +86,7 @@ class KeptStatistics:
         Raises:
             InputError: It can't be written.
         """
-        check_output(folder, False, JSON_FILE, reads=reads)
+        check_new(folder, reads)
         tensors = _tensors(self)
         document = {
             "format": FORMAT,
@@ -192,6 +192,19 @@ class KeptStatistics:
                 one.terms,
             )
         return found
+
+
+def check_new(folder: Path, reads: Iterable[Path] = ()) -> None:
+    """Refuse a folder that statistics can't be written to; none is written over.
+
+    Raises:
+        InputError: As said.
+    """
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(
+            f"the output folder {visible(folder)} exists and is not empty; choose another one."
+        )
+    check_output(folder, False, JSON_FILE, reads=reads)
 
 
 def read_kept(folder: Path) -> KeptStatistics:
