@@ -236,6 +236,10 @@ SETTINGS: dict[str, Row] = {
     "prepare": _call(lambda m, _: prepare(m, GOOD, limit=1), "limit is 1", "at least 4"),
     "offload folder": _with("offload folder nowhere is no folder", offload_folder="nowhere"),
     "offload number": _of_keyword("offload_folder", 3, "3", "folder"),
+    "memory": _of_keyword("memory", "8", "'8'", "8GB or 900MB"),
+    "memory too small": _with("memory is 0.00 MB", "or more", memory="1KB"),
+    "blocks": _of_keyword("blocks", 3, "3", "a list of names"),
+    "no such block": _with("no module 'layers'", "names of its modules", blocks=["layers"]),
     "progress": _of_keyword("progress", "yes", "'yes'", "TerminalProgress"),
     "typo": Row(
         lambda m, _: lossless(m, GOOD, size=0.5, **cast("Any", {"sise": 1})),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rankfold.artifact.recorded import recorded_inputs
     from rankfold.artifact.save import try_saving
     from rankfold.certificate.certify import Certificate
+    from rankfold.collect import merge_statistics, save_statistics
     from rankfold.compress import Preparation, compact, lossless, prepare
     from rankfold.data.input_settings import InputSettings
     from rankfold.data.parts import Data
@@ -52,9 +53,11 @@ __all__ = [
     "export",
     "load",
     "lossless",
+    "merge_statistics",
     "prepare",
     "recorded_inputs",
     "register_source",
+    "save_statistics",
     "sweep",
     "try_saving",
     "verify",
@@ -81,9 +84,11 @@ _MODULES = {
     "export": "export.export",
     "load": "artifact.load",
     "lossless": "compress",
+    "merge_statistics": "collect",
     "prepare": "compress",
     "recorded_inputs": "artifact.recorded",
     "register_source": "data.sources",
+    "save_statistics": "collect",
     "sweep": "sweep",
     "try_saving": "artifact.save",
     "verify": "verify",

@@ -13,7 +13,6 @@ from rankfold.certificate.asked import DEFAULT_MARGIN, check_margin
 from rankfold.errors import check_flag
 from rankfold.held_out import HeldOut, enough_held_out
 from rankfold.keywords import Options, read_options
-from rankfold.machine.device import device_of
 from rankfold.report.prepared import Prepared
 from rankfold.report.seen import Run
 from rankfold.result import Result, Sweep, check_sizes, result_of
@@ -75,14 +74,14 @@ def prepare(model: nn.Module, data: object, **options: Unpack[Options]) -> Prepa
 
 
 def _ready(model: nn.Module, data: object, margin: float | None, given: Options) -> Preparation:
-    settings, loss, metrics, guard, progress, offload = read_options(given, device_of(model))
+    settings, loss, metrics, guard, progress, offload, folder = read_options(given, model)
     data = enough_held_out(data, settings, metrics, margin)
     run = Run(model, offload.kept, progress)
     with run.as_it_was():
         inputs = open_inputs(model, data, settings, loss=loss, metrics=metrics)
         guarded = open_guard(inputs, data, guard, settings, progress)
         held_out = HeldOut.sealed(inputs.held_out, settings, metrics, margin, guarded)
-        study = study_of(inputs, settings, progress=progress, offload=offload)
+        study = study_of(inputs, settings, progress=progress, offload=offload, kept=folder)
         if settings.damping == "auto":
             study, settings = choose_damping(study, settings, progress=progress)
         begun = start_round(study, settings, progress=progress, release=True)

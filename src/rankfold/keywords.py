@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from torch import nn
+
 from rankfold.errors import check_flag, of_another_kind, path_of
-from rankfold.machine.offload import Offload, check_offload
+from rankfold.machine.device import device_of
+from rankfold.machine.offload import Offload, check_offload, memory_of, names_of, with_room
 from rankfold.machine.progress import Progress, TrimmingProgress, shown_progress
 from rankfold.machine.timing import Watch
 from rankfold.settings import SettingKeywords, Settings
@@ -29,6 +32,13 @@ class Options(SettingKeywords, total=False):
             (``rankfold.machine.offload``), not in memory; the model must be on the CPU.
         timing: Whether the run measures its stages, and the speed of original and result (20
             seconds at most). What it measures is in no file that repeats byte for byte.
+        memory: How much the run may take, such as ``"8GB"``: where the statistics of all layers
+            are too much, they are collected block by block, or in groups of layers, and lie in
+            files. By default what the machine has.
+        blocks: Names of the model's blocks, or of the lists that hold them, where they aren't
+            found; statistics are then collected block by block in any case.
+        statistics: A folder that ``save_statistics`` wrote of the same model and data, in place of
+            a pass over the calibration part.
     """
 
     loss: LossFunction | None
@@ -37,6 +47,9 @@ class Options(SettingKeywords, total=False):
     progress: Progress | bool | None
     offload_folder: str | Path | None
     timing: bool
+    memory: str | int | None
+    blocks: Sequence[str]
+    statistics: str | Path | None
 
 
 class Asked(NamedTuple):
@@ -48,20 +61,21 @@ class Asked(NamedTuple):
     guard: object
     progress: Watch
     offload: Offload
+    statistics: Path | None
 
 
-def read_options(options: Options, device: str) -> Asked:
+def read_options(options: Options, model: nn.Module) -> Asked:
     """Settings and what is none of them, of the keywords of a call.
 
     Args:
         options: As given.
-        device: Of the model.
+        model: The user's.
 
     Raises:
         InputError: A setting is out of its range, or this model can't be offloaded.
         TypeError: There is no such keyword.
     """
-    settings = dict(options)
+    settings, device = dict(options), device_of(model)
     known = [*Options.__annotations__]  # those of SettingKeywords among them
     unknown = [name for name in settings if name not in known]
     if unknown:
@@ -71,13 +85,18 @@ def read_options(options: Options, device: str) -> Asked:
     progress, folder = settings.pop("progress", None), settings.pop("offload_folder", None)
     timing = settings.pop("timing", True)
     check_flag("timing", timing)
+    memory, blocks = settings.pop("memory", None), settings.pop("blocks", ())
+    kept = settings.pop("statistics", None)
     check_functions(loss, metrics)
     if progress is not None and not isinstance(progress, bool) and not hasattr(progress, "track"):
         expected = "True, or an object such as rankfold.TerminalProgress()"
         raise of_another_kind("progress", progress, expected)
-    offload = Offload(None if folder is None else path_of("offload_folder", folder))
+    offload = Offload(
+        None if folder is None else path_of("offload_folder", folder), blocks=names_of(blocks)
+    )
     check_offload(offload, device)
     shown = TrimmingProgress(shown_progress(cast("Progress | bool | None", progress)))
+    offload = with_room(offload, None if memory is None else memory_of(memory), model)
     return Asked(
         Settings(**cast("Any", settings)),
         cast("LossFunction | None", loss),
@@ -85,4 +104,5 @@ def read_options(options: Options, device: str) -> Asked:
         guard,
         Watch(shown, bool(timing)),
         offload,
+        None if kept is None else path_of("statistics", kept),
     )

@@ -63,7 +63,7 @@ from rankfold.maths.spectrum import whitened_spectrum
 from rankfold.search.allocate import best_within_cost, total_cost, uniform_within_cost
 from rankfold.settings import Settings
 from rankfold.statistics.labels import noise_directions
-from rankfold.statistics.recorder import halves
+from rankfold.statistics.passes import halves
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

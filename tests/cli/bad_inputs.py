@@ -156,6 +156,9 @@ SETTINGS: dict[str, Row] = {
     "no model at all": (("lossless",), ["Missing", "model"]),
     "a word too many": ((*_lossless(), "again"), ["again"]),
     "offload folder": (_lossless("--offload-folder", "no"), ["offload folder no is no folder"]),
+    "memory": (_lossless("--memory", "8"), ["memory is '8'; expected", "such as 8GB"]),
+    "memory too small": (_lossless("--memory", "1KB"), ["memory is 0.00 MB", "or more"]),
+    "blocks": (_lossless("--blocks", "layers"), ["no module 'layers'", "names of its modules"]),
     "offload file": (_lossless("--offload-folder", "net.py"), ["net.py is no folder"]),
 }
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,14 +168,51 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, everything
 
 
 def test_who_has_too_little_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "available_memory", lambda: 39_000_000_000)
-    told = offload.advice(1_000_000_000, Offload())
+    model = seeded(1, SmallCNN)
+    count = sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(offload, "available_memory", lambda: 36 * count - 1)
+    room = offload.with_room(Offload(tmp_path), None, model)
+    assert room == Offload(tmp_path, memory=40 * count - 1)
+    told = offload.advice(count, room)
     assert told is not None
-    assert "1,000,000,000 parameters may need some 40.0 GB, of which 39.0 GB" in told
-    assert offload.advice(900_000_000, Offload()) is None
-    assert offload.advice(1_000_000_000, Offload(tmp_path)) is None
-    monkeypatch.setattr(offload, "available_memory", lambda: None)
-    assert offload.advice(10**12, Offload()) is None
+    assert f"{count:,} parameters may need some {40 * count / 1e6:.2f} MB at once" in told
+    assert f"kept in {tmp_path}" in told
+    monkeypatch.setattr(offload, "available_memory", lambda: 36 * count)
+    for unknown in (False, True):
+        if unknown:
+            monkeypatch.setattr(offload, "available_memory", lambda: None)
+        assert offload.with_room(Offload(), None, model) == Offload()
+        assert offload.advice(count, Offload()) is None
+
+
+def test_a_limit_of_memory_decides_how_statistics_are_collected() -> None:
+    model = seeded(1, SmallCNN)
+    count = sum(p.numel() for p in model.parameters())
+    there = Path(tempfile.gettempdir())
+    assert offload.with_room(Offload(), 40 * count, model) == Offload()
+    assert offload.with_room(Offload(), 40 * count - 1, model) == Offload(there, 40 * count - 1)
+    named = Offload(blocks=("features",))
+    assert offload.with_room(named, 1 << 40, model) == replace(named, folder=there, memory=1 << 40)
+    with pytest.raises(InputError, match=r"memory is 0\.\d\d MB, .* 0\.\d\d MB or more"):
+        offload.with_room(Offload(), 8 * count - 1, model)
+    with pytest.raises(InputError, match="memory is given, but the model is on a GPU"):
+        offload.with_room(Offload(), 1 << 40, seeded(1, SmallCNN).to("meta"))
+
+
+AMOUNTS = {"8GB": 8 * 10**9, "1.5 gb": 1_500_000_000, "2GiB": 2 << 30, "900MB": 9 * 10**8, 77: 77}
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_amounts_of_memory(amount: str | int) -> None:
+    assert offload.memory_of(amount) == AMOUNTS[amount]
+
+
+@pytest.mark.parametrize(
+    "amount", ["8", "GB", "-1GB", "8 apples", "", "nanGB", 0, -3, True, 1.5, None]
+)
+def test_amounts_that_are_none(amount: object) -> None:
+    with pytest.raises(InputError, match="expected an amount with its unit, such as 8GB"):
+        offload.memory_of(amount)
 
 
 @on_linux

@@ -25,7 +25,8 @@ from rankfold.statistics.labels import (
     sampled_losses,
 )
 from rankfold.statistics.layer_statistics import LayerStatistics
-from rankfold.statistics.recorder import collect_statistics, halves
+from rankfold.statistics.passes import halves
+from rankfold.statistics.recorder import collect_statistics
 from rankfold.statistics.trace import trace
 from rankfold.tasks.agreement import Teacher
 from rankfold.tasks.losses import TEXT

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -13,17 +12,11 @@ from rankfold.artifact.save import try_saving
 from rankfold.certificate.document import history_line
 from rankfold.cli.app import mention, say, tell
 from rankfold.cli.config import run_files
-from rankfold.cli.data_options import DataOptions
 from rankfold.cli.inputs import unchanged
 from rankfold.cli.kept import save_result, say_speed
 from rankfold.cli.named_paths import named_paths
-from rankfold.cli.open import (
-    OpenedModel,
-    open_data,
-    open_examples,
-    open_model,
-    open_parts,
-)
+from rankfold.cli.open import OpenedModel, open_model
+from rankfold.cli.opened_data import opened_data
 from rankfold.cli.options import Compressing
 from rankfold.cli.printed import print_json
 from rankfold.cli.tables import plain_console, print_result
@@ -31,13 +24,12 @@ from rankfold.data.parts import Data
 from rankfold.errors import visible
 from rankfold.files.folder import owned_output
 from rankfold.integrations.vision import parse_named
+from rankfold.keywords import Options
 from rankfold.machine.device import check_device, unused_gpu
-from rankfold.machine.offload import Offload, advice
+from rankfold.machine.offload import advice
 from rankfold.machine.progress import TerminalProgress
 from rankfold.model.sizes import model_parameters
 from rankfold.result import Result
-from rankfold.search.study import limits_of
-from rankfold.settings import SettingKeywords
 
 
 def compress(
@@ -63,9 +55,8 @@ def compress(
             data,
             guard=guard,
             progress=TerminalProgress(),
-            offload_folder=folders.offload_folder,
             timing=not folders.no_timing,
-            **cast("SettingKeywords", vars(options.settings)),
+            **cast("Options", folders.of_run() | vars(options.settings)),
         )
         given.check()
         history = result.document["data"]["history"]
@@ -112,23 +103,7 @@ def open_all(
         reads=named_paths(model, options.folders.weights, *vars(parts).values()),
     )
     opened.model.to(device)
-    parameters, offload = model_parameters(opened.model), Offload(options.folders.offload_folder)
-    if device.type == "cpu" and (hint := advice(parameters, offload)) is not None:
+    room = options.folders.room(opened.model)
+    if (hint := advice(model_parameters(opened.model), room)) is not None:
         mention(hint)
-    limits = (settings.limit, settings.selection_limit, settings.held_out_limit)
-    asked = zip(limits, DataOptions.own_windows, strict=True)
-    first, second, third = (limit or default for limit, default in asked)
-    reading = replace(
-        options.reading.data_options(settings.task, settings.seed),
-        own_windows=(first, second, third),
-        limits=limits_of(settings),
-    )
-    if parts.data is not None:
-        data = open_data(parts.data, opened, reading)
-    else:
-        named = (parts.calibration or "", parts.selection or "", parts.held_out or "")
-        data = open_parts(*named, opened, reading)
-    guard = (
-        None if parts.guard is None else open_examples(parts.guard, opened, reading, beside=True)
-    )
-    return opened, data, guard
+    return opened, *opened_data(opened, parts, settings, options.reading)

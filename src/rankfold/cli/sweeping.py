@@ -73,7 +73,7 @@ def _run(
         **settings,
         "guard": guard,
         "progress": TerminalProgress(),
-        "offload_folder": folders.offload_folder,
+        **folders.of_run(),
         "timing": not folders.no_timing,
     }
     prepared = prepare_sweep(opened.model, data, statement, keywords)

@@ -9,15 +9,17 @@ A file has no name any more once it is mapped: nothing is left behind, however a
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rankfold.errors import InputError
+from rankfold.errors import InputError, of_another_kind, visible
 
 SMALL = 1 << 18  # bytes up to which a tensor stays in memory
 # Of what a container may take: control groups of Linux, version 2 and 1.
@@ -25,21 +27,32 @@ LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
+UNITS = {"KB": 1000, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_AMOUNT = re.compile(rf"(?P<number>\d+(\.\d+)?)\s*(?P<unit>{'|'.join(UNITS)})", re.IGNORECASE)
+LEAST = 2  # copies of the weights that pass through memory, itself included
+UNKNOWN = 1 << 62  # bytes, where the system doesn't say how many there are
 IN_MEMORY = 40  # bytes a parameter that a run takes without a folder (README, limits)
 
 
 @dataclass(frozen=True)
 class Offload:
-    """A folder for large tensors.
+    """A folder for large tensors, and how much memory a run may take.
 
     Attributes:
         folder: It exists and can be written; None keeps all tensors in memory.
+        memory: Bytes, the model's own included, where the statistics of all layers at once may
+            not have room (``with_room``); None where they have.
+        blocks: Names of the blocks that statistics are then collected of one after the other;
+            empty for those that are found.
 
     Raises:
         InputError: It is no such folder.
     """
 
     folder: Path | None = None
+    memory: int | None = None
+    blocks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Try it out before any work is done."""
@@ -51,6 +64,11 @@ class Offload:
                 "30 free bytes for each parameter of the layers that can be factorized."
             )
         self._mapped(1, torch.float32)
+
+    def left_beside(self, model: nn.Module) -> int:
+        """Bytes of the memory that a run may take beside a model; many where all has room."""
+        of_model = sum(p.numel() * p.element_size() for p in model.parameters())
+        return max(0, (UNKNOWN if self.memory is None else self.memory) - of_model)
 
     def zeros(self, *shape: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """Zeros to be changed in place.
@@ -75,6 +93,15 @@ class Offload:
         there = self._mapped(values.numel(), values.dtype).as_strided(values.shape, strides)
         return there.copy_(values)
 
+    def copy(self, values: Tensor) -> Tensor:
+        """A copy of the values, to be changed in place, with their strides.
+
+        Raises:
+            InputError: The folder is full.
+        """
+        there = self.kept(values)
+        return values.clone() if there is values else there
+
     def _takes(self, numel: int, dtype: torch.dtype) -> bool:
         return self.folder is not None and numel * dtype.itemsize > SMALL
 
@@ -93,14 +120,88 @@ class Offload:
             ) from error
 
 
+def with_room(offload: Offload, memory: int | None, model: nn.Module) -> Offload:
+    """The offload with a limit of memory where all layers' statistics at once are too much for it.
+
+    Then what is kept of all layers lies in files: in its folder, or in the system's one for
+    temporary files.
+
+    Args:
+        offload: As asked for.
+        memory: Bytes that the run may take; by default what the machine has left, beside what the
+            model has taken already.
+        model: On the CPU; on a GPU all stays as it is.
+
+    Raises:
+        InputError: The model alone takes more, or is on a GPU and can't be kept below a limit.
+    """
+    needed = IN_MEMORY * sum(p.numel() for p in model.parameters())
+    of_model = sum(p.numel() * p.element_size() for p in model.parameters())
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    if memory is None:
+        available = available_memory()
+        memory = None if available is None else available + of_model
+    elif not on_cpu:
+        raise InputError(
+            "memory is given, but the model is on a GPU, whose memory no file can stand for; "
+            "expected a model on the CPU. Move it there, or leave memory out."
+        )
+    elif memory < LEAST * of_model:
+        raise InputError(
+            f"memory is {gigabytes(memory)}, but the model's weights alone take "
+            f"{gigabytes(of_model)}, and a run holds a copy of them at times; expected "
+            f"{gigabytes(math.ceil(LEAST * of_model))} or more."
+        )
+    if not (on_cpu and (offload.blocks or (memory is not None and needed > memory))):
+        return offload
+    folder = offload.folder or Path(tempfile.gettempdir())
+    return replace(offload, folder=folder, memory=UNKNOWN if memory is None else memory)
+
+
+def memory_of(value: object) -> int:
+    """Bytes of a text such as ``8GB``, ``1.5 GB`` or ``900MB``, or of a whole number.
+
+    Raises:
+        InputError: It is none of these.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    match = _AMOUNT.fullmatch(value.strip()) if isinstance(value, str) else None
+    found = round(float(match["number"]) * UNITS[match["unit"].upper()]) if match else 0
+    if found < 1:
+        raise InputError(
+            f"memory is {visible(str(value))!r}; expected an amount with its unit, such as 8GB or "
+            f"900MB ({', '.join(UNITS)}), or a whole number of bytes."
+        )
+    return found
+
+
+def names_of(blocks: object) -> tuple[str, ...]:
+    """Names of blocks, as given.
+
+    Raises:
+        InputError: They are no names.
+    """
+    given = [blocks] if isinstance(blocks, str) else blocks
+    if not isinstance(given, list | tuple) or not all(isinstance(one, str) for one in given):
+        raise of_another_kind("blocks", blocks, "a list of names of the model's modules")
+    return tuple(given)
+
+
+def gigabytes(count: int) -> str:
+    """A number of bytes for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
 def advice(parameters: int, offload: Offload) -> str | None:
-    """What to tell a user whose memory may not suffice on the CPU, or None."""
-    needed, available = IN_MEMORY * parameters, available_memory()
-    if offload.folder is not None or available is None or needed <= available:
+    """What to tell a user where memory is short, or None."""
+    if offload.memory is None:
         return None
+    needed = IN_MEMORY * parameters
     return (
-        f"a model of {parameters:,} parameters may need some {needed / 1e9:.1f} GB, of which "
-        f'{available / 1e9:.1f} GB are available; offload_folder="DIR" keeps most of it in files'
+        f"a model of {parameters:,} parameters may need some {gigabytes(needed)} at once, and "
+        f"{gigabytes(offload.memory)} are there: statistics are collected in parts, and kept in "
+        f"{offload.folder}"
     )
 
 
@@ -122,6 +223,11 @@ def check_offload(offload: Offload, device: str) -> None:
     Raises:
         InputError: As said.
     """
+    if offload.blocks and device != "cpu":
+        raise InputError(
+            f"blocks are given, but the model is on {device}; expected a model on the CPU, which "
+            "is collected block by block. Move it there, or leave blocks out."
+        )
     if offload.folder is not None and device != "cpu":
         raise InputError(
             f"the model is on {device}, whose memory no file can stand for; expected a model on "

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 
+@dataclass
+class Which:
+    """Which of a pass' losses is gone back from."""
+
+    loss: int = 0
+
+
 def each_gradient(
-    loss: Tensor,
+    roots: Tensor | Sequence[Tensor],
     weights: Sequence[Tensor],
     use: Callable[[int, Tensor], None],
     *,
+    gradients: Sequence[Tensor] | None = None,
     retain_graph: bool = False,
 ) -> None:
     """Call ``use(place, gradient)`` for each weight as soon as its gradient is there.
@@ -23,12 +32,15 @@ def each_gradient(
     ``grad`` of the weights is not touched.
 
     Args:
-        loss: A scalar; one that depends on no weight is let through.
+        roots: A scalar loss, or tensors whose gradients are known; those that depend on no weight
+            are let through.
         weights: Leaves that require a gradient. Those that the loss doesn't depend on are left out.
         use: What is done with the gradient of ``weights[place]``.
+        gradients: Of the roots, where they are no scalars.
         retain_graph: Whether another backward pass follows.
     """
-    if not loss.requires_grad:
+    starts = [roots] if isinstance(roots, Tensor) else list(roots)
+    if not (weights and any(root.requires_grad for root in starts)):
         return
 
     def take(place: int, gradient: Tensor) -> Tensor:
@@ -38,4 +50,6 @@ def each_gradient(
     with ExitStack() as stack:
         for place, weight in enumerate(weights):
             stack.callback(weight.register_hook(partial(take, place)).remove)
-        torch.autograd.grad(loss, list(weights), retain_graph=retain_graph, allow_unused=True)
+        torch.autograd.grad(
+            starts, list(weights), gradients, retain_graph=retain_graph, allow_unused=True
+        )

@@ -29,6 +29,7 @@ from rankfold.maths.gradient import (
 from rankfold.maths.linalg import Damping
 from rankfold.model.copied import copied
 from rankfold.model.layer_matrix import MatrixLayer, weight_matrix
+from rankfold.model.replace import with_replaced
 from rankfold.settings import Settings
 from rankfold.statistics.grams import damped_grams
 from rankfold.statistics.layer_statistics import LayerStatistics
@@ -217,6 +218,7 @@ def search_step(
     progress: Progress,
     groups: int = 1,
     compared_on: float = 1.0,
+    offload: Offload | None = None,
 ) -> Step:
     """Choose the step's length on selection data.
 
@@ -239,8 +241,9 @@ def search_step(
         progress: Shows the evaluations.
         groups: Number of groups, of neighbouring layers and of nearly the same number.
         compared_on: Share of the examples on which lengths are compared.
+        offload: Where the copy's weights lie.
     """
-    scratch = copied(model, {})
+    scratch = _scratch(model, layers, offload or Offload())
     selection = _Selection(scratch, task, part, original, layers, batch_size, progress)
     few = selection.few(compared_on)
     lengths = _Lengths(selection.of(few), found)
@@ -256,6 +259,14 @@ def search_step(
         return replace(step, eta=0.0, directions=replace(found, by_layer={}))
     step = replace(step, gain=change.mean)
     return step if groups == 1 else _by_group(selection, step, groups)
+
+
+def _scratch(model: nn.Module, layers: Mapping[str, MatrixLayer], offload: Offload) -> nn.Module:
+    """A copy of the model to move the layers' weights of."""
+    if offload.folder is None:
+        return copied(model, {})
+    weights = {name: offload.copy(layer.weight.detach()) for name, layer in layers.items()}
+    return with_replaced(model, {}, weights, share=True)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from rankfold.forms.curve import Curve
 from rankfold.machine.progress import Progress, SilentProgress
 from rankfold.maths.linalg import inner
 from rankfold.model.backward import each_gradient
+from rankfold.model.blocks import checkpointed
 from rankfold.model.evaluation_mode import evaluation_mode
 from rankfold.model.layer_matrix import MatrixLayer
 from rankfold.search.build import plan_weights, with_weights
@@ -52,6 +53,7 @@ def measured_shares(
     names: Sequence[str],
     *,
     stationary: bool = False,
+    blocks: Sequence[str] = (),
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
@@ -68,6 +70,7 @@ def measured_shares(
         part: Examples.
         names: Layers with a ``weight`` that differs.
         stationary: Whether the loss is known to have no slope at the original.
+        blocks: Of both models, whose activations are not held but computed again.
         batch_size: Examples a batch.
         progress: Shows the batches.
 
@@ -85,12 +88,13 @@ def measured_shares(
             reference = task.batch_loss(original, batch)
         terms += float(reference.terms.sum())
         without_logits = reference.logits is None
-        with evaluation_mode(changed, trainable=after):
+        with evaluation_mode(changed, trainable=after), checkpointed(changed, blocks):
             loss = _divergence(reference, task.batch_loss(changed, batch))
             del reference  # logits of a large vocabulary, not needed to go back
             sums += _slopes(loss, after, before, after)
         if without_logits and not stationary:
-            sums -= _own_slopes(original, task, batch, before, after)
+            with checkpointed(original, blocks):
+                sums -= _own_slopes(original, task, batch, before, after)
     return {name: 0.5 * float(slope) / terms for name, slope in zip(names, sums, strict=True)}
 
 
@@ -181,6 +185,7 @@ def corrected(round_: Round, measured: Trial) -> Round:
         share_examples(study),
         names,
         stationary=study.task.agreement and base is study.subject.model,
+        blocks=study.statistics.blocks,
         batch_size=round_.settings.batch_size,
         progress=round_.progress,
     )

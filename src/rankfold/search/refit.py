@@ -172,6 +172,7 @@ def fitted_again(
     *,
     batch_size: int | None,
     progress: Progress,
+    memory: float = math.inf,
 ) -> Fitted:
     """The factorized layers with their output factors fitted to the original's outputs.
 
@@ -183,10 +184,10 @@ def fitted_again(
         factorized: Its factorized twin, which comes back as it was.
         names: Layers.
         task: Runs a model.
-        part: Calibration examples; as many are used as give each layer ``ENOUGH_ROWS``, and as
-            ``MEMORY`` allows.
+        part: Calibration examples; used are as many as ``ENOUGH_ROWS`` and memory ask for.
         batch_size: Examples a batch.
         progress: Shows the layers.
+        memory: Bytes that both models' waiting passes may hold, where ``MEMORY`` isn't less.
     """
     batch_size = 1 if goes_alone(factorized) else batch_size  # a pass calls each layer once
     modules = _with_own_bias(factorized, names)
@@ -204,10 +205,8 @@ def fitted_again(
             {name for name, _ in original.named_modules()},
             partial(_forward, task, factorized, few),
         )
-    part = part.spread(min(len(part.examples), _examples(seen, modules, len(first))))
-    batches = [
-        on_device(part.collate(examples), factorized) for examples in part.batches(batch_size)
-    ]
+    part = part.spread(min(len(part.examples), _examples(seen, modules, len(first), memory)))
+    batches = [on_device(part.collate(some), factorized) for some in part.batches(batch_size)]
     # Which tokens are no padding, where a batch says so.
     masks = [field_of(batch, "attention_mask") for batch in batches]
     fit = _Fit(modules, residuals, masks)
@@ -392,7 +391,7 @@ def _outputs_of_one(
 
 
 def _examples(
-    outputs: Mapping[str, Tensor], modules: Mapping[str, FactorizedLayer], batch: int
+    outputs: Mapping[str, Tensor], modules: Mapping[str, FactorizedLayer], batch: int, memory: float
 ) -> int:
     """How many examples layers are fitted to: as many as are needed, and as memory holds.
 
@@ -400,11 +399,12 @@ def _examples(
         outputs: Of each layer for one batch.
         modules: The layers.
         batch: Number of examples of that batch.
+        memory: Bytes that all of them may take.
     """
     held = HELD * 2 * max(y.numel() * y.element_size() for y in outputs.values()) / batch
     sides = {name: y.shape[_channel_axis(modules[name])] for name, y in outputs.items()}
     needed = max(ENOUGH_ROWS * sides[name] ** 2 * batch / y.numel() for name, y in outputs.items())
-    return max(1, min(math.ceil(needed), int(MEMORY / held)))
+    return max(1, min(math.ceil(needed), int(min(memory, MEMORY) / held)))
 
 
 def refits(round_: Round) -> bool:
@@ -427,6 +427,7 @@ def refitted(trial: Trial) -> Trial:
         study.parts["calibration"],
         batch_size=round_.settings.batch_size,
         progress=round_.progress,
+        memory=study.offload.left_beside(model) // 2,
     )
     if not fitted.modules:
         return trial

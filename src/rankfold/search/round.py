@@ -421,4 +421,5 @@ def _searched_step(
         progress=progress,
         groups=settings.step_groups,
         compared_on=settings.efforts.compared_on,
+        offload=study.offload,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
@@ -39,6 +40,7 @@ from rankfold.maths.linalg import Damping
 from rankfold.model.find_layers import EmbeddingMatrix, find_embeddings, find_layers
 from rankfold.model.unpack import unpack
 from rankfold.objective import OBJECTIVES, Objective
+from rankfold.search.kept_statistics import read_for
 from rankfold.search.subject import Subject
 from rankfold.settings import Settings
 from rankfold.statistics.embeddings import EmbeddingRecorder, EmbeddingStatistics
@@ -73,12 +75,15 @@ class Statistics:
         embeddings: By embedding matrix, likewise.
         lacking: By layer, what its Grams lack, as shares of their mean eigenvalues (``shrinkage``).
         whole: By layer, of which side the Gram was kept whole.
+        blocks: Names of the blocks that they were collected of one by one; empty where all came at
+            once, or in groups of layers.
     """
 
     layers: dict[str, LayerStatistics] = field(default_factory=dict)
     embeddings: dict[str, EmbeddingStatistics] = field(default_factory=dict)
     lacking: Mapping[str, Damping] = field(default_factory=dict)
     whole: Mapping[str, Whole] = field(default_factory=dict)
+    blocks: Sequence[str] = ()
 
 
 class Labels(NamedTuple):
@@ -226,6 +231,7 @@ def study_of(
     *,
     progress: Progress | None = None,
     offload: Offload | None = None,
+    kept: Path | None = None,
 ) -> Study:
     """Pass over the calibration part once.
 
@@ -234,25 +240,30 @@ def study_of(
         settings: What is asked for.
         progress: Shows the stages.
         offload: Where what is kept of all layers lies.
+        kept: A folder of statistics (``collect.collect_into``); then nothing is passed over.
 
     Raises:
         InputError: Names the input, what was expected, and what to do.
     """
     offload = offload or Offload()
     subject, task, parts = inputs.subject, inputs.task, dict(inputs.parts)
-    parts |= _own_text(subject.model, task, parts["calibration"], settings, progress)
+    parts |= written_text(subject.model, task, parts["calibration"], settings, progress)
     objective = OBJECTIVES[settings.objective]
-    _check_agreement(task, objective, settings)
+    check_agreement(task, objective, settings)
     if not objective.needs_data:
         unseen = [name for name in subject.layers if name not in subject.seen.rows]
         subject = subject.without(unseen, "not called in a forward pass on the first example")
-    _require_layers(subject)
+    require_layers(subject)
     labels, statistics = Labels(), Statistics()
+    check_needed(objective, settings, kept)
     if objective.needs_data:
-        labels = _labels(subject.model, task, parts["calibration"], objective, settings)
-        statistics = _observed(subject, task, parts, labels, settings, offload, progress)
+        if kept is None:
+            labels = labels_for(subject.model, task, parts["calibration"], objective, settings)
+            statistics = _observed(subject, task, parts, labels, settings, offload, progress)
+        else:
+            labels, statistics = _read(kept, subject, task, parts, settings, offload)
         subject = _without_unreached(subject, statistics)
-        _require_layers(subject)
+        require_layers(subject)
     units = units_of(inputs.held_out)
     known = (inputs.accounts, inputs.left_out)
     return Study(subject, task, parts, units, *known, labels, statistics, offload)
@@ -263,7 +274,7 @@ def units_of(part: Part) -> int:
     return len(part.examples) if part.groups is None else len(set(part.groups))
 
 
-def _labels(
+def labels_for(
     model: nn.Module, task: Task, calibration: Part, objective: Objective, settings: Settings
 ) -> Labels:
     """Which labels the gradients are taken of, as settings say or the calibration loss shows."""
@@ -286,7 +297,55 @@ def _observed(
     progress: Progress | None,
 ) -> Statistics:
     """Pass over the calibration examples with ``subject.base`` and keep its statistics."""
-    recorder = EmbeddingRecorder(subject.embeddings)
+    found, recorder, blocks = collected(subject, task, parts, labels, settings, offload, progress)
+    return _statistics(found, recorder, blocks)
+
+
+def _statistics(
+    found: dict[str, LayerStatistics], recorder: EmbeddingRecorder, blocks: Sequence[str] = ()
+) -> Statistics:
+    lacking = {name: statistics.lacking for name, statistics in found.items()}
+    whole = {name: statistics.whole for name, statistics in found.items()}
+    return Statistics(found, recorder.statistics(), lacking, whole, blocks)
+
+
+def _read(
+    folder: Path,
+    subject: Subject,
+    task: Task,
+    parts: Mapping[str, Part],
+    settings: Settings,
+    offload: Offload,
+) -> tuple[Labels, Statistics]:
+    """Labels and statistics that a folder keeps."""
+    kept, found, recorder = read_for(folder, subject, task, parts["calibration"], settings, offload)
+    return Labels(kept.curvature, kept.calibration_loss), _statistics(found, recorder)
+
+
+def check_needed(objective: Objective, settings: Settings, kept: Path | None) -> None:
+    """Refuse a folder of statistics, to be read or written, for an objective that uses none.
+
+    Raises:
+        InputError: As said.
+    """
+    if kept is not None and not objective.needs_data:
+        raise InputError(
+            f"statistics are given, but the objective {settings.objective} uses none; leave them "
+            "out, or use another objective."
+        )
+
+
+def collected(
+    subject: Subject,
+    task: Task,
+    parts: Mapping[str, Part],
+    labels: Labels,
+    settings: Settings,
+    offload: Offload,
+    progress: Progress | None,
+) -> tuple[dict[str, LayerStatistics], EmbeddingRecorder, Sequence[str]]:
+    """Statistics of layers and embeddings, and at which blocks the model was cut for them."""
+    recorder, blocks = EmbeddingRecorder(subject.embeddings), list[str]()
     objective = OBJECTIVES[settings.objective]
     found = collect_statistics(
         subject.base,
@@ -303,10 +362,9 @@ def _observed(
         progress=progress,
         embeddings=recorder,
         offload=offload,
+        cut_at=blocks,
     )
-    lacking = {name: statistics.lacking for name, statistics in found.items()}
-    whole = {name: statistics.whole for name, statistics in found.items()}
-    return Statistics(found, recorder.statistics(), lacking, whole)
+    return found, recorder, blocks
 
 
 def _takes_step(task: Task, settings: Settings) -> bool:
@@ -347,7 +405,7 @@ def _try_metrics(
             )
 
 
-def _check_agreement(task: Task, objective: Objective, settings: Settings) -> None:
+def check_agreement(task: Task, objective: Objective, settings: Settings) -> None:
     """Refuse what needs a gradient of the loss, where the original's is 0."""
     what = None
     if objective.allocation == "first-order":
@@ -361,7 +419,12 @@ def _check_agreement(task: Task, objective: Objective, settings: Settings) -> No
         )
 
 
-def _require_layers(subject: Subject) -> None:
+def require_layers(subject: Subject) -> None:
+    """Refuse a model of which nothing can be factorized.
+
+    Raises:
+        InputError: Says why.
+    """
     if not subject.matrices:
         counts = Counter(layer.reason for layer in subject.skipped)
         reasons = "; ".join(f"{reason} ({count})" for reason, count in counts.most_common(4))
@@ -391,7 +454,7 @@ def _choose_parts(data: Data, task: Task, settings: Settings) -> dict[str, Part]
     return parts
 
 
-def _own_text(
+def written_text(
     model: nn.Module,
     task: Task,
     calibration: Part,

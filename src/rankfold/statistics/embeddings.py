@@ -168,6 +168,41 @@ class EmbeddingRecorder:
             for name, matrix in self.embeddings.items()
         }
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums, by use and by what they are."""
+        return {
+            f"{use} {name}": value
+            for use, sums in self._sums.items()
+            for name, value in vars(sums).items()
+            if value is not None
+        }
+
+    def fill(self, tensors: Mapping[str, Tensor], terms: float) -> None:
+        """Take sums from elsewhere.
+
+        Args:
+            tensors: From ``tensors``.
+            terms: Of the loss.
+
+        Raises:
+            KeyError: One is missing, or of another shape; says which.
+        """
+        self.terms = terms
+        for matrix in self.embeddings.values():
+            words, dim = matrix.weight.shape
+            shapes = {"energies": (words,), "counts": (words,), "means": (words, dim)}
+            for use in matrix.uses:
+                of_use = "counts" if use in matrix.lookups else "means"
+                if f"{use} energies" not in tensors:
+                    continue  # the data never reached it
+                for name in ("energies", "gram", of_use):
+                    value = tensors.get(f"{use} {name}")
+                    if value is None or value.shape != shapes.get(name, (dim, dim)):
+                        raise KeyError(f"{use} {name}")
+                found = {name: tensors.get(f"{use} {name}") for name in ("counts", "means")}
+                energies, gram = tensors[f"{use} energies"], tensors[f"{use} gram"]
+                self._sums[use] = _Sums(energies, gram, found["counts"], found["means"])
+
     def _saw_call(
         self,
         name: str,

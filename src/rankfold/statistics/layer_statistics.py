@@ -51,6 +51,8 @@ class LayerStatistics:
         product: Where one Gram is known by its diagonal: ``W A W^T``, ``(out, out)``, the Gram of
             the layer's own outputs without bias, or ``W^T B W``, ``(in, in)``, that of what it
             gives back to its inputs. With the other Gram it decides the best weight of any rank.
+        rows: Number of rows that the Gram of inputs is the mean of.
+        terms: Of the loss, in the user's first half, the second, and the prior.
     """
 
     input_gram: Tensor
@@ -60,6 +62,8 @@ class LayerStatistics:
     dominant: DominantRows | None = None
     lacking: Damping = UNDAMPED
     product: Tensor | None = None
+    rows: int = 0
+    terms: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     @property
     def gradient(self) -> Tensor:
