@@ -63,7 +63,7 @@ def test_each_command_in_the_folder_is_in_the_table() -> None:
     folder = Path(rankfold.__file__).parent / "cli"
     texts = [file.read_text(encoding="utf-8") for file in folder.glob("*.py")]
     found = [re.findall(r"^@command.*\ndef (\w+)", text, re.MULTILINE) for text in texts]
-    assert sorted(name for names in found for name in names) == sorted(COMMANDS)
+    assert sorted(name.replace("_", "-") for names in found for name in names) == sorted(COMMANDS)
 
 
 def test_a_command_is_looked_for_by_its_name_alone() -> None:

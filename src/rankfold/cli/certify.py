@@ -12,7 +12,6 @@ import typer
 
 from rankfold.certificate.asked import DEFAULT_MARGIN, TestName
 from rankfold.cli.app import DOES_NOT_HOLD, DONE, command, tell
-from rankfold.cli.named_paths import named_paths
 from rankfold.cli.options import DATA_HELP, MODEL_HELP, OwnClass, Reading, Weights, margin_option
 from rankfold.cli.setting_options import setting_option
 from rankfold.errors import InputError
@@ -190,6 +189,8 @@ class Sources:
 
     def reads(self, *models: str | None) -> list[Path]:
         """Files and folders that are read."""
+        from rankfold.cli.named_paths import named_paths
+
         local = [one for one in models if one is not None and not is_url(one)]
         others = (self.data, self.selection, self.weights, self.other_weights)
         return named_paths(*local, *others, *(self.samples or ()))

@@ -457,11 +457,12 @@ def gathered(group: Any, values: dict[str, Any]) -> Any:
 def in_panels(parameters: Sequence[Parameter]) -> list[Parameter]:
     """Arguments, then options by their panels; within one the first ones, then as they stand."""
 
-    def place(parameter: Parameter) -> tuple[int, bool]:
+    def place(parameter: Parameter) -> tuple[int, int]:
         info = getattr(parameter.annotation, "__metadata__", (None,))[0]
         panel = getattr(info, "rich_help_panel", None) or EVERYDAY
         number = PANELS.index(panel) if isinstance(info, OptionInfo) else -1
-        return number, parameter.name not in FIRST
+        first = FIRST.index(parameter.name) if parameter.name in FIRST else len(FIRST)
+        return number, first
 
     return sorted(parameters, key=place)
 
