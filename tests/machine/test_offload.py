@@ -130,8 +130,11 @@ def test_what_all_layers_have_lies_in_files(tmp_path: Path, everything: None) ->
         name for name, layer in prepared.study.subject.layers.items() if layer.weight.dim() == 4
     ]
     mapped = len(files_of(tmp_path))
-    # Of a layer the factors of its spectrum, its direction; of a conv both Grams, too.
-    assert mapped >= 3 * len(prepared.spectra) + 2 * len(convs)
+    # Of a layer the factors of its spectrum, its direction if a step is taken; of a conv both
+    # Grams, too.
+    directions = len(prepared.step.directions.by_layer)
+    assert directions == (len(prepared.spectra) if prepared.step.eta else 0)
+    assert mapped >= 2 * len(prepared.spectra) + directions + 2 * len(convs)
     plan = prepared.plan(0.6 * prepared.factorizable)
     looked_at = look_at(prepared, plan)
     # The weights of all layers, and the factors of blocks.
