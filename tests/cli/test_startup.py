@@ -37,6 +37,8 @@ LIGHT = {
     "for made in all_commands().values(): made.get_help(typer.Context(made))",
     "--version": "from rankfold.cli import main; sys.argv = ['rankfold', '--version']; main()",
     "--help": "from rankfold.cli import main; sys.argv = ['rankfold', '--help']; main()",
+    "python -m rankfold --version": "import runpy; sys.argv = ['rankfold', '--version']; "
+    "runpy.run_module('rankfold', run_name='__main__')",
     "clean": "from rankfold.cli import main; sys.argv = ['rankfold', 'clean']; main()",
 }
 
