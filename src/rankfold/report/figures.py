@@ -73,7 +73,7 @@ def size_and_loss(manifest: Mapping[str, Any]) -> Spec | None:
         return None
     kinds = ["tried", "tried, fitted again", "this model, held-out"]
     x = {"field": "size", "type": "quantitative", "title": "share of the parameters", "axis": {
-        "format": ".0%"}, "scale": {"zero": False, "padding": 20}}  # fmt: skip
+        "format": ".2~%"}, "scale": {"zero": False, "padding": 20}}  # fmt: skip
     y = {"type": "quantitative", "title": "change of the loss"}
     colour = {"field": "what", "type": "nominal", "title": None, "scale": {
         "domain": kinds, "range": [GREY, BLUE, ORANGE]}}  # fmt: skip
@@ -203,7 +203,7 @@ def predicted_and_measured(manifest: Mapping[str, Any]) -> Spec | None:
     scale = {"domain": ends, "nice": False}
     line = [{"predicted": end, "measured": end} for end in ends]
     x = {"field": "predicted", "type": "quantitative", "title": "predicted", "scale": scale,
-         "axis": {"format": ".1~e" if max(map(abs, ends)) < 1e-3 else ".2~f"}}  # fmt: skip
+         "axis": {"format": ".1~e" if max(map(abs, ends)) < 1e-3 else ".4~f"}}  # fmt: skip
     y = {**x, "field": "measured", "title": "measured"}
     return {
         "layer": [

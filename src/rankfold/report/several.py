@@ -65,7 +65,7 @@ def _losses(rows: Sequence[Row]) -> Spec:
         for row, letter in zip(rows, groups(rows), strict=True)
     ]
     x = {"field": "size", "type": "quantitative", "title": "share of the parameters",
-         "axis": {"format": ".0%"}, "scale": {"zero": False, "padding": 20}}  # fmt: skip
+         "axis": {"format": ".2~%"}, "scale": {"zero": False, "padding": 20}}  # fmt: skip
     y = {"type": "quantitative", "title": "change of the loss"}
     one = len({point["data"] for point in points}) == 1
     colour = {"value": BLUE} if one else {"field": "data", "type": "nominal", "title": None}
