@@ -72,8 +72,10 @@ def size_and_loss(manifest: Mapping[str, Any]) -> Spec | None:
     if not points:
         return None
     kinds = ["tried", "tried, fitted again", "this model, held-out"]
+    sizes = [point["size"] for point in points]
     x = {"field": "size", "type": "quantitative", "title": "share of the parameters", "axis": {
-        "format": ".2~%"}, "scale": {"zero": False, "padding": 20}}  # fmt: skip
+        "format": ".2~%"}, "scale": {"domain": [min(sizes) - 0.01, max(sizes) + 0.01],
+        "zero": False, "nice": False}}  # fmt: skip
     y = {"type": "quantitative", "title": "change of the loss"}
     colour = {"field": "what", "type": "nominal", "title": None, "scale": {
         "domain": kinds, "range": [GREY, BLUE, ORANGE]}}  # fmt: skip
