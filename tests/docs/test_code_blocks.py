@@ -41,6 +41,12 @@ EXTRAS = set(
         re.MULTILINE,
     )
 )
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+OF_ALL = {"--help", "--version", "--install-completion", "--show-completion"}
 OF_OTHERS = {"--local-dir"}  # hf download's
 OWN_MODULES = ("net", "mydata", "train")
 
@@ -71,6 +77,10 @@ def test_blocks_are_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
             exec(compile("\n" * block.line + block.text, place, "exec"), names)
         elif block.mark == RUN and block.language == "sh":
             said = "".join(run(line, place) for line in commands(block))
+        elif block.mark == RUN and block.language == "toml":
+            written = tomllib.loads(block.text)
+            words = [f"--{name}" for name in written if name not in ("command", "model")]
+            assert {*words} <= {n for one in COMMANDS[written["command"]].params for n in one.opts}
         elif block.mark == RUN:
             assert block.language == "text", f"{place}: nothing is known of such a block"
             check_output(block, said, place)
@@ -140,6 +150,10 @@ def parse(words: list[str], place: str) -> None:
     if words == ["--version"]:
         return
     assert words[0] in COMMANDS, place
+    if "--config" in words:  # the file, which has the other options, is the reader's
+        known = {name for one in COMMANDS[words[0]].params for name in one.opts}
+        assert {word for word in words if word.startswith("--")} <= known, place
+        return
     try:
         COMMANDS[words[0]].make_context(words[0], list(words[1:]))
     except typer.Exit:
@@ -180,7 +194,7 @@ def test_options_and_commands_in_words_are_there(page: Path) -> None:
     )
     for words in (one for one in spoken if not one.startswith("python -m benchmarks")):
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", words):
-            assert option in options | OF_OTHERS | {"--help", "--version"}, f"{page.name}: {words}"
+            assert option in options | OF_OTHERS | OF_ALL, f"{page.name}: {words}"
         if named := re.match(r"rankfold\s+([a-z]+)", words):
             assert named[1] in COMMANDS, f"{page.name}: {words}"
 
