@@ -93,7 +93,7 @@ def test_what_prepares_a_run_opens_nothing() -> None:
     assert not Watched.passes
     assert openings() == []
     shown = {name for name in dir(prepared) if not name.startswith("_")}
-    assert shown == {"lossless", "compact", "sizes", "inspect"}
+    assert shown == {"lossless", "compact", "sweep", "sizes", "inspect"}
     assert not isinstance(prepared, Round)
 
 

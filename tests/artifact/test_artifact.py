@@ -141,6 +141,8 @@ def test_a_new_folder_is_made_with_its_parents_and_an_empty_one_is_used(tmp_path
             "certificate.txt",
             "model.safetensors",
             "rankfold.json",
+            "report.html",
+            "seen.json",
         ]
 
 

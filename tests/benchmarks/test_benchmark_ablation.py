@@ -56,7 +56,7 @@ def test_a_variant_uses_all_windows_that_it_names(
     def windows(count: int, first: int) -> list[torch.Tensor]:
         return [torch.full((4,), first + place) for place in range(count)]
 
-    many = Data(calibration=windows(5, 0), selection=windows(40, 10), held_out=windows(6, 60))
+    many = Data(calibration=windows(5, 1), selection=windows(40, 10), held_out=windows(6, 60))
     parts: dict[str, int] = {}
 
     def stopped(model: torch.nn.Module, data: Data, settings: Settings, *_: object) -> None:

@@ -88,7 +88,7 @@ def test_every_difference_is_told(other, said):
 
 
 def test_no_more_than_seven_columns():
-    from rankfold.cli.compare import print_rows
+    from rankfold.cli.comparing import print_rows
 
     class Console:
         def print(self, table):

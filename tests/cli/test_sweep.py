@@ -13,7 +13,7 @@ from torch import nn
 import rankfold
 from rankfold.artifact.manifest import read_report
 from rankfold.cli import app
-from rankfold.cli.sweep import _numbers
+from rankfold.cli.sweeping import _numbers
 from rankfold.errors import InputError
 from rankfold.sweep import SweepFolder, state_sweep
 from tests.command_line import make_project
@@ -103,7 +103,7 @@ class _Stopped(rankfold.TerminalProgress):
 def test_an_interrupted_sweep_leaves_the_sizes_that_are_done(tmp_path, monkeypatch, work, capsys):
     monkeypatch.chdir(work)
     monkeypatch.setattr("sys.argv", ["rankfold"])
-    monkeypatch.setattr(sys.modules["rankfold.cli.sweep"], "TerminalProgress", _Stopped)
+    monkeypatch.setattr(sys.modules["rankfold.cli.sweeping"], "TerminalProgress", _Stopped)
     out = tmp_path / "out"
     asked = ["sweep", *MODEL, "--sizes", "0.9,0.5", "--out", str(out), "--no-timing"]
     with pytest.raises(SystemExit) as ended:

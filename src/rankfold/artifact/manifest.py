@@ -101,6 +101,15 @@ def library_versions() -> dict[str, str]:
 
 
 @opening_an_artifact()
+def _is_of_given_models(certificate: Path) -> bool:
+    """Whether a file is a certificate of two given models."""
+    try:
+        found: Any = read_json(certificate)
+    except InputError:
+        return False
+    return isinstance(found, dict) and found.get("kind") == "two given models"
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The checked content of ``rankfold.json``.
 
@@ -111,7 +120,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     file = folder / MANIFEST_FILE
     if not file.is_file():
-        if (folder / "certificate.json").is_file():
+        if _is_of_given_models(folder / "certificate.json"):
             raise InputError(
                 f"{folder} holds a certificate of two given models, and no model: it has no "
                 f"{MANIFEST_FILE}. rankfold certify computes it again, with check={folder}."

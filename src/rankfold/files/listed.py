@@ -19,8 +19,8 @@ from rankfold.files.json_file import read_json
 MARKS = ("rankfold.json", "export.json", "certificate.json")
 
 SIGNATURE_FILE, PAGE_FILE = "certificate.sig.json", "report.html"
-# What may be written into a folder once it is whole, so that its list can't have it.
-_LATER = (SIGNATURE_FILE, PAGE_FILE)
+# What is written into a folder once it is whole, so that its list can't have it.
+_LATER = (SIGNATURE_FILE,)
 
 # What rankfold wrote before its folders listed their files.
 _BEFORE = (

@@ -1,6 +1,6 @@
 """Two runs of lm-evaluation-harness on one task, paired by document.
 
-``lm_eval --log_samples`` writes a line of JSON for each document, with the metrics of the task
+``lm_eval`` with ``log_samples`` writes a line of JSON for each document, with the metrics of the task
 beside the document's number and digests. Metrics from 0 to 1 of which more is better are compared.
 """
 
@@ -24,7 +24,7 @@ from rankfold.tasks.evaluation import Evaluation
 LARGEST = 2 << 30  # bytes of one file
 _NAME = re.compile(r"samples_(?P<task>.+?)_\d{4}-\d\d-\d\dT[\d.:-]+\.jsonl")
 _DIGESTS = ("doc_hash", "prompt_hash", "target_hash")
-_RUN = "lm_eval --log_samples"
+_RUN = "lm_eval with log_samples"
 
 
 @dataclass(frozen=True)

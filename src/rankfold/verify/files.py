@@ -31,6 +31,7 @@ from rankfold.files.listed import PAGE_FILE, SIGNATURE_FILE, file_names
 from rankfold.integrations.vision import NamedModel
 from rankfold.report.model_card import CARD_FILE, model_card
 from rankfold.report.page import page
+from rankfold.report.seen import read_seen
 from rankfold.verify.checks import NAMED, Check, found_in, outcome
 
 _WRITTEN = (MANIFEST_FILE, WEIGHTS_FILE, JSON_FILE, TEXT_FILE, CARD_FILE)  # of each artifact
@@ -128,9 +129,9 @@ def _page(file: Path, manifest: Manifest, document: Document) -> list[Check]:
         return []
     what, written = f"page {file.name}", read_bytes(file)
     try:
-        if page(manifest, document).encode() == written:
+        if page(manifest, document, read_seen(file.parent)).encode() == written:
             return [Check(what, "agrees")]
-    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, InputError) as error:
         detail = f"it can't be made from {MANIFEST_FILE} again: {type(error).__name__} {error}"
         return [Check(what, "differs", detail)]
     detail = (
@@ -191,7 +192,7 @@ def _card(file: Path, manifest: Manifest, document: Document) -> list[Check]:
             license=document["models"].get("license") or "",
             sentences=document["models"].get("sentences") is True,
         )
-    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, InputError) as error:
         detail = f"it can't be written from {MANIFEST_FILE} again: {type(error).__name__} {error}"
         return [Check(what, "differs", detail)]
     expected = card.removesuffix("\n").split("\n")
