@@ -1,7 +1,7 @@
 """Two runs of lm-evaluation-harness on one task, paired by document.
 
-``lm_eval`` with ``log_samples`` writes a line of JSON for each document, with the metrics of the task
-beside the document's number and digests. Metrics from 0 to 1 of which more is better are compared.
+``lm_eval`` with ``log_samples`` writes a line of JSON for each document: the task's metrics, and
+the document's number and digests. Metrics from 0 to 1 of which more is better are compared.
 """
 
 from __future__ import annotations
