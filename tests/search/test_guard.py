@@ -278,8 +278,8 @@ def _t5() -> nn.Module:
 
 
 def _named(data: Data, *names: str) -> Data:
-    """The windows as mappings in which they stand under each name."""
-    parts = ([dict.fromkeys(names, window) for window in p] for p in
+    """The windows as mappings in which they stand under each name, without the padding token 0."""
+    parts = ([dict.fromkeys(names, window.clamp(min=1)) for window in p] for p in
              (data.calibration, data.selection, data.held_out))  # fmt: skip
     return Data(*parts)
 
