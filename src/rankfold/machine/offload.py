@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from rankfold.errors import InputError, of_another_kind, visible
 
@@ -135,9 +136,11 @@ def with_room(offload: Offload, memory: int | None, model: nn.Module) -> Offload
     Raises:
         InputError: The model alone takes more, or is on a GPU and can't be kept below a limit.
     """
-    needed = IN_MEMORY * sum(p.numel() for p in model.parameters())
-    of_model = sum(p.numel() * p.element_size() for p in model.parameters())
-    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    # Those that have no shape yet are refused by name where the layers are looked at.
+    there = [p for p in model.parameters() if not is_lazy(p)]
+    needed = IN_MEMORY * sum(p.numel() for p in there)
+    of_model = sum(p.numel() * p.element_size() for p in there)
+    on_cpu = all(p.device.type == "cpu" for p in there)
     if memory is None:
         available = available_memory()
         memory = None if available is None else available + of_model
