@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter
 
 from rankfold.errors import InputError, of_another_kind, visible
 
@@ -137,7 +137,7 @@ def with_room(offload: Offload, memory: int | None, model: nn.Module) -> Offload
         InputError: The model alone takes more, or is on a GPU and can't be kept below a limit.
     """
     # Those that have no shape yet are refused by name where the layers are looked at.
-    there = [p for p in model.parameters() if not is_lazy(p)]
+    there = [p for p in model.parameters() if not isinstance(p, UninitializedParameter)]
     needed = IN_MEMORY * sum(p.numel() for p in there)
     of_model = sum(p.numel() * p.element_size() for p in there)
     on_cpu = all(p.device.type == "cpu" for p in there)
