@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +23,7 @@ from pathlib import Path
 import rankfold
 from benchmarks.faults import Counts, register_fault
 from benchmarks.faults_edits import make, net
+from benchmarks.forked import ended, forked
 from rankfold.certificate.document import read_document
 from rankfold.certificate.earlier_uses import VARIABLE
 from rankfold.certificate.openings_file import read
@@ -59,31 +59,14 @@ def verifies(source: Path) -> list[str]:
 
 def begun(words: list[str], said: Path, record: Path, limits: Limits = lambda: None) -> int:
     """The process of a command line; what it says goes to a file, its openings to a record."""
-    child = os.fork()
-    if child:
-        return child
-    code = 99
-    try:
-        signal.alarm(SECONDS)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        file = os.open(said, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
-        for number in (1, 2):
-            os.dup2(file, number)
+
+    def run() -> None:
         os.environ[VARIABLE] = str(record)
         sys.argv = ["rankfold", *words]
         limits()
         main()
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
 
-
-def ended(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return forked(run, said, seconds=SECONDS, failed=99)
 
 
 def _hidden(folder: Path) -> list[str]:

@@ -12,9 +12,7 @@ import os
 import random
 import resource
 import shutil
-import signal
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ import rankfold
 from benchmarks.damages import damage_bytes, damage_files, damage_json, damaged
 from benchmarks.faults import Counts, register_fault
 from benchmarks.faults_edits import make, net
+from benchmarks.forked import ended, forked
 from rankfold.certificate.document import JSON_FILE
 from rankfold.cli import app
 from rankfold.errors import InputError
@@ -98,29 +97,17 @@ def _code(words: list[str]) -> int:
 
 def _in_child(call: Callable[[], None], said: Path) -> str:
     """What went wrong in a process with limits; nothing where nothing did."""
-    child = os.fork()
-    if child:
-        _, status = os.waitpid(child, 0)
-        code = os.waitstatus_to_exitcode(status)
-        return "" if code == 0 else f"exit {code}: {said.read_text(errors='replace')[-1500:]}"
-    code = 1
-    try:
-        signal.alarm(SECONDS)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    def limited() -> None:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + GIGABYTE, used + GIGABYTE))
-        file = os.open(said, os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_APPEND)
-        for number in (1, 2):
-            os.dup2(file, number)
-        sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
-        call()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        try:
+            call()
+        except SystemExit as end:  # a call has no exit code of its own
+            raise AssertionError(f"it ended the process: {end.code}") from end
+
+    code = ended(forked(limited, said, seconds=SECONDS, failed=1))
+    return "" if code == 0 else f"exit {code}: {said.read_text(errors='replace')[-1500:]}"
 
 
 def damaged_folders(folder: Path, times: int, first: int = 0) -> Counts:

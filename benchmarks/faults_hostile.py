@@ -14,17 +14,15 @@ import argparse
 import json
 import os
 import re
-import resource
-import signal
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.faults import Counts, register_fault
+from benchmarks.forked import ended, forked
 from benchmarks.hostile_folders import Canary, Case, canary_of, code, table
 
 SECRET = "5ecret-of-the-user"
@@ -201,28 +199,8 @@ def _watch(folder: Path, outside: Path) -> None:
 def _forked(function: Callable[[], object], folder: Path) -> tuple[int, str]:
     """Exit code of a process that only runs this, and what it wrote."""
     said = folder.parent / f"said-{folder.name}"
-    child = os.fork()
-    if child:
-        _, status = os.waitpid(child, 0)
-        text = said.read_text(encoding="utf-8", errors="replace")
-        return os.waitstatus_to_exitcode(status), text
-    code = 98
-    try:
-        signal.alarm(SECONDS)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        file = os.open(said, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
-        for number in (1, 2):
-            os.dup2(file, number)
-        function()
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    code = ended(forked(function, said, seconds=SECONDS, failed=98))
+    return code, said.read_text(encoding="utf-8", errors="replace")
 
 
 def _problem(case: Case, top: Path, number: int) -> str | None:
