@@ -104,7 +104,7 @@ class Row:
 
     @property
     def key(self) -> tuple[object, ...]:
-        return (self.model, self.seed, self.method, self.size)
+        return (self.model, self.seed, self.method, self.size, self.calibration)
 
 
 def open_study(
@@ -177,7 +177,8 @@ class Runner(Recorder[Row]):
     ) -> None:
         """All rows of one model and seed, from one pass over the calibration examples."""
         wanted = sizes_of(methods, sizes)
-        if all((name, seed, method, size) in self.done for method, size in wanted):
+        count = calibration or FIELD_MODELS[name][1]
+        if all((name, seed, method, size, count) in self.done for method, size in wanted):
             return
         study, spent = open_study(name, seed, self.progress, calibration, self.file, self.device)
         if test is not None:
@@ -188,7 +189,7 @@ class Runner(Recorder[Row]):
             missing = [
                 size
                 for one, size in wanted
-                if one == method and (name, seed, method, size) not in self.done
+                if one == method and (name, seed, method, size, count) not in self.done
             ]
             if missing and METHODS[method].fits(study):
                 self._method(name, study, dense, method, missing, spent)
