@@ -12,6 +12,7 @@ from rankfold.cli.app import DONE, mention, say, tell
 from rankfold.cli.comparing import print_rows
 from rankfold.cli.compressing import open_all
 from rankfold.cli.inputs import unchanged
+from rankfold.cli.kept import save_result
 from rankfold.cli.named_paths import named_paths
 from rankfold.cli.options import Compressing
 from rankfold.cli.printed import print_json
@@ -82,14 +83,7 @@ def _run(
         given.check()
         if (trouble := result.document["data"]["history"]["trouble"]) is not None:
             tell(f"warning: {trouble}")
-        result.save(
-            target.of(size),
-            tokenizer=opened.tokenizer,
-            source=opened.source,
-            overwrite=folders.overwrite,
-            page=not folders.no_report,
-            sign=key,
-        )
+        save_result(result, opened, folders, target.of(size), sign=key)
         target.add(size, result, page=not folders.no_report)
         tell(f"size {size:g}: {result.certificate.verdict}, saved in {visible(target.of(size))}")
 
