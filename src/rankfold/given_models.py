@@ -17,7 +17,7 @@ from rankfold.certificate.asked import ACCURACY, check_margin
 from rankfold.certificate.certify import Certificate
 from rankfold.certificate.change import Change, paired_change
 from rankfold.certificate.document import Document
-from rankfold.certificate.statement import Statement, order_seed, state
+from rankfold.certificate.statement import Statement, in_order_of_bets, state
 from rankfold.data.parts import Part, refuse_overlap
 from rankfold.errors import InputError, visible
 from rankfold.held_out import check_enough, open_for_two, open_samples
@@ -78,10 +78,8 @@ def certify_models(
     """
     progress = progress or SilentProgress()
     _check(original, other, held_out, selection, margin, settings)
-    if settings.test == "betting":  # whose examples come in an order that nobody chose
-        generator = torch.Generator().manual_seed(order_seed(held_out.digest))
-        order = torch.randperm(len(held_out.examples), generator=generator)
-        held_out = held_out.take(order.tolist())
+    if settings.test == "betting":
+        held_out = in_order_of_bets(held_out)
     count = len(held_out.examples)
     statement = _statement(original, other, selection, count, margin, settings, progress)
     evidence, certificate, history = open_for_two(

@@ -22,6 +22,7 @@ from rankfold.certificate.asked import DEFAULT_MARGIN as DEFAULT_MARGIN
 from rankfold.certificate.asked import TestName as TestName
 from rankfold.certificate.change import Change
 from rankfold.certificate.quantiles import student_quantile
+from rankfold.data.parts import Part
 from rankfold.errors import InputError
 
 # The range of the bounded tests is the selection examples' mean +- REACH * n^(1/3) standard
@@ -182,6 +183,11 @@ def fewest_units(margin: float, largest_change: float, confidence: float) -> int
     return math.ceil(math.log(1 - confidence) / math.log1p(-margin / largest_change))
 
 
-def order_seed(digest: str) -> int:
-    """A seed that only the data decides, for the order of the betting test."""
-    return int.from_bytes(hashlib.sha256(digest.encode()).digest()[:8], "big") >> 1
+def in_order_of_bets(part: Part) -> Part:
+    """The examples in the order in which the betting test sees them: random, and chosen by nobody.
+
+    Only their own digest decides it.
+    """
+    seed = int.from_bytes(hashlib.sha256(part.digest.encode()).digest()[:8], "big") >> 1
+    generator = torch.Generator().manual_seed(seed)
+    return part.take(torch.randperm(len(part.examples), generator=generator).tolist())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rankfold.certificate.change import paired_change
 from rankfold.certificate.openings_file import SHORT
 from rankfold.certificate.other_kinds import OTHER_DATA, OTHER_TEXT, Kind, Origin, OtherKinds
-from rankfold.certificate.statement import Statement, order_seed, state
+from rankfold.certificate.statement import Statement, in_order_of_bets, state
 from rankfold.data.account import WRITTEN
 from rankfold.data.copies import without_copies_of
 from rankfold.data.example import example_input
@@ -185,9 +185,8 @@ def _guard(
         places = part.spread_places(max(FEWEST, round(SHARE * len(part.examples))))
         ranging, part = part.take(places), part.without(dict.fromkeys(places, RANGING))
         _refuse_few(part)
-    if settings.test == "betting":  # in an order that the examples themselves decide
-        generator = torch.Generator().manual_seed(order_seed(part.digest))
-        part = part.take(torch.randperm(len(part.examples), generator=generator).tolist())
+    if settings.test == "betting":
+        part = in_order_of_bets(part)
     own = kind == "own text"
     texts = [_tokens(example).tolist() for example in part.examples] if own else None
     digests = [digest[:SHORT] for digest in part.digests]

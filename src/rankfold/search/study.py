@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from rankfold.certificate.certify import check_metric_values
-from rankfold.certificate.statement import order_seed
+from rankfold.certificate.statement import in_order_of_bets
 from rankfold.data.account import Account
 from rankfold.data.copies import refuse_copies, without_copies
 from rankfold.data.example import example_input
@@ -446,11 +446,7 @@ def _choose_parts(data: Data, task: Task, settings: Settings) -> dict[str, Part]
         parts = {part.name: part for part in without_copies(list(parts.values()))}
     refuse_copies(list(parts.values()))
     if settings.test == "betting":
-        # Bets need a random order, which nobody may choose: the data itself does.
-        held_out = parts["held_out"]
-        generator = torch.Generator().manual_seed(order_seed(held_out.digest))
-        order = torch.randperm(len(held_out.examples), generator=generator)
-        parts["held_out"] = held_out.take(order.tolist())
+        parts["held_out"] = in_order_of_bets(parts["held_out"])
     return parts
 
 
