@@ -137,13 +137,7 @@ class HeldOut:
 
     def _recorded(self, original: str, models: Sequence[str], verdict: str) -> History:
         """Record an opening of the whole part, which the original sees; gives what was before."""
-        opening = Opening(
-            original=original,
-            models=tuple(models),
-            examples=tuple(digest[:SHORT] for digest in self._digests()),
-            verdict=verdict,
-            seed=self.settings.seed,
-        )
+        opening = _opening(original, models, self._digests(), verdict, self.settings.seed)
         past = record(opening, self._openings)
         self._openings.append(opening)
         return past
@@ -345,6 +339,14 @@ def check_enough(
             )
 
 
+def _opening(
+    original: str, models: Sequence[str], digests: Sequence[str], verdict: str, seed: int
+) -> Opening:
+    """What is recorded of an opening; models and examples by their digests."""
+    examples = tuple(digest[:SHORT] for digest in digests)
+    return Opening(original, tuple(models), examples, verdict, seed)
+
+
 def open_for_two(
     part: Part,
     statement: Statement,
@@ -373,15 +375,7 @@ def open_for_two(
         certificate = evidence.certificate(statement, original.unit, part.digest)
         verdict = certificate.verdict
     finally:  # what was seen is seen
-        past = record(
-            Opening(
-                original=digest,
-                models=(other.identity.digest,),
-                examples=tuple(one[:SHORT] for one in part.digests),
-                verdict=verdict,
-                seed=seed,
-            )
-        )
+        past = record(_opening(digest, [other.identity.digest], part.digests, verdict, seed))
     return evidence, certificate, past
 
 
@@ -391,13 +385,6 @@ def open_samples(
     """Certify from samples that somebody else's evaluation has written, and record it."""
     evidence = Evidence(samples.documents, [], *samples.losses, None, {})
     certificate = evidence.certificate(statement, unit, json_digest(samples.documents))
-    past = record(
-        Opening(
-            original=samples.original.digest,
-            models=(samples.other.digest,),
-            examples=tuple(one[:SHORT] for one in samples.documents),
-            verdict=certificate.verdict,
-            seed=0,
-        )
-    )
+    first, second = samples.original.digest, samples.other.digest
+    past = record(_opening(first, [second], samples.documents, certificate.verdict, seed=0))
     return evidence, certificate, past
