@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rankfold.artifact.schema import ReportFields
+from rankfold.certificate.document import GIVEN_MODELS, JSON_FILE
 from rankfold.data.input_settings import InputSettings
 from rankfold.errors import InputError, opening_an_artifact, visible
 from rankfold.files.checked import check
@@ -107,7 +108,7 @@ def _is_of_given_models(certificate: Path) -> bool:
         found: Any = read_json(certificate)
     except InputError:
         return False
-    return isinstance(found, dict) and found.get("kind") == "two given models"
+    return isinstance(found, dict) and found.get("kind") == GIVEN_MODELS
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -120,7 +121,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     file = folder / MANIFEST_FILE
     if not file.is_file():
-        if _is_of_given_models(folder / "certificate.json"):
+        if _is_of_given_models(folder / JSON_FILE):
             raise InputError(
                 f"{folder} holds a certificate of two given models, and no model: it has no "
                 f"{MANIFEST_FILE}. rankfold certify computes it again, with check={folder}."

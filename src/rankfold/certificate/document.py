@@ -33,6 +33,7 @@ from rankfold.tasks.evaluation import Evaluation
 FORMAT_VERSION = 1
 
 JSON_FILE, TEXT_FILE = "certificate.json", "certificate.txt"
+GIVEN_MODELS = "two given models"  # the kind of a certificate of no factorized model
 
 SHORT = 32  # hexadecimal digits of a digest that is kept for each example
 

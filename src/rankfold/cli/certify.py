@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,11 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from rankfold.certificate.asked import DEFAULT_MARGIN, TestName
-from rankfold.cli.app import DOES_NOT_HOLD, DONE, command, tell
+from rankfold.cli.app import command
 from rankfold.cli.options import DATA_HELP, MODEL_HELP, OwnClass, Reading, Weights, margin_option
 from rankfold.cli.setting_options import setting_option
 from rankfold.errors import InputError
-from rankfold.files.folder import owned_output
 from rankfold.others.address import TIMEOUT, is_url
 from rankfold.settings import Settings
 
@@ -191,7 +188,7 @@ class Sources:
         """Files and folders that are read."""
         from rankfold.cli.named_paths import named_paths
 
-        local = [one for one in models if one is not None and not is_url(one)]
+        local = [one for one in models if one and not is_url(one)]
         others = (self.data, self.selection, self.weights, self.other_weights)
         return named_paths(*local, *others, *(self.samples or ()))
 
@@ -210,27 +207,9 @@ def certify(
     options: Reading,
 ) -> int:
     """Is a changed model no worse than the original? Exit code 0 where that is shown, else 5."""
-    from rankfold.cli import certifying
+    from rankfold.cli.certifying import certified, checked
 
     sources.check_given(original, other)
     if sources.check is not None:
-        return certifying.checked(sources.check, options.json)
-    certifying.check_outputs(
-        outputs, sources.reads(original, other, None if outputs.sign is None else str(outputs.sign))
-    )
-    with ExitStack() as stack:
-        stack.enter_context(redirect_stdout(sys.stderr))
-        if outputs.out is not None:
-            stack.enter_context(owned_output(outputs.out))
-        if sources.samples is not None:
-            pair = certifying.read_samples(*sources.samples, sources.metric, sources.filter)
-            found = certifying.certify_samples(pair, margin=claim.margin, settings=claim.settings())
-        else:
-            found = certifying.certified(
-                (original or "", other or ""), sources, claim, served, options
-            )
-        if (trouble := found.document["data"]["history"]["trouble"]) is not None:
-            tell(f"warning: {trouble}")
-        certifying.write_outputs(outputs, found)
-    certifying.print_certificate(found, outputs.out, options.json)
-    return DONE if found.holds else DOES_NOT_HOLD
+        return checked(sources.check, options.json)
+    return certified((original or "", other or ""), sources, claim, outputs, served, options)

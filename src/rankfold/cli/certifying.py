@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 
 from rankfold.certificate.document import JSON_FILE
 from rankfold.certificate.signature import open_key, sign
-from rankfold.cli.app import DIFFERS, DONE, say, tell
+from rankfold.cli.app import DIFFERS, DOES_NOT_HOLD, DONE, say, tell
 from rankfold.cli.certify import Outputs, Served, Sources, Test
 from rankfold.cli.inputs import unchanged
 from rankfold.cli.open_given import loss_sources, open_given, open_held_out, reader_of
@@ -14,9 +16,8 @@ from rankfold.cli.options import Reading
 from rankfold.cli.printed import print_json
 from rankfold.errors import InputError, listed, visible
 from rankfold.files.durable import write_whole
-from rankfold.files.folder import check_output, folder_in_one_step
-from rankfold.given_models import GivenCertificate, certify_models
-from rankfold.given_models import certify_samples as certify_samples
+from rankfold.files.folder import check_output, folder_in_one_step, owned_output
+from rankfold.given_models import GivenCertificate, certify_models, certify_samples
 from rankfold.machine.device import check_device
 from rankfold.machine.progress import TerminalProgress
 from rankfold.others.address import is_url
@@ -29,7 +30,7 @@ from rankfold.others.document import (
     recomputed,
     verdict_words,
 )
-from rankfold.others.samples import read_samples as read_samples
+from rankfold.others.samples import read_samples
 
 MODE = 0o644  # of the files written
 
@@ -75,6 +76,33 @@ def write_outputs(outputs: Outputs, found: GivenCertificate) -> None:
 
 
 def certified(
+    specs: tuple[str, str],
+    sources: Sources,
+    claim: Test,
+    outputs: Outputs,
+    served: Served,
+    options: Reading,
+) -> int:
+    """Certify two models, or samples of them, and write and print the verdict; the exit code."""
+    reads = sources.reads(*specs, None if outputs.sign is None else str(outputs.sign))
+    check_outputs(outputs, reads)
+    with ExitStack() as stack:
+        stack.enter_context(redirect_stdout(sys.stderr))
+        if outputs.out is not None:
+            stack.enter_context(owned_output(outputs.out))
+        if sources.samples is not None:
+            pair = read_samples(*sources.samples, sources.metric, sources.filter)
+            found = certify_samples(pair, margin=claim.margin, settings=claim.settings())
+        else:
+            found = _of_models(specs, sources, claim, served, options)
+        if (trouble := found.document["data"]["history"]["trouble"]) is not None:
+            tell(f"warning: {trouble}")
+        write_outputs(outputs, found)
+    print_certificate(found, outputs.out, options.json)
+    return DONE if found.holds else DOES_NOT_HOLD
+
+
+def _of_models(
     specs: tuple[str, str], sources: Sources, claim: Test, served: Served, options: Reading
 ) -> GivenCertificate:
     """Open both models and the data, and test them."""

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, cast, get_args
+from typing import Annotated
 
 import typer
 
 from rankfold.certificate.asked import DEFAULT_MARGIN, check_margin
 from rankfold.cli.app import DONE, NOT_FOUND, command
-from rankfold.cli.options import Compressing, ModelArgument, margin_option
+from rankfold.cli.options import (
+    Compressing,
+    ModelArgument,
+    SizeOfOption,
+    margin_option,
+    read_size_of,
+)
 from rankfold.cli.setting_options import completing
 from rankfold.errors import InputError
-from rankfold.settings import SizeOf, check_size
+from rankfold.settings import check_size
 
 
 @command(needs="rankfold.cli.compressing", repeats=True)
@@ -23,15 +29,7 @@ def lossless(
         float,
         typer.Option(help="Share kept of the whole model's parameters: 0.9 keeps 90 %."),
     ],
-    size_of: Annotated[
-        str,
-        typer.Option(
-            help="What the size is a share of: model, or factorizable, the layers that can be "
-            "factorized.",
-            rich_help_panel="Search",
-            autocompletion=completing(get_args(SizeOf)),
-        ),
-    ] = "model",
+    size_of: SizeOfOption = "model",
     require: Annotated[
         str | None,
         typer.Option(
@@ -52,9 +50,7 @@ def lossless(
     check_margin(margin)
     if require not in (None, "lossless"):
         raise InputError(f"--require is {require!r}; expected lossless.")
-    if size_of not in get_args(SizeOf):
-        raise InputError(f"--size-of is {size_of!r}; expected model or factorizable.")
-    counted = cast("SizeOf", size_of)
+    counted = read_size_of(size_of)
     result = compress(
         partial(algorithm, size=size, size_of=counted, margin=margin),
         model,

@@ -10,17 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from inspect import Parameter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, cast, get_args, get_type_hints
 
 import typer
 from typer.models import OptionInfo
 
 from rankfold.cli.config import Config
-from rankfold.cli.setting_options import chosen_settings, setting_parameters
+from rankfold.cli.setting_options import chosen_settings, completing, setting_parameters
 from rankfold.cli.short_help import HelpAll
 from rankfold.errors import InputError
 from rankfold.files.folder import check_output
-from rankfold.settings import EVERYDAY, RESEARCH, Settings
+from rankfold.settings import EVERYDAY, RESEARCH, Settings, SizeOf
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from torch import nn
@@ -90,6 +90,28 @@ def margin_option(panel: str | None = None) -> OptionInfo:
         help="Change of the mean loss that counts as no harm, in nats.", rich_help_panel=panel
     )
     return found
+
+
+SizeOfOption: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        help="What a size is a share of: model, or factorizable, the layers that can be "
+        "factorized.",
+        rich_help_panel="Search",
+        autocompletion=completing(get_args(SizeOf)),
+    ),
+]
+
+
+def read_size_of(size_of: str) -> SizeOf:
+    """What a size is a share of.
+
+    Raises:
+        InputError: It is none of the words.
+    """
+    if size_of not in get_args(SizeOf):
+        raise InputError(f"--size-of is {size_of!r}; expected model or factorizable.")
+    return cast("SizeOf", size_of)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from rankfold.certificate.certify import Certificate
 from rankfold.certificate.differences import differences
 from rankfold.certificate.document import (
+    GIVEN_MODELS,
     JSON_FILE,
     Document,
     Evidence,
@@ -41,7 +42,6 @@ from rankfold.files.json_file import read_json
 from rankfold.others.source import Identity
 
 FORMAT_VERSION = 1
-KIND = "two given models"
 TEXT_FILE, CARD_FILE, BADGE_FILE = "certificate.md", "card.md", "badge.svg"
 DIFFERENCES_FILE = "differences.csv"
 _ASSETS = resources("rankfold.others") / "assets"
@@ -117,7 +117,7 @@ def make_given(
     names = [TEXT_FILE, CARD_FILE, BADGE_FILE, *([] if private else [DIFFERENCES_FILE])]
     document: Document = {
         "format_version": FORMAT_VERSION,
-        "kind": KIND,
+        "kind": GIVEN_MODELS,
         "certificate": certificate.as_dict(),
         "statement": {**asdict(statement), "metric_margins": dict(statement.metric_margins)},
         "models": {
@@ -142,7 +142,7 @@ def read_given(folder: Path) -> Document:
     if not file.is_file():
         raise InputError(f"{folder} has no {JSON_FILE}; expected the output of rankfold certify.")
     document = read_json(file)
-    if not isinstance(document, dict) or document.get("kind") != KIND:
+    if not isinstance(document, dict) or document.get("kind") != GIVEN_MODELS:
         raise InputError(
             f"{visible(file)} is no certificate of two given models; expected one that rankfold "
             "certify made. Of a factorized model, rankfold verify checks it."
