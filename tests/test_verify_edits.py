@@ -14,6 +14,7 @@ import rankfold
 from benchmarks.faults_edits import FILES, Edit, Made, apply, forge, make, net, unseen, write
 from rankfold.certificate.signature import checked_signature
 from rankfold.report.page import PAGE_FILE, page
+from rankfold.report.seen import read_seen
 from rankfold.verify import Verification, verify
 
 
@@ -111,7 +112,7 @@ def test_an_edited_card_and_page_are_found(made: Made, whole: None) -> None:
     found = next(c for c in verified(made).checks if c.what == "model card README.md")
     assert found.outcome == "differs"
     manifest, document = (json.loads((made.folder / name).read_text()) for name in FILES)
-    (made.folder / PAGE_FILE).write_text(page(manifest, document))
+    (made.folder / PAGE_FILE).write_text(page(manifest, document, read_seen(made.folder)))
     of_page = f"page {PAGE_FILE}"
     assert next(c for c in verified(made).checks if c.what == of_page).outcome == "agrees"
     text = (made.folder / PAGE_FILE).read_text()
