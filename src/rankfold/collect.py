@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 from rankfold.errors import InputError, path_of
 from rankfold.held_out import enough_held_out
 from rankfold.keywords import Options, read_options
+from rankfold.machine.weights import as_in_file
 from rankfold.model.kept import KeptModel
 from rankfold.search.collect import collect_into
 from rankfold.search.study import open_inputs
@@ -28,7 +29,7 @@ def save_statistics(
     settings, loss, metrics, _, progress, offload, read = read_options(options, model)
     if read is not None:
         raise InputError("statistics is given, but they are collected here; leave it out.")
-    with KeptModel(model, offload.kept).as_it_was():
+    with KeptModel(model, offload.kept, as_in_file).as_it_was():
         data = enough_held_out(data, settings, metrics, None)
         inputs = open_inputs(model, data, settings, loss=loss, metrics=metrics)
         target = path_of("the folder", folder)

@@ -13,6 +13,7 @@ from rankfold.machine.device import device_of
 from rankfold.machine.offload import Offload, check_offload, memory_of, names_of, with_room
 from rankfold.machine.progress import Progress, TrimmingProgress, shown_progress
 from rankfold.machine.timing import Watch
+from rankfold.machine.weights import in_files, move_to_files
 from rankfold.settings import SettingKeywords, Settings
 from rankfold.tasks.evaluation import Metric, check_functions
 from rankfold.tasks.supervised import LossFunction
@@ -35,6 +36,9 @@ class Options(SettingKeywords, total=False):
         memory: How much the run may take, such as ``"8GB"``: where the statistics of all layers
             are too much, they are collected block by block, or in groups of layers, and lie in
             files. By default what the machine has.
+        model_offload: The model's weights lie in files, too, of ``offload_folder``: they are moved
+            there, with the same values, and stay there. Copies of the model share what they don't
+            change, the result too. By itself where ``memory`` has no room for them.
         blocks: Names of the model's blocks, or of the lists that hold them, where they aren't
             found; statistics are then collected block by block in any case.
         statistics: A folder that ``save_statistics`` wrote of the same model and data, in place of
@@ -48,6 +52,7 @@ class Options(SettingKeywords, total=False):
     offload_folder: str | Path | None
     timing: bool
     memory: str | int | None
+    model_offload: bool
     blocks: Sequence[str]
     statistics: str | Path | None
 
@@ -85,6 +90,8 @@ def read_options(options: Options, model: nn.Module) -> Asked:
     progress, folder = settings.pop("progress", None), settings.pop("offload_folder", None)
     timing = settings.pop("timing", True)
     check_flag("timing", timing)
+    weights = settings.pop("model_offload", False)
+    check_flag("model_offload", weights)
     memory, blocks = settings.pop("memory", None), settings.pop("blocks", ())
     kept = settings.pop("statistics", None)
     check_functions(loss, metrics)
@@ -92,11 +99,15 @@ def read_options(options: Options, model: nn.Module) -> Asked:
         expected = "True, or an object such as rankfold.TerminalProgress()"
         raise of_another_kind("progress", progress, expected)
     offload = Offload(
-        None if folder is None else path_of("offload_folder", folder), blocks=names_of(blocks)
+        None if folder is None else path_of("offload_folder", folder),
+        blocks=names_of(blocks),
+        weights=bool(weights) or in_files(model),
     )
     check_offload(offload, device)
     shown = TrimmingProgress(shown_progress(cast("Progress | bool | None", progress)))
     offload = with_room(offload, None if memory is None else memory_of(memory), model)
+    if offload.weights:
+        move_to_files(model, offload)
     return Asked(
         Settings(**cast("Any", settings)),
         cast("LossFunction | None", loss),

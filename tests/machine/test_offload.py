@@ -188,7 +188,9 @@ def test_who_has_too_little_memory_is_told(tmp_path: Path, monkeypatch: pytest.M
         assert offload.advice(count, Offload()) is None
 
 
-def test_a_limit_of_memory_decides_how_statistics_are_collected() -> None:
+def test_a_limit_of_memory_decides_how_statistics_are_collected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = seeded(1, SmallCNN)
     count = sum(p.numel() for p in model.parameters())
     there = Path(tempfile.gettempdir())
@@ -196,8 +198,14 @@ def test_a_limit_of_memory_decides_how_statistics_are_collected() -> None:
     assert offload.with_room(Offload(), 40 * count - 1, model) == Offload(there, 40 * count - 1)
     named = Offload(blocks=("features",))
     assert offload.with_room(named, 1 << 40, model) == replace(named, folder=there, memory=1 << 40)
+    monkeypatch.setattr(offload, "LARGEST", 4)  # one layer has most of this model's weights
+    least = offload.LARGEST * max(p.numel() for p in model.parameters())
+    short = Offload(there, 8 * count - 1, weights=True)
+    assert least < 8 * count  # of float32: two copies of the weights
+    assert offload.with_room(Offload(), 8 * count - 1, model) == short
+    assert offload.with_room(Offload(), 8 * count, model) == Offload(there, 8 * count)
     with pytest.raises(InputError, match=r"memory is 0\.\d\d MB, .* 0\.\d\d MB or more"):
-        offload.with_room(Offload(), 8 * count - 1, model)
+        offload.with_room(Offload(), least - 1, model)
     with pytest.raises(InputError, match="memory is given, but the model is on a GPU"):
         offload.with_room(Offload(), 1 << 40, seeded(1, SmallCNN).to("meta"))
 
@@ -229,6 +237,25 @@ def test_available_memory_is_the_machines_or_its_containers(
     assert 4096 < (offload.available_memory() or 0) <= machine
     limit.write_text("4096\n")
     assert offload.available_memory() == 4096
+
+
+@on_linux
+@pytest.mark.parametrize("line", ["0::/outer/inner", "7:cpu,memory:/outer/inner"])
+def test_available_memory_is_that_of_the_own_control_group_or_of_one_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    groups, inner = tmp_path / "cgroup", tmp_path / "outer" / "inner"
+    monkeypatch.setattr(offload, "LIMITS", (tmp_path / "limit",))
+    monkeypatch.setattr(offload, "OWN_GROUPS", groups)
+    inner.mkdir(parents=True)
+    groups.write_text(f"3:cpuset:/other\n{line}\n")
+    (inner / "limit").write_text("9000\n")
+    assert offload.available_memory() == 9000
+    (inner.parent / "limit").write_text("8000\n")
+    assert offload.available_memory() == 8000
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "limit").write_text("1\n")
+    assert offload.available_memory() == 8000
 
 
 def test_a_model_elsewhere_is_refused(tmp_path: Path) -> None:

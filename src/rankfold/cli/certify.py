@@ -10,7 +10,8 @@ import typer
 
 from rankfold.certificate.asked import DEFAULT_MARGIN, TestName
 from rankfold.cli.app import command
-from rankfold.cli.options import DATA_HELP, MODEL_HELP, OwnClass, Reading, Weights, margin_option
+from rankfold.cli.options import DATA_HELP, MODEL_HELP, OwnClass, Reading, margin_option
+from rankfold.cli.room import Weights
 from rankfold.cli.setting_options import setting_option
 from rankfold.errors import InputError
 from rankfold.others.address import TIMEOUT, is_url

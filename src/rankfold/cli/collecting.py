@@ -36,7 +36,7 @@ def collect(model: str, out: Path, options: Collecting) -> int:
         mention(f"opening {visible(model)}")
         given = unchanged(models=[model], weights=room.weights, data=vars(parts).values())
         device = check_device(options.reading.device)
-        opened = open_model(model, room.weights)
+        opened = open_model(model, room.weights, offload=room.of_weights(model, device.type))
         opened.model.to(device)
         if (hint := advice(model_parameters(opened.model), room.room(opened.model))) is not None:
             mention(hint)

@@ -92,7 +92,8 @@ def open_all(
     device = check_device(options.reading.device)
     if (hint := unused_gpu(device)) is not None:
         mention(hint)
-    opened = open_model(model, options.folders.weights)
+    offload = options.folders.of_weights(model, device.type)
+    opened = open_model(model, options.folders.weights, offload=offload)
     try_saving(
         out,
         opened.model,

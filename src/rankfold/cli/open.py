@@ -55,6 +55,7 @@ from rankfold.integrations.pixels import Pixels, pixels_of
 from rankfold.integrations.processors import has_processor, sound_preparation
 from rankfold.integrations.tokenizer_files import has_tokenizer, unread_pieces
 from rankfold.integrations.vision import is_named, make_named, parse_named
+from rankfold.machine.offload import Offload
 from rankfold.machine.progress import Progress, TerminalProgress
 from rankfold.model.unsuitable import refuse_unsuitable
 from rankfold.tasks.evaluation import evaluate
@@ -85,7 +86,11 @@ class OpenedModel:
 
 
 def open_model(
-    spec: str, weights: Path | None = None, *, to_be_filled: bool = False
+    spec: str,
+    weights: Path | None = None,
+    *,
+    to_be_filled: bool = False,
+    offload: Offload | None = None,
 ) -> OpenedModel:
     """MODEL: a folder, a ``.gguf`` file, ``timm:NAME``, or ``file.py:function`` of the user's own.
 
@@ -93,6 +98,7 @@ def open_model(
         spec: MODEL.
         weights: A file of weights, for what a function or a library makes.
         to_be_filled: Other weights are put into it, or compared with its own, before it is used.
+        offload: Says whether the weights of a folder lie in files, and where.
 
     Raises:
         InputError: Names what is wrong with it.
@@ -124,7 +130,7 @@ def open_model(
             raise InputError(
                 f"{path} is a model that rankfold has factorized already; give the original."
             )
-        model = hf.load_folder(path)
+        model = hf.load_folder(path, offload=offload)
         return OpenedModel(model, _tokenizer(path), path)
     what = "is a file" if path.exists() else "does not exist"
     hub = not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", spec)

@@ -16,6 +16,7 @@ import typer
 from typer.models import OptionInfo
 
 from rankfold.cli.config import Config
+from rankfold.cli.room import Room
 from rankfold.cli.setting_options import chosen_settings, completing, setting_parameters
 from rankfold.cli.short_help import HelpAll
 from rankfold.errors import InputError
@@ -23,11 +24,8 @@ from rankfold.files.folder import check_output
 from rankfold.settings import EVERYDAY, RESEARCH, Settings, SizeOf
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
-    from torch import nn
-
     from rankfold.certificate.signature import SigningKey
     from rankfold.cli.data_options import DataOptions
-    from rankfold.machine.offload import Offload
 
 SELF = "self"  # DATA that the language model writes itself; a file of this name is ./self
 
@@ -54,13 +52,6 @@ FolderArgument: TypeAlias = Annotated[
 ]
 OwnClass: TypeAlias = Annotated[
     str | None, typer.Option(help="For a class of your own: file.py:function giving it.")
-]
-Weights: TypeAlias = Annotated[
-    Path | None,
-    typer.Option(
-        help="A .safetensors file for a model given as file.py:function.",
-        rich_help_panel="Advanced",
-    ),
 ]
 Quiet: TypeAlias = Annotated[
     bool,
@@ -282,61 +273,6 @@ class Parts:
                 "--guard is self, which is what stands for it where it isn't given; leave it out, "
                 "or give other data."
             )
-
-
-@dataclass(frozen=True)
-class Room:
-    """Where what a run needs lies, and how much memory it may take."""
-
-    offload_folder: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder on a disk for statistics and spectra, some 30 bytes a parameter, which "
-            "then take no memory.",
-            show_default="memory",
-            rich_help_panel="Advanced",
-        ),
-    ] = None
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="AMOUNT",
-            help="What the run may take, such as 8GB. Where the statistics of all layers are too "
-            "much, they are collected block by block, and lie in files.",
-            show_default="what the machine has",
-            rich_help_panel="Advanced",
-        ),
-    ] = None
-    blocks: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="A block of the model, or the list that holds all of them, for a run block by "
-            "block. Repeatable.",
-            show_default="those that are found",
-            rich_help_panel="Advanced",
-        ),
-    ] = None
-    weights: Weights = None
-
-    def of_large_tensors(self) -> dict[str, Any]:
-        """The keywords of the library for where large tensors lie."""
-        return {
-            "offload_folder": self.offload_folder,
-            "memory": self.memory,
-            "blocks": self.blocks or (),
-        }
-
-    def room(self, model: nn.Module) -> Offload:
-        """Where large tensors of a run of this model lie, and how much memory it may take.
-
-        Raises:
-            InputError: It can't be so.
-        """
-        from rankfold.machine.offload import Offload, memory_of, with_room
-
-        asked = Offload(self.offload_folder, blocks=tuple(self.blocks or ()))
-        return with_room(asked, None if self.memory is None else memory_of(self.memory), model)
 
 
 @dataclass(frozen=True)

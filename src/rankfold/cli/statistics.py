@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from rankfold.cli.app import command
-from rankfold.cli.options import ModelArgument, Parts, Reading, Room
+from rankfold.cli.options import ModelArgument, Parts, Reading
+from rankfold.cli.room import Room
 from rankfold.settings import Settings
 
 OutFolder = Annotated[

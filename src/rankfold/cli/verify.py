@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 
 from rankfold.cli.app import DIFFERS, DONE, command, say
-from rankfold.cli.options import DATA_HELP, FolderArgument, Reading, Weights
+from rankfold.cli.options import DATA_HELP, FolderArgument, Reading
 from rankfold.cli.printed import print_json
+from rankfold.cli.room import Weights
 from rankfold.cli.setting_options import setting_option
 from rankfold.files.reading import not_replaced
 

@@ -25,6 +25,17 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
 
 
+def read_each(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a safetensors file one after the other, in the order of their names.
+
+    Raises:
+        InputError: It can't be read.
+    """
+    with _reading(file) as opened:
+        for name in sorted(opened.keys()):
+            yield name, opened.get_tensor(name)
+
+
 def read_names(file: Path) -> list[str]:
     """The names of all tensors of a safetensors file.
 

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,8 +22,10 @@ from torch import Tensor
 
 from rankfold.errors import InputError, listed, require, visible
 from rankfold.files.json_file import read_json
-from rankfold.files.tensors import read_names, read_tensors, without_wrappers
+from rankfold.files.tensors import read_each, read_names, read_tensors, without_wrappers
 from rankfold.integrations.allowed import sealed
+from rankfold.machine.offload import Offload
+from rankfold.machine.weights import move_to_files
 
 GENERATION_FILE = "generation_config.json"
 MOST_QUOTED = 400  # characters of a message of transformers
@@ -124,7 +126,9 @@ def saving(what: object, advice: str) -> Iterator[None]:
         ) from error
 
 
-def load_weights_of(folder: Path, model_class: Any, config: Any) -> Any:
+def load_weights_of(
+    folder: Path, model_class: Any, config: Any, offload: Offload | None = None
+) -> Any:
     """A model of transformers with the weights of a folder, every one of them.
 
     Names that a compiled, data-parallel or sharded wrapper left in the file are put right.
@@ -133,6 +137,7 @@ def load_weights_of(folder: Path, model_class: Any, config: Any) -> Any:
         folder: The folder.
         model_class: A class of transformers.
         config: The folder's configuration.
+        offload: Says whether the weights lie in files of their own, copied one by one, and where.
 
     Raises:
         InputError: A weight is missing, has no place in the model, or is of another shape.
@@ -141,7 +146,10 @@ def load_weights_of(folder: Path, model_class: Any, config: Any) -> Any:
     # Of a weight of another shape, all such weights are named below; without it, transformers
     # raises an error that names none.
     options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
-    tensors = _unwrapped_tensors(folder)
+    offload = offload or Offload()
+    kept: dict[int, Tensor] = {}  # by the address of a tensor in a file, its values there
+    tensors = _tensors_in_files(folder, offload, kept) if offload.weights else None
+    tensors = tensors or _unwrapped_tensors(folder)
     with opening(folder), as_asked(folder), _not_mapped():
         if tensors is None:
             model, found = model_class.from_pretrained(
@@ -154,7 +162,30 @@ def load_weights_of(folder: Path, model_class: Any, config: Any) -> Any:
             _as_from_folder(model, folder)
         found["unexpected_keys"] = _not_computed(model, found["unexpected_keys"], folder)
         check_loaded(model, found, folder)
+    if offload.weights:
+        del tensors
+        move_to_files(model, offload, kept)
     return model
+
+
+def _tensors_in_files(folder: Path, offload: Offload, kept: dict[int, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a folder by their names in the model, copied one by one into private files.
+
+    Args:
+        folder: Of transformers.
+        offload: Where the files lie.
+        kept: Gets the values in the files, by the addresses of the tensors.
+    """
+    files = _weight_files(folder)
+    inner = _inner_names(folder, files)
+    found: dict[str, Tensor] = {}
+    for name, values in (pair for file in files for pair in read_each(file)):
+        tensor = values
+        if offload.takes(values.numel(), values.dtype):
+            tensor, there = offload.private(values)
+            kept[tensor.data_ptr()] = there
+        found[inner[name]] = tensor
+    return found
 
 
 @contextmanager
@@ -290,13 +321,20 @@ def _refuse(name: str, where: object, problems: list[str]) -> NoReturn:
 def _unwrapped_tensors(folder: Path) -> dict[str, Tensor] | None:
     """The tensors of a folder by their names in the model itself; None where they have these."""
     files = _weight_files(folder)
-    names = [name for file in files for name in read_names(file)]
-    inner = without_wrappers(names, str(folder))
+    inner = _inner_names(folder, files)
     if all(name == own for name, own in inner.items()):
         return None
-    said = f"names of {visible(folder)} are those of a wrapped model; they were put right"
-    print(said, file=sys.stderr)
     return {inner[name]: t for file in files for name, t in read_tensors(file).items()}
+
+
+def _inner_names(folder: Path, files: Sequence[Path]) -> dict[str, str]:
+    """For each name in a folder's files its name in the model; tells where any is another."""
+    names = [name for file in files for name in read_names(file)]
+    inner = without_wrappers(names, str(folder))
+    if any(name != own for name, own in inner.items()):
+        said = f"names of {visible(folder)} are those of a wrapped model; they were put right"
+        print(said, file=sys.stderr)
+    return inner
 
 
 def _weight_files(folder: Path) -> list[Path]:

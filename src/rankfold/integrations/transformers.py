@@ -34,6 +34,7 @@ from rankfold.integrations.as_asked import (
 from rankfold.integrations.other_folders import refuse_other_folders
 from rankfold.integrations.sentence_folder import SentenceFolder, sentence_folder
 from rankfold.integrations.tokenizer_files import refuse_unread_pieces
+from rankfold.machine.offload import Offload
 from rankfold.machine.progress import Progress, SilentProgress
 from rankfold.model.evaluation_mode import evaluation_mode
 from rankfold.tasks.pooling import Pooling
@@ -153,11 +154,14 @@ def files_read(folder: Path) -> list[Path]:
     return sorted({file for pattern in _READ for file in folder.glob(pattern) if file.is_file()})
 
 
-def load_folder(folder: Path, *, quantized: bool = False) -> nn.Module:
+def load_folder(
+    folder: Path, *, quantized: bool = False, offload: Offload | None = None
+) -> nn.Module:
     """The model of a transformers folder, in the dtype it is stored in, on the CPU.
 
     Args:
         folder: The folder.
+        offload: Says whether its weights lie in files, and where.
         quantized: Take a model whose weights a library of ``QUANTIZED`` has quantized, too: it can
             be run, not factorized.
 
@@ -188,8 +192,7 @@ def load_folder(folder: Path, *, quantized: bool = False) -> nn.Module:
     model_class = _model_class(config, folder)
     if sentence_folder(folder) is not None:
         model_class = _without_head(folder, model_class)
-    model = load_weights_of(folder, model_class, config)
-    return cast("nn.Module", model.eval())
+    return cast("nn.Module", load_weights_of(folder, model_class, config, offload).eval())
 
 
 def _method_of(quantization: Any) -> str:
@@ -320,9 +323,8 @@ def own_text(
             "of transformers. Give calibration data instead."
         )
     texts = _own_texts(cast("Any", model), length, seed, at_once)
-    progress = progress or SilentProgress()
     drawn = itertools.islice(_filled(texts, length), count)
-    return list(progress.track(drawn, "the model writes text", count))
+    return list((progress or SilentProgress()).track(drawn, "the model writes text", count))
 
 
 def _filled(texts: Iterator[Tensor], length: int) -> Iterator[Tensor]:
@@ -416,8 +418,7 @@ def write_plain_folder(model: nn.Module, folder: Path, source: Path) -> None:
 
 def write_configuration_alone(model: nn.Module, folder: Path, source: Path, why: str) -> None:
     """Write the configuration of a model whose weights ``from_pretrained`` can't open, and why."""
-    config = cast("Any", model).config
-    config.save_pretrained(folder)
+    cast("Any", model).config.save_pretrained(folder)
     _name_no_weights(folder, why)
     _copy_generation_settings(source, folder)
 

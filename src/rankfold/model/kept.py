@@ -28,11 +28,21 @@ class KeptModel:
     Args:
         model: The user's.
         keep: Where the copies of its tensors shall lie.
+        known: Of a tensor the values that are kept elsewhere already, if they are.
     """
 
-    def __init__(self, model: nn.Module, keep: Callable[[Tensor], Tensor]) -> None:
-        self._parameters = _values(model, "_parameters", keep)
-        self._buffers = _values(model, "_buffers", keep)
+    def __init__(
+        self,
+        model: nn.Module,
+        keep: Callable[[Tensor], Tensor],
+        known: Callable[[Tensor], Tensor | None] = lambda _: None,
+    ) -> None:
+        def copied(tensor: Tensor) -> Tensor:
+            there = known(tensor)
+            return keep(tensor.detach().to("cpu", copy=True)) if there is None else there
+
+        self._parameters = _values(model, "_parameters", copied)
+        self._buffers = _values(model, "_buffers", copied)
 
     @contextmanager
     def as_it_was(self) -> Iterator[None]:
@@ -75,8 +85,8 @@ def _values(model: nn.Module, kind: str, keep: Callable[[Tensor], Tensor]) -> di
             plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
             if plain and not tensor.is_meta and id(tensor) not in seen:
                 seen.add(id(tensor))
-                copy = keep(tensor.detach().to("cpu", copy=True))
-                found[f"{name}.{leaf}" if name else leaf] = _Value(module, leaf, tensor, copy)
+                values = keep(tensor)
+                found[f"{name}.{leaf}" if name else leaf] = _Value(module, leaf, tensor, values)
     return found
 
 

@@ -27,6 +27,7 @@ from rankfold.errors import visible
 from rankfold.files.checked import Count, Fields, Number, check
 from rankfold.files.json_file import read_json
 from rankfold.machine.timing import Stage, Watch
+from rankfold.machine.weights import as_in_file
 from rankfold.model.kept import KeptModel
 from rankfold.report.latency import Latency, measured_latency
 from rankfold.search.trial import Trial
@@ -70,7 +71,7 @@ class Run:
     def __init__(self, model: nn.Module, keep: Callable[[Tensor], Tensor], watch: Watch) -> None:
         """Keep the model as ``KeptModel`` does; ``watch`` is the progress of all that runs it."""
         self.watch = watch
-        self._kept = KeptModel(model, keep)
+        self._kept = KeptModel(model, keep, as_in_file)
         self._prepared: list[Stage] = []
 
     def prepared(self) -> Self:

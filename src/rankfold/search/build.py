@@ -23,12 +23,15 @@ def build(round_: Round, plan: RankPlan) -> nn.Module:
     """A copy of the model with this plan's layers, the dense ones moved by the step."""
     modules: dict[str, nn.Module] = {}
     weights: dict[str, Tensor] = {}
+    offload = round_.study.offload
     for name, choice in plan.items():
         if choice.rank is not None:
-            modules |= replacements(round_, name, choice)
+            found = replacements(round_, name, choice)
+            modules |= {use: offload.in_files(module) for use, module in found.items()}
         elif round_.step and round_.step.eta and name in round_.study.subject.layers:
-            weights[name] = round_.moved(name)
-    return with_replaced(round_.study.subject.base, modules, weights)
+            moved = round_.moved(name)
+            weights[name] = offload.kept(moved) if offload.weights else moved
+    return with_replaced(round_.study.subject.base, modules, weights, share=offload.weights)
 
 
 def look_at(round_: Round, plan: RankPlan) -> nn.Module:

@@ -34,6 +34,7 @@ from rankfold.forms.output_change import (
     Group,
     OutputChange,
 )
+from rankfold.machine.offload import Offload
 from rankfold.machine.progress import Progress
 from rankfold.model.evaluation_mode import evaluation_mode
 from rankfold.model.layer_matrix import kept_dtype
@@ -173,6 +174,7 @@ def fitted_again(
     batch_size: int | None,
     progress: Progress,
     memory: float = math.inf,
+    offload: Offload | None = None,
 ) -> Fitted:
     """The factorized layers with their output factors fitted to the original's outputs.
 
@@ -188,6 +190,7 @@ def fitted_again(
         batch_size: Examples a batch.
         progress: Shows the layers.
         memory: Bytes that both models' waiting passes may hold, where ``MEMORY`` isn't less.
+        offload: Where the fitted layers lie.
     """
     batch_size = 1 if goes_alone(factorized) else batch_size  # a pass calls each layer once
     modules = _with_own_bias(factorized, names)
@@ -209,7 +212,7 @@ def fitted_again(
     batches = [on_device(part.collate(some), factorized) for some in part.batches(batch_size)]
     # Which tokens are no padding, where a batch says so.
     masks = [field_of(batch, "attention_mask") for batch in batches]
-    fit = _Fit(modules, residuals, masks)
+    fit = _Fit(modules, residuals, masks, offload or Offload())
     run_in_step(
         original,
         factorized,
@@ -243,6 +246,7 @@ class _Fit:
         modules: The layers, in the order of their calls.
         residuals: What the outputs are added to, of the layers where that is known.
         masks: Of each batch, which of its rows count, or None.
+        offload: Where the fitted layers lie.
 
     Attributes:
         found: Layers that were fitted.
@@ -254,7 +258,9 @@ class _Fit:
         modules: Mapping[str, FactorizedLayer],
         residuals: Mapping[str, Residual],
         masks: Sequence[Tensor | None],
+        offload: Offload,
     ):
+        self._offload = offload
         self._modules = modules
         self._residuals = residuals
         self._masks = masks
@@ -273,6 +279,7 @@ class _Fit:
             self.residual.append(name)
         change = _change(module, rows)
         self.found[name] = module.with_output_change(change)
+        self._offload.in_files(self.found[name])
         changed = [change.of_outputs(batch.outputs, module.bias) for batch in rows]
         return [y.movedim(-1, _channel_axis(module)) for y in changed]
 
@@ -428,6 +435,7 @@ def refitted(trial: Trial) -> Trial:
         batch_size=round_.settings.batch_size,
         progress=round_.progress,
         memory=study.offload.left_beside(model) // 2,
+        offload=study.offload,
     )
     if not fitted.modules:
         return trial

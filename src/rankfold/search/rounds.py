@@ -38,7 +38,9 @@ def next_round(round_: Round, budget: float, rounds_left: int) -> Round:
         if trial.as_predicted:
             break
         reached = (spent + reached) / 2
-    base = with_replaced(study.subject.base, {}, dict(plan_weights(round_, trial.plan)))
+    made, shares = plan_weights(round_, trial.plan), study.offload.weights
+    weights = {name: study.offload.kept(w) if shares else w for name, w in made}
+    base = with_replaced(study.subject.base, {}, weights, share=shares)
     dense = control(round_) or study.subject.dense
     following = study.standing_on(base, dense, settings, progress)
     found = following.statistics

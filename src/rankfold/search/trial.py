@@ -63,7 +63,11 @@ class Trial:
         """The model, its tensors laid out as they will be once it was saved and loaded."""
         model = build(self.round, self.plan)
         if self.refit is not None:
-            fitted = {name: bare_copy(module) for name, module in self.refit.modules.items()}
+            shares = self.round.study.offload.weights  # what lies in files is no copy
+            fitted = {
+                name: bare_copy(module, {id(p): p for p in module.parameters() if shares})
+                for name, module in self.refit.modules.items()
+            }
             put_modules(model, fitted)
         lay_out(model)
         return model

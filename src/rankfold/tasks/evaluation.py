@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +21,9 @@ from rankfold.data.parts import Batch, Part
 from rankfold.errors import InputError, check_kind, of_another_kind
 from rankfold.machine.memory import memory_ran_out
 from rankfold.machine.progress import Progress, SilentProgress
+from rankfold.machine.weights import in_files
 from rankfold.model.evaluation_mode import evaluation_mode
+from rankfold.tasks.in_step import once_for_many
 from rankfold.tasks.losses import BatchLoss, Task
 from rankfold.tasks.supervised import (
     LossFunction,
@@ -158,21 +161,10 @@ def evaluate(
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; expected 1 or more.")
     batches = part.batches(batch_size)
-    results: list[BatchLoss] = []
     with evaluation_mode(model):
-        for examples in progress.track(batches, stage, len(batches)):
-            batch = on_device(part.collate(examples), model)
-            of_part = f"a batch of the {part.name.replace('_', '-')} part"
-            with running(batch, what=of_part, whose=getattr(task, "what", None)):
-                result = task.batch_loss(model, batch)
-            if len(result.losses) != len(examples):
-                raise InputError(
-                    f"{of_part} has {len(examples)} examples, and {len(result.losses)} losses came "
-                    "back; expected one an example. The collate function makes a batch of all "
-                    "examples that it is given, and a loss function gives a value for each "
-                    "(reduction='none')."
-                )
-            results.append(BatchLoss(result.losses, result.terms, None, result.correct))
+        runs = [partial(_batch_loss, model, task, part, examples) for examples in batches]
+        passes = once_for_many(model, runs, _same) if in_files(model) else (run() for run in runs)
+        results = list(progress.track(passes, stage, len(batches)))
     losses = torch.cat([r.losses for r in results]).double().cpu()
     if finite and not bool(torch.isfinite(losses).all()):
         bad = int((~torch.isfinite(losses)).nonzero()[0])
@@ -186,6 +178,29 @@ def evaluate(
     if float(terms.sum()) == 0:
         raise InputError(f"the {part.name} part has no label to predict: all are masked (-100).")
     return Evaluation(losses, terms, torch.cat(hits).double().cpu() if hits else None)
+
+
+def _batch_loss(model: nn.Module, task: Task, part: Part, examples: list[Any]) -> BatchLoss:
+    """Losses of one batch, without logits."""
+    batch = on_device(part.collate(examples), model)
+    of_part = f"a batch of the {part.name.replace('_', '-')} part"
+    with running(batch, what=of_part, whose=getattr(task, "what", None)):
+        result = task.batch_loss(model, batch)
+    if len(result.losses) != len(examples):
+        raise InputError(
+            f"{of_part} has {len(examples)} examples, and {len(result.losses)} losses came "
+            "back; expected one an example. The collate function makes a batch of all "
+            "examples that it is given, and a loss function gives a value for each "
+            "(reduction='none')."
+        )
+    return BatchLoss(result.losses, result.terms, None, result.correct)
+
+
+def _same(first: BatchLoss, second: BatchLoss) -> bool:
+    """Whether two passes gave the same losses, to the bit."""
+    return torch.equal(
+        first.losses.nan_to_num(torch.inf), second.losses.nan_to_num(torch.inf)
+    ) and torch.equal(first.terms, second.terms)
 
 
 def check_fast_path(model: nn.Module, task: Task, part: Part) -> None:
