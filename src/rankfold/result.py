@@ -18,8 +18,10 @@ from rankfold.certificate.shown import bound_words, rendered
 from rankfold.certificate.signature import SigningKey, open_key
 from rankfold.data.input_settings import InputSettings, joined
 from rankfold.errors import InputError, visible
+from rankfold.files.shards import USUAL_SIZE
 from rankfold.integrations import transformers as hf
 from rankfold.integrations.vision import NamedModel, make_named, parse_named
+from rankfold.machine.offload import amount_of
 from rankfold.model.sizes import model_parameters
 from rankfold.report.card_metadata import license_of
 from rankfold.report.latency import Latency
@@ -119,6 +121,7 @@ class Result:
         texts: Mapping[str, str] | None = None,
         sign: str | Path | SigningKey | None = None,
         page: bool = True,
+        max_shard_size: str | int = USUAL_SIZE,
     ) -> Path:
         """Write the artifact; ``rankfold.load(folder)`` opens it.
 
@@ -134,6 +137,8 @@ class Result:
             sign: A private Ed25519 key that signs the folder: a PEM file, or what
                 ``rankfold.certificate.signature.open_key`` gives.
             page: Whether ``report.html`` is written too.
+            max_shard_size: Most bytes of weights in a file, such as ``"5GB"``; a larger model is
+                written into several files with an index.
 
         Raises:
             InputError: The folder can't be written, ``source`` makes another model,
@@ -166,6 +171,7 @@ class Result:
             source=named,
             key=key,
             page=(lambda manifest: html(manifest, document, seen)) if page else None,
+            max_shard_size=amount_of("max_shard_size", max_shard_size),
         )
 
     def _check_made_by(self, named: NamedModel) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from rankfold.artifact.manifest import (
     FLOATS,
-    WEIGHTS_FILE,
     Manifest,
     check_config_digest,
     check_digest,
@@ -33,7 +32,7 @@ from rankfold.errors import (
     visible,
 )
 from rankfold.files.reading import read_whole
-from rankfold.files.tensors import read_tensors
+from rankfold.files.shards import read_weights
 from rankfold.forms.embedding.fit import empty_uses
 from rankfold.forms.registry import form_named
 from rankfold.forms.storage import Storage
@@ -74,7 +73,7 @@ def load(folder: str | Path, model: nn.Module | None = None, *, as_saved: bool =
         manifest = read_manifest(path)
         if as_saved and manifest["model"]["kind"] == "transformers":
             check_config_digest(path, manifest)
-        tensors = read_tensors(path / WEIGHTS_FILE)
+        tensors = read_weights(path)
         made = skeleton(path, manifest, tensors) if model is None else model
         return made, manifest, tensors
 

@@ -30,6 +30,7 @@ from rankfold.files.digests import file_digest
 from rankfold.files.durable import synced_meanwhile, write_whole
 from rankfold.files.folder import check_output, check_space, folder_in_one_step, trial_folder
 from rankfold.files.listed import PAGE_FILE, file_names
+from rankfold.files.shards import USUAL_SIZE, write_weights
 from rankfold.files.tensors import METADATA, safetensors_bytes
 from rankfold.integrations import transformers as hf
 from rankfold.integrations.vision import NamedModel
@@ -51,6 +52,7 @@ def save_artifact(
     source: NamedModel | None = None,
     key: SigningKey | None = None,
     page: Callable[[Manifest], str] | None = None,
+    max_shard_size: int = USUAL_SIZE,
 ) -> Path:
     """Write a factorized model; the folder appears complete or not at all.
 
@@ -64,6 +66,7 @@ def save_artifact(
         source: What makes a model like the original, where a library does.
         key: Signs the folder.
         page: Makes ``report.html`` of the whole manifest; None for no page.
+        max_shard_size: Bytes of weights in a file; more are written into several, with an index.
 
     Raises:
         InputError: The folder can't be written.
@@ -72,10 +75,9 @@ def save_artifact(
     check_output(target, overwrite, MANIFEST_FILE, reads=_opened_from(model))
     tensors, complete = _described(model, manifest, source)
     with folder_in_one_step(target, overwrite) as draft:
-        stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(stored, draft / WEIGHTS_FILE, metadata=METADATA)
-        with synced_meanwhile(draft / WEIGHTS_FILE):
-            complete["digest"] = artifact_digest(complete, stored)
+        files_of_weights = write_weights(draft, tensors, max_shard_size)
+        with synced_meanwhile(*files_of_weights):
+            complete["digest"] = artifact_digest(complete, tensors)
         also = () if page is None else (PAGE_FILE,)
         _write(draft, model, complete, tokenizer, files or {}, also)
         if page is not None:

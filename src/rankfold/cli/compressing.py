@@ -26,7 +26,7 @@ from rankfold.files.folder import owned_output
 from rankfold.integrations.vision import parse_named
 from rankfold.keywords import Options
 from rankfold.machine.device import check_device, unused_gpu
-from rankfold.machine.offload import advice
+from rankfold.machine.offload import advice, amount_of
 from rankfold.machine.progress import TerminalProgress
 from rankfold.model.sizes import model_parameters
 from rankfold.result import Result
@@ -89,6 +89,7 @@ def open_all(
     """
     parts, settings = options.parts, options.settings
     parts.check()
+    amount_of("max_shard_size", options.folders.max_shard_size)  # before any work
     device = check_device(options.reading.device)
     if (hint := unused_gpu(device)) is not None:
         mention(hint)

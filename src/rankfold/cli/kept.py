@@ -34,6 +34,7 @@ def save_result(
         source=opened.source,
         overwrite=folders.overwrite,
         page=not folders.no_report,
+        max_shard_size=folders.max_shard_size,
         **options,
     )
     save_somewhere(save, out)

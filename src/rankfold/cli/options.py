@@ -298,6 +298,14 @@ class Folders(Room):
             rich_help_panel="Output",
         ),
     ] = False
+    max_shard_size: Annotated[
+        str,
+        typer.Option(
+            metavar="AMOUNT",
+            help="Most weights in a file of the result; more are written into several.",
+            rich_help_panel="Output",
+        ),
+    ] = "5GB"
     no_timing: Annotated[
         bool,
         typer.Option(

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from rankfold.artifact.load import load, own_class
-from rankfold.artifact.manifest import WEIGHTS_FILE, library_versions, read_manifest
+from rankfold.artifact.manifest import library_versions, read_manifest
 from rankfold.artifact.recorded import recorded_inputs
 from rankfold.data.input_settings import InputSettings, refuse_other
 from rankfold.errors import MODEL, InputError, check_kind, path_of
@@ -33,6 +33,7 @@ from rankfold.export.targets import register_target as register_target
 from rankfold.export.traced import TracedProgram
 from rankfold.files.folder import check_output, folder_in_one_step
 from rankfold.files.listed import file_names
+from rankfold.files.shards import weights_size
 from rankfold.files.unchanged import Unchanged
 from rankfold.integrations import transformers as hf
 from rankfold.model.sizes import model_parameters
@@ -120,7 +121,7 @@ def export(
         parameters=model_parameters(written.model),
         bytes=sum(file.stat().st_size for file in out.glob(target.files)),
         factorized_parameters=parameters,
-        factorized_bytes=(source / WEIGHTS_FILE).stat().st_size,
+        factorized_bytes=weights_size(source),
         difference=written.difference,
         dynamic=written.dynamic,
     )

@@ -77,12 +77,13 @@ def write_whole(file: Path, pieces: Iterable[bytes], mode: int) -> None:
 
 
 @contextmanager
-def synced_meanwhile(file: Path) -> Iterator[None]:
-    """A written file goes to the disk while something else is computed."""
+def synced_meanwhile(*files: Path) -> Iterator[None]:
+    """Written files go to the disk while something else is computed."""
     with ThreadPoolExecutor(1) as pool:
-        done = pool.submit(sync_file, file)
+        done = [pool.submit(sync_file, file) for file in files]
         yield
-        done.result()
+        for one in done:
+            one.result()
 
 
 def exchange(one: Path, other: Path) -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rankfold.errors import InputError, listed, require, visible
 from rankfold.files.json_file import read_json
+from rankfold.files.shards import weight_files
 from rankfold.files.tensors import read_each, read_names, read_tensors, without_wrappers
 from rankfold.integrations.allowed import sealed
 from rankfold.machine.offload import Offload
@@ -29,7 +30,6 @@ from rankfold.machine.weights import move_to_files
 
 GENERATION_FILE = "generation_config.json"
 MOST_QUOTED = 400  # characters of a message of transformers
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # What transformers says where it does something else than what a file or the caller says.
 _NOT_AS_ASKED = re.compile(
     r"newly initialized|NOT tie|corrupted|to instantiate a model of type"
@@ -176,7 +176,7 @@ def _tensors_in_files(folder: Path, offload: Offload, kept: dict[int, Tensor]) -
         offload: Where the files lie.
         kept: Gets the values in the files, by the addresses of the tensors.
     """
-    files = _weight_files(folder)
+    files = weight_files(folder)
     inner = _inner_names(folder, files)
     found: dict[str, Tensor] = {}
     for name, values in (pair for file in files for pair in read_each(file)):
@@ -217,7 +217,7 @@ def _not_computed(model: Any, names: Collection[str], folder: Path) -> list[str]
     computed = {name: buffers.get(name, buffers.get(prefix + name)) for name in names}
     stored: dict[str, Tensor] = {}
     if any(buffer is not None for buffer in computed.values()):
-        for file in _weight_files(folder):
+        for file in weight_files(folder):
             stored |= read_tensors(file)
     return [
         name
@@ -320,7 +320,7 @@ def _refuse(name: str, where: object, problems: list[str]) -> NoReturn:
 
 def _unwrapped_tensors(folder: Path) -> dict[str, Tensor] | None:
     """The tensors of a folder by their names in the model itself; None where they have these."""
-    files = _weight_files(folder)
+    files = weight_files(folder)
     inner = _inner_names(folder, files)
     if all(name == own for name, own in inner.items()):
         return None
@@ -335,23 +335,3 @@ def _inner_names(folder: Path, files: Sequence[Path]) -> dict[str, str]:
         said = f"names of {visible(folder)} are those of a wrapped model; they were put right"
         print(said, file=sys.stderr)
     return inner
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads, where it reads any by these names."""
-    if (folder / _SINGLE).is_file():
-        return [folder / _SINGLE]
-    if not (folder / _INDEX).is_file():
-        return []
-    index = read_json(folder / _INDEX)
-    shards = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(shards, dict):
-        raise InputError(f"{folder / _INDEX} has no weight_map; expected one from names to files.")
-    files = [folder / Path(str(shard)).name for shard in dict.fromkeys(shards.values())]
-    lacking = [file.name for file in files if not file.is_file()]
-    if lacking:
-        raise InputError(
-            f"{folder} lacks files that {_INDEX} names:\n  {listed(lacking)}\n"
-            "Download or copy the folder again."
-        )
-    return files

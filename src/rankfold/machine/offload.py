@@ -212,7 +212,16 @@ def weights_in_files(of_model: int, memory: int | None) -> bool:
 
 
 def memory_of(value: object) -> int:
+    """Bytes of memory, as ``amount_of`` reads them."""
+    return amount_of("memory", value)
+
+
+def amount_of(what: str, value: object) -> int:
     """Bytes of a text such as ``8GB``, ``1.5 GB`` or ``900MB``, or of a whole number.
+
+    Args:
+        what: The argument, for messages.
+        value: As given.
 
     Raises:
         InputError: It is none of these.
@@ -223,7 +232,7 @@ def memory_of(value: object) -> int:
     found = round(float(match["number"]) * UNITS[match["unit"].upper()]) if match else 0
     if found < 1:
         raise InputError(
-            f"memory is {visible(str(value))!r}; expected an amount with its unit, such as 8GB or "
+            f"{what} is {visible(str(value))!r}; expected an amount with its unit, such as 8GB or "
             f"900MB ({', '.join(UNITS)}), or a whole number of bytes."
         )
     return found

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.artifact.manifest import WEIGHTS_FILE, Manifest, read_manifest, read_report
+from rankfold.artifact.manifest import Manifest, read_manifest, read_report
 from rankfold.artifact.recorded import check_read_alike, recorded_pooling
 from rankfold.certificate.certify import Certificate
 from rankfold.certificate.differences import differences
@@ -36,7 +36,7 @@ from rankfold.data.given import up_to
 from rankfold.data.parts import LIMIT_NAMES, USUAL_LIMITS, Collate, Part, as_part, enough_for
 from rankfold.errors import MODEL, InputError, check_kind, path_of
 from rankfold.files.digests import model_digest
-from rankfold.files.tensors import read_tensors
+from rankfold.files.shards import read_weights
 from rankfold.machine.progress import Progress
 from rankfold.tasks.evaluation import Evaluation, Metric, check_functions, evaluate, metric_values
 from rankfold.tasks.losses import TASKS
@@ -124,7 +124,7 @@ def _without_data(
 ) -> list[Check]:
     """What is checked before any example is looked at."""
     check_kind("the model", model, nn.Module, MODEL)
-    tensors = read_tensors(folder / WEIGHTS_FILE)
+    tensors = read_weights(folder)
     checks = [*file_checks(folder, document, manifest, tensors), *_numbers(document, manifest)]
     checks += report_checks(manifest, document, model, tensors)
     if original is not None:
