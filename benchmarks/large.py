@@ -2,8 +2,8 @@
 
 ``make`` writes a Llama of SmolLM2's blocks: hidden states and heads are tiled, blocks repeated,
 each of several repeats adding its part, and every matrix is perturbed. It is written block by
-block, a file each. ``run`` makes it smaller in a control group (version 1, as root) with a limit of memory,
-and prints the peaks of memory, the disk and the time that it took.
+block, a file each. ``run`` makes it smaller in a control group (version 1, as root) with a limit of
+memory, and prints the peaks of memory, the disk and the time that it took.
 """
 
 from __future__ import annotations
