@@ -207,5 +207,7 @@ def test_files_are_named_where_and_only_where_they_changed(
         return
     with pytest.raises(InputError, match="changed during the run") as raised:
         found.check()
+    with pytest.raises(InputError, match="changed during the run"):
+        found.check_read(whole=True)
     assert str(chosen) in str(raised.value)
     assert not any(str(f) in str(raised.value) for f in files if f != chosen)

@@ -137,14 +137,12 @@ class Result:
             sign: A private Ed25519 key that signs the folder: a PEM file, or what
                 ``rankfold.certificate.signature.open_key`` gives.
             page: Whether ``report.html`` is written too.
-            max_shard_size: Most bytes of weights in a file, such as ``"5GB"``; a larger model is
-                written into several files with an index.
+            max_shard_size: Most weights in a file, ``"5GB"``; more are written into several.
 
         Raises:
             InputError: The folder can't be written, ``source`` makes another model,
                 ``input_settings`` contradicts what rankfold has read, or the key can't be used.
         """
-        key = open_key(sign) if isinstance(sign, str | Path) else sign
         named = None if source is None else parse_named(source)
         if named is not None:
             self._check_made_by(named)
@@ -152,8 +150,7 @@ class Result:
         if input_settings is not None:
             found = InputSettings.from_dict(report["input_settings"])
             sources = ("the data that was read", found), ("input_settings=", input_settings)
-            together = joined(sources)
-            report = {**report, "input_settings": together.as_dict()}
+            report = {**report, "input_settings": joined(sources).as_dict()}
             document = with_report(document, report)
         seen = self.seen.as_dict(tokenizer, report["input_settings"])
         return save_artifact(
@@ -169,7 +166,7 @@ class Result:
                 SEEN_FILE: seen_text(seen),
             },
             source=named,
-            key=key,
+            key=open_key(sign) if isinstance(sign, str | Path) else sign,
             page=(lambda manifest: html(manifest, document, seen)) if page else None,
             max_shard_size=amount_of("max_shard_size", max_shard_size),
         )

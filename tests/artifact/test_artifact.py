@@ -13,9 +13,9 @@ from torch import nn
 
 import rankfold
 from rankfold import ArtifactError, InputError
-from rankfold.artifact import save as artifact
 from rankfold.artifact.manifest import read_manifest, read_report
 from rankfold.artifact.save import save_artifact
+from rankfold.files import shards
 from rankfold.integrations.transformers import load_folder
 from tests.small_models import (
     SmallCNN,
@@ -183,7 +183,7 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
         Path(file).write_bytes(b"half a file")
         raise error
 
-    monkeypatch.setattr(artifact, "save_file", failing)
+    monkeypatch.setattr(shards, "save_file", failing)
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from rankfold.keywords import Options
 from rankfold.machine.device import check_device
 from rankfold.machine.offload import advice
 from rankfold.machine.progress import TerminalProgress
+from rankfold.machine.weights import in_files
 from rankfold.model.sizes import model_parameters
 from rankfold.statistics.kept import KeptStatistics, check_new
 
@@ -41,7 +42,7 @@ def collect(model: str, out: Path, options: Collecting) -> int:
         if (hint := advice(model_parameters(opened.model), room.room(opened.model))) is not None:
             mention(hint)
         data, _ = opened_data(opened, parts, settings, options.reading)
-        given.check_read()
+        given.check_read(whole=in_files(opened.model))
         kept = save_statistics(
             opened.model,
             data,

@@ -28,6 +28,7 @@ from rankfold.keywords import Options
 from rankfold.machine.device import check_device, unused_gpu
 from rankfold.machine.offload import advice, amount_of
 from rankfold.machine.progress import TerminalProgress
+from rankfold.machine.weights import in_files
 from rankfold.model.sizes import model_parameters
 from rankfold.result import Result
 
@@ -49,7 +50,7 @@ def compress(
             models=[model], weights=folders.weights, data=vars(options.parts).values()
         )
         opened, data, guard = open_all(model, options, out, size)
-        given.check_read()
+        given.check_read(whole=in_files(opened.model))
         result = algorithm(
             opened.model,
             data,

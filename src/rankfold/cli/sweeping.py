@@ -21,6 +21,7 @@ from rankfold.errors import InputError, visible
 from rankfold.files.folder import owned_output
 from rankfold.files.listed import PAGE_FILE
 from rankfold.machine.progress import TerminalProgress
+from rankfold.machine.weights import in_files
 from rankfold.settings import SizeOf
 from rankfold.sweep import SweepFolder, SweepStatement, each_size, prepare_sweep, state_sweep
 
@@ -68,7 +69,7 @@ def _run(
     largest = statement.sizes[0]
     whole = largest if statement.size_of == "model" else 1
     opened, data, guard = open_all(model, options, target.of(largest), whole)
-    given.check_read()
+    given.check_read(whole=in_files(opened.model))
     settings: Any = vars(replace(options.settings, confidence=statement.each))
     keywords: Any = {
         **settings,

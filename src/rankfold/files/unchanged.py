@@ -36,12 +36,18 @@ class Unchanged:
         self._inputs = dict(inputs)
         self._seen = _now(self._listed())
 
-    def check_read(self) -> None:
+    def check_read(self, whole: bool = False) -> None:
         """Call it when all is opened: what was written meanwhile may have been read half.
+
+        Args:
+            whole: Compare all bytes, not just when files were written: what was read is a copy, and
+                nobody looks at the files themselves any more.
 
         Raises:
             InputError: Names the files that were written since the start.
         """
+        if whole:
+            self.check()
         here = self._listed()
         found = [
             f"{visible(file)} ({whose}): written while it was read"

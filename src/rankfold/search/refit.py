@@ -210,7 +210,6 @@ def fitted_again(
         )
     part = part.spread(min(len(part.examples), _examples(seen, modules, len(first), memory)))
     batches = [on_device(part.collate(some), factorized) for some in part.batches(batch_size)]
-    # Which tokens are no padding, where a batch says so.
     masks = [field_of(batch, "attention_mask") for batch in batches]
     fit = _Fit(modules, residuals, masks, offload or Offload())
     run_in_step(
@@ -245,7 +244,7 @@ class _Fit:
     Args:
         modules: The layers, in the order of their calls.
         residuals: What the outputs are added to, of the layers where that is known.
-        masks: Of each batch, which of its rows count, or None.
+        masks: Of each batch, which of its rows count (which tokens are no padding), or None.
         offload: Where the fitted layers lie.
 
     Attributes:
