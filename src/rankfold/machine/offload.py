@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from rankfold.errors import InputError, of_another_kind, visible
+from rankfold.machine.launched import beside
 
 SMALL = 1 << 18  # bytes up to which a tensor stays in memory
 # Of what a container may take: control groups of Linux, version 2 and 1.
@@ -143,7 +144,7 @@ def with_room(offload: Offload, memory: int | None, model: nn.Module) -> Offload
     on_cpu = all(p.device.type == "cpu" for p in there)
     if memory is None:
         available = available_memory()
-        memory = None if available is None else available + of_model
+        memory = None if available is None else available // beside() + of_model
     elif not on_cpu:
         raise InputError(
             "memory is given, but the model is on a GPU, whose memory no file can stand for; "

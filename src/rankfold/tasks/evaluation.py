@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from rankfold.data.example import describe
 from rankfold.data.parts import Batch, Part
 from rankfold.errors import InputError, check_kind, of_another_kind
+from rankfold.machine import processes
 from rankfold.machine.memory import memory_ran_out
 from rankfold.machine.progress import Progress, SilentProgress
 from rankfold.model.evaluation_mode import evaluation_mode
@@ -157,7 +158,7 @@ def evaluate(
         check_kind("batch_size", batch_size, Integral, "a whole number of 1 or more")
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; expected 1 or more.")
-    batches = part.batches(batch_size)
+    batches = processes.mine(part.batches(batch_size))
     results: list[BatchLoss] = []
     with evaluation_mode(model):
         for examples in progress.track(batches, stage, len(batches)):
@@ -173,6 +174,7 @@ def evaluate(
                     "(reduction='none')."
                 )
             results.append(BatchLoss(result.losses, result.terms, None, result.correct))
+    results = processes.in_order(processes.gathered(results, stage))
     losses = torch.cat([r.losses for r in results]).double().cpu()
     if finite and not bool(torch.isfinite(losses).all()):
         bad = int((~torch.isfinite(losses)).nonzero()[0])
