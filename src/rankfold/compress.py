@@ -20,6 +20,7 @@ from rankfold.search.damping import choose_damping
 from rankfold.search.guard import open_guard
 from rankfold.search.plans import favoured, mild_to_strong, of_size, within_margin
 from rankfold.search.round import start_round
+from rankfold.search.same_run import same_run, same_target
 from rankfold.search.study import open_inputs, study_of
 from rankfold.search.trial import lowest
 from rankfold.settings import SizeOf, check_size
@@ -79,6 +80,7 @@ def _ready(model: nn.Module, data: object, margin: float | None, given: Options)
     run = Run(model, offload.kept, progress)
     with run.as_it_was():
         inputs = open_inputs(model, data, settings, loss=loss, metrics=metrics)
+        offload = same_run(inputs, settings, offload, folder)
         guarded = open_guard(inputs, data, guard, settings, progress)
         held_out = HeldOut.sealed(inputs.held_out, settings, metrics, margin, guarded)
         study = study_of(inputs, settings, progress=progress, offload=offload, kept=folder)
@@ -102,6 +104,7 @@ class Preparation(Prepared):
         asked: dict[str, Any] = {"size": float(check_size(size, size_of)), "size_of": size_of}
         self._held_out.check(margin)
         with self._run.as_it_was():
+            same_target(f"{asked}, margin {margin}")
             tried = of_size(self._round, self._round.budget(**asked))
             opened = self._held_out.test([chosen := lowest(tried)], margin)
             return result_of("lossless", chosen, opened, asked, tried, self._run)
@@ -112,6 +115,7 @@ class Preparation(Prepared):
         check_flag("certified", certified)
         asked = {"certified": True} if certified else {}
         with self._run.as_it_was():
+            same_target(f"{asked}, margin {margin}")
             tried = within_margin(self._round, margin)
             order = mild_to_strong(tried) if certified else [favoured(tried, margin)]
             opened = self._held_out.test(order, margin)

@@ -21,6 +21,7 @@ from rankfold.data.given import up_to
 from rankfold.data.parts import FEWEST, PARTS, USUAL_LIMITS, Data, Part
 from rankfold.errors import InputError
 from rankfold.files.digests import json_digest, model_digest
+from rankfold.machine import processes
 from rankfold.machine.progress import Progress
 from rankfold.others.samples import Samples
 from rankfold.others.source import LossSource
@@ -110,6 +111,7 @@ class HeldOut:
         digests: list[str] = []
         place, verdict = 0, INTERRUPTED
         original = model_digest(order[0].round.study.subject.unpacked.given)
+        past: History | None = None
         try:
             for at, (trial, statement) in enumerate(zip(order, statements, strict=True)):
                 one = tested[at] = self._tested(trial, statement, digests)
@@ -120,6 +122,8 @@ class HeldOut:
         finally:  # what was seen is seen, also where a pass fails or is interrupted
             if digests:
                 past = self._recorded(original, digests, verdict)
+        past = processes.from_first(lambda: past, "the record of openings")
+        assert past is not None  # one plan at least was tested
         study = order[place].round.study
         others = [study.parts[name] for name in PARTS[:2]]
         standing = tested[place]
@@ -135,10 +139,13 @@ class HeldOut:
             changed=most_changed(self._part, standing.evidence) if standing and shown else (),
         )
 
-    def _recorded(self, original: str, models: Sequence[str], verdict: str) -> History:
-        """Record an opening of the whole part, which the original sees; gives what was before."""
+    def _recorded(self, original: str, models: Sequence[str], verdict: str) -> History | None:
+        """Record an opening of the whole part, which the original sees; gives what was before.
+
+        Of several processes the first one records it.
+        """
         opening = _opening(original, models, self._digests(), verdict, self.settings.seed)
-        past = record(opening, self._openings)
+        past = record(opening, self._openings) if processes.rank() == 0 else None
         self._openings.append(opening)
         return past
 
@@ -170,6 +177,7 @@ class HeldOut:
         study = trial.round.study
         given, model = study.subject.unpacked.given, trial.build()
         digests.append(model_digest(model))
+        processes.agree("the model that came out", digests[-1])
         if self._original is None:
             self._original = self._evaluated(trial, given, "original on held-out data")
         factorized = self._until_shown(trial, model, self._original, statement)

@@ -11,6 +11,7 @@ from torch import nn
 from rankfold.errors import check_flag, of_another_kind, path_of
 from rankfold.machine.device import device_of
 from rankfold.machine.offload import Offload, check_offload, memory_of, names_of, with_room
+from rankfold.machine.processes import is_first
 from rankfold.machine.progress import Progress, TrimmingProgress, shown_progress
 from rankfold.machine.timing import Watch
 from rankfold.machine.weights import in_files, move_to_files
@@ -104,7 +105,8 @@ def read_options(options: Options, model: nn.Module) -> Asked:
         weights=bool(weights) or in_files(model),
     )
     check_offload(offload, device)
-    shown = TrimmingProgress(shown_progress(cast("Progress | bool | None", progress)))
+    asked = cast("Progress | bool | None", progress) if is_first() else None
+    shown = TrimmingProgress(shown_progress(asked))
     offload = with_room(offload, None if memory is None else memory_of(memory), model)
     if offload.weights:
         move_to_files(model, offload)

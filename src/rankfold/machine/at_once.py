@@ -27,6 +27,12 @@ def is_small(matrix: Tensor) -> bool:
     return matrix.device.type == "cpu" and min(matrix.flatten(1).shape) < LARGE
 
 
+def work_on(matrix: Tensor) -> float:
+    """How much a decomposition of a matrix ``(out, in, ...)`` takes, beside those of others."""
+    out, in_ = matrix.flatten(1).shape
+    return float(out) ** 3 + float(in_) ** 3
+
+
 def at_once(
     items: Iterable[Item], work: Callable[[Item], Result], small: Callable[[Item], bool]
 ) -> Iterator[Result]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from rankfold.errors import InputError, of_another_kind, visible
+from rankfold.machine.launched import beside
 
 SMALL = 1 << 18  # bytes up to which a tensor stays in memory
 # Of what a container may take: control groups of Linux, version 2 and 1.
@@ -191,7 +192,7 @@ def with_room(offload: Offload, memory: int | None, model: nn.Module) -> Offload
         )
     asked = memory
     if memory is None and (available := available_memory()) is not None:
-        memory = available + (0 if offload.weights else of_model)
+        memory = available // beside() + (0 if offload.weights else of_model)
     weights = on_cpu and (offload.weights or weights_in_files(of_model, memory))
     least = LARGEST * max((p.numel() for p in there), default=0)
     if asked is not None and asked < least:

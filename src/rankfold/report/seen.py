@@ -26,6 +26,8 @@ from rankfold.data.example import example_input
 from rankfold.errors import visible
 from rankfold.files.checked import Count, Fields, Number, check
 from rankfold.files.json_file import read_json
+from rankfold.machine import processes
+from rankfold.machine.device import device_of
 from rankfold.machine.timing import Stage, Watch
 from rankfold.machine.weights import as_in_file
 from rankfold.model.kept import KeptModel
@@ -71,6 +73,7 @@ class Run:
     def __init__(self, model: nn.Module, keep: Callable[[Tensor], Tensor], watch: Watch) -> None:
         """Keep the model as ``KeptModel`` does; ``watch`` is the progress of all that runs it."""
         self.watch = watch
+        self._device = device_of(model)
         self._kept = KeptModel(model, keep, as_in_file)
         self._prepared: list[Stage] = []
 
@@ -81,15 +84,18 @@ class Run:
 
     @contextmanager
     def as_it_was(self) -> Iterator[None]:
-        """As of ``KeptModel``; what earlier uses of the preparation took is not counted."""
+        """As of ``KeptModel``; what earlier uses of the preparation took is not counted.
+
+        Of several processes, all do what is within.
+        """
         self.watch.stages[:] = map(replace, self._prepared)
-        with self._kept.as_it_was():
+        with processes.joined(self._device), self._kept.as_it_was():
             yield
 
 
 def seen_by(watch: Watch, chosen: Trial, opened: Opened) -> Seen:
     """What a run saw, once its held-out part is opened: both models are timed here."""
-    if not watch.timing:
+    if not watch.timing or processes.rank() > 0:  # those of one process don't disturb each other
         return Seen(changed=tuple(opened.changed))
     study = chosen.round.study
     latency = measured_latency(

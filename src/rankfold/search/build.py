@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from rankfold.forms.curve import Choice
 from rankfold.forms.embedding.fit import low_rank_uses
+from rankfold.forms.low_rank.form import LOW_RANK
 from rankfold.forms.registry import LayerFactors, form_of
-from rankfold.machine.at_once import at_once, is_small
+from rankfold.machine import processes
+from rankfold.machine.at_once import at_once, is_small, work_on
+from rankfold.machine.shared_out import shared_out
 from rankfold.model.layer_matrix import MatrixLayer
 from rankfold.model.replace import with_replaced
 from rankfold.search.allocate import RankPlan
@@ -21,6 +24,7 @@ from rankfold.search.round import Round
 
 def build(round_: Round, plan: RankPlan) -> nn.Module:
     """A copy of the model with this plan's layers, the dense ones moved by the step."""
+    share_factors(round_, plan)
     modules: dict[str, nn.Module] = {}
     weights: dict[str, Tensor] = {}
     offload = round_.study.offload
@@ -102,6 +106,7 @@ def layer_weight(round_: Round, name: str, choice: Choice) -> Tensor:
 def plan_weights(round_: Round, plan: RankPlan) -> Iterator[tuple[str, Tensor]]:
     """What a plan makes of all weights, one after the other."""
     matrices = round_.study.subject.matrices
+    share_factors(round_, plan)
     made = at_once(
         plan,
         lambda name: layer_weight(round_, name, plan[name]),
@@ -110,15 +115,51 @@ def plan_weights(round_: Round, plan: RankPlan) -> Iterator[tuple[str, Tensor]]:
     return zip(plan, made, strict=True)
 
 
+def share_factors(round_: Round, plan: RankPlan) -> None:
+    """Let each process of a run find the factors of some of a plan's layers, for all of them.
+
+    Those of plain low rank are its spectrum's, which all have.
+    """
+    if not processes.several():
+        return
+    layers, storage = round_.study.subject.layers, round_.settings.form
+    missing = [
+        name
+        for name, choice in plan.items()
+        if choice.rank is not None
+        and name in layers
+        and form_of(choice, storage).form is not LOW_RANK
+        and _known(round_, name, choice) is None
+    ]
+    made = shared_out(
+        missing,
+        lambda name: layer_factors(round_, name, plan[name]),
+        small=lambda name: is_small(layers[name].weight),
+        cost=lambda name: work_on(layers[name].weight),
+        what="weights of the plan",
+        keep=round_.study.offload.kept,
+    )
+    for name, factors in zip(missing, made, strict=True):
+        round_.found[name] = _asked(round_, plan[name]), factors
+
+
+def _asked(round_: Round, choice: Choice) -> object:
+    return round_.settings.form, choice.form, choice.ranks
+
+
+def _known(round_: Round, name: str, choice: Choice) -> LayerFactors | None:
+    asked, factors = round_.found.get(name, (None, None))
+    return factors if asked == _asked(round_, choice) else None
+
+
 def layer_factors(round_: Round, name: str, choice: Choice) -> LayerFactors:
     """The factors of a choice of a rank; the last ones of each layer are kept."""
-    asked = (round_.settings.form, choice.form, choice.ranks)
-    known = round_.found.get(name)
-    if known is None or known[0] != asked:
+    known = _known(round_, name, choice)
+    if known is None:
         form = form_of(choice, round_.settings.form).form
         offers = round_.offers.get(name, ())
         state = next((offer.state for offer in offers if offer.form is form), None)
         keep = partial(round_.keep, name)
-        known = asked, form.factors(round_.problem(name), choice, state, keep)
-        round_.found[name] = known
-    return known[1]
+        known = form.factors(round_.problem(name), choice, state, keep)
+        round_.found[name] = _asked(round_, choice), known
+    return known

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from rankfold.certificate.change import Change, paired_change
 from rankfold.data.parts import Part
 from rankfold.files.json_file import finite
-from rankfold.machine.at_once import at_once, is_small
+from rankfold.machine.at_once import is_small, work_on
 from rankfold.machine.offload import Offload
 from rankfold.machine.progress import Progress
+from rankfold.machine.shared_out import shared_out
 from rankfold.maths.gradient import (
     GradientStep,
     HarmlessRange,
@@ -193,10 +194,19 @@ def step_directions(
         gradients = (halves.pop(0) for _ in range(2))
         return gradient_step(gradients, *damped_grams(stats, damping), estimator)
 
-    made = at_once(layers, of_layer, lambda name: is_small(layers[name].weight))
-    shown = progress.track(made, "gradient step per layer", len(layers))
+    stage = "gradient step per layer"
+    made = shared_out(
+        [*layers],
+        of_layer,
+        small=lambda name: is_small(layers[name].weight),
+        cost=lambda name: work_on(layers[name].weight),
+        what=stage,
+    )
+    shown = progress.track(made, stage, len(layers))
     steps: dict[str, GradientStep] = {}
     for name, step in zip(layers, shown, strict=True):
+        if release:  # also where another process took the step
+            statistics[name] = replace(statistics[name], gradients=None)
         steps[name] = replace(step, direction=offload.kept(step.direction))
     return Directions(
         by_layer={name: step.direction for name, step in steps.items()},

@@ -24,6 +24,7 @@ from rankfold.data.given import up_to
 from rankfold.data.parts import FEWEST, USUAL_LIMITS, Data, Part, as_part, drawn, refuse_unlike
 from rankfold.errors import InputError
 from rankfold.integrations.transformers import own_text, task_hint, writes_text
+from rankfold.machine import processes
 from rankfold.machine.memory import memory_ran_out
 from rankfold.machine.progress import Progress
 from rankfold.search.study import DEFAULT_LIMITS, Inputs, limits_of
@@ -226,7 +227,10 @@ def _written(inputs: Inputs, settings: Settings, progress: Progress | None) -> G
     if length < 2:
         return without("the calibration examples have no token that follows another")
     try:
-        windows = own_text(model, count, length, seed, progress, min(2 * count, AT_ONCE))
+        windows = processes.from_first(
+            lambda: own_text(model, count, length, seed, progress, min(2 * count, AT_ONCE)),
+            "own text",
+        )
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # a model of the user's raises what it likes

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rankfold.data.parts import Batch, Part
 from rankfold.forms.curve import Curve
+from rankfold.machine import processes
 from rankfold.machine.progress import Progress, SilentProgress
 from rankfold.maths.linalg import inner
 from rankfold.model.backward import each_gradient
@@ -81,7 +82,7 @@ def measured_shares(
     before, after = _weights(original, names), _weights(changed, names)
     sums = torch.zeros(len(names), dtype=torch.float64)
     terms = 0.0
-    batches = part.batches(batch_size)
+    batches = processes.mine(part.batches(batch_size))
     for examples in progress.track(batches, "interactions of layers", len(batches)):
         batch = on_device(part.collate(examples), changed)
         with evaluation_mode(original):
@@ -95,6 +96,9 @@ def measured_shares(
         if without_logits and not stationary:
             with checkpointed(original, blocks):
                 sums -= _own_slopes(original, task, batch, before, after)
+    of_all = processes.gathered((sums.tolist(), terms), "interactions of layers")
+    sums = torch.tensor([one for one, _ in of_all], dtype=torch.float64).sum(0)
+    terms = sum(one for _, one in of_all)
     return {name: 0.5 * float(slope) / terms for name, slope in zip(names, sums, strict=True)}
 
 

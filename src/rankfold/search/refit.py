@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial, reduce
+from itertools import chain
 from operator import add
 
 import torch
@@ -34,6 +35,7 @@ from rankfold.forms.output_change import (
     Group,
     OutputChange,
 )
+from rankfold.machine import processes
 from rankfold.machine.offload import Offload
 from rankfold.machine.progress import Progress
 from rankfold.model.evaluation_mode import evaluation_mode
@@ -209,7 +211,8 @@ def fitted_again(
             partial(_forward, task, factorized, few),
         )
     part = part.spread(min(len(part.examples), _examples(seen, modules, len(first), memory)))
-    batches = [on_device(part.collate(some), factorized) for some in part.batches(batch_size)]
+    own = processes.mine(part.batches(batch_size))
+    batches = [on_device(part.collate(some), factorized) for some in own]
     masks = [field_of(batch, "attention_mask") for batch in batches]
     fit = _Fit(modules, residuals, masks, offload or Offload())
     run_in_step(
@@ -274,9 +277,10 @@ class _Fit:
             _Rows.of(module, *pair, mask, residual, stream)
             for pair, mask, stream in zip(pairs, self._masks, known, strict=True)
         ]
-        if any(batch.streams is not None for batch in rows):
+        summed = any(batch.streams is not None for batch in rows)
+        if any(processes.gathered(summed, f"residual of {name}")):
             self.residual.append(name)
-        change = _change(module, rows)
+        change = _change(name, module, rows)
         self.found[name] = module.with_output_change(change)
         self._offload.in_files(self.found[name])
         changed = [change.of_outputs(batch.outputs, module.bias) for batch in rows]
@@ -359,13 +363,15 @@ class _Rows:
         return kept.to(kept_dtype(values))
 
 
-def _change(module: FactorizedLayer, rows: Sequence[_Rows]) -> OutputChange:
+def _change(name: str, module: FactorizedLayer, rows: Sequence[_Rows]) -> OutputChange:
     """The change of a layer's outputs, from those of the original and its own in each batch."""
     groups, bias = module.output_groups(), module.bias
-    of_batches = (batch.moments(groups, bias) for batch in rows)
-    together = reduce(lambda some, more: list(map(add, some, more)), of_batches)
+    of_batches = [batch.moments(groups, bias) for batch in rows]
+    own = [(rows[0].outputs.shape[-1], reduce(_added, of_batches))] if of_batches else []
+    found = [*chain.from_iterable(processes.gathered(own, f"moments of {name}"))]
+    outputs, together = found[0][0], reduce(_added, (moments for _, moments in found))
     coefficients: list[Tensor] = []
-    shift = rows[0].outputs.new_zeros(rows[0].outputs.shape[-1], dtype=torch.float64)
+    shift = together[0].errors.new_zeros(outputs)
     for group, moments in zip(groups, together, strict=True):
         best = best_change(moments, centred=bias is not None)
         coefficients.append(SHARE * lasting(moments, best, centred=bias is not None) * best)
@@ -373,6 +379,10 @@ def _change(module: FactorizedLayer, rows: Sequence[_Rows]) -> OutputChange:
         shifted = SHARE * moments.errors - coefficients[-1] @ moments.features
         shift[group.rows] += torch.where(shifted.isfinite(), shifted / moments.rows, 0)
     return OutputChange(groups, coefficients, None if bias is None else shift)
+
+
+def _added(some: list[Moments], more: list[Moments]) -> list[Moments]:
+    return list(map(add, some, more))
 
 
 def _outputs_of_one(

@@ -19,10 +19,11 @@ from rankfold.files.json_file import finite
 from rankfold.forms.curve import Curve, merged
 from rankfold.forms.low_rank.form import LOW_RANK
 from rankfold.forms.problem import LayerProblem
-from rankfold.forms.registry import Form, LayerFactors, other_forms
+from rankfold.forms.registry import Form, LayerFactors, form_named, other_forms
 from rankfold.forms.storage import Storage
-from rankfold.machine.at_once import at_once, is_small
+from rankfold.machine.at_once import is_small, work_on
 from rankfold.machine.progress import Progress, SilentProgress
+from rankfold.machine.shared_out import shared_out
 from rankfold.maths.gradient import HarmlessRange
 from rankfold.maths.spectrum import Spectrum
 from rankfold.model.layer_matrix import kept_dtype, weight_matrix
@@ -60,6 +61,14 @@ class Offer:
     form: Form
     curve: Curve
     state: Any
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For other processes of a run: they have the form itself."""
+        return _offer_of, (self.form.names[0], self.curve, self.state)
+
+
+def _offer_of(form: str, curve: Curve, state: Any) -> Offer:
+    return Offer(form_named(form), curve, state)
 
 
 @dataclass(frozen=True)
@@ -320,10 +329,13 @@ def _with_curves(round_: Round, release: bool, before: Mapping[str, Sequence[Off
     """The round with its spectra, and with the choices of every form."""
     study, settings = round_.study, round_.settings
     layers = study.subject.layers
-    made = at_once(
-        layers,
+    made = shared_out(
+        [*layers],
         lambda name: _choices(round_, name, before.get(name, ())),
-        lambda name: is_small(layers[name].weight),
+        small=lambda name: is_small(layers[name].weight),
+        cost=lambda name: work_on(layers[name].weight),
+        what="spectra",
+        keep=study.offload.kept,
     )
     spectra: dict[str, Spectrum] = {}
     ranked: dict[str, Curve] = {}

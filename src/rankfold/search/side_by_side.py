@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from rankfold.data.parts import Batch
+from rankfold.machine import processes
 from rankfold.machine.progress import Progress
 from rankfold.model.evaluation_mode import evaluation_mode
 from rankfold.model.residual_connections import Place, watch
@@ -134,12 +135,13 @@ class _Passes:
             handle.remove()
         added = [_sum_at(self._streams.get(name, ()), self._seen[one]) for one in here]
         self._forget()
-        if len(here) == len(self._passes):
-            pairs = _in_pairs(outputs, self._batches)
-            if all(a.shape == b.shape for a, b in pairs):
-                made = visit(name, pairs, _in_pairs(added, self._batches))
-                if made is not None:
-                    return here, [*[None] * self._batches, *made]
+        complete = len(here) == len(self._passes)
+        pairs = _in_pairs(outputs, self._batches) if complete else []
+        fits = complete and all(a.shape == b.shape for a, b in pairs)
+        if all(processes.gathered(fits, f"passes at {name}")):
+            made = visit(name, pairs, _in_pairs(added, self._batches))
+            if made is not None:
+                return here, [*[None] * self._batches, *made]
         return here, [None] * len(here)
 
     def _at(self, one: greenlet) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -33,6 +34,7 @@ from rankfold.data.parts import (
 )
 from rankfold.errors import InputError
 from rankfold.integrations.transformers import own_text, pooling_of, task_hint
+from rankfold.machine import processes
 from rankfold.machine.freed_memory import trim_freed_memory
 from rankfold.machine.offload import Offload
 from rankfold.machine.progress import Progress
@@ -258,7 +260,10 @@ def study_of(
     check_needed(objective, settings, kept)
     if objective.needs_data:
         if kept is None:
-            labels = labels_for(subject.model, task, parts["calibration"], objective, settings)
+            labels = processes.from_first(
+                partial(labels_for, subject.model, task, parts["calibration"], objective, settings),
+                "which labels the gradients are taken of",
+            )
             statistics = _observed(subject, task, parts, labels, settings, offload, progress)
         else:
             labels, statistics = _read(kept, subject, task, parts, settings, offload)
@@ -469,6 +474,8 @@ def written_text(
         )
     first = example_input(examples[0])
     ids = cast("torch.Tensor", first["input_ids"] if isinstance(first, Mapping) else first)
-    windows = own_text(model, count, len(ids), settings.seed, progress)
+    windows = processes.from_first(
+        lambda: own_text(model, count, len(ids), settings.seed, progress), "own text"
+    )
     written = windows if torch.is_tensor(examples[0]) else [{"input_ids": w} for w in windows]
     return {OWN_TEXT: as_part("own text", written)}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from torch import Tensor, nn
 
 from rankfold.certificate.change import Change, paired_change
+from rankfold.files.digests import json_digest
+from rankfold.machine import processes
 from rankfold.model.memory_layout import lay_out
 from rankfold.model.of_user import bare_copy
 from rankfold.model.replace import put_modules
@@ -90,6 +92,7 @@ class Trial:
 def measure(round_: Round, plan: RankPlan) -> Trial:
     """Measure the change of a plan's model on selection data."""
     size = round_.size(plan)
+    processes.agree("the plan", json_digest({name: astuple(one) for name, one in plan.items()}))
     shown = f"size {size:.3f} on selection data"
     evaluation = try_on_selection(round_, look_at(round_, plan), shown)
     change = paired_change(round_.original, evaluation)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.errors import InputError, visible
+from rankfold.machine import processes
 from rankfold.machine.offload import Offload
 from rankfold.machine.progress import Progress, SilentProgress
 from rankfold.machine.tensor_file import TensorFile
@@ -45,6 +46,13 @@ def in_parts(
         InputError: The blocks that were named are none that the model can be cut at.
     """
     named = bool(passes.offload.blocks)
+    if processes.several():
+        if named:
+            raise InputError(
+                "blocks are given, but several processes share this run: what a block leaves for "
+                "the next one lies with one process. Leave blocks out, or start one process."
+            )
+        return in_groups(passes, embeddings, progress)
     if named:
         blocks = named_blocks(passes.model, passes.offload.blocks)
     else:

@@ -20,11 +20,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rankfold.machine import processes
 from rankfold.maths.linalg import Damping, damped
 from rankfold.maths.spectrum import Spectrum
 from rankfold.model.find_layers import EmbeddingMatrix
@@ -128,6 +130,18 @@ class _Sums:
         return UseStatistics(words, gram - scatter(means, words), means)
 
 
+def _nothing(use: str, matrix: EmbeddingMatrix, like: Tensor) -> _Sums:
+    """Sums of a use before it has seen anything, for values like these."""
+    (words, dim), zeros = matrix.weight.shape, partial(torch.zeros, device=like.device)
+    looks_up = use in matrix.lookups
+    return _Sums(
+        energies=zeros(words, dtype=torch.float64),
+        gram=zeros(dim, dim, dtype=torch.float64),
+        counts=zeros(words, dtype=torch.int64) if looks_up else None,
+        means=None if looks_up else zeros(words, dim, dtype=kept_dtype(like)),
+    )
+
+
 class EmbeddingRecorder:
     """Owns the hooks on the uses of embedding matrices, and the sums that they feed.
 
@@ -167,6 +181,17 @@ class EmbeddingRecorder:
             )
             for name, matrix in self.embeddings.items()
         }
+
+    def add_up(self) -> None:
+        """Give all processes of a run the sums of all."""
+        reached = processes.gathered([*self._sums], "uses of embeddings")
+        matrix_of = {use: matrix for matrix in self.embeddings.values() for use in matrix.uses}
+        for use in dict.fromkeys(chain.from_iterable(reached)):
+            matrix = matrix_of[use]
+            if use not in self._sums:
+                self._sums[use] = _nothing(use, matrix, matrix.weight)
+            added = [value for value in vars(self._sums[use]).values() if value is not None]
+            processes.add_up(added, f"sums of {use}")
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums, by use and by what they are."""
@@ -215,14 +240,7 @@ class EmbeddingRecorder:
         if not output.requires_grad:
             return
         if name not in self._sums:
-            (words, dim), zeros = matrix.weight.shape, partial(torch.zeros, device=output.device)
-            looks_up = name in matrix.lookups
-            self._sums[name] = _Sums(
-                energies=zeros(words, dtype=torch.float64),
-                gram=zeros(dim, dim, dtype=torch.float64),
-                counts=zeros(words, dtype=torch.int64) if looks_up else None,
-                means=None if looks_up else zeros(words, dim, dtype=kept_dtype(output)),
-            )
+            self._sums[name] = _nothing(name, matrix, output)
         inputs = call_input(args, kwargs).detach()
         if name in matrix.lookups:
             output.register_hook(partial(self._saw_lookup, name, inputs))

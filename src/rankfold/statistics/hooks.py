@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from rankfold.data.parts import Batch
 from rankfold.errors import InputError
+from rankfold.machine import processes
 from rankfold.machine.offload import Offload
 from rankfold.maths.dominant_rows import dominant_rows
 from rankfold.model.backward import Which, each_gradient
 from rankfold.model.evaluation_mode import evaluation_mode
 from rankfold.model.layer_matrix import MatrixLayer, add_input_gram, call_input, output_rows
 from rankfold.statistics.embeddings import EmbeddingRecorder
-from rankfold.statistics.labels import Curvature, sampled_losses
+from rankfold.statistics.labels import Curvature, Draws, draws_of, sampled_losses, skip_draws
 from rankfold.statistics.layer_statistics import LayerStatistics, Whole
 from rankfold.statistics.sums import Sums
 from rankfold.tasks.evaluation import running
@@ -62,12 +63,30 @@ class Losses:
         found: list[Backward] = []
         of = half if self.gradients else None
         if self.curvature == "sampled":
-            losses = sampled_losses(result, self._generator, self._directions)
+            drawn = draws_of(result, self._directions)
+            with self._turn(drawn):
+                losses = sampled_losses(result, self._generator, self._directions)
             found = [Backward(loss, True, None) for loss in losses]
             if of is None:
                 return found
         loss = (result.losses * result.terms).sum()
         return [*found, Backward(loss, self.curvature == "empirical", of)]
+
+    @contextmanager
+    def _turn(self, drawn: Draws | None) -> Iterator[None]:
+        """Within, labels are drawn as one process would draw them for this batch."""
+        every = processes.gathered(drawn, "labels drawn")
+        for other in every[: processes.rank()]:
+            skip_draws(other, self._generator)
+        yield
+        for other in every[processes.rank() + 1 :]:
+            skip_draws(other, self._generator)
+
+    def skip_turn(self) -> None:
+        """Other processes have a batch that this one has none beside."""
+        if self.curvature == "sampled":
+            with self._turn(None):
+                pass
 
 
 def calibration_losses(model: nn.Module, task: Task, batch: Batch) -> BatchLoss:
@@ -270,6 +289,10 @@ class Recorder:
         leader = None
         if first != name and self.sums[first].leader is None:
             leader = first if self.sums[first].started == self.passes else None
+        return self.empty(name, leader, device)
+
+    def empty(self, name: str, leader: str | None, device: torch.device) -> Sums:
+        """Sums of a layer before it has seen anything."""
         return Sums.empty(
             self.layers[name],
             self.whole[name],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,18 @@ SQUARED = 0  # in place of the number of logits, where the loss is a squared err
 UNLABELLED = f"without a label to predict: all are masked ({IGNORED})"
 
 FEWEST = 8  # examples that say whether a model has memorised its data
+
+
+class Draws(NamedTuple):
+    """What is drawn for a batch.
+
+    Attributes:
+        number: Of labels, or of examples with noise.
+        noise: Shape of an example's noise; None where labels are drawn.
+    """
+
+    number: int
+    noise: tuple[int, ...] | None
 
 
 def without_unlabelled(part: Part, task: Task) -> Part:
@@ -125,6 +138,24 @@ def choose_curvature(calibration_loss: float, classes: int | None, labels: bool)
         return "sampled"
     memorised = calibration_loss < MEMORISED_SHARE * math.log(classes)
     return "sampled" if memorised else "empirical"
+
+
+def draws_of(result: BatchLoss, directions: int) -> Draws | None:
+    """What ``sampled_losses`` draws of a batch; None where it refuses to."""
+    if result.squared is not None:
+        return Draws(len(result.squared), (directions, *result.squared.shape[1:]))
+    return None if result.logits is None else Draws(len(result.logits), None)
+
+
+def skip_draws(drawn: Draws | None, generator: torch.Generator) -> None:
+    """Draw what ``sampled_losses`` does of a batch, and leave it."""
+    if drawn is None:
+        return
+    if drawn.noise is None:
+        torch.rand(drawn.number, 1, generator=generator)
+        return
+    for _ in range(drawn.number):
+        torch.randn(drawn.noise, generator=generator)
 
 
 def sampled_losses(

@@ -14,15 +14,19 @@ from typing import Any
 from torch import nn
 
 from rankfold.data.parts import Batch, Part
-from rankfold.machine.at_once import at_once, is_small
+from rankfold.machine import processes
+from rankfold.machine.at_once import is_small, work_on
 from rankfold.machine.offload import Offload
 from rankfold.machine.progress import Progress
+from rankfold.machine.shared_out import shared_out
+from rankfold.maths.linalg import Damping
 from rankfold.model.layer_matrix import MatrixLayer
 from rankfold.statistics.embeddings import EmbeddingRecorder
 from rankfold.statistics.hooks import Losses, Recorder
 from rankfold.statistics.labels import Curvature, noise_directions
 from rankfold.statistics.layer_statistics import LayerStatistics, Whole
 from rankfold.statistics.sums import Sums
+from rankfold.statistics.together import add_up, leave_to_first
 from rankfold.tasks.evaluation import on_device
 from rankfold.tasks.losses import TEXT, Task
 
@@ -142,19 +146,33 @@ class Passes:
             InputError: What a layer sees is not finite.
         """
         of_user = [run for run in runs if run.half is not None]
-        later = next((run.number for run in of_user if run.half == 1), len(of_user))
-        for run in progress.track(of_user, "collect statistics", len(of_user)):
-            if run.number == later and self.shrinkage:
+        turns = processes.turns(of_user)
+        first = sum(run is not None and run.half == 0 for run in turns)
+        for place, run in enumerate(progress.track(turns, "collect statistics", len(turns))):
+            if place == first and self.shrinkage:
                 recorder.keep_first_half()
-            observe(run)
+            _take_turn(recorder, observe, run)
+        if first == len(turns) and self.shrinkage and processes.several():
+            recorder.keep_first_half()  # the second half was for others
+        add_up(recorder)
         recorder.refuse_infinite()
         if self.shrinkage:
             _compare_halves(recorder.sums, progress)
         if self.prior is not None:
-            written = runs[len(of_user) :]
+            leave_to_first(recorder)
+            written = processes.turns(runs[len(of_user) :])
             for run in progress.track(written, "own text's statistics", len(written)):
-                observe(run)
+                _take_turn(recorder, observe, run)
+            add_up(recorder)
             recorder.refuse_infinite()
+
+
+def _take_turn(recorder: Recorder, observe: Callable[[Run], None], run: Run | None) -> None:
+    """A pass of a batch, or of none while other processes have the last ones."""
+    if run is None:
+        recorder.losses.skip_turn()
+    else:
+        observe(run)
 
 
 def _compare_halves(of_layers: Mapping[str, Sums], progress: Progress) -> None:
@@ -164,18 +182,26 @@ def _compare_halves(of_layers: Mapping[str, Sums], progress: Progress) -> None:
     them: halved it is worse (docs/theory.md, 1).
     """
 
-    def compare(sums: Sums) -> None:
-        sums.compare_halves(of_layers.get(sums.leader or ""))
+    def compare(sums: Sums) -> Damping:
+        return sums.what_lacks(of_layers.get(sums.leader or ""))
 
     # Those that others take an input Gram from come first.
     layers = sorted(of_layers.values(), key=lambda sums: sums.leader is not None)
     alone = sum(sums.leader is None for sums in layers)
+    stage = "halves of the data compared"
     done = chain.from_iterable(
-        at_once(some, compare, lambda sums: is_small(sums.layer.weight))
+        shared_out(
+            some,
+            compare,
+            small=lambda sums: is_small(sums.layer.weight),
+            cost=lambda sums: work_on(sums.layer.weight),
+            what=stage,
+        )
         for some in (layers[:alone], layers[alone:])
     )
-    for _ in progress.track(done, "halves of the data compared", len(layers)):
-        pass
+    shown = progress.track(done, stage, len(layers))
+    for sums, lacking in zip(layers, shown, strict=True):
+        sums.lacking, sums.first_half = lacking, None
 
 
 def halves(task: str, count: int) -> tuple[range, range]:

@@ -149,11 +149,11 @@ class Sums:
         )
         self.first_half = Half(inputs, outputs, product, self.rows)
 
-    def compare_halves(self, leader: Sums | None) -> None:
+    def what_lacks(self, leader: Sums | None) -> Damping:
         """Judge the Grams of the first half by those of the second."""
-        first, self.first_half = self.first_half, None
+        first = self.first_half
         if first is None or not 0 < first.rows < self.rows:
-            return
+            return self.lacking
         if leader is not None:
             inputs = leader.lacking.input
         elif self.whole == "output":
@@ -164,7 +164,7 @@ class Sums:
             outputs = self._behind(first.product_diagonal, first.output_diagonal)
         else:
             outputs = damping_of_half(first.output_diagonal, self.output_gram)
-        self.lacking = Damping(inputs, outputs)
+        return Damping(inputs, outputs)
 
     def _behind(self, product_diagonal: Tensor, diagonal: Tensor) -> float:
         """What the Gram of the longer side lacks, by the product."""

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from rankfold.data.example import describe
 from rankfold.data.parts import Batch, Part
 from rankfold.errors import InputError, check_kind, of_another_kind
+from rankfold.machine import processes
 from rankfold.machine.memory import memory_ran_out
 from rankfold.machine.progress import Progress, SilentProgress
 from rankfold.machine.weights import in_files
@@ -160,11 +161,12 @@ def evaluate(
         check_kind("batch_size", batch_size, Integral, "a whole number of 1 or more")
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; expected 1 or more.")
-    batches = part.batches(batch_size)
+    batches = processes.mine(part.batches(batch_size))
     with evaluation_mode(model):
         runs = [partial(_batch_loss, model, task, part, examples) for examples in batches]
         passes = once_for_many(model, runs, _same) if in_files(model) else (run() for run in runs)
         results = list(progress.track(passes, stage, len(batches)))
+    results = processes.in_order(processes.gathered(results, stage))
     losses = torch.cat([r.losses for r in results]).double().cpu()
     if finite and not bool(torch.isfinite(losses).all()):
         bad = int((~torch.isfinite(losses)).nonzero()[0])
