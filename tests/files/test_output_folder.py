@@ -24,11 +24,11 @@ from torch import nn
 import rankfold
 from rankfold import InputError
 from rankfold.artifact.save import save_artifact
-from rankfold.files.durable import exchange
+from rankfold.files.durable import PREFIX, exchange
 from rankfold.files.folder import check_output, folder_in_one_step, owned_output
 from rankfold.files.leftovers import clean_leftovers
 from rankfold.files.listed import file_names, remove_listed, unlisted
-from rankfold.files.owned import ABOUT, LOCK, PREFIX, hidden_of
+from rankfold.files.owned import ABOUT, LOCK, hidden_of
 
 MARK = "rankfold.json"
 
