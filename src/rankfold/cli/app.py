@@ -186,6 +186,12 @@ def say(message: str, *, err: bool = False) -> None:
     typer.echo(visible(message, lines=True), file=loud_stderr() if err else sys.stdout)
 
 
+def warn(trouble: str | None) -> None:
+    """Say a warning on stderr, if there is one."""
+    if trouble is not None:
+        tell(f"warning: {trouble}")
+
+
 def mention(message: str) -> None:
     """Say on stderr what is no warning: ``--quiet`` leaves it out."""
     if loud_stderr() is sys.stderr:
