@@ -373,3 +373,11 @@ def test_colours_of_16_bits_are_read_or_refused_by_their_values(channels: int) -
     if channels != 3:
         black[..., -1] = 65535
     assert np.asarray(read_picture(wide_png(black), "it")).max() == 0
+
+
+def test_colours_of_16_bits_of_other_formats_are_read() -> None:
+    """Pillow reads PPM of 16 bits a channel itself, scaled by its own header."""
+    values = (np.arange(18).reshape(2, 3, 3) * 3600).astype(">u2")
+    file = BytesIO(b"P6 3 2 65535\n" + values.tobytes())
+    found = np.asarray(read_picture(file, "it")) / 255
+    assert np.abs(found - values / 65535).max() <= 1.01 / 255

@@ -70,19 +70,29 @@ def _is_wide(opened: Any) -> bool:
     return any(";16" in str(mode) for mode in modes) and opened.mode[0] != "I"
 
 
+# How Pillow is told to keep the lower halves of a channel's 16 bits: as if the bytes stood the
+# other way round; grey and transparency as four channels, of which every second is a lower half.
+_LOWER = {"B": "L", "L": "B"}
+_GREY, _FOUR = "LA;16B", "RGBA"
+
+
 def _lower_halves(file: Path | BytesIO) -> Any:
-    """The same file, read as if its bytes stood the other way round; as it is where none do."""
+    """The lower 8 of 16 bits a channel, for a file of which Pillow keeps the upper ones."""
     pillow: Any = require("PIL.Image", "images")
     with pillow.open(file) as again:
-        other = {"B": "L", "L": "B"}
-        again.tile = [
-            tile._replace(args=tile.args[:-1] + other.get(tile.args[-1], tile.args[-1]))
-            if isinstance(tile.args, str)
-            else tile
-            for tile in again.tile
-        ]
+        grey = any(tile[3] == _GREY for tile in again.tile)
+        again.tile = [(*tile[:3], _swapped(tile[3])) for tile in again.tile]
         again.load()
+        if grey:
+            bands = again.split()
+            return pillow.merge(_FOUR, [bands[1]] * 3 + [bands[3]])
         return again
+
+
+def _swapped(mode: Any) -> Any:
+    if isinstance(mode, tuple):
+        return (_swapped(mode[0]), *mode[1:])
+    return _FOUR if mode == _GREY else mode[:-1] + _LOWER.get(mode[-1], mode[-1])
 
 
 def _refuse_dark(upper: Any, lower: Any, what: str) -> None:
