@@ -38,7 +38,7 @@ def _no_record_of_other_modules(tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture(scope="session")
 def _records(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder for each test: ``mktemp`` looks through all folders there are to number a new one."""
+    """A folder for each test: ``mktemp`` looks through all there are to number a new one."""
     top = tmp_path_factory.mktemp("records")
     return (top / str(number) for number in itertools.count())
 
