@@ -31,7 +31,8 @@ from rankfold.files.json_file import read_json
 from rankfold.files.reading import REPLACED, identity
 from rankfold.files.tensors import read_tensors
 from rankfold.integrations.allowed import check_keys
-from rankfold.integrations.transformers import QUANT_METHOD, is_transformers_model
+from rankfold.integrations.quant_method import QUANT_METHOD
+from rankfold.integrations.transformers import is_transformers_model
 from rankfold.model.memory_layout import lay_out
 from rankfold.model.replace import put_modules
 from rankfold.model.unpack import unpack_named
