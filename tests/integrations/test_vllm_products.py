@@ -60,15 +60,18 @@ def made(name: str, seed: int = 0) -> tuple[Part, Tensor]:
     assert set(names) == set(tensors)
     if form == "dense":
         return part(**tensors), tensors["weight"]
-    given = dict(tensors) if form == "pair" else {**tensors, "bias": None}
-    return part(**tensors), MODULES[form](**given, **({"bias": None} if form == "pair" else {})).dense_matrix()
+    module = MODULES[form](**{**tensors, "bias": None})
+    return part(**tensors), module.dense_matrix()
 
 
 def computed(parts: list[Part], rows: Tensor, bias: Tensor | None = None) -> Tensor:
     return Products(parts, Plain)(rows, bias)
 
 
-@pytest.mark.parametrize("names", [*((n,) for n in PARTS), *itertools.permutations(PARTS, 2), tuple(PARTS)])
+ALONE_AND_TOGETHER = [*((n,) for n in PARTS), *itertools.permutations(PARTS, 2), tuple(PARTS)]
+
+
+@pytest.mark.parametrize("names", ALONE_AND_TOGETHER)
 def test_fused_parts_are_the_dense_product(names: tuple[str, ...]) -> None:
     made_parts = [made(name, seed) for seed, name in enumerate(names)]
     weight = torch.cat([matrix for _, matrix in made_parts])

@@ -76,27 +76,28 @@ def factorized_folder(
         if form.endswith("blocks"):
             # Each block is to be longer than wide, as those that are found are.
             form = "row-blocks" if out >= in_ else "column-blocks"
-        ranks = (min(out, in_) // 3, min(out, in_) // 4) if form.endswith("blocks") else (min(out, in_) // 2,)
-        module = form_named(form).empty(layer, form, ranks, form == "pivoted")
-        _fill(module, generator)
-        modules[name] = module
+        small = min(out, in_)
+        ranks = (small // 3, small // 4) if form.endswith("blocks") else (small // 2,)
+        pivots = form == "pivoted"
+        modules[name] = form_named(form).empty(layer, form, ranks, pivots)
+        _fill(modules[name], generator)
         second = ranks[1] if len(ranks) > 1 else None
-        entries.append(
-            {"name": name, "rank": ranks[0], "second_rank": second, "form": form, "pivoted": form == "pivoted"}
-        )  # fmt: skip
+        entry = {"name": name, "rank": ranks[0], "second_rank": second}
+        entries.append({**entry, "form": form, "pivoted": pivots})
     if embeddings is not None:
         lookup = model.get_input_embeddings()
-        uses = {n: m for n, m in model.named_modules() if m is lookup or (m is head and m.weight is lookup.weight)}
+        named = dict(model.named_modules())
+        uses = {n: m for n, m in named.items() if m is lookup}
+        uses |= {n: m for n, m in named.items() if m is head and m.weight is lookup.weight}
         made = empty_uses(uses, 40, embeddings)
-        _fill(next(iter(made.values())), generator)
-        for name in ("order",):
-            for other in made.values():
-                if other.order is not None:
-                    other.order.copy_(next(iter(made.values())).order)
+        first, *others = made.values()
+        _fill(first, generator)
+        for other in others:  # they share the factors, and have the same order each
+            if other.order is not None:
+                other.order.copy_(first.order)
         modules |= made
-        entries.append(
-            {"name": next(iter(uses)), "rank": 40, "second_rank": None, "form": embeddings, "uses": list(uses)}
-        )  # fmt: skip
+        entry = {"name": next(iter(uses)), "rank": 40, "second_rank": None, "form": embeddings}
+        entries.append({**entry, "uses": list(uses)})
     put_modules(model, modules)
     save_artifact(folder, model, {"layers": entries})
     return folder
@@ -108,4 +109,6 @@ def _fill(module: nn.Module, generator: torch.Generator) -> None:
             if name == "order":
                 tensor.copy_(torch.randperm(len(tensor), generator=generator))
             elif tensor.dim() == 2:
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) / tensor.shape[1] ** 0.5)
+                tensor.copy_(
+                    torch.randn(tensor.shape, generator=generator) / tensor.shape[1] ** 0.5
+                )

@@ -195,13 +195,9 @@ def _check_tied(shared: Mapping[str, str], hf_config: Any) -> None:
         InputError: They are named.
     """
     text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
-    if getattr(hf_config, "tie_word_embeddings", False) or getattr(
-        text, "tie_word_embeddings", False
-    ):
-        # Those of one matrix: the embeddings and the head.
-        if len({name.rpartition(".")[0] for name in shared.values()}) <= 1:
-            return
-    if shared:
+    tied = any(getattr(part, "tie_word_embeddings", False) for part in (hf_config, text))
+    of_one = len({name.rpartition(".")[0] for name in shared.values()}) <= 1
+    if shared and not (tied and of_one):  # the embeddings and the head
         raise no_place(
             [f"{alias}, stored as {name}" for alias, name in shared.items()],
             "their tensors are shared, and vLLM shares those of tie_word_embeddings alone",

@@ -58,7 +58,7 @@ class FactorizedLinear(LinearMethodBase):  # type: ignore[misc, unused-ignore]
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -68,10 +68,11 @@ class FactorizedLinear(LinearMethodBase):  # type: ignore[misc, unused-ignore]
     ) -> None:
         """Register a place for each tensor that the weights may name."""
         self.dtype = params_dtype
-        self.shares = _shares(layer, output_partition_sizes, len(self.matrices))
-        if self.shares is None:
+        shares = _shares(layer, output_partition_sizes, len(self.matrices))
+        if shares is None:
             names = [matrix.name for matrix in self.matrices]
             raise no_place(names, f"its {type(layer).__name__} joins them in another way")
+        self.shares = shares
         here = input_size_per_partition
         first = layer.tp_rank * here
         self.columns = None if here == input_size else slice(first, first + here)
@@ -110,7 +111,7 @@ class FactorizedLinear(LinearMethodBase):  # type: ignore[misc, unused-ignore]
 
         return load
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Stack first factors and pack all for this platform.
 
         Raises:
@@ -137,10 +138,10 @@ class FactorizedLinear(LinearMethodBase):  # type: ignore[misc, unused-ignore]
             whole = layer.num_embeddings_per_partition if layer.tp_size > 1 else 0
             self.lacks = max(0, whole - _outputs(self.shares))
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
         if isinstance(layer, ParallelLMHead) and self.lacks:
-            padded = functional.pad(layer.factorized(x), (0, self.lacks))
+            padded: Tensor = functional.pad(layer.factorized(x), (0, self.lacks))
             return padded if bias is None else padded + bias
         outputs: Tensor = layer.factorized(x, bias)
         return outputs
@@ -181,8 +182,9 @@ def _shares(layer: Any, here: Sequence[int], matrices: int) -> Shares | None:
             for whole, own in zip(full, ranges, strict=True)
         ]
     begins = [sum(full[:number]) for number in range(len(full))]
-    rows = [begin + row for begin, own in zip(begins, ranges, strict=True) for row in own]
-    return [(sum(full), None if len(rows) == sum(full) else torch.tensor(rows, device="cpu"))]
+    here_of_all = [begin + row for begin, own in zip(begins, ranges, strict=True) for row in own]
+    all_here = len(here_of_all) == sum(full)
+    return [(sum(full), None if all_here else torch.tensor(here_of_all, device="cpu"))]
 
 
 def _outputs(shares: Shares) -> int:
@@ -230,9 +232,7 @@ class FactorizedEmbedding(QuantizeMethodBase):  # type: ignore[misc, unused-igno
         own = {"weight": (rows, rank)}
         for name, shape in self.wanted.items():
             dtype = torch.int32 if name == "order" else params_dtype
-            held = nn.Parameter(
-                torch.zeros(own.get(name, shape), dtype=dtype), requires_grad=False
-            )
+            held = nn.Parameter(torch.zeros(own.get(name, shape), dtype=dtype), requires_grad=False)
             held.weight_loader = self._loader(layer, name)  # type: ignore[attr-defined]
             if name == "weight":
                 held.output_dim, held.input_dim = 0, 1  # type: ignore[attr-defined]

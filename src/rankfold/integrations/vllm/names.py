@@ -89,7 +89,19 @@ class Layout:
         return found if any(matrix.form != DENSE for matrix in found) else []
 
     def of_embedding(self, name: str) -> Matrix | None:
-        """The factorized embedding matrix that a lookup or a head uses."""
+        """The factorized embedding matrix that a lookup or a head uses.
+
+        Args:
+            name: Empty where vLLM doesn't say it, of a lookup.
+
+        Raises:
+            InputError: It doesn't, and there are several.
+        """
+        if not name:
+            lookups = [n for n in self._embeddings if not n.endswith("head")]
+            if len(lookups) > 1:
+                raise no_place(lookups, "vLLM doesn't say which of its lookups is which")
+            name = next(iter(lookups), "")
         self._asked.add(name)
         return self._embeddings.get(name)
 

@@ -137,9 +137,7 @@ FORMS: Mapping[str, tuple[tuple[str, ...], Callable[..., Part]]] = {
 }
 
 
-def shapes(
-    form: str, ranks: Sequence[int], out: int, in_: int
-) -> dict[str, tuple[int, ...]]:
+def shapes(form: str, ranks: Sequence[int], out: int, in_: int) -> dict[str, tuple[int, ...]]:
     """The shapes of a form's tensors."""
     if form == "dense":
         return {"weight": (out, in_)}
@@ -172,7 +170,7 @@ class Products(nn.Module):
 
     Args:
         parts: In the order of their outputs.
-        product: Makes of a weight ``(out, in)`` a module that maps ``(rows, in)`` to ``(rows, out)``.
+        product: Makes of a weight ``(out, in)`` a module from ``(rows, in)`` to ``(rows, out)``.
     """
 
     order: Tensor | None
