@@ -33,7 +33,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Gemma3Text": {"query_pre_attn_scalar": 32, "sliding_window": 64},
     "Phi3": {},
     "Granite": {"tie_word_embeddings": True},
-    "StableLm": {},
     "OPT": {"ffn_dim": 160, "word_embed_proj_dim": 96, "num_attention_heads": 3},
 }
 # In turn: what a layer is written as.

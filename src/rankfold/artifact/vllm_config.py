@@ -28,7 +28,7 @@ OLDEST = (0, 32)  # of vLLM, by which all was tested
 ARCHITECTURES = (
     "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
     "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Phi3ForCausalLM",
-    "GraniteForCausalLM", "StableLmForCausalLM", "OPTForCausalLM",
+    "GraniteForCausalLM", "OPTForCausalLM",
 )  # fmt: skip
 _WHERE = "the quantization_config of config.json"
 
