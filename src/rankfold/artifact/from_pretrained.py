@@ -91,8 +91,13 @@ class RankfoldQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         self.dtype = dtype
         return dtype
 
-    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
-        """None: artifacts name tensors as the model does, not as older checkpoints did."""
+    def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> list[Any]:
+        """None: artifacts name tensors as the model does, not as older checkpoints did.
+
+        Args:
+            weight_conversions: Left out.
+            model: Which releases of transformers before 5.24 don't give.
+        """
         return []
 
     @opening_an_artifact()
