@@ -8,7 +8,8 @@ its own, which stays; the processes are asked in turn, so that whatever else the
 them alike. The time of a token is that of many tokens without that of one, which holds the
 prompt's. A round's ratio is a model's time over the dense model's in the same round: the median
 over rounds is shown, with its quartiles, beside the ratio of the bytes of the weights, which is
-what decoding at batch 1 is bound by.
+what decoding at batch 1 is bound by. The same of CPU seconds says what other processes, which
+share the cores, add to it.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class ServingRow:
         ratio: Median over rounds of its time a token over the dense model's.
         low: First quartile.
         high: Third quartile.
+        cpu_ratio: Median over rounds of its CPU time a token over the dense model's.
         tokens_per_second: Of all sequences together, by the median of its times.
         same: Prompts of ``checked`` for which transformers writes the same tokens.
         gap: The most by which a token that vLLM wrote is behind transformers' best, in logits.
@@ -56,6 +58,7 @@ class ServingRow:
     ratio: float
     low: float
     high: float
+    cpu_ratio: float
     tokens_per_second: float
     checked: int
     same: int
@@ -112,11 +115,12 @@ class Engine:
         self.process.stdin.flush()
         return self._answer()
 
-    def seconds_a_token(self, batch: int) -> float:
-        """Of each of ``batch`` sequences that are decoded together."""
+    def seconds_a_token(self, batch: int) -> dict[str, float]:
+        """Of each of ``batch`` sequences that are decoded together: wall and cpu."""
         prompts = prompts_of(batch)
         many = self.ask(prompts, TOKENS + 1)["seconds"]
-        return float(many - self.ask(prompts, 1)["seconds"]) / TOKENS
+        one = self.ask(prompts, 1)["seconds"]
+        return {clock: (many[clock] - one[clock]) / TOKENS for clock in many}
 
     def weights(self) -> int:
         """Bytes of its files of weights."""
@@ -152,7 +156,10 @@ def measure(engines: Sequence[Engine], options: Any) -> list[ServingRow]:
             engine.seconds_a_token(batch)  # warms up
         times = [[e.seconds_a_token(batch) for e in engines] for _ in range(options.rounds)]
         for place, (engine, check) in enumerate(zip(engines, checks, strict=True)):
-            ratios = [turn[place] / turn[0] for turn in times]
+            walls = [turn[place]["wall"] for turn in times]
+            ratios, cpu = (
+                [turn[place][clock] / turn[0][clock] for turn in times] for clock in ("wall", "cpu")
+            )
             low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
             rows.append(
                 ServingRow(
@@ -160,7 +167,8 @@ def measure(engines: Sequence[Engine], options: Any) -> list[ServingRow]:
                     batch=batch, rounds=options.rounds,
                     bytes_ratio=engine.weights() / dense.weights(), ratio=middle, low=low,
                     high=high,
-                    tokens_per_second=batch / statistics.median(turn[place] for turn in times),
+                    cpu_ratio=statistics.median(cpu),
+                    tokens_per_second=batch / statistics.median(walls),
                     checked=options.checked, same=sum(gap == 0 for gap in check["gaps"]),
                     gap=max(check["gaps"]),
                 )
@@ -171,15 +179,15 @@ def measure(engines: Sequence[Engine], options: Any) -> list[ServingRow]:
 def table(rows: Sequence[ServingRow]) -> list[str]:
     """The rows in Markdown."""
     lines = [
-        "| model | batch | tokens a second | time over dense: median (quartiles) | bytes over "
-        "dense | time over bytes | same tokens as transformers |",
+        "| model | batch | tokens a second | time over dense: median (quartiles); CPU time | bytes "
+        "over dense | time over bytes | same tokens as transformers |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         close = "" if row.gap == 0 else f", else within {row.gap:.1g}"
         lines.append(
             f"| {row.folder} | {row.batch} | {row.tokens_per_second:.1f} | {row.ratio:.3f} "
-            f"({row.low:.3f} to {row.high:.3f}) | {row.bytes_ratio:.3f} | "
+            f"({row.low:.3f} to {row.high:.3f}); {row.cpu_ratio:.3f} | {row.bytes_ratio:.3f} | "
             f"{row.ratio / row.bytes_ratio:.3f} | {row.same} of {row.checked}{close} |"
         )
     return lines
