@@ -136,7 +136,7 @@ class Engine:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"vLLM ended while {self.folder} was open: {self.process.args}")
+            raise SystemExit(f"vLLM ended while {self.folder} was open: try serving_engine alone")
         return dict(json.loads(line))
 
 
