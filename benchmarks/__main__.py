@@ -5,6 +5,7 @@
     python -m benchmarks run speed --models resnet20 --sizes 0.5
     python -m benchmarks run memory --models resnet20 --sizes 0.5
     python -m benchmarks run stages --models minilm --sizes 0.8 0.6 --set effort=fast
+    python -m benchmarks run serving --folders dense smaller --python .venv-serving/bin/python
     python -m benchmarks stages
     python -m benchmarks faults
     python -m benchmarks table
@@ -13,8 +14,9 @@
 ``run`` appends one JSON line a result to ``benchmarks/out/field*.jsonl`` and leaves out what is
 there already. ``quality`` measures loss, accuracy and sizes, ``vision`` the same on all image
 models, ``speed`` latencies beside the dense model's in one run, ``memory`` the peak of a process
-that compresses, ``stages`` where the time of a run goes and what came of it; ``all`` is quality,
-speed and memory. The command ``stages`` sets what different states of the code took side by side.
+that compresses, ``stages`` where the time of a run goes and what came of it, ``serving`` saved
+folders in vLLM beside the dense one; ``all`` is quality, speed and memory. The command ``stages``
+sets what different states of the code took side by side.
 ``faults`` injects faults for real and prints how many were survived, ``--times`` of each.
 ``table`` writes the tables between the markers of README.md, docs/results.md and
 docs/notebook/field.md, ``plot`` the figures of docs/figures, from those lines and nothing else.
@@ -28,7 +30,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import faults, figures, results_report
+from benchmarks import faults, figures, results_report, serving
 from benchmarks.command_line import commands, parsed
 from benchmarks.documents import write_tables
 from benchmarks.field import RESULTS, Row, Runner
@@ -62,6 +64,9 @@ def main() -> None:
     run.add_argument("--test", type=int, help="held-out examples, for a quick look")
     run.add_argument("--dtype", default="float32", choices=DTYPES, help="that speed is measured in")
     run.add_argument("--set", nargs="+", default=[], help="of stages: settings, name=value")
+    if sys.argv[1:3] == ["run", "serving"]:
+        serving.main(sys.argv[3:])
+        return
     if sys.argv[1:2] == ["faults"]:
         _faults(sys.argv[2:])
         return

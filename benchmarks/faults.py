@@ -28,9 +28,9 @@ from rankfold import InputError
 from rankfold.artifact.manifest import MANIFEST_FILE
 from rankfold.artifact.save import save_artifact, try_saving
 from rankfold.export.export import export
+from rankfold.files.durable import PREFIX
 from rankfold.files.folder import check_output, owned_output
 from rankfold.files.leftovers import clean_leftovers
-from rankfold.files.owned import PREFIX
 from rankfold.machine.interruption import raising
 
 

@@ -30,8 +30,8 @@ from rankfold.certificate.openings_file import read
 from rankfold.cli import main
 from rankfold.errors import InputError
 from rankfold.files.digests import stream_digest
+from rankfold.files.durable import PREFIX
 from rankfold.files.leftovers import clean_leftovers
-from rankfold.files.owned import PREFIX
 
 SECONDS = 120  # a command may take, on a busy machine
 STEP = 1 << 16  # bytes between two sizes of a full disk

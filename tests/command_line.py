@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rankfold.cli.raised import OWN_CODE
+from tests.few_rounds import few_rounds
 
 TIMEOUT = 200  # seconds
 # What most runs would import for themselves; what isn't installed is passed over.
@@ -29,6 +30,8 @@ IMPORTED_BEFORE = [
     "rankfold.cli.verifying",
     "rankfold.cli.export_inputs",
     "rankfold.report.page",
+    "torch.utils.benchmark",
+    "tests.few_rounds",
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
     "transformers.models.bert.modeling_bert",
@@ -220,6 +223,7 @@ def _command(
         os.close(opened)
     from rankfold.cli import main
 
+    few_rounds()
     try:
         main()
     finally:

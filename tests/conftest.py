@@ -6,12 +6,18 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # number for the commands that tests run.
 os.environ["OMP_NUM_THREADS"] = os.environ.setdefault("RANKFOLD_TEST_THREADS", "1")
 
+import gc
+import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.few_rounds import few_rounds
+
 torch.set_num_threads(int(os.environ["RANKFOLD_TEST_THREADS"]))
+few_rounds()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -30,11 +36,25 @@ def _no_record_of_other_modules(tmp_path_factory: pytest.TempPathFactory) -> Ite
         yield
 
 
+@pytest.fixture(scope="session")
+def _records(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for each test: ``mktemp`` looks through all there are to number a new one."""
+    top = tmp_path_factory.mktemp("records")
+    return (top / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def _own_record_of_openings(monkeypatch: pytest.MonkeyPatch, tmp_path_factory) -> None:
+def _own_record_of_openings(monkeypatch: pytest.MonkeyPatch, _records: Iterator[Path]) -> None:
     """Tests open the same held-out examples again and again; a user's record stays out of it."""
-    file = tmp_path_factory.mktemp("openings") / "openings"
-    monkeypatch.setenv("RANKFOLD_OPENINGS", str(file))
+    folder = next(_records)
+    folder.mkdir()
+    monkeypatch.setenv("RANKFOLD_OPENINGS", str(folder / "openings"))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: collections of garbage needn't look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

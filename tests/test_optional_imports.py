@@ -23,6 +23,7 @@ OPTIONAL = (
     "onnxscript",
     "onnxruntime",
     "cryptography",
+    "vllm",
 )
 
 CORE = f"""

@@ -52,13 +52,13 @@ def test_efficientnet_lite_without_labels(tmp_path: Path) -> None:
     """Real weights: convs that pad by a rule of their own, depthwise ones between them."""
     model = _efficientnet_lite()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    files = sorted((shared_data() / "photographs").glob("*.jpg"))[:70]
+    files = sorted((shared_data() / "photographs").glob("*.jpg"))[:40]
     folder = tmp_path / "photographs"
     for place in range(2):  # the reader wants classes; the teacher doesn't look at them
         (folder / str(place)).mkdir(parents=True)
         for file in files[place::2]:
             (folder / str(place) / file.name).symlink_to(file)
-    images = read_image_folder(folder, [0.5], [0.5], 224)
+    images = read_image_folder(folder, [0.5], [0.5], 128)
     unlabelled = [images[index][0] for index in range(len(images))]
     result = rankfold.lossless(model, unlabelled, size=0.95, task="teacher", conv_forms=False)
     report = result.report
@@ -82,9 +82,9 @@ def test_resnet20_at_80_percent(tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     images, labels = cifar10_test(mean, std)
     data = Data(
-        calibration=TensorDataset(*cifar10_train(600, 0, mean, std)),
+        calibration=TensorDataset(*cifar10_train(300, 0, mean, std)),
         selection=TensorDataset(images[:300], labels[:300]),
-        held_out=TensorDataset(images[300:1300], labels[300:1300]),
+        held_out=TensorDataset(images[300:900], labels[300:900]),
     )
     result = rankfold.lossless(model, data, size=0.8, size_of="factorizable")
     assert result.report["curvature"] == "sampled"  # it has nearly memorised its training images

@@ -1,7 +1,5 @@
 import json
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from rankfold.artifact.manifest import read_manifest, read_report
 from rankfold.artifact.save import save_artifact
 from rankfold.files import shards
 from rankfold.integrations.transformers import load_folder
+from tests.new_process import in_a_new_process
 from tests.small_models import (
     SmallCNN,
     image_data,
@@ -79,8 +78,7 @@ def reopened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[torch.
         with torch.no_grad():
             output = result.model(inputs)
         here[name] = output if torch.is_tensor(output) else output.logits
-    command = [sys.executable, "-c", REOPEN, str(root)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    in_a_new_process(REOPEN, root, cwd=ROOT)
     there = load_file(root / "outputs.safetensors")
     return {name: (here[name], there[name]) for name in results}
 

@@ -31,6 +31,7 @@ from rankfold.cli.open import open_data, open_model
 from rankfold.forms.low_rank.modules import LowRankLinear
 from rankfold.integrations.transformers import load_folder
 from tests.command_line import environment
+from tests.new_process import in_a_new_process
 from tests.small_models import seeded, tiny_llama, token_data
 from tests.tiny_language_model import TEXT, save_tiny_llama
 
@@ -68,15 +69,6 @@ def logits(model: Any) -> Tensor:
     with torch.no_grad():
         found: Tensor = model(IDS).logits
     return found
-
-
-def in_a_new_process(code: str, *arguments: object, expect: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True, encoding="utf-8", env=environment(), timeout=120,
-    )  # fmt: skip
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 def copied(folder: Path, target: Path) -> Path:
@@ -198,30 +190,43 @@ def test_it_is_an_ordinary_model_to_transformers(saved: Path) -> None:
 def test_a_new_process_opens_it_whatever_is_imported_first(
     result: rankfold.Result, saved: Path, tmp_path: Path
 ) -> None:
+    """Forks of one that has neither of both, but what both import."""
     code = """
-import sys
-for name in sys.argv[3:]:
-    __import__(name)
+import os, sys
 import torch
-from transformers import AutoModelForCausalLM
 from safetensors.torch import save_file
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-with torch.no_grad():
-    save_file({"logits": model(torch.arange(20).view(1, 20)).logits}, sys.argv[2])
+for name in ("huggingface_hub", "tokenizers", "torchao"):
+    try:
+        __import__(name)
+    except ImportError:
+        pass
+for order in sys.argv[2:]:
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == 0, order
+        continue
+    assert not any(name.startswith(("rankfold", "transformers")) for name in sys.modules)
+    for name in order.split():
+        __import__(name)
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    with torch.no_grad():
+        save_file({"logits": model(torch.arange(20).view(1, 20)).logits}, order)
+    break
 """
-    orders = (
-        ["rankfold"],
-        ["transformers", "rankfold"],
-        ["transformers.modeling_utils", "rankfold"],
-    )
+    orders = ("rankfold", "transformers rankfold", "transformers.modeling_utils rankfold")
+    done = subprocess.run(
+        [sys.executable, "-c", code, saved, *orders], cwd=tmp_path, env=environment(),
+        capture_output=True, encoding="utf-8", timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     for order in orders:
-        in_a_new_process(code, saved, tmp_path / "out", *order)
-        assert torch.equal(load_file(tmp_path / "out")["logits"], logits(result.model)), order
+        assert torch.equal(load_file(tmp_path / order)["logits"], logits(result.model)), order
 
 
 def test_importing_rankfold_does_not_import_transformers() -> None:
     code = "import sys, rankfold; print([m for m in sys.modules if m.startswith('transformers')])"
-    assert in_a_new_process(code).strip() == "[]"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, check=True, capture_output=True).stdout.strip() == b"[]"
 
 
 def test_without_rankfold_transformers_refuses_and_says_why(saved: Path) -> None:
@@ -230,7 +235,7 @@ import sys
 from transformers import AutoModelForCausalLM
 AutoModelForCausalLM.from_pretrained(sys.argv[1])
 """
-    said = in_a_new_process(code, saved, expect=1)
+    said = in_a_new_process(code, saved, cwd=saved, expect=1).stderr
     assert "ValueError" in said
     assert "pip install 'rankfold[transformers]'" in said and "import rankfold" in said
 

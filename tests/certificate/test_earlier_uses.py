@@ -18,7 +18,14 @@ from typing import Any
 import pytest
 
 from rankfold.certificate.document import history_line
-from rankfold.certificate.earlier_uses import History, record, record_file, recorded_before
+from rankfold.certificate.earlier_uses import (
+    VARIABLE,
+    History,
+    record,
+    record_file,
+    recorded_before,
+    trouble_ahead,
+)
 from rankfold.certificate.openings_file import Opening, read
 
 FIRST = Opening("dense", ("a",), tuple(f"{i:016x}" for i in range(10)), "not shown", 0)
@@ -273,3 +280,29 @@ def test_a_lock_of_a_killed_process_is_free(file: Path) -> None:
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert record(model("b")) == History(True, 1, 0, 10)
+
+
+# Tried before there is anything to record
+
+
+def test_what_keeps_the_record_from_being_kept_is_told_at_the_start(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert trouble_ahead() is None and not file.exists()
+    whole = written(file)
+    assert trouble_ahead() is None and file.read_bytes() == whole
+    file.write_bytes(whole[:-9])
+    assert "could not be read: 1 of" in str(trouble_ahead())
+    assert file.read_bytes() == whole[:-9]
+    file.unlink()
+    file.mkdir()
+    assert f"{file} can not be read and written: " in str(trouble_ahead())
+    (file.parent / "a file").touch()
+    monkeypatch.setenv(VARIABLE, str(file.parent / "a file" / "openings"))
+    assert "can not be read and written: " in str(trouble_ahead())
+    monkeypatch.setenv(VARIABLE, "off")
+    assert trouble_ahead() is None
+    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setenv("XDG_STATE_HOME", "")
+    monkeypatch.setenv("HOME", "")
+    assert "no home folder is known" in str(trouble_ahead())

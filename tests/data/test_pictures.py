@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 import unicodedata
 import warnings
+import zlib
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -51,7 +53,7 @@ def test_wide_values_that_would_be_almost_black_are_refused(
     most: int, kind: str, held: type
 ) -> None:
     image = Image.fromarray(np.rint(GREY * most).astype(held))
-    with pytest.raises(InputError, match=rf"values of 0 to {most} .*, and white is 65535"):
+    with pytest.raises(InputError, match=rf"values of at most {most} .*, and white is 65535"):
         _read(image, kind)
 
 
@@ -335,3 +337,47 @@ def test_folders_that_may_mean_two_classes_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         _classes(_folder(tmp_path, names, 1), known)
+
+
+def wide_png(values: np.ndarray) -> BytesIO:
+    """A PNG of (h, w, channels) values of 16 bits, which Pillow itself doesn't write."""
+    height, width, channels = values.shape
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", check)
+
+    kind = {2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    head = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    parts = (chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
+    return BytesIO(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_colours_of_16_bits_are_read_or_refused_by_their_values(channels: int) -> None:
+    shares = np.linspace(0, 1, 5 * 7 * channels).reshape(5, 7, channels)
+    if channels != 3:
+        shares[..., -1] = 1  # opaque
+        shares[0, 0] = 1
+    for most in (65535, 4095, 255):
+        file = wide_png(np.rint(shares * most).astype(np.uint16))
+        if most == 65535:
+            found = np.asarray(read_picture(file, "it")) / 255
+            wanted = shares[..., : 3 if channels > 2 else 1]
+            assert np.abs(found - wanted).max() <= 1.01 / 255
+        else:
+            with pytest.raises(InputError, match=rf"it holds values of at most {most} \("):
+                read_picture(file, "it")
+    black = np.zeros((2, 2, channels), np.uint16)
+    if channels != 3:
+        black[..., -1] = 65535
+    assert np.asarray(read_picture(wide_png(black), "it")).max() == 0
+
+
+def test_colours_of_16_bits_of_other_formats_are_read() -> None:
+    """Pillow reads PPM of 16 bits a channel itself, scaled by its own header."""
+    values = (np.arange(18).reshape(2, 3, 3) * 3600).astype(">u2")
+    file = BytesIO(b"P6 3 2 65535\n" + values.tobytes())
+    found = np.asarray(read_picture(file, "it")) / 255
+    assert np.abs(found - values / 65535).max() <= 1.01 / 255

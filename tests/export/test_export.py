@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +26,9 @@ from rankfold.cli.export_inputs import open_inputs
 from rankfold.export.dense import packed
 from rankfold.model.unpack import unpack
 from tests.cases import normal
-from tests.command_line import environment, make_project
+from tests.command_line import make_project
 from tests.command_line import rankfold as command
+from tests.new_process import in_a_new_process
 from tests.small_models import (
     VOCABULARY,
     SmallCNN,
@@ -81,11 +80,7 @@ IDS = torch.arange(20).view(1, 20)
 def without_rankfold(folder: Path, code: str, inputs: Tensor) -> Tensor:
     """What a process that can't import rankfold computes with the model that ``code`` opens."""
     save_file({"inputs": inputs}, folder / "inputs.safetensors")
-    done = subprocess.run(
-        [sys.executable, "-c", HIDDEN + code + SAVE], cwd=folder, capture_output=True,
-        encoding="utf-8", env=environment(), timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = in_a_new_process(HIDDEN + code + SAVE, cwd=folder)
     assert "newly initialized" not in done.stderr and "MISSING" not in done.stderr
     return load_file(folder / "output.safetensors")["output"]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,8 @@ from rankfold.export.export import TARGETS
 from rankfold.export.names import PROGRAMS
 from rankfold.export.torch_export import largest_difference
 from rankfold.export.traced import write_program
-from tests.command_line import environment
 from tests.export.test_export import CNN, HIDDEN, outputs, snippet
+from tests.new_process import in_a_new_process
 from tests.small_models import SmallCNN, image_data, images, seeded, token_data
 from tests.tiny_language_model import VOCABULARY, tiny_tokenizer
 
@@ -116,11 +114,7 @@ def write(folder: Path, original: nn.Module, data: Any, inputs: Tensor, code: st
         write_program(original, folder / f"original.{to}", to, shape)
     save_file({"inputs": inputs}, folder / "inputs.safetensors")
     pairs = snippet(folder / "pairs").replace('folder = "."', 'folder = "pairs"')
-    done = subprocess.run(
-        [sys.executable, "-c", HIDDEN + CNN.replace("width=8", "width=64") + pairs + code],
-        cwd=folder, capture_output=True, encoding="utf-8", env=environment(), timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    in_a_new_process(HIDDEN + CNN.replace("width=8", "width=64") + pairs + code, cwd=folder)
     return Written(folder, result.model, inputs, load_file(folder / "found.safetensors"))
 
 

@@ -24,11 +24,12 @@ from torch import nn
 import rankfold
 from rankfold import InputError
 from rankfold.artifact.save import save_artifact
-from rankfold.files.durable import exchange
+from rankfold.files.durable import PREFIX, exchange
 from rankfold.files.folder import check_output, folder_in_one_step, owned_output
 from rankfold.files.leftovers import clean_leftovers
 from rankfold.files.listed import file_names, remove_listed, unlisted
-from rankfold.files.owned import ABOUT, LOCK, PREFIX, hidden_of
+from rankfold.files.owned import ABOUT, LOCK, hidden_of
+from tests.new_process import NewProcess
 
 MARK = "rankfold.json"
 
@@ -51,15 +52,11 @@ def nothing_hidden(folder: Path) -> bool:
     return not [one for one in folder.rglob("*") if one.name.startswith(PREFIX)]
 
 
-def python(code: str, *words: object) -> subprocess.Popen[str]:
+def python(code: str, *words: object) -> NewProcess:
     """Another process, in which the code's folder is ``out``."""
     begin = "import os, signal, sys; from pathlib import Path; out = Path(sys.argv[1])\n"
     begin += "from tests.files.test_output_folder import write\n"
-    return subprocess.Popen(
-        [sys.executable, "-c", begin + textwrap.dedent(code), *map(str, words)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
-        cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+    return NewProcess(begin + textwrap.dedent(code), *words, cwd=Path(__file__).parents[2])
 
 
 # Where a run is killed: before the nth of these calls of the system; each ends the process at once.
@@ -155,7 +152,7 @@ def test_what_a_living_run_has_is_left_alone(tmp_path: Path) -> None:
         sys.stdin.read() if False else __import__("time").sleep(60)
     """
     with python(code, out) as other:
-        assert other.stdout is not None and other.stdout.readline() == "owned\n"
+        assert other.stdout.readline() == "owned\n"
         with pytest.raises(InputError, match=rf"another run \(process {other.pid}\) is writing"):
             check_output(out, False, MARK)
         with pytest.raises(InputError, match="another run"):
@@ -184,7 +181,7 @@ def test_two_runs_into_one_new_folder(tmp_path: Path) -> None:
     """
     out = tmp_path / "out"
     both = [python(code, out, number) for number in range(2)]
-    ended = [(*one.communicate(timeout=60), one.returncode) for one in both]
+    ended = [(*one.communicate(), one.returncode) for one in both]
     won = [number for number, (_, _, code) in enumerate(ended) if code == 0]
     assert len(won) == 1, ended
     assert text_of(out) == str(won[0]) and nothing_hidden(tmp_path)
@@ -325,14 +322,14 @@ def test_readers_see_one_whole_artifact_while_it_is_overwritten(tmp_path: Path) 
         nn.init.constant_(model[1].weight, number)
     save_artifact(out, models[0], {"layers": []})
     print("ready", flush=True)
-    end = time.monotonic() + 4
+    end = time.monotonic() + 1.5
     while time.monotonic() < end:
         for model in models:
             save_artifact(out, model, {"layers": []}, overwrite=True)
     """
     seen = set()
     with python(code, out) as other:
-        assert other.stdout is not None and other.stdout.readline() == "ready\n"
+        assert other.stdout.readline() == "ready\n"
         while other.poll() is None:
             model = rankfold.load(out, model=nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)))
             values = {
@@ -361,14 +358,14 @@ def test_transformers_sees_one_whole_artifact_or_is_told(tmp_path: Path) -> None
             nn.init.constant_(weight, number)
     save_artifact(out, models[0], {"layers": []})
     print("ready", flush=True)
-    end = time.monotonic() + 4
+    end = time.monotonic() + 1.5
     while time.monotonic() < end:
         for model in models:
             save_artifact(out, model, {"layers": []}, overwrite=True)
     """
     seen = 0
     with python(code, out) as other:
-        assert other.stdout is not None and other.stdout.readline() == "ready\n"
+        assert other.stdout.readline() == "ready\n"
         while other.poll() is None:
             try:
                 model = transformers.AutoModelForCausalLM.from_pretrained(out)
@@ -377,7 +374,7 @@ def test_transformers_sees_one_whole_artifact_or_is_told(tmp_path: Path) -> None
                 continue
             assert len({float(weight.detach().mean()) for weight in model.parameters()}) == 1
             seen += 1
-        assert other.stderr is not None and other.returncode == 0, other.stderr.read()
+        assert other.returncode == 0, other.communicate()[1]
     assert seen
 
 
@@ -494,7 +491,7 @@ def test_a_signal_while_a_folder_is_put_in_place_waits(tmp_path: Path, sent: int
     """
     write(tmp_path / "out", "old")
     with python(code, tmp_path / "out", int(sent)) as other:
-        _, errors = other.communicate(timeout=60)
+        _, errors = other.communicate()
     assert other.returncode == 128 + sent, errors
     assert text_of(tmp_path / "out") == "new" and nothing_hidden(tmp_path)
 
@@ -503,7 +500,7 @@ def test_the_lock_is_freed_at_once_by_a_kill(tmp_path: Path) -> None:
     code = "from rankfold.files.owned import owned\nwith owned(out): print(1, flush=True); "
     code += "__import__('time').sleep(60)"
     with python(code, tmp_path / "out") as other:
-        assert other.stdout is not None and other.stdout.readline()
+        assert other.stdout.readline()
         assert (hidden_of(tmp_path / "out") / LOCK).exists()
         other.kill()
         other.wait()

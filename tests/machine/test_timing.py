@@ -6,8 +6,16 @@ import time
 
 import pytest
 
+from rankfold.machine import timing
 from rankfold.machine.progress import SilentProgress
-from rankfold.machine.timing import FEWEST_ROUNDS, MOST_ROUNDS, Watch, timed_beside
+from rankfold.machine.timing import Watch, timed_beside
+from tests.few_rounds import AS_SHIPPED
+
+
+@pytest.fixture(autouse=True)
+def _as_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in AS_SHIPPED.items():
+        monkeypatch.setattr(timing, name, value)
 
 
 def test_calls_are_timed_in_turn() -> None:
@@ -18,11 +26,11 @@ def test_calls_are_timed_in_turn() -> None:
         time.sleep(seconds)
 
     short, long = timed_beside([lambda: call("a", 0.002), lambda: call("b", 0.008)], 5.0)
-    assert FEWEST_ROUNDS <= len(short) == len(long) <= MOST_ROUNDS
+    assert timing.FEWEST_ROUNDS <= len(short) == len(long) <= timing.MOST_ROUNDS
     ratios = sorted(b / a for a, b in zip(short, long, strict=True))
     assert ratios[len(ratios) // 2] > 1.5
     # Never all of one and then all of the other.
-    assert "".join(called).count("ba") >= FEWEST_ROUNDS
+    assert "".join(called).count("ba") >= timing.FEWEST_ROUNDS
 
 
 def test_too_few_seconds_give_no_times() -> None:

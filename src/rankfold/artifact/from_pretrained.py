@@ -31,7 +31,8 @@ from rankfold.files.json_file import read_json
 from rankfold.files.reading import REPLACED, identity
 from rankfold.files.tensors import read_tensors
 from rankfold.integrations.allowed import check_keys
-from rankfold.integrations.transformers import QUANT_METHOD, is_transformers_model
+from rankfold.integrations.quant_method import QUANT_METHOD
+from rankfold.integrations.transformers import is_transformers_model
 from rankfold.model.memory_layout import lay_out
 from rankfold.model.replace import put_modules
 from rankfold.model.unpack import unpack_named
@@ -90,8 +91,13 @@ class RankfoldQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         self.dtype = dtype
         return dtype
 
-    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
-        """None: artifacts name tensors as the model does, not as older checkpoints did."""
+    def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> list[Any]:
+        """None: artifacts name tensors as the model does, not as older checkpoints did.
+
+        Args:
+            weight_conversions: Left out.
+            model: Which releases of transformers before 5.24 don't give.
+        """
         return []
 
     @opening_an_artifact()

@@ -95,6 +95,29 @@ def record(opening: Opening, known: Sequence[Opening] = ()) -> History:
     return _history(opening, [*known, *found.openings], kept, trouble)
 
 
+def trouble_ahead() -> str | None:
+    """What keeps an opening from being recorded whole, tried before there is one; None if nothing.
+
+    No record that the user has turned off is none.
+    """
+    try:
+        file = record_file()
+    except OSError as error:
+        return f"the record of openings can not be kept: {error}"
+    if file is None:
+        return None
+    where = f"the record of openings at {visible(file)} "
+    try:
+        with locked(file):
+            damaged = _damaged(read(file))
+            if file.exists():
+                with file.open("ab"):
+                    pass
+    except (OSError, ValueError) as error:
+        return f"{where}can not be read and written: {_reason(error)}"
+    return where + damaged[0] if damaged else None
+
+
 def recorded_before(original: str, model: str) -> list[History]:
     """What came before each opening for a model that this machine has on record.
 

@@ -33,6 +33,7 @@ from rankfold.cli.streams import unbreakable_streams
 from rankfold.errors import InputError, note, visible
 from rankfold.files.folder import written
 from rankfold.machine.interruption import INTERRUPTED, exit_code, raising
+from rankfold.machine.memory import memory_ran_out
 
 DONE, NOT_FOUND, DIFFERS, DOES_NOT_HOLD, NOT_PRINTED = 0, 3, 4, 5, 7
 
@@ -102,8 +103,6 @@ def _registered(function: Function, *, needs: str, repeats: bool) -> Command:
 
     @functools.wraps(function)
     def run(**values: Any) -> None:
-        if needs:
-            import_module(needs)
         note(*(one for value in values.values() for one in _items(value)))
         _given[:] = [text for value in values.values() for text in _texts(value)]
         before = len(written())
@@ -123,7 +122,7 @@ def _registered(function: Function, *, needs: str, repeats: bool) -> Command:
                 return function(**own)
 
         with unbreakable_streams() as streams:
-            code = _ended(done, before, as_json=as_json)
+            code = _ended(done, before, needs=needs, as_json=as_json)
             code = streams.code(code, NOT_PRINTED, _standing(before))
         raise typer.Exit(code)
 
@@ -134,16 +133,19 @@ def _registered(function: Function, *, needs: str, repeats: bool) -> Command:
     return run
 
 
-def _ended(done: Callable[[], int], before: int, *, as_json: bool) -> int:
+def _ended(done: Callable[[], int], before: int, *, needs: str, as_json: bool) -> int:
     """The exit code of a command, however it ends; what it has to say of that is said.
 
     Args:
         done: The command.
         before: How many outputs were written before it began.
+        needs: A module that is imported first; a signal is no exception meanwhile.
         as_json: Whether stdout holds one JSON object, also of an error.
     """
     own = ""
     try:
+        if needs:
+            import_module(needs)
         with raising():
             return done()
     except Exception as error:
@@ -184,6 +186,12 @@ def say(message: str, *, err: bool = False) -> None:
     typer.echo(visible(message, lines=True), file=loud_stderr() if err else sys.stdout)
 
 
+def warn(trouble: str | None) -> None:
+    """Say a warning on stderr, if there is one."""
+    if trouble is not None:
+        tell(f"warning: {trouble}")
+
+
 def mention(message: str) -> None:
     """Say on stderr what is no warning: ``--quiet`` leaves it out."""
     if loud_stderr() is sys.stderr:
@@ -191,6 +199,16 @@ def mention(message: str) -> None:
 
 
 def as_options(text: str, names: Collection[str] = ()) -> str:
+    """``options_for``; the text itself where memory is too small to find out what options are."""
+    try:
+        return options_for(text, names)
+    except (ImportError, MemoryError, OSError) as error:
+        if not memory_ran_out(error):
+            raise
+        return text
+
+
+def options_for(text: str, names: Collection[str] = ()) -> str:
     """Arguments as Python writes them, ``batch_size=4``, as options: ``--batch-size 4``.
 
     So is the name that a message begins with, ``batch_size is 0``: it is what the user gave. Names

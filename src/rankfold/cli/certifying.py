@@ -7,8 +7,9 @@ from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 
 from rankfold.certificate.document import JSON_FILE
+from rankfold.certificate.earlier_uses import trouble_ahead
 from rankfold.certificate.signature import open_key, sign
-from rankfold.cli.app import DIFFERS, DOES_NOT_HOLD, DONE, say, tell
+from rankfold.cli.app import DIFFERS, DOES_NOT_HOLD, DONE, say, tell, warn
 from rankfold.cli.certify import Outputs, Served, Sources, Test
 from rankfold.cli.inputs import unchanged
 from rankfold.cli.open_given import loss_sources, open_given, open_held_out, reader_of
@@ -90,13 +91,13 @@ def certified(
         stack.enter_context(redirect_stdout(sys.stderr))
         if outputs.out is not None:
             stack.enter_context(owned_output(outputs.out))
+        warn(trouble_ahead())
         if sources.samples is not None:
             pair = read_samples(*sources.samples, sources.metric, sources.filter)
             found = certify_samples(pair, margin=claim.margin, settings=claim.settings())
         else:
             found = _of_models(specs, sources, claim, served, options)
-        if (trouble := found.document["data"]["history"]["trouble"]) is not None:
-            tell(f"warning: {trouble}")
+        warn(found.document["data"]["history"]["trouble"])
         write_outputs(outputs, found)
     print_certificate(found, outputs.out, options.json)
     return DONE if found.holds else DOES_NOT_HOLD

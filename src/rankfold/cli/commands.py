@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
 from typing import Annotated
 
 import typer
 
-from rankfold.cli.app import DONE, app
+from rankfold.cli.app import DONE, app, tell
+from rankfold.cli.raised import ending
 from rankfold.machine.freed_memory import give_back_freed_memory
 from rankfold.machine.interruption import ignore_from_here
 
@@ -45,5 +47,11 @@ def main() -> None:
     give_back_freed_memory()
     try:
         app()
+    except (ImportError, MemoryError, OSError) as error:  # a command's own module
+        if (found := ending(error)) is None:
+            raise
+        code, message, _ = found
+        tell(f"error: {message}")
+        sys.exit(code)
     finally:
         ignore_from_here()

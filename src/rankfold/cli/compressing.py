@@ -10,7 +10,8 @@ from typing import cast
 
 from rankfold.artifact.save import try_saving
 from rankfold.certificate.document import history_line
-from rankfold.cli.app import mention, say, tell
+from rankfold.certificate.earlier_uses import trouble_ahead
+from rankfold.cli.app import mention, say, warn
 from rankfold.cli.config import run_files
 from rankfold.cli.inputs import unchanged
 from rankfold.cli.kept import save_result, say_speed
@@ -61,8 +62,7 @@ def compress(
         )
         given.check()
         history = result.document["data"]["history"]
-        if (trouble := history["trouble"]) is not None:
-            tell(f"warning: {trouble}")
+        warn(history["trouble"])
         keep = saved(result)
         if keep:
             save_result(result, opened, folders, out, texts=run_files(), sign=key)
@@ -91,6 +91,7 @@ def open_all(
     parts, settings = options.parts, options.settings
     parts.check()
     amount_of("max_shard_size", options.folders.max_shard_size)  # before any work
+    warn(trouble_ahead())
     device = check_device(options.reading.device)
     if (hint := unused_gpu(device)) is not None:
         mention(hint)

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from rankfold.certificate.signature import SigningKey
-from rankfold.cli.app import DONE, mention, say, tell
+from rankfold.cli.app import DONE, mention, say, tell, warn
 from rankfold.cli.comparing import print_rows
 from rankfold.cli.compressing import open_all
 from rankfold.cli.inputs import unchanged
@@ -82,8 +82,7 @@ def _run(
     target.begin()
     for size, result in each_size(prepared, statement):
         given.check()
-        if (trouble := result.document["data"]["history"]["trouble"]) is not None:
-            tell(f"warning: {trouble}")
+        warn(result.document["data"]["history"]["trouble"])
         save_result(result, opened, folders, target.of(size), sign=key)
         target.add(size, result, page=not folders.no_report)
         tell(f"size {size:g}: {result.certificate.verdict}, saved in {visible(target.of(size))}")

@@ -13,6 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rankfold.files.locks import lock_now
+
+PREFIX = ".rankfold-"  # of hidden files and folders that a run is writing
+DRAFT = ".draft"  # at the end of the names of such files
 _NO_SUCH_CALL = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _HERE = -100  # AT_FDCWD of Linux
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
@@ -61,10 +65,11 @@ def write_whole(file: Path, pieces: Iterable[bytes], mode: int) -> None:
     Raises:
         OSError: The system refuses it.
     """
-    place, name = tempfile.mkstemp(prefix=".rankfold-", dir=file.parent)
+    place, name = tempfile.mkstemp(prefix=PREFIX, suffix=DRAFT, dir=file.parent)
     draft = Path(name)
     try:
         with os.fdopen(place, "wb") as out:
+            lock_now(place)  # whoever finds the draft sees whether its writer lives
             out.writelines(pieces)
             out.flush()
             os.fsync(out.fileno())

@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 
 from rankfold.errors import InputError, visible
+from rankfold.files.durable import DRAFT, PREFIX
+from rankfold.files.locks import lock_now
 from rankfold.files.owned import (
     ABOUT,
     LOCK,
-    PREFIX,
     Owned,
     dead,
     described,
@@ -37,7 +38,7 @@ def clean_leftovers(folder: Path) -> list[str]:
     lines: list[str] = []
     for hidden in found:
         try:
-            lines += _cleaned(hidden)
+            lines += _cleaned(hidden) if hidden.is_dir() else _cleaned_draft(hidden)
         except OSError as error:
             lines.append(f"left alone: {visible(hidden)}: {visible(error)}")
     return lines
@@ -60,6 +61,19 @@ def _cleaned(hidden: Path) -> list[str]:
     finally:
         left.give_up()
     return left.said or [_removed(left)]
+
+
+def _cleaned_draft(draft: Path) -> list[str]:
+    """Of a file that ``write_whole`` began."""
+    if draft.suffix != DRAFT or not draft.is_file() or draft.is_symlink():
+        return [f"left alone: {visible(draft)}: it is nothing that a run writes"]
+    with draft.open("rb") as opened:
+        if not lock_now(opened.fileno()):
+            return [f"left alone: {visible(draft)}: a run is writing it"]
+        if os.name != "nt":  # which removes no open file
+            draft.unlink()
+    draft.unlink(missing_ok=True)
+    return [f"removed {visible(draft)}: a run that was killed had left it"]
 
 
 def _removed(left: Owned) -> str:

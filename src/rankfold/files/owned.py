@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from rankfold.errors import InputError, visible
-from rankfold.files.durable import exchange, sync_file, sync_folder
+from rankfold.files.durable import PREFIX, exchange, sync_file, sync_folder
 from rankfold.files.listed import remove_listed
+from rankfold.files.locks import lock_now
 from rankfold.machine.interruption import shielded
 
-PREFIX = ".rankfold-"  # of the hidden folders
 LOCK, ABOUT, DRAFT, WHOLE, EARLIER = "lock", "about.json", "draft", "whole", "earlier"
 PATIENCE = 1.0  # seconds until an output is said to be another run's: some own it for a moment
 _PAUSE = 0.02
@@ -310,7 +310,7 @@ def _locked(beside: Path) -> int | None:
     file = beside / LOCK
     lock = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
     try:
-        if _lock_now(lock) and os.path.samestat(os.fstat(lock), file.stat()):
+        if lock_now(lock) and os.path.samestat(os.fstat(lock), file.stat()):
             return lock
     except FileNotFoundError:  # the owner before removed it after it was opened here
         pass
@@ -319,21 +319,6 @@ def _locked(beside: Path) -> int | None:
         raise
     os.close(lock)
     return None
-
-
-def _lock_now(lock: int) -> bool:
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        else:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
 
 
 def _given_up(mine: dict[Path, Owned], output: Path, one: Owned) -> None:

@@ -17,6 +17,11 @@ from rankfold.files.digests import stream_digest
 Listing: TypeAlias = Callable[[], Iterable[Path]]
 
 
+# A file of some size whose bytes were mostly never written: no weights, whatever packs them, and
+# reading it would take hours.
+LARGE, HOLES = 1 << 28, 64
+
+
 class _Seen(NamedTuple):
     """A file as it was: when it was written, how long it is, and what it holds."""
 
@@ -91,7 +96,28 @@ class Unchanged:
 
 
 def _now(files: Iterable[Path]) -> dict[Path, _Seen]:
+    files = list(files)
+    for file in files:
+        _refuse_holes(file)
     return {file: _Seen(_written(file), _digest(file)) for file in files}
+
+
+def _refuse_holes(file: Path) -> None:
+    """Refuse a file that is a hole, as a download leaves that has reserved its room alone.
+
+    Raises:
+        InputError: As said.
+    """
+    try:
+        found = file.stat()
+    except OSError:  # whoever opens it says what is wrong with it
+        return
+    blocks = getattr(found, "st_blocks", None)  # of 512 bytes; Windows doesn't say
+    if blocks is not None and found.st_size > LARGE and blocks * 512 < found.st_size // HOLES:
+        raise InputError(
+            f"{visible(file)} has {found.st_size:,} bytes, and {blocks * 512:,} of them were ever "
+            "written: a copy or download of it has not ended. Fetch it again."
+        )
 
 
 def _refuse(found: list[str]) -> None:

@@ -32,6 +32,7 @@ from rankfold.integrations.as_asked import (
     without_bars,
 )
 from rankfold.integrations.other_folders import refuse_other_folders
+from rankfold.integrations.quant_method import QUANT_METHOD
 from rankfold.integrations.sentence_folder import SentenceFolder, sentence_folder
 from rankfold.integrations.tokenizer_files import refuse_unread_pieces
 from rankfold.machine.offload import Offload
@@ -40,7 +41,6 @@ from rankfold.model.evaluation_mode import evaluation_mode
 from rankfold.tasks.pooling import Pooling
 from rankfold.tasks.recognise import MULTI_LABEL
 
-QUANT_METHOD = "rankfold"  # how config.json calls what opens the folder
 # Those of transformers that read safetensors; each asks for a library of its own.
 QUANTIZED = ("torchao", "bitsandbytes", "compressed-tensors", "gptq", "awq", "quanto", "hqq", "fp8")
 # Stands in config.json where the name of the file of weights may stand. Where rankfold is imported

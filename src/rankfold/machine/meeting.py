@@ -112,8 +112,8 @@ class Meetings:
         absent = ", ".join(str(rank) for rank, one in enumerate(there) if not one)
         return (
             f"of {self.size} processes some didn't come within {patience:.0f} s: {absent}. "
-            "Expected each of them to make the same calls; where this process shall work by itself, "
-            f"set the environment variable {ALONE}=1."
+            "Expected each of them to make the same calls; where this process shall work by "
+            f"itself, set the environment variable {ALONE}=1."
         )
 
     def trouble(self) -> str | None:

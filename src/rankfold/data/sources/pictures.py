@@ -52,12 +52,66 @@ def read_picture(file: Path | BytesIO, what: str) -> Any:
                     f"{what} holds {count} pictures; expected one. Save the one that counts as a "
                     "file of its own, or remove it."
                 )
-            return _in_srgb(_eight_bits(operations.exif_transpose(opened), what), what)
+            wide = _is_wide(opened)
+            upright = operations.exif_transpose(opened)
+            if wide:
+                _refuse_dark(upright, _lower_halves(file), what)
+            return _in_srgb(_eight_bits(upright, what), what)
     except InputError:
         raise
     except Exception as error:  # damaged files make Pillow fail in any way
         reason = str(error) or type(error).__name__
         raise InputError(f"{what} can't be read: {reason}. Replace or remove it.") from error
+
+
+def _is_wide(opened: Any) -> bool:
+    """Whether a file that isn't loaded yet has colours of 16 bits: Pillow keeps the upper 8."""
+    modes = [tile[3] if isinstance(tile[3], str) else tile[3][0] for tile in opened.tile if tile[3]]
+    return any(";16" in str(mode) for mode in modes) and opened.mode[0] != "I"
+
+
+# How Pillow is told to keep the lower halves of a channel's 16 bits: as if the bytes stood the
+# other way round; grey and transparency as four channels, of which every second is a lower half.
+_LOWER = {"B": "L", "L": "B"}
+_GREY, _FOUR = "LA;16B", "RGBA"
+
+
+def _lower_halves(file: Path | BytesIO) -> Any:
+    """The lower 8 of 16 bits a channel, for a file of which Pillow keeps the upper ones."""
+    pillow: Any = require("PIL.Image", "images")
+    with pillow.open(file) as again:
+        grey = any(tile[3] == _GREY for tile in again.tile)
+        again.tile = [(*tile[:3], _swapped(tile[3])) for tile in again.tile]
+        again.load()
+        if grey:
+            bands = again.split()
+            return pillow.merge(_FOUR, [bands[1]] * 3 + [bands[3]])
+        return again
+
+
+def _swapped(mode: Any) -> Any:
+    if isinstance(mode, tuple):
+        return (_swapped(mode[0]), *mode[1:])
+    return _FOUR if mode == _GREY else mode[:-1] + _LOWER.get(mode[-1], mode[-1])
+
+
+def _refuse_dark(upper: Any, lower: Any, what: str) -> None:
+    """Refuse 16 bits a channel whose values are those of 8 or 12 bits, of colour or of alpha."""
+    halves = zip(upper.getextrema(), lower.getextrema(), strict=True)
+    most = [(high << 8) + 255 if high else low for (_, high), (_, low) in halves]
+    alpha = most.pop() if "A" in upper.getbands() else 0
+    _refuse_narrow(max(most), f"colours of 16 bits ({upper.mode})", what)
+    _refuse_narrow(alpha, f"transparency of 16 bits ({upper.mode})", what)
+
+
+def _refuse_narrow(high: float, kind: str, what: str) -> None:
+    if 0 < high <= NARROW:
+        bits = 8 if high <= 255 else 12
+        raise InputError(
+            f"{what} holds values of at most {high:g} ({kind}), and white is {WIDE} there: it "
+            f"would be almost black. Its values seem to be of {bits} bits: multiply them by "
+            f"{WIDE / (2**bits - 1):.5g}, or save it with 8 bits a channel."
+        )
 
 
 def _eight_bits(image: Any, what: str) -> Any:
@@ -85,13 +139,8 @@ def _shares(values: NDArray[Any], mode: str, what: str) -> NDArray[np.float64]:
             f"{what} holds values of {low:g} to {high:g} ({mode}); expected 0 to {most}, since "
             "nothing says which is white. Save it with 8 or 16 bits a channel."
         )
-    if mode != "F" and 0 < high <= NARROW:
-        bits = 8 if high <= 255 else 12
-        raise InputError(
-            f"{what} holds values of {low:g} to {high:g} ({mode}), and white is {WIDE} there: it "
-            f"would be almost black. Its values seem to be of {bits} bits: multiply them by "
-            f"{WIDE / (2**bits - 1):.5g}, or save it with 8 bits a channel."
-        )
+    if mode != "F":
+        _refuse_narrow(high, mode, what)
     return values.astype(np.float64) / most
 
 

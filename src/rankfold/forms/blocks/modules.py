@@ -26,7 +26,8 @@ from rankfold.forms.factored_weight import FactoredWeight
 from rankfold.forms.factors import pivoted
 from rankfold.forms.layer import ConvStandIn, FactorizedLayer, conv_part, mixing_conv, stock_conv
 from rankfold.forms.output_change import Group, OutputChange, all_outputs, put_values
-from rankfold.forms.storage import features_in_order, plus_bias
+from rankfold.forms.pivoted_product import pivoted_features
+from rankfold.forms.storage import features_in_order
 from rankfold.model.layer_matrix import MatrixLayer, matrix_shape
 from rankfold.model.stock_layers import linear
 
@@ -155,11 +156,8 @@ class RowBlocksLinear(_BlockLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
-        hidden = functional.linear(input, self.shared)
-        of_first, of_second = torch.split(hidden, list(self.ranks), dim=-1)
-        rest = [functional.linear(of_first, self.first), functional.linear(of_second, self.second)]
-        outputs = features_in_order(torch.cat([hidden, *rest], dim=-1), self.order)
-        return plus_bias(outputs, self.bias)
+        blocks = [self.first, self.second]
+        return pivoted_features(input, self.shared, blocks, self.order, self.bias)
 
     def dense_matrix(self) -> Tensor:
         """The factors multiplied out, ``(out, in)``."""

@@ -16,12 +16,8 @@ from rankfold.forms.layer import (
     stock_conv,
 )
 from rankfold.forms.output_change import Group, OutputChange, all_outputs, put_lines
-from rankfold.forms.storage import (
-    Storage,
-    features_in_order,
-    plus_bias,
-    with_identity_rows,
-)
+from rankfold.forms.pivoted_product import pivoted_features
+from rankfold.forms.storage import Storage, with_identity_rows
 from rankfold.model.stock_layers import linear
 
 
@@ -104,12 +100,9 @@ class LowRankLinear(_LowRank):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
-        hidden = functional.linear(input, self.right)
-        if self.order is None:
-            return functional.linear(hidden, self.left, self.bias)
-        rest = functional.linear(hidden, self.left)
-        outputs = features_in_order(torch.cat([hidden, rest], dim=-1), self.order)
-        return plus_bias(outputs, self.bias)
+        if self.order is not None:
+            return pivoted_features(input, self.right, [self.left], self.order, self.bias)
+        return functional.linear(functional.linear(input, self.right), self.left, self.bias)
 
     def to_dense(self) -> nn.Linear:
         """The same layer as one ``nn.Linear``, factors multiplied out."""
