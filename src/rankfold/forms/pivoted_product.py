@@ -54,7 +54,7 @@ def writes_into_a_buffer(*tensors: Tensor) -> bool:
     Not where autograd records, a compiler or an exporter traces, autocast chooses types, or a
     transform (``torch.func``, forward derivatives) or a subclass of tensors stands in between.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call,attr-defined,unused-ignore]
         return False
     if torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
         return False

@@ -14,7 +14,7 @@ from __future__ import annotations
 import atexit
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -59,7 +59,7 @@ class _Run:
 
     def between_gpus(self) -> None:
         """Exchange what lies on GPUs from GPU to GPU, where each process has one of its own."""
-        place = self.device.index
+        place = cast("int | None", self.device.index)  # torch's own types know no None
         index: int = torch.cuda.current_device() if place is None else place
         found = self.objects((self.meetings.host, index))
         if len(set(found)) == self.size and dist.is_nccl_available():

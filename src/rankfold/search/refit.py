@@ -197,8 +197,7 @@ def fitted_again(
     batch_size = 1 if goes_alone(factorized) else batch_size  # a pass calls each layer once
     modules = _with_own_bias(factorized, names)
     first = part.batches(batch_size)[0]
-    batch = on_device(part.collate(first), factorized)
-    seen = _outputs_of_one(factorized, modules, task, batch)
+    seen = _outputs_of_one(factorized, modules, task, on_device(part.collate(first), factorized))
     if not seen:
         return Fitted({}, [], 0)
     modules = {name: modules[name] for name in seen}
@@ -211,8 +210,8 @@ def fitted_again(
             partial(_forward, task, factorized, few),
         )
     part = part.spread(min(len(part.examples), _examples(seen, modules, len(first), memory)))
-    own = processes.mine(part.batches(batch_size))
-    batches = [on_device(part.collate(some), factorized) for some in own]
+    mine = processes.mine(part.batches(batch_size))
+    batches = [on_device(part.collate(some), factorized) for some in mine]
     masks = [field_of(batch, "attention_mask") for batch in batches]
     fit = _Fit(modules, residuals, masks, offload or Offload())
     run_in_step(
