@@ -112,8 +112,7 @@ class Preparation(Prepared):
     def compact(self, *, margin: float = DEFAULT_MARGIN, certified: bool = False) -> Result:
         """The smallest model within a margin; see ``rankfold.compact``."""
         self._held_out.check(margin)
-        check_flag("certified", certified)
-        asked = {"certified": True} if certified else {}
+        asked = {"certified": True} if check_flag("certified", certified) else {}
         with self._run.as_it_was():
             same_target(f"{asked}, margin {margin}")
             tried = within_margin(self._round, margin)
@@ -125,5 +124,5 @@ class Preparation(Prepared):
         self, sizes: Sequence[float], *, size_of: SizeOf = "model", margin: float = DEFAULT_MARGIN
     ) -> Sweep:
         """A result for each of several sizes, all tested on the one held-out part."""
-        checked = check_sizes(sizes, size_of)
-        return Sweep([self.lossless(size, size_of=size_of, margin=margin) for size in checked])
+        asked: Any = {"size_of": size_of, "margin": margin}
+        return Sweep([self.lossless(size, **asked) for size in check_sizes(sizes, size_of)])

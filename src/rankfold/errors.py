@@ -46,14 +46,15 @@ def check_kind(name: str, given: object, kinds: type | tuple[type, ...], expecte
         raise of_another_kind(name, given, expected)
 
 
-def check_flag(name: str, given: object) -> None:
-    """Refuse what is neither True nor False: ``"no"`` would count as True.
+def check_flag(name: str, given: object) -> bool:
+    """The flag; refused is what is neither True nor False: ``"no"`` would count as True.
 
     Raises:
         InputError: As said.
     """
     if not isinstance(given, bool):
         raise of_another_kind(name, given, "True or False")
+    return given
 
 
 def path_of(name: str, given: object) -> Path:
