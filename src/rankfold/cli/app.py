@@ -133,14 +133,14 @@ def _registered(function: Function, *, needs: str, repeats: bool) -> Command:
     return run
 
 
-def _ended(done: Callable[[], int], before: int, *, needs: str, as_json: bool) -> int:
+def _ended(done: Callable[[], int], before: int, *, as_json: bool, needs: str = "") -> int:
     """The exit code of a command, however it ends; what it has to say of that is said.
 
     Args:
         done: The command.
         before: How many outputs were written before it began.
-        needs: A module that is imported first; a signal is no exception meanwhile.
         as_json: Whether stdout holds one JSON object, also of an error.
+        needs: A module that is imported first; a signal is no exception meanwhile.
     """
     own = ""
     try:

@@ -12,6 +12,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.utils.weak import WeakIdKeyDictionary
 
 from rankfold.machine.offload import Offload
@@ -30,6 +31,8 @@ def in_files(model: nn.Module) -> bool:
     """Whether most of a model's bytes lie in files."""
     there = memory = 0
     for tensor in model.parameters():
+        if isinstance(tensor, UninitializedParameter):
+            continue
         size = tensor.numel() * tensor.element_size()
         if tensor in _AS_IN_FILE or _is_mapped(tensor):
             there += size
