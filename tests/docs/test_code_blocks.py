@@ -47,7 +47,7 @@ else:
     import tomli as tomllib
 
 OF_ALL = {"--help", "--version", "--install-completion", "--show-completion"}
-OF_OTHERS = {"--local-dir"}  # hf download's
+OF_OTHERS = {"--local-dir", "--model-impl", "--dtype"}  # of hf download and vllm serve
 OWN_MODULES = ("net", "mydata", "train")
 
 
@@ -142,7 +142,11 @@ def check_command(line: str, place: str) -> None:
     elif program == "python" and words[0] == "-m":
         assert importlib.util.find_spec(words[1]) is not None, f"{place}: {line}"
     else:
-        known = ("python3 -m venv .venv", ". .venv/bin/activate")
+        known = (
+            "python3 -m venv .venv",
+            ". .venv/bin/activate",
+            "vllm serve smaller --dtype bfloat16",
+        )
         assert line in known, f"{place}: nothing is known of {line}"
 
 
