@@ -15,6 +15,12 @@ from rankfold.forms.blocks.modules import RowBlocksLinear
 from rankfold.forms.low_rank.modules import LowRankLinear
 from tests.cases import normal
 
+
+@pytest.fixture(autouse=True)
+def _few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pivoted_product, "MANY", 0)
+
+
 SHAPES = [(6,), (1, 6), (0, 6), (3, 6), (2, 3, 6), (2, 0, 6)]
 
 
@@ -51,7 +57,8 @@ def test_the_buffer_gives_what_autograd_can_follow(
 
 def in_forward_ad(module: nn.Module, given: Tensor) -> Tensor:
     with forward_ad.dual_level():
-        return forward_ad.unpack_dual(module(forward_ad.make_dual(given, given))).primal
+        found: Tensor = forward_ad.unpack_dual(module(forward_ad.make_dual(given, given))).primal
+        return found
 
 
 FOLLOWED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
@@ -84,10 +91,21 @@ def test_autocast_and_another_device_take_the_plain_way() -> None:
 def test_a_gradient_for_the_input_alone_is_followed() -> None:
     module = modules(torch.float64, bias=True)[0].requires_grad_(False)
     given = normal(9, 3, 6).requires_grad_()
-    module(given).sum().backward()  # type: ignore[no-untyped-call]
+    module(given).sum().backward()  # type: ignore[no-untyped-call,unused-ignore]
     assert given.grad is not None
     with torch.no_grad():
-        assert pivoted_product.writes_into_a_buffer(given, *module.parameters())
+        assert pivoted_product.writes_into_a_buffer(9, given, *module.parameters())
+
+
+def test_few_outputs_take_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = modules(torch.float64, bias=True)[0]
+    monkeypatch.setattr(pivoted_product, "MANY", 27)
+    with torch.no_grad():
+        for rows in (0, 1, 2, 3, 4):
+            written = pivoted_product.writes_into_a_buffer(
+                9, normal(9, rows, 6), *module.parameters()
+            )
+            assert written == (9 * rows >= 27)
 
 
 def test_a_wrong_input_is_refused_as_by_a_linear_layer() -> None:

@@ -1,8 +1,8 @@
 """Outputs of a pivoted factor: pivots, and the other outputs as combinations of them, in order.
 
 The way that autograd, tracing and autocast can follow writes three tensors of the outputs' size:
-joined, in order, with their bias. Without gradients both products write into one buffer, which
-takes 0.6 to 0.95 of the time on a CPU (``python -m benchmarks.layer_speed``).
+joined, in order, with their bias. Without gradients, both products of many rows write into one
+buffer. Few rows take the first way: there the calls take longer than what is written.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn import functional
 from rankfold.forms.storage import features_in_order, plus_bias
 
 _PLAIN = (Tensor, nn.Parameter)  # others may stand for what no memory holds
+MANY = 1 << 17  # outputs from which on the buffer was faster on a CPU
 
 
 def pivoted_features(
@@ -32,7 +33,7 @@ def pivoted_features(
         bias: ``(out,)`` or None.
     """
     ranks = [factor.shape[1] for factor in others]
-    if not writes_into_a_buffer(input, pivots, *others, order):
+    if not writes_into_a_buffer(len(order), input, pivots, *others):
         hidden = functional.linear(input, pivots)
         parts = torch.split(hidden, ranks, dim=-1) if len(ranks) > 1 else [hidden]
         rest = [functional.linear(part, one) for part, one in zip(parts, others, strict=True)]
@@ -48,19 +49,27 @@ def pivoted_features(
     return plus_bias(outputs, bias)
 
 
-def writes_into_a_buffer(*tensors: Tensor) -> bool:
-    """Whether products of these tensors may be written into one: nobody follows what is done.
+def writes_into_a_buffer(outputs: int, *tensors: Tensor) -> bool:
+    """Whether products of these tensors are written into one: nobody follows what is done.
 
-    Not where autograd records, a compiler or an exporter traces, autocast chooses types, or a
-    transform (``torch.func``, forward derivatives) or a subclass of tensors stands in between.
+    Not where outputs are few, autograd records, a compiler or an exporter traces, autocast chooses
+    types, or a transform (``torch.func``, forward derivatives) or a subclass of tensors stands in
+    between.
+
+    Args:
+        outputs: Of one row.
+        tensors: The input, ``(..., in)``, and the factors.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call,attr-defined,unused-ignore]
+        return False
+    given = tensors[0]
+    if given.dim() == 0 or given.numel() * outputs < MANY * given.shape[-1]:
         return False
     if torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
         return False
     if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    kind = tensors[0].device.type
+    kind = given.device.type
     if kind not in ("cpu", "cuda") or torch.is_autocast_enabled(kind):
         return False
     return all(type(one) in _PLAIN for one in tensors)
