@@ -18,6 +18,7 @@ from rankfold.files.checked import check
 from rankfold.files.digests import file_digest, json_digest, tensors_digest
 from rankfold.files.json_file import read_json
 from rankfold.files.own_files import check_own_files
+from rankfold.files.shards import SINGLE
 from rankfold.forms.registry import form_named, form_names
 from rankfold.forms.storage import STORAGES
 from rankfold.integrations.allowed import check_configuration
@@ -25,7 +26,7 @@ from rankfold.integrations.vision import NamedModel
 
 FORMAT_VERSION = 1
 
-WEIGHTS_FILE, MANIFEST_FILE, CONFIG_FILE = "model.safetensors", "rankfold.json", "config.json"
+WEIGHTS_FILE, MANIFEST_FILE, CONFIG_FILE = SINGLE, "rankfold.json", "config.json"
 
 # Of the tensors whose types a manifest says.
 FLOATS = {str(t): t for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}

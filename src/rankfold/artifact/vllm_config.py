@@ -77,11 +77,9 @@ class VllmConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
         if not folder.is_dir() or not hasattr(hf_config, "transformers_weights"):
             return  # on a hub, or saved again by transformers, perhaps after training
         from rankfold.artifact.manifest import check_digest
-        from rankfold.files.tensors import read_tensors
+        from rankfold.files.shards import read_weights
 
-        files = sorted(folder.glob("*.safetensors"))
-        tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
-        check_digest({**self.structure}, tensors, str(folder))
+        check_digest({**self.structure}, read_weights(folder), str(folder))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Call the layers as vLLM's model does."""

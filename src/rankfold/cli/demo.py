@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from rankfold.artifact.load import load
-from rankfold.artifact.manifest import MANIFEST_FILE, WEIGHTS_FILE
+from rankfold.artifact.manifest import MANIFEST_FILE
 from rankfold.certificate.in_words import sure
 from rankfold.compress import prepare
 from rankfold.data.parts import PARTS, SHARES, Data
@@ -32,6 +32,7 @@ from rankfold.data.tokens import Tokens
 from rankfold.effort import EffortName
 from rankfold.errors import InputError
 from rankfold.files.folder import check_output
+from rankfold.files.shards import weights_size
 from rankfold.integrations.gguf import load_gguf
 from rankfold.integrations.transformers import load_tokenizer
 from rankfold.machine.progress import Progress, run_stage
@@ -264,7 +265,7 @@ def _survives_saving(
     """Save, reload in another process, and compare the greedy text."""
     before = run_stage(progress, f"{name}: greedy text", lambda: greedy(result.model, tokenizer))
     result.save(folder, tokenizer=tokenizer, overwrite=True)
-    on_disk = (folder / WEIGHTS_FILE).stat().st_size
+    on_disk = weights_size(folder)
     code = "import sys; from rankfold.cli.demo import greedy_from; print(greedy_from(sys.argv[1]))"
     command = [sys.executable, "-W", "ignore", "-c", code, str(folder)]
     other = run_stage(

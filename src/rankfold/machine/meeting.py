@@ -86,8 +86,7 @@ class Meetings:
         keys = [f"{place}/{rank}" for rank in range(self.size)]
         self._wait(keys, patience)
         found = [one.decode() for one in self._store.multi_get(keys)]
-        other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
-        if other is not None:
+        if (other := odd_one(found)) is not None:
             raise InputError(
                 f"the processes came to different places: process 0 to {found[0]}, process "
                 f"{other} to {found[other]}. Expected the same model, data and options "
@@ -119,11 +118,8 @@ class Meetings:
     def trouble(self) -> str | None:
         """Why another process is not to come any more, in words; None where all may."""
         try:
-            for key in (f"{self._run}/failed", "left"):
-                if self._store.check([key]):
-                    told = json.loads(self._store.get(key))
-                    if told["rank"] != self.rank:
-                        return self._in_words(told)
+            if (told := self._told_by_others()) is not None:
+                return told
             dead = self._dead()
         except dist.DistError as error:
             return self.broken(error)
@@ -145,6 +141,15 @@ class Meetings:
         with suppress(dist.DistError):
             self._store.compare_set(key, "", json.dumps(told))
 
+    def _told_by_others(self) -> str | None:
+        """What another process has said that it ended by, if one has."""
+        for key in (f"{self._run}/failed", "left"):
+            if self._store.check([key]):
+                told = json.loads(self._store.get(key))
+                if told["rank"] != self.rank:
+                    return self._in_words(told)
+        return None
+
     def _in_words(self, told: dict[str, Any]) -> str:
         if told["known"]:
             return str(told["text"])
@@ -153,11 +158,8 @@ class Meetings:
     def broken(self, error: BaseException) -> str:
         """An exchange broke off: what is known of the reason."""
         with suppress(dist.DistError, InputError):
-            for key in (f"{self._run}/failed", "left"):
-                if self._store.check([key]):
-                    told = json.loads(self._store.get(key))
-                    if told["rank"] != self.rank:
-                        return self._in_words(told)
+            if (told := self._told_by_others()) is not None:
+                return told
         time.sleep(0.2)  # what has died is seen a moment after its connections are
         dead = self._dead(at_once=True)
         if dead is not None:
@@ -233,6 +235,11 @@ def connected() -> Meetings:
             ) from error
     store = distributed_c10d.PrefixStore("rankfold", distributed_c10d._get_default_store())
     return Meetings(store, dist.get_rank(), dist.get_world_size(), ours=ours)
+
+
+def odd_one(found: Sequence[object]) -> int | None:
+    """The first process that has another value than process 0; None where all have the same."""
+    return next((rank for rank, one in enumerate(found) if one != found[0]), None)
 
 
 def _group(backend: str) -> dist.ProcessGroup:

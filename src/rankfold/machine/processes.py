@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rankfold.errors import InputError
 from rankfold.machine.launched import launched, works_alone
-from rankfold.machine.meeting import Meetings, connected
+from rankfold.machine.meeting import Meetings, connected, odd_one
 from rankfold.machine.packed import flat_bytes, pack, unpack
 
 Item = TypeVar("Item")
@@ -268,8 +268,7 @@ def agree(what: str, value: str) -> None:
         InputError: Names what differs.
     """
     found = gathered(value, f"comparison: {what}")
-    other = next((place for place, one in enumerate(found) if one != found[0]), None)
-    if other is not None:
+    if (other := odd_one(found)) is not None:
         raise InputError(
             f"{what} differs between the processes: {found[0]} in process 0, {found[other]} in "
             f"process {other}. Expected the same everywhere: start all of them with the same "

@@ -123,8 +123,7 @@ class FactorizedLinear(LinearMethodBase):  # type: ignore[misc, unused-ignore]
             for name in self.wanted[number]
             if number not in self.parts and name not in self.held[number]
         ]
-        if missing:
-            raise InputError(f"the weights lack {', '.join(missing)}. The folder is damaged.")
+        _refuse_missing(missing)
         parts = [self.parts.pop(number) for number in range(len(self.matrices))]
         for name in {name for wanted in self.wanted for name in wanted}:
             delattr(layer, name)
@@ -189,6 +188,11 @@ def _shares(layer: Any, here: Sequence[int], matrices: int) -> Shares | None:
 
 def _outputs(shares: Shares) -> int:
     return sum(full if rows is None else len(rows) for full, rows in shares)
+
+
+def _refuse_missing(names: Sequence[str]) -> None:
+    if names:
+        raise InputError(f"the weights lack {', '.join(names)}. The folder is damaged.")
 
 
 def _number(shard: object) -> int | None:
@@ -272,9 +276,7 @@ class FactorizedEmbedding(QuantizeMethodBase):  # type: ignore[misc, unused-igno
             InputError: Tensors are missing.
         """
         missing = [] if self.tied else sorted(self.wanted.keys() - self.loaded)
-        if missing:
-            names = ", ".join(f"{visible(self.matrix.name)}.{name}" for name in missing)
-            raise InputError(f"the weights lack {names}. The folder is damaged.")
+        _refuse_missing([f"{visible(self.matrix.name)}.{name}" for name in missing])
         order = getattr(layer, "order", None)
         if order is not None:
             layer.register_buffer("places", order.long(), persistent=False)
